@@ -1,0 +1,130 @@
+//! The seam between the model and the hardware: a dozen fused operations of a decoder, with caller-owned outputs.
+//!
+//! A device knows weights, activations and the paged KV cache; it knows nothing of rows, requests, text or scheduling.
+//! The model (`crate::model`) is written once over [`Device`]. Every operation obeys the "same row, same bits" rules:
+//! the bits of one token's values depend on that sequence's tokens and on the device's fingerprint only, never on what
+//! else is in the batch, how a prefill was chunked, or how many threads ran (see `ARCHITECTURE.md`, Exactness).
+
+pub mod batch;
+pub mod cpu;
+pub mod math;
+pub mod reference;
+pub mod sample;
+
+use crate::gguf::Tensor;
+use batch::{Batch, StepOutput};
+
+/// Tokens per KV block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// How rotary embeddings pair the elements of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Elements 2i and 2i+1 (GGUF files of the llama family, whose q and k rows were permuted for it).
+    Interleaved,
+    /// Elements i and i + `head_dim`/2 (Hugging Face's layout).
+    Halves,
+}
+
+/// Shape of the attention of one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Elements per head; even.
+    pub head_dim: usize,
+    /// Multiplier of q·k before softmax (`1/sqrt(head_dim)` in most models).
+    pub scale: f32,
+    /// How rotary embeddings pair elements.
+    pub rope_style: RopeStyle,
+    /// Angle per position of each rotated pair: `[rope_dim / 2]`, in radians (theta^(-2i/rope_dim), scaling included).
+    pub rope_freqs: Vec<f32>,
+}
+
+/// Elementwise function of the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x · sigmoid(x)
+    Silu,
+}
+
+/// A device: where weights and the KV cache live and the arithmetic is done.
+///
+/// Shapes: `T` is the number of tokens of the step (`batch.tokens.len()`), at most the `max_tokens` that buffers were
+/// made for. Buffers keep their contents between operations of one step and may be reused by the next.
+pub trait Device: Send {
+    /// A linear layer's weights, `[n, k]`, in the layout the device likes.
+    type Weight: Send;
+    /// A small f32 vector (a norm's weights).
+    type Vector: Send;
+    /// f32 values, `[max_tokens, width]`.
+    type Hidden: Send;
+    /// Activations in the form that the weight consuming them wants, `[max_tokens, k]`.
+    type Act: Send;
+    /// One layer's paged KV cache: `n_blocks` blocks of [`BLOCK_TOKENS`] slots.
+    type Cache: Send;
+
+    /// What the bits depend on besides the model: device, kernel version, numerics, KV type (and
+    /// the instruction-set path, where paths differ in their bits).
+    fn fingerprint(&self) -> String;
+
+    /// Loads a linear layer; several tensors are stacked along n (q, k and v become one weight). All have the same k;
+    /// their types may differ.
+    fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Weight>;
+    /// Loads the gate and up projections, each `[n, k]`, for [`Device::gate_up`].
+    fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Self::Weight>;
+    /// Loads a vector.
+    fn load_vector(&self, tensor: &Tensor<'_>) -> anyhow::Result<Self::Vector>;
+    /// Bytes that one layer's cache takes per block.
+    fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize;
+    /// Makes one layer's cache.
+    fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Self::Cache;
+    /// Makes an f32 buffer.
+    fn new_hidden(&self, max_tokens: usize, width: usize) -> Self::Hidden;
+    /// Makes an activation buffer that any weight with `k = width` can consume.
+    fn new_act(&self, max_tokens: usize, width: usize) -> Self::Act;
+
+    /// x[t] = row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
+    fn embed(&self, table: &Self::Weight, batch: &Batch, x: &mut Self::Hidden);
+    /// act[t] = x[t] / rms(x[t]) · weight, in the form `next` wants.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn norm(&self, x: &Self::Hidden, weight: &Self::Vector, eps: f32, next: &Self::Weight, batch: &Batch, act: &mut Self::Act);
+    /// out[t] = weight · act[t].
+    fn linear(&self, act: &Self::Act, weight: &Self::Weight, batch: &Batch, out: &mut Self::Hidden);
+    /// x[t] += weight · act[t].
+    fn linear_add(&self, act: &Self::Act, weight: &Self::Weight, batch: &Batch, x: &mut Self::Hidden);
+    /// For `qkv[t]` = (q heads, k heads, v heads): rotates q and k by the token's position, stores k and v in the cache
+    /// slots the block tables name, then does `batch.copies` in order (after all stores: a copy may read what this
+    /// step has stored).
+    fn finish_qkv(&self, qkv: &mut Self::Hidden, spec: &AttentionSpec, batch: &Batch, cache: &mut Self::Cache);
+    /// Causal attention of each token's rotated q over positions 0..=its own of its sequence, from the cache;
+    /// act[t] = `[n_heads · head_dim]` in the form `next` wants.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn attention(
+        &self,
+        qkv: &Self::Hidden,
+        spec: &AttentionSpec,
+        cache: &Self::Cache,
+        next: &Self::Weight,
+        batch: &Batch,
+        act: &mut Self::Act,
+    );
+    /// out[t] = activation(gate · act[t]) · (up · act[t]), in the form `next` wants. `scratch` is `[T, 2 · n]`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn gate_up(
+        &self,
+        act: &Self::Act,
+        weight: &Self::Weight,
+        f: Activation,
+        next: &Self::Weight,
+        batch: &Batch,
+        scratch: &mut Self::Hidden,
+        out: &mut Self::Act,
+    );
+    /// For each of `batch.heads`: final norm, vocabulary logits, then the draw or the score it asks for
+    /// (`sample::draw`), written to `out.rows` in the same order. The head weight is `[vocab, width]`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn head(&self, x: &Self::Hidden, norm: &Self::Vector, eps: f32, weight: &Self::Weight, batch: &Batch, out: &mut StepOutput);
+}

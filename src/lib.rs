@@ -1,0 +1,20 @@
+#![doc = include_str!("ARCHITECTURE.md")]
+
+pub mod cli;
+pub mod config;
+pub mod device;
+pub mod engine;
+pub mod fingerprint;
+pub mod format;
+pub mod gguf;
+pub mod hub;
+pub mod journal;
+pub mod model;
+pub mod outcome;
+pub mod pipeline;
+pub mod plan;
+pub mod prepare;
+pub mod request;
+pub mod storage;
+pub mod text;
+pub mod window;

@@ -1,0 +1,141 @@
+//! What becomes of a row: a completion or an error, exactly one of them. Knows nothing of files, JSON or the engine.
+
+use std::fmt;
+
+/// Exactly one per row.
+pub type Outcome = Result<Completion, RowError>;
+
+/// A finished completion of one row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// The generated text, without the stop string or the end token (the latter is kept under `ignore_eos`).
+    pub text: String,
+    /// Why generation ended.
+    pub finish_reason: FinishReason,
+    /// Token counts.
+    pub usage: Usage,
+    /// One entry per generated token, if asked for.
+    pub logprobs: Option<Vec<TokenLogprob>>,
+    /// The seed the tokens were drawn with (the row's own or the derived one); `None` if greedy.
+    pub seed: Option<u64>,
+}
+
+/// Why generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+}
+
+impl FinishReason {
+    /// The `OpenAI` spelling.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// Token counts of one row.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the rendered prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, end token included.
+    pub completion_tokens: u32,
+    /// Prompt tokens that the plan shares with another row of the job (exactness.md: what the plan says, not what
+    /// a particular run did, so that outputs are reproducible).
+    pub cached_tokens: u32,
+}
+
+/// Log-probability of one generated token and of its likeliest alternatives, in nats, of the model's own distribution
+/// (before temperature, `top_p` and `top_k`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The chosen token's bytes.
+    pub bytes: Vec<u8>,
+    /// The chosen token's log-probability.
+    pub logprob: f32,
+    /// The likeliest tokens, most likely first.
+    pub top: Vec<(Vec<u8>, f32)>,
+}
+
+/// Why a row failed. Where the row stands (file, line) is known to whoever read it and is added there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct RowError {
+    /// What kind of fault.
+    pub code: ErrorCode,
+    /// The field at fault, dotted (`body.messages[0].role`), if it is one field.
+    pub field: Option<String>,
+    /// For people: names the field, the value and the limit.
+    pub message: String,
+}
+
+impl RowError {
+    /// An error of a whole row.
+    pub fn row(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, field: None, message: message.into() }
+    }
+
+    /// An error of one field; `message` is prefixed by the field's name.
+    pub fn field(code: ErrorCode, field: impl Into<String>, message: impl fmt::Display) -> Self {
+        let field = field.into();
+        Self { code, message: format!("{field}: {message}"), field: Some(field) }
+    }
+}
+
+/// Kinds of row errors. The spelling on the wire is [`ErrorCode::as_str`]; programs match on it, never on messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// The line is not a JSON object (or a Parquet value can't be read).
+    InvalidJson,
+    /// The line is not UTF-8.
+    InvalidUtf8,
+    /// The line is longer than the limit.
+    LineTooLong,
+    /// A field that must be there is not.
+    MissingField,
+    /// A field has the wrong type.
+    InvalidType,
+    /// A field's value is outside what is allowed.
+    InvalidValue,
+    /// A field with meaning that is not supported.
+    UnsupportedParameter,
+    /// A `custom_id` was used by an earlier row.
+    DuplicateCustomId,
+    /// The row's `url` is not an endpoint that jobs may use.
+    UrlMismatch,
+    /// The row names another model than the job's.
+    ModelMismatch,
+    /// Prompt, or prompt and output, over the model's context.
+    ContextLengthExceeded,
+    /// The pipeline's or the model's template refused the row.
+    TemplateError,
+    /// The engine could not compute the row (a fault of ours).
+    EngineError,
+}
+
+impl ErrorCode {
+    /// The code as written to error files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidJson => "invalid_json_line",
+            Self::InvalidUtf8 => "invalid_utf8",
+            Self::LineTooLong => "line_too_long",
+            Self::MissingField => "missing_required_parameter",
+            Self::InvalidType => "invalid_type",
+            Self::InvalidValue => "invalid_value",
+            Self::UnsupportedParameter => "unsupported_parameter",
+            Self::DuplicateCustomId => "duplicate_custom_id",
+            Self::UrlMismatch => "url_mismatch",
+            Self::ModelMismatch => "model_mismatch",
+            Self::ContextLengthExceeded => "context_length_exceeded",
+            Self::TemplateError => "template_error",
+            Self::EngineError => "engine_error",
+        }
+    }
+}

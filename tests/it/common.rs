@@ -1,0 +1,86 @@
+//! What several test modules need: the model, golden files, and the program itself in an empty folder.
+
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+use valar::{config, hub};
+
+/// The default model's file; fetched on first use, like any user's.
+pub(crate) fn model_path() -> PathBuf {
+    let cache = config::cache_folder().expect("a home to keep models in");
+    hub::pull(&hub::CATALOG[0], &cache, &mut |_| {}).expect("the default model can be fetched")
+}
+
+/// A file under `tests/golden`.
+pub(crate) fn golden(name: &str) -> PathBuf {
+    root().join("tests/golden").join(name)
+}
+
+/// The repository.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The program, run in a folder of its own.
+pub(crate) struct Sandbox {
+    folder: TempDir,
+}
+
+impl Sandbox {
+    /// An empty folder; the model is in the cache already.
+    pub(crate) fn new() -> Self {
+        model_path();
+        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    /// A path in the folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes a file.
+    pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.path(name), content).expect("the folder takes files");
+    }
+
+    /// Reads a file as text.
+    pub(crate) fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// Reads a JSONL file.
+    pub(crate) fn rows(&self, name: &str) -> Vec<Value> {
+        self.read(name).lines().map(|line| serde_json::from_str(line).expect("every line is JSON")).collect()
+    }
+
+    /// The program with arguments, not started yet. A fixed date makes runs comparable byte for byte.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_valar"));
+        command.args(args).current_dir(self.folder.path()).env("SOURCE_DATE_EPOCH", "1700000000");
+        command
+    }
+
+    /// Runs the program to its end.
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("the program starts")
+    }
+
+    /// Runs the program and checks its exit code; what it said on standard error.
+    #[track_caller]
+    pub(crate) fn expect(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "valar {}: {said}", args.join(" "));
+        said
+    }
+}
+
+/// A Batch line for a chat of one message.
+#[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
+pub(crate) fn chat_line(custom_id: &str, content: &str, extra: Value) -> String {
+    let mut body = serde_json::json!({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8});
+    body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+    serde_json::json!({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).to_string()
+}
