@@ -1,0 +1,248 @@
+//! Rows in, records out: files of several formats read as one stream of rows, and one ordered stream of records
+//! written to a file. Knows nothing of what rows mean. Invariants: rows are numbered without gaps over all files in
+//! the given order, the same at every reading; memory does not grow with the input.
+
+mod infer;
+mod jsonl;
+pub mod openai;
+pub mod openai_answer;
+mod parquet;
+mod parquet_sink;
+
+pub use infer::SchemaInference;
+pub use jsonl::{Line, LineSplitter};
+pub use parquet::schema_of;
+pub use parquet_sink::check_schema;
+
+use std::collections::VecDeque;
+use std::io::Write as _;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use arrow::datatypes::SchemaRef;
+
+use crate::outcome::{ErrorCode, RowError};
+use crate::storage::{Location, Storage, Upload};
+use jsonl::JsonlReader;
+use parquet::ParquetReader;
+use parquet_sink::ParquetSink;
+
+/// How a file holds its rows; its extension decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// One JSON text per line (`.jsonl`, `.ndjson`).
+    Jsonl,
+    /// Columns (`.parquet`).
+    Parquet,
+}
+
+impl Format {
+    /// The format of the file at `at`; an error that names the known extensions if its name has none of them.
+    pub fn of(at: &Location) -> Result<Self> {
+        match at.path.extension().map(str::to_ascii_lowercase).as_deref() {
+            Some("jsonl" | "ndjson") => Ok(Self::Jsonl),
+            Some("parquet") => Ok(Self::Parquet),
+            Some("json") => bail!("{}: a .json file may be one array; if it has one row per line, name it .jsonl", at.url),
+            _ => bail!("{}: can't tell the format; files end in .jsonl, .ndjson or .parquet", at.url),
+        }
+    }
+}
+
+/// What a row may be.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// A longer row (as JSON text) is its own error.
+    pub max_row_bytes: usize,
+}
+
+impl Default for Limits {
+    /// 16 MiB a row.
+    fn default() -> Self {
+        Self { max_row_bytes: 16 << 20 }
+    }
+}
+
+impl Limits {
+    fn too_long(self, n_bytes: u64) -> RowError {
+        let message = format!("the row is {n_bytes} bytes long; the limit is {} bytes", self.max_row_bytes);
+        RowError::row(ErrorCode::LineTooLong, message)
+    }
+}
+
+/// A row as it was found, not yet parsed: that is for many threads, reading is for one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawRow {
+    /// Index over all files, from 0.
+    pub row_idx: u64,
+    /// URL of the file.
+    pub file: Arc<str>,
+    /// Line (JSONL) or row (Parquet) in the file, from 1.
+    pub line: u64,
+    /// The row's JSON text. A JSONL line may be anything that is UTF-8; a Parquet row is an object of its columns
+    /// (nulls included; NaN and infinities are null, bytes are hexadecimal, times are RFC 3339).
+    pub content: Result<String, RowError>,
+}
+
+/// Reads the rows of several files, in order.
+#[derive(Debug)]
+pub struct Source {
+    storage: Storage,
+    files: VecDeque<Location>,
+    current: Option<Reader>,
+    next_row_idx: u64,
+    limits: Limits,
+}
+
+impl Source {
+    /// Of `files`, in this order. Fails if a name does not tell its format.
+    pub fn open(storage: &Storage, files: &[Location], limits: Limits) -> Result<Self> {
+        for file in files {
+            Format::of(file)?;
+        }
+        Ok(Self { storage: storage.clone(), files: files.iter().cloned().collect(), current: None, next_row_idx: 0, limits })
+    }
+
+    /// The next rows: at most `max_rows`, and no further row once they hold `max_bytes` of text. `None` at the end of
+    /// the last file. A fault of a row is in the row; an error is of the job and names file and line.
+    pub fn next_chunk(&mut self, max_rows: usize, max_bytes: usize) -> Result<Option<Vec<RawRow>>> {
+        let mut rows = Vec::new();
+        let mut n_bytes = 0;
+        while rows.len() < max_rows.max(1) && (rows.is_empty() || n_bytes < max_bytes) {
+            let Some(row) = self.next_row()? else { break };
+            n_bytes += row.content.as_ref().map_or(0, String::len);
+            rows.push(row);
+        }
+        Ok(if rows.is_empty() { None } else { Some(rows) })
+    }
+
+    fn next_row(&mut self) -> Result<Option<RawRow>> {
+        loop {
+            if let Some(reader) = &mut self.current {
+                if let Some((line, content)) = reader.next_row()? {
+                    let row = RawRow { row_idx: self.next_row_idx, file: reader.url().clone(), line, content };
+                    self.next_row_idx += 1;
+                    return Ok(Some(row));
+                }
+                self.current = None;
+            }
+            let Some(file) = self.files.pop_front() else { return Ok(None) };
+            let object = self.storage.open(&file)?;
+            self.current = Some(match Format::of(&file)? {
+                Format::Jsonl => Reader::Jsonl(Box::new(JsonlReader::new(object, self.limits))),
+                Format::Parquet => Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits)?)),
+            });
+        }
+    }
+}
+
+/// A row's number in its file, from 1, and its content.
+type FileRow = (u64, Result<String, RowError>);
+
+#[derive(Debug)]
+enum Reader {
+    Jsonl(Box<JsonlReader>),
+    Parquet(Box<ParquetReader>),
+}
+
+impl Reader {
+    fn next_row(&mut self) -> Result<Option<FileRow>> {
+        match self {
+            Self::Jsonl(reader) => reader.next_row(),
+            Self::Parquet(reader) => reader.next_row(),
+        }
+    }
+
+    fn url(&self) -> &Arc<str> {
+        match self {
+            Self::Jsonl(reader) => reader.url(),
+            Self::Parquet(reader) => reader.url(),
+        }
+    }
+}
+
+/// What is known of an input file before its rows are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspection {
+    /// Size of the file, bytes.
+    pub n_bytes: u64,
+    /// Hash of its content, hexadecimal.
+    pub blake3: String,
+    /// The rows a [`Source`] will find in it.
+    pub n_rows: u64,
+}
+
+/// Reads a file once, to know its content's hash and count its rows.
+pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
+    let format = Format::of(at)?;
+    let object = storage.open(at)?;
+    let mut hasher = blake3::Hasher::new();
+    // No row needs keeping, only counting.
+    let mut lines = LineSplitter::new(0);
+    let (mut offset, mut n_rows) = (0, 0);
+    loop {
+        let chunk = object.chunk(offset)?;
+        if chunk.is_empty() {
+            break;
+        }
+        offset += chunk.len() as u64;
+        hasher.update(&chunk);
+        let mut rest = &chunk[..];
+        while format == Format::Jsonl && lines.next_line(&mut rest).is_some() {
+            n_rows += 1;
+        }
+    }
+    match format {
+        Format::Jsonl => n_rows += u64::from(lines.last_line().is_some()),
+        Format::Parquet => n_rows = parquet::count_rows(&object)?,
+    }
+    Ok(Inspection { n_bytes: object.n_bytes(), blake3: hasher.finalize().to_hex().to_string(), n_rows })
+}
+
+/// Refuses an output that can't be written: unknown extension, or a directory is in its place.
+pub fn check_output(storage: &Storage, at: &Location) -> Result<Format> {
+    let format = Format::of(at)?;
+    if storage.is_directory(at)? {
+        bail!("{} is a directory; the output must be a file", at.url);
+    }
+    Ok(format)
+}
+
+/// Writes records, each the text of one JSON object on one line, in the order given. The file appears, complete, when
+/// [`Sink::publish`] returns. The same records make the same bytes.
+#[derive(Debug)]
+pub enum Sink {
+    /// The texts as they are, a newline after each.
+    Jsonl(Upload),
+    /// Columns; see [`SchemaInference`] and [`check_schema`].
+    Parquet(Box<ParquetSink>),
+}
+
+impl Sink {
+    /// To `at`; a Parquet file needs the schema of its records.
+    pub fn create(storage: &Storage, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
+        let upload = storage.upload(at);
+        match (Format::of(at)?, schema) {
+            (Format::Jsonl, _) => Ok(Self::Jsonl(upload)),
+            (Format::Parquet, Some(schema)) => Ok(Self::Parquet(Box::new(ParquetSink::new(upload, schema, at.url.clone())?))),
+            (Format::Parquet, None) => bail!("{}: a Parquet file needs a schema", at.url),
+        }
+    }
+
+    /// Writes one record. An error if the file can't be written, or the record does not fit the schema.
+    pub fn write(&mut self, record: &str) -> Result<()> {
+        match self {
+            Self::Jsonl(upload) => {
+                upload.write_all(record.as_bytes()).and_then(|()| upload.write_all(b"\n")).context("can't write a record")
+            }
+            Self::Parquet(sink) => sink.write(record),
+        }
+    }
+
+    /// Makes the file appear under its name.
+    pub fn publish(self) -> Result<()> {
+        match self {
+            Self::Jsonl(upload) => upload.publish(),
+            Self::Parquet(sink) => sink.publish(),
+        }
+    }
+}

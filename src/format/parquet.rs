@@ -1,0 +1,287 @@
+//! Rows of a Parquet file, as JSON objects. Knows nothing of what the columns mean. Invariant: memory depends on the
+//! size of pages and of single rows, not on how many rows a file or a row group holds.
+//!
+//! Types come from the Parquet schema alone (no embedded Arrow schema), so that there are few of them, all of which a
+//! [`super::Sink`] can write back. Exactly as they were come back (tested): booleans, integers, floats of all widths
+//! (but NaN and infinities, which JSON lacks: null), strings, bytes (as hexadecimal), dates, times and timestamps (zone:
+//! none or UTC), decimals, lists, structs, maps with string keys. Not: maps with other keys (refused), intervals
+//! (become strings), dictionary encoding and large or view variants of types (become the plain type).
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, Result};
+use arrow::array::{Array, RecordBatch, StructArray};
+use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema};
+use arrow::json::writer::{EncoderOptions, make_encoder};
+use bytes::Bytes;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::ParquetMetaData;
+use parquet::file::reader::{ChunkReader, Length};
+
+use super::{FileRow, Limits};
+use crate::outcome::RowError;
+use crate::storage::{Location, Object, Storage};
+
+/// Rows decoded at once, at most: rows are small then, and columns still decode in bulk.
+const MAX_BATCH_ROWS: usize = 1024;
+
+/// What a batch should hold at most, bytes, by the average row of the file.
+const BATCH_BYTES: u64 = 8 << 20;
+
+/// What is read of a file at once, bytes.
+const BLOCK_BYTES: u64 = 256 << 10;
+
+/// Blocks held of a file, at least. With many columns: two for each, so that no column evicts another's.
+const MIN_BLOCKS: usize = 64;
+
+/// Reads the rows of one file.
+#[derive(Debug)]
+pub(super) struct ParquetReader {
+    url: Arc<str>,
+    batches: ParquetRecordBatchReader,
+    batch_rows: usize,
+    rows: VecDeque<Result<String, RowError>>, // of one batch
+    next_line: u64,                           // from 1
+    group_ends: Vec<u64>,                     // rows up to and with each row group
+    limits: Limits,
+}
+
+impl ParquetReader {
+    /// Reads the footer. Fails if it is damaged or a column has a type that can't be read.
+    pub(super) fn open(object: &Object, limits: Limits) -> Result<Self> {
+        let builder = open_file(object)?;
+        let url = object.url().clone();
+        let schema = builder.schema().clone();
+        encode_rows(&RecordBatch::new_empty(schema), limits).with_context(|| format!("{url}: a column can't be read"))?;
+        let metadata = builder.metadata();
+        let mut n_rows = 0;
+        let count_up = metadata.row_groups().iter().map(|group| {
+            n_rows += group.num_rows() as u64;
+            n_rows
+        });
+        let group_ends = count_up.collect();
+        let batch_rows = batch_rows(metadata);
+        let batches = builder.with_batch_size(batch_rows).build().with_context(|| format!("can't read {url}"))?;
+        Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: 1, group_ends, limits })
+    }
+
+    pub(super) fn url(&self) -> &Arc<str> {
+        &self.url
+    }
+
+    pub(super) fn next_row(&mut self) -> Result<Option<FileRow>> {
+        while self.rows.is_empty() {
+            let Some(batch) = self.batches.next() else { return Ok(None) };
+            let rows = batch.and_then(|batch| encode_rows(&batch, self.limits));
+            self.rows = rows.with_context(|| self.batch_place())?;
+        }
+        let line = self.next_line;
+        self.next_line += 1;
+        Ok(self.rows.pop_front().map(|row| (line, row)))
+    }
+
+    /// Where the batch that begins at the next row lies.
+    fn batch_place(&self) -> String {
+        let n_rows = self.group_ends.last().copied().unwrap_or(0);
+        let last = (self.next_line + self.batch_rows as u64 - 1).min(n_rows);
+        let group = |row: u64| self.group_ends.partition_point(|&end| end < row);
+        let (first_group, last_group) = (group(self.next_line), group(last));
+        format!("can't read {}, rows {} to {last}, in row groups {first_group} to {last_group}", self.url, self.next_line)
+    }
+}
+
+/// The columns of a Parquet file, in types that a [`super::Sink`] can write: what an output that keeps the input's columns
+/// starts from. All may be null: a NaN of a column that may not is null in a row's JSON.
+pub fn schema_of(storage: &Storage, at: &Location) -> Result<Schema> {
+    let builder = open_file(&storage.open(at)?)?;
+    let fields: Fields = builder.schema().fields().iter().map(|field| writable_field(field)).collect();
+    Ok(Schema::new(fields))
+}
+
+/// Rows of a file, by its footer.
+pub(super) fn count_rows(object: &Object) -> Result<u64> {
+    Ok(open_file(object)?.metadata().file_metadata().num_rows() as u64)
+}
+
+fn open_file(object: &Object) -> Result<ParquetRecordBatchReaderBuilder<BlockFile>> {
+    let file = BlockFile::new(object.clone());
+    let metadata = load_metadata(&file).with_context(|| format!("{} is not a readable Parquet file", object.url()))?;
+    file.blocks().n_max = MIN_BLOCKS.max(2 * metadata.parquet_schema().num_columns());
+    Ok(ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata))
+}
+
+fn load_metadata(file: &BlockFile) -> Result<ArrowReaderMetadata, ParquetError> {
+    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+    let found = ArrowReaderMetadata::load(file, options.clone())?;
+    let fields: Fields = found.schema().fields().iter().map(|field| with_types(field, &offset_zone)).collect();
+    let schema = Schema::new_with_metadata(fields, found.schema().metadata().clone());
+    ArrowReaderMetadata::try_new(found.metadata().clone(), options.with_schema(Arc::new(schema)))
+}
+
+/// The zone of Parquet's timestamps by its offset: Arrow knows the name only with a time zone database.
+fn offset_zone(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::Timestamp(unit, Some(_)) => DataType::Timestamp(*unit, Some("+00:00".into())),
+        other => other.clone(),
+    }
+}
+
+/// As many rows as hold [`BATCH_BYTES`] on average in the row group of the biggest rows.
+fn batch_rows(metadata: &ParquetMetaData) -> usize {
+    let row_bytes = |group: &parquet::file::metadata::RowGroupMetaData| {
+        (group.total_byte_size().max(0) as u64) / (group.num_rows().max(1) as u64)
+    };
+    let most = metadata.row_groups().iter().map(row_bytes).max().unwrap_or(0);
+    ((BATCH_BYTES / most.max(1)) as usize).clamp(1, MAX_BATCH_ROWS)
+}
+
+/// The JSON text of each row.
+fn encode_rows(batch: &RecordBatch, limits: Limits) -> Result<VecDeque<Result<String, RowError>>, arrow::error::ArrowError> {
+    let rows = StructArray::from(batch.clone());
+    let field: FieldRef = Arc::new(Field::new("row", rows.data_type().clone(), false));
+    let options = EncoderOptions::default().with_explicit_nulls(true);
+    let mut encoder = make_encoder(&field, &rows, &options)?;
+    let mut encoded = VecDeque::with_capacity(batch.num_rows());
+    let mut text = Vec::new();
+    for row in 0..batch.num_rows() {
+        text.clear();
+        encoder.encode(row, &mut text);
+        encoded.push_back(if text.len() <= limits.max_row_bytes {
+            Ok(String::from_utf8(text.clone()).expect("JSON is UTF-8"))
+        } else {
+            Err(limits.too_long(text.len() as u64))
+        });
+    }
+    Ok(encoded)
+}
+
+/// The field that takes what JSON makes of a field's values.
+fn writable_field(field: &Field) -> FieldRef {
+    let data_type = match field.data_type() {
+        DataType::List(item) => DataType::List(writable_field(item)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(|field| writable_field(field)).collect()),
+        DataType::Map(entries, is_sorted) => DataType::Map(with_types(entries, &writable), *is_sorted),
+        other => writable(other),
+    };
+    Arc::new(field.clone().with_data_type(data_type).with_nullable(true))
+}
+
+/// The type that takes what JSON makes of `data_type`.
+fn writable(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::Interval(_) => DataType::Utf8,
+        other => other.clone(),
+    }
+}
+
+/// The field with `of` applied to its type, or to those inside it.
+fn with_types(field: &Field, of: &dyn Fn(&DataType) -> DataType) -> FieldRef {
+    let data_type = match field.data_type() {
+        DataType::List(item) => DataType::List(with_types(item, of)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(|field| with_types(field, of)).collect()),
+        DataType::Map(entries, is_sorted) => DataType::Map(with_types(entries, of), *is_sorted),
+        other => of(other),
+    };
+    Arc::new(field.clone().with_data_type(data_type))
+}
+
+/// A file that is read in blocks, the last used ones kept: page headers are parsed byte by byte, pages are small, and
+/// columns take turns.
+#[derive(Debug, Clone)]
+struct BlockFile {
+    object: Arc<Object>,
+    blocks: Arc<Mutex<Blocks>>,
+}
+
+#[derive(Debug)]
+struct Blocks {
+    recent: VecDeque<(u64, Bytes)>, // (block index, content), last used last
+    n_max: usize,
+}
+
+impl BlockFile {
+    fn new(object: Object) -> Self {
+        let blocks = Blocks { recent: VecDeque::new(), n_max: MIN_BLOCKS };
+        Self { object: Arc::new(object), blocks: Arc::new(Mutex::new(blocks)) }
+    }
+
+    fn blocks(&self) -> std::sync::MutexGuard<'_, Blocks> {
+        self.blocks.lock().expect("no reader panics while it holds the blocks")
+    }
+
+    /// What the block that holds byte `at` has from there on; empty at the end of the file.
+    fn from(&self, at: u64) -> io::Result<Bytes> {
+        let block_idx = at / BLOCK_BYTES;
+        let mut blocks = self.blocks();
+        let known = blocks.recent.iter().position(|(idx, _)| *idx == block_idx);
+        let block = if let Some(block) = known.and_then(|i| blocks.recent.remove(i)) {
+            block
+        } else {
+            let start = block_idx * BLOCK_BYTES;
+            let end = (start + BLOCK_BYTES).min(self.object.n_bytes());
+            if start >= end {
+                return Ok(Bytes::new());
+            }
+            (block_idx, self.object.range(start..end).map_err(io::Error::other)?)
+        };
+        let content = block.1.clone();
+        blocks.recent.push_back(block);
+        while blocks.recent.len() > blocks.n_max {
+            blocks.recent.pop_front();
+        }
+        Ok(content.slice(((at % BLOCK_BYTES) as usize).min(content.len())..))
+    }
+}
+
+impl Length for BlockFile {
+    fn len(&self) -> u64 {
+        self.object.n_bytes()
+    }
+}
+
+impl ChunkReader for BlockFile {
+    type T = BlockRead;
+
+    fn get_read(&self, start: u64) -> Result<BlockRead, ParquetError> {
+        Ok(BlockRead { file: self.clone(), at: start, rest: Bytes::new() })
+    }
+
+    fn get_bytes(&self, start: u64, n_bytes: usize) -> Result<Bytes, ParquetError> {
+        if start.checked_add(n_bytes as u64).is_none_or(|end| end > self.object.n_bytes()) {
+            return Err(ParquetError::EOF(format!("{n_bytes} bytes at {start} are past the end")));
+        }
+        let first = self.from(start)?;
+        if first.len() >= n_bytes {
+            return Ok(first.slice(..n_bytes));
+        }
+        let mut bytes = Vec::with_capacity(n_bytes);
+        self.get_read(start)?.take(n_bytes as u64).read_to_end(&mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+/// Reads on from one place in a [`BlockFile`].
+#[derive(Debug)]
+struct BlockRead {
+    file: BlockFile,
+    at: u64,
+    rest: Bytes,
+}
+
+impl Read for BlockRead {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.rest.is_empty() {
+            self.rest = self.file.from(self.at)?;
+        }
+        let n = into.len().min(self.rest.len());
+        into[..n].copy_from_slice(&self.rest[..n]);
+        self.rest = self.rest.slice(n..);
+        self.at += n as u64;
+        Ok(n)
+    }
+}

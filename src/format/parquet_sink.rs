@@ -1,0 +1,155 @@
+//! Records to a Parquet file. Knows nothing of what the columns mean. Invariants: the same records make the same bytes
+//! (no clock, no version in the file); at most one row group is in memory; a field without a column is an error, never
+//! dropped.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
+use arrow::json::ReaderBuilder;
+use arrow::json::reader::Decoder;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+use serde_json::value::RawValue;
+
+use super::infer::is_json;
+use crate::storage::Upload;
+
+/// Rows of a row group, at most.
+const GROUP_ROWS: usize = 100_000;
+
+/// Bytes of a row group, about, at most.
+const GROUP_BYTES: usize = 64 << 20;
+
+/// Records turned into columns at once, at most.
+const BATCH_ROWS: usize = 1024;
+
+/// Text of the records turned into columns at once, bytes, about, at most.
+const BATCH_BYTES: usize = 4 << 20;
+
+/// Refuses a schema with a type that records (JSON texts) can't be turned into: before the work, not after it.
+pub fn check_schema(schema: &Schema) -> Result<()> {
+    ReaderBuilder::new(Arc::new(schema.clone())).build_decoder().context("a column of the output can't be written")?;
+    Ok(())
+}
+
+/// Writes records as rows of the schema's columns.
+pub struct ParquetSink {
+    url: Arc<str>,
+    schema: SchemaRef,
+    has_json: bool,
+    decoder: Decoder,
+    n_bytes: usize, // of text in the decoder
+    text: Vec<u8>,  // one record, rewritten for the decoder
+    writer: ArrowWriter<Upload>,
+}
+
+impl fmt::Debug for ParquetSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ParquetSink").field("url", &self.url).field("schema", &self.schema).finish_non_exhaustive()
+    }
+}
+
+impl ParquetSink {
+    pub(super) fn new(upload: Upload, schema: SchemaRef, url: Arc<str>) -> Result<Self> {
+        let properties = WriterProperties::builder()
+            .set_created_by("valar".to_owned())
+            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+            .set_max_row_group_row_count(Some(GROUP_ROWS))
+            .set_max_row_group_bytes(Some(GROUP_BYTES))
+            .build();
+        // Without an embedded Arrow schema: Parquet's own says all there is to say of these types.
+        let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
+        let writer = ArrowWriter::try_new_with_options(upload, schema.clone(), options);
+        let writer = writer.with_context(|| format!("can't write {url} with these columns"))?;
+        let decoder = ReaderBuilder::new(schema.clone()).with_batch_size(2 * BATCH_ROWS).with_strict_mode(true).build_decoder();
+        let decoder = decoder.with_context(|| format!("can't write {url} with these columns"))?;
+        let has_json = schema.fields().iter().any(|field| holds_json(field));
+        Ok(Self { url, schema, has_json, decoder, n_bytes: 0, text: Vec::new(), writer })
+    }
+
+    pub(super) fn write(&mut self, record: &str) -> Result<()> {
+        self.text.clear();
+        if self.has_json {
+            encode_object(self.schema.fields(), record, &mut self.text)?;
+        } else {
+            self.text.extend_from_slice(record.as_bytes());
+        }
+        self.text.push(b'\n');
+        let n_taken = self.decoder.decode(&self.text).with_context(|| format!("{}: a record is not JSON", self.url))?;
+        assert_eq!(n_taken, self.text.len(), "the decoder holds a whole batch");
+        self.n_bytes += n_taken;
+        if self.decoder.len() >= BATCH_ROWS || self.n_bytes >= BATCH_BYTES {
+            self.write_batch()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn publish(mut self) -> Result<()> {
+        self.write_batch()?;
+        let upload = self.writer.into_inner().with_context(|| format!("can't write {}", self.url))?;
+        upload.publish()
+    }
+
+    fn write_batch(&mut self) -> Result<()> {
+        self.n_bytes = 0;
+        let batch = self.decoder.flush().with_context(|| format!("{}: a record does not fit the columns", self.url))?;
+        let Some(batch) = batch else { return Ok(()) };
+        self.writer.write(&batch).with_context(|| format!("can't write {}", self.url))
+    }
+}
+
+fn holds_json(field: &Field) -> bool {
+    is_json(field)
+        || match field.data_type() {
+            DataType::List(item) => holds_json(item),
+            DataType::Struct(fields) => fields.iter().any(|field| holds_json(field)),
+            _ => false,
+        }
+}
+
+/// Writes the object `text`, with what belongs to JSON columns as strings that hold the JSON.
+fn encode_object(fields: &Fields, text: &str, out: &mut Vec<u8>) -> Result<()> {
+    let object: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_str(text)?;
+    let mut separator = b'{';
+    for (name, value) in &object {
+        let Some((_, field)) = fields.find(name) else { bail!("no column for the field {name:?}") };
+        out.push(separator);
+        separator = b',';
+        serde_json::to_writer(&mut *out, name)?;
+        out.push(b':');
+        encode_value(field, value.get(), out)?;
+    }
+    if object.is_empty() {
+        out.push(b'{');
+    }
+    out.push(b'}');
+    Ok(())
+}
+
+fn encode_value(field: &Field, text: &str, out: &mut Vec<u8>) -> Result<()> {
+    if text == "null" || !holds_json(field) {
+        out.extend_from_slice(text.as_bytes());
+        return Ok(());
+    }
+    match field.data_type() {
+        DataType::Struct(fields) => encode_object(fields, text, out)?,
+        DataType::List(item) => {
+            out.push(b'[');
+            for (i, value) in serde_json::from_str::<Vec<&RawValue>>(text)?.into_iter().enumerate() {
+                if i > 0 {
+                    out.push(b',');
+                }
+                encode_value(item, value.get(), out)?;
+            }
+            out.push(b']');
+        }
+        _ => serde_json::to_writer(out, text)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! Where an object is: what the user typed, and the store and path it means. Knows nothing of what lies there.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
+use url::Url;
+
+/// One place in one store.
+#[derive(Debug, Clone)]
+pub struct Location {
+    /// The store.
+    pub store: Arc<dyn ObjectStore>,
+    /// The path in the store.
+    pub path: object_store::path::Path,
+    /// As the user wrote it (or would have): for messages, manifests and error files.
+    pub url: Arc<str>,
+    /// The path on this machine, if the store is its file system. What only files can do (locks, removing directories)
+    /// depends on it.
+    pub local: Option<PathBuf>,
+}
+
+impl Location {
+    /// A place in a given store.
+    pub fn new(store: Arc<dyn ObjectStore>, path: object_store::path::Path, url: impl Into<Arc<str>>) -> Self {
+        Self { store, path, url: url.into(), local: None }
+    }
+
+    /// Understands plain paths (relative to the working directory; `~` is the shell's business) and `file://` URLs.
+    pub fn parse(text: &str) -> Result<Self> {
+        if text.is_empty() {
+            bail!("a path is empty");
+        }
+        let typed = match text.split_once("://") {
+            Some(("file", _)) => file_url_path(text)?,
+            Some((scheme, _)) if is_scheme(scheme) => {
+                bail!("{text}: {scheme}:// is not supported yet; give a path or a file:// URL")
+            }
+            _ => PathBuf::from(text),
+        };
+        let local = absolute(&typed).with_context(|| format!("can't resolve the path {text}"))?;
+        let path = object_store::path::Path::from_absolute_path(&local).with_context(|| format!("can't use the path {text}"))?;
+        Ok(Self { store: Arc::new(LocalFileSystem::new().with_fsync(true)), path, url: text.into(), local: Some(local) })
+    }
+
+    /// The place `name` under this one.
+    pub fn child(&self, name: &str) -> Result<Self> {
+        let url = if self.url.is_empty() || self.url.ends_with('/') {
+            format!("{}{name}", self.url)
+        } else {
+            format!("{}/{name}", self.url)
+        };
+        let path = object_store::path::Path::parse(format!("{}/{name}", self.path))
+            .with_context(|| format!("can't use the name {name:?} under {}", self.url))?;
+        Ok(Self { store: self.store.clone(), path, url: url.into(), local: self.local.as_ref().map(|dir| dir.join(name)) })
+    }
+
+    /// The place beside this one whose name has `extension` instead of its last one: `a/out.jsonl` with `job` is
+    /// `a/out.job`.
+    pub fn with_extension(&self, extension: &str) -> Result<Self> {
+        let Some(name) = self.path.filename() else { bail!("{} names no file", self.url) };
+        let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+        let beside = format!("{stem}.{extension}");
+        let parent = self.path.as_ref().strip_suffix(name).expect("a path ends with its file name");
+        let typed = self.url.rfind('/').map_or("", |slash| &self.url[..=slash]);
+        let path = object_store::path::Path::parse(format!("{parent}{beside}")).context("a name beside a valid one")?;
+        let local = self.local.as_ref().map(|local| local.with_file_name(&beside));
+        Ok(Self { store: self.store.clone(), path, url: format!("{typed}{beside}").into(), local })
+    }
+}
+
+/// `C:`-like or path-like texts before `://` are no schemes.
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic()) && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+}
+
+fn file_url_path(text: &str) -> Result<PathBuf> {
+    let url = Url::parse(text).with_context(|| format!("{text} is not a URL"))?;
+    match url.to_file_path() {
+        Ok(path) if url.query().is_none() && url.fragment().is_none() => Ok(path),
+        _ => bail!("{text} is not the URL of a file on this machine (write %3F for ? and %23 for #)"),
+    }
+}
+
+/// Makes a path absolute and resolves `..` as the file system would (a symbolic link's parent is its target's), also
+/// where the end of the path does not exist yet.
+fn absolute(path: &Path) -> std::io::Result<PathBuf> {
+    let mut resolved = PathBuf::new();
+    for component in std::path::absolute(path)?.components() {
+        match component {
+            Component::ParentDir => {
+                if let Ok(real) = resolved.canonicalize() {
+                    resolved = real;
+                }
+                resolved.pop();
+            }
+            other => resolved.push(other),
+        }
+    }
+    Ok(resolved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_urls_name_files() {
+        let at = Location::parse("/data/a b/x.jsonl").unwrap();
+        assert_eq!((at.path.as_ref(), &*at.url), ("data/a b/x.jsonl", "/data/a b/x.jsonl"));
+        let at = Location::parse("file:///data/a%20b/x.jsonl").unwrap();
+        assert_eq!((at.path.as_ref(), &*at.url), ("data/a b/x.jsonl", "file:///data/a%20b/x.jsonl"));
+        assert_eq!(Location::parse("/no/such/../x.jsonl").unwrap().path.as_ref(), "no/x.jsonl");
+        let here = Location::parse("x.jsonl").unwrap();
+        assert_eq!(here.local, Some(std::env::current_dir().unwrap().join("x.jsonl")));
+    }
+
+    #[test]
+    fn other_schemes_are_refused_by_name() {
+        let error = |text: &str| format!("{:#}", Location::parse(text).unwrap_err());
+        assert_eq!(error("s3://b/x.jsonl"), "s3://b/x.jsonl: s3:// is not supported yet; give a path or a file:// URL");
+        assert!(error("").contains("empty"));
+        assert!(error("file:///a?b").contains("%3F"));
+    }
+
+    #[test]
+    fn names_beside_and_under() {
+        let at = Location::parse("out/a.b.jsonl").unwrap();
+        let job = at.with_extension("job").unwrap();
+        assert_eq!(&*job.url, "out/a.b.job");
+        assert!(job.path.as_ref().ends_with("out/a.b.job") && job.local.as_ref().unwrap().ends_with("out/a.b.job"));
+        let child = job.child("manifest.json").unwrap();
+        assert_eq!(&*child.url, "out/a.b.job/manifest.json");
+        assert!(child.local.unwrap().ends_with("out/a.b.job/manifest.json"));
+        assert_eq!(&*Location::parse("out").unwrap().with_extension("errors.jsonl").unwrap().url, "out.errors.jsonl");
+    }
+}
