@@ -1,0 +1,196 @@
+//! What job a journal belongs to. Knows how to tell two jobs apart in words; does not decide what to do about it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// The form of journals this program reads and writes.
+const FORMAT_VERSION: u32 = 1;
+
+/// What identifies a job, and what its outputs depend on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The form of the journal; see [`Manifest::FORMAT_VERSION`].
+    pub format_version: u32,
+    /// The program that began the job.
+    pub valar_version: String,
+    /// Identifies the job: equal for equal inputs, pipeline, seed and model. Every segment carries it.
+    pub job_fingerprint: String,
+    /// When the job began, seconds since 1970. Outputs that state a time state this one.
+    pub created_unix_s: u64,
+    /// Seeds of rows that have none derive from it.
+    pub job_seed: u64,
+    /// What the bits depend on: weights, tokenizer, kernels, device.
+    pub model_fingerprint: String,
+    /// The pipeline with all defaults filled in, as TOML.
+    pub pipeline: String,
+    /// The input files, in order.
+    pub inputs: Vec<Input>,
+}
+
+/// One input file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// As the user named it.
+    pub url: String,
+    /// Size, bytes.
+    pub n_bytes: u64,
+    /// Hash of its content, hexadecimal.
+    pub blake3: String,
+    /// Rows in it.
+    pub n_rows: u64,
+}
+
+impl Manifest {
+    /// What [`Manifest::format_version`] must be.
+    pub const FORMAT_VERSION: u32 = FORMAT_VERSION;
+
+    pub(super) fn parse(text: &[u8]) -> Result<Self> {
+        let manifest: Self = serde_json::from_slice(text)?;
+        let version = manifest.format_version;
+        ensure!(version == FORMAT_VERSION, "it has form {version}; this program knows form {FORMAT_VERSION}");
+        Ok(manifest)
+    }
+
+    pub(super) fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).expect("strings and numbers are JSON");
+        text.push('\n');
+        text
+    }
+
+    /// Rows of all inputs.
+    pub fn n_rows(&self) -> u64 {
+        self.inputs.iter().map(|input| input.n_rows).sum()
+    }
+
+    /// What is different in `now`, a line each, for people; empty if it is the same job. When a job began does not
+    /// count.
+    pub fn differences(&self, now: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut compare = |what: &str, old: &str, new: &str| {
+            if old != new {
+                found.push(format!("{what}: {old} -> {new}"));
+            }
+        };
+        compare("valar version", &self.valar_version, &now.valar_version);
+        compare("model fingerprint", &self.model_fingerprint, &now.model_fingerprint);
+        compare("job seed", &self.job_seed.to_string(), &now.job_seed.to_string());
+        found.extend(pipeline_differences(&self.pipeline, &now.pipeline));
+        found.extend(input_differences(&self.inputs, &now.inputs));
+        if found.is_empty() && self.job_fingerprint != now.job_fingerprint {
+            found.push(format!("job fingerprint: {} -> {}", self.job_fingerprint, now.job_fingerprint));
+        }
+        found
+    }
+}
+
+fn input_differences(old: &[Input], new: &[Input]) -> Vec<String> {
+    let by_url = |inputs: &[Input]| inputs.iter().map(|input| (input.url.clone(), input.clone())).collect::<BTreeMap<_, _>>();
+    let (by_old, by_new) = (by_url(old), by_url(new));
+    let mut found = Vec::new();
+    for url in by_old.keys().chain(by_new.keys()).collect::<BTreeSet<_>>() {
+        match (by_old.get(url), by_new.get(url)) {
+            (Some(old), Some(new)) if old == new => {}
+            (Some(old), Some(new)) if old.n_bytes != new.n_bytes => {
+                found.push(format!("input {url} changed: {} bytes -> {}", old.n_bytes, new.n_bytes));
+            }
+            (Some(old), Some(new)) => found.push(format!("input {url} changed: blake3 {} -> {}", old.blake3, new.blake3)),
+            (None, _) => found.push(format!("input {url} is new")),
+            (_, None) => found.push(format!("input {url} is no longer one")),
+        }
+    }
+    if found.is_empty() && old != new {
+        found.push("the inputs come in another order".to_owned());
+    }
+    found
+}
+
+fn pipeline_differences(old: &str, new: &str) -> Vec<String> {
+    if old == new {
+        return Vec::new();
+    }
+    let (Ok(by_old), Ok(by_new)) = (settings(old), settings(new)) else { return vec!["the pipeline changed".to_owned()] };
+    let mut found = Vec::new();
+    for key in by_old.keys().chain(by_new.keys()).collect::<BTreeSet<_>>() {
+        let show = |value: Option<&String>| value.map_or("not set", String::as_str).to_owned();
+        let (old, new) = (by_old.get(key), by_new.get(key));
+        if old != new {
+            found.push(format!("pipeline: {key} {} -> {}", show(old), show(new)));
+        }
+    }
+    if found.is_empty() {
+        found.push("the pipeline is written differently".to_owned());
+    }
+    found
+}
+
+/// The settings of a TOML text by their dotted keys.
+fn settings(text: &str) -> Result<BTreeMap<String, String>, toml::de::Error> {
+    fn gather(prefix: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    gather(&key, value, into);
+                }
+            }
+            value => {
+                into.insert(prefix.to_owned(), value.to_string());
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    gather("", &toml::Value::Table(text.parse()?), &mut found);
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let input = |url: &str| Input { url: url.to_owned(), n_bytes: 7, blake3: format!("hash of {url}"), n_rows: 3 };
+        Manifest {
+            format_version: FORMAT_VERSION,
+            valar_version: "0.1.0".to_owned(),
+            job_fingerprint: "j1".to_owned(),
+            created_unix_s: 1,
+            job_seed: 0,
+            model_fingerprint: "m1".to_owned(),
+            pipeline: "model = \"a\"\n[sampling]\ntemperature = 0.0\nstop = [\"x\"]\n".to_owned(),
+            inputs: vec![input("a.jsonl"), input("b.jsonl")],
+        }
+    }
+
+    #[track_caller]
+    fn check(change: impl FnOnce(&mut Manifest), wanted: &[&str]) {
+        let mut now = manifest();
+        change(&mut now);
+        assert_eq!(manifest().differences(&now), wanted);
+    }
+
+    #[test]
+    fn differences_are_told_in_words() {
+        check(|_| {}, &[]);
+        check(|m| m.created_unix_s = 2, &[]);
+        check(|m| m.job_fingerprint = "j2".to_owned(), &["job fingerprint: j1 -> j2"]);
+        check(|m| m.job_seed = 5, &["job seed: 0 -> 5"]);
+        check(
+            |m| m.pipeline = "model = \"a\"\nmax_tokens = 5\n[sampling]\ntemperature = 0.7\nstop = [\"x\"]".to_owned(),
+            &["pipeline: max_tokens not set -> 5", "pipeline: sampling.temperature 0.0 -> 0.7"],
+        );
+        check(|m| m.inputs[0].blake3 = "new".to_owned(), &["input a.jsonl changed: blake3 hash of a.jsonl -> new"]);
+        check(|m| m.inputs[0].n_bytes = 9, &["input a.jsonl changed: 7 bytes -> 9"]);
+        check(|m| m.inputs.swap(0, 1), &["the inputs come in another order"]);
+        check(|m| m.inputs[1].url = "c.jsonl".to_owned(), &["input b.jsonl is no longer one", "input c.jsonl is new"]);
+    }
+
+    #[test]
+    fn comes_back_from_json_and_other_forms_are_refused() {
+        let json = manifest().to_json();
+        assert_eq!(Manifest::parse(json.as_bytes()).unwrap(), manifest());
+        let other = json.replace("\"format_version\": 1", "\"format_version\": 2");
+        assert!(Manifest::parse(other.as_bytes()).unwrap_err().to_string().contains("form 2"));
+    }
+}

@@ -1,0 +1,167 @@
+//! One segment: lines of records and a last line that seals them. Knows nothing of stores. Invariant: what passes
+//! [`verify`] is byte for byte what was sealed, by the same job.
+
+use std::ops::Range;
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+/// What became of one row.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// Index of the row over all input files.
+    pub row: u64,
+    /// Whether the line belongs to the results or to the errors.
+    pub ok: bool,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub completion_tokens: u32,
+    /// Prompt tokens shared with another row.
+    pub cached_tokens: u32,
+    /// The finished output line: one JSON object without line feeds.
+    pub line: Box<RawValue>,
+}
+
+/// A segment that is not what was sealed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Damaged(String);
+
+/// The last line of a segment.
+#[derive(Debug, Serialize, Deserialize)]
+struct Seal {
+    /// Records before it.
+    rows: u64,
+    /// Fingerprint of the job.
+    job: String,
+    /// Hash of all bytes before it, hexadecimal.
+    blake3: String,
+}
+
+/// A segment being gathered.
+#[derive(Debug, Default)]
+pub(super) struct Segment {
+    lines: Vec<u8>,
+    n_rows: u64,
+}
+
+impl Segment {
+    pub(super) fn n_rows(&self) -> u64 {
+        self.n_rows
+    }
+
+    pub(super) fn n_bytes(&self) -> usize {
+        self.lines.len()
+    }
+
+    pub(super) fn push(&mut self, record: &Record) {
+        assert!(!record.line.get().contains('\n'), "the output line of row {} has a line feed", record.row);
+        serde_json::to_writer(&mut self.lines, record).expect("a record is JSON and memory takes it");
+        self.lines.push(b'\n');
+        self.n_rows += 1;
+    }
+
+    /// The whole segment.
+    pub(super) fn seal(&self, job: &str) -> Bytes {
+        let blake3 = blake3::hash(&self.lines).to_hex().to_string();
+        let seal = Seal { rows: self.n_rows, job: job.to_owned(), blake3 };
+        let mut content = self.lines.clone();
+        serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
+        content.push(b'\n');
+        content.into()
+    }
+}
+
+/// The lines of records of a segment of `job`, or [`Damaged`].
+pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
+    let damaged = |what: String| Err(Damaged(what).into());
+    let Some(text) = content.strip_suffix(b"\n") else { return damaged("its end is missing".to_owned()) };
+    let start = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |feed| feed + 1);
+    let Ok(seal) = serde_json::from_slice::<Seal>(&text[start..]) else { return damaged("its end is missing".to_owned()) };
+    let lines = content.slice(..start);
+    if blake3::hash(&lines).to_hex().as_str() != seal.blake3 {
+        return damaged("its checksum is wrong".to_owned());
+    }
+    if seal.job != job {
+        return damaged(format!("it is of another job, {}", seal.job));
+    }
+    let n_rows = lines.split_inclusive(|&byte| byte == b'\n').count() as u64;
+    if n_rows != seal.rows {
+        return damaged(format!("it holds {n_rows} rows, not {}", seal.rows));
+    }
+    Ok(lines)
+}
+
+/// A record and where it is in its segment.
+pub(super) struct Entry {
+    pub(super) record: Record,
+    pub(super) bytes: Range<u64>,
+}
+
+/// The records of verified lines.
+pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry>>> {
+    let text = std::str::from_utf8(lines).context("a sealed segment is not UTF-8")?;
+    let mut start = 0;
+    Ok(text.split_inclusive('\n').map(move |line| {
+        let bytes = start..start + line.len() as u64;
+        start = bytes.end;
+        Ok(Entry { record: parse_record(line)?, bytes })
+    }))
+}
+
+/// The record of one line.
+pub(super) fn parse_record(line: &str) -> Result<Record> {
+    serde_json::from_str(line).context("a sealed record is not readable")
+}
+
+/// The name of segment `number`, from 1.
+pub(super) fn name_of(number: u32) -> String {
+    format!("seg-{number:08}.jsonl")
+}
+
+/// The number of the segment called `name`; `None` if it is not a segment's name.
+pub(super) fn number_of(name: &str) -> Option<u32> {
+    let digits = name.strip_prefix("seg-")?.strip_suffix(".jsonl")?;
+    let number = digits.parse().ok()?;
+    (name_of(number) == name).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_flipped_bit_and_any_cut_is_found() {
+        let mut segment = Segment::default();
+        for row in 0..3 {
+            let line = RawValue::from_string(format!("{{\"x\": {row} }}")).unwrap();
+            segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, line });
+        }
+        let sealed = segment.seal("job");
+        let lines = verify(&sealed, "job").unwrap();
+        let records: Vec<Record> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();
+        assert_eq!(records.iter().map(|r| r.line.get()).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
+        assert!(verify(&sealed, "another").unwrap_err().is::<Damaged>());
+        for cut in 0..sealed.len() {
+            assert!(verify(&sealed.slice(..cut), "job").unwrap_err().is::<Damaged>(), "cut at {cut}");
+        }
+        for bit in 0..8 * sealed.len() {
+            let mut flipped = sealed.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let error = verify(&flipped.into(), "job").map(|_| ()).expect_err("found");
+            assert!(error.is::<Damaged>(), "bit {bit}: {error:#}");
+        }
+    }
+
+    #[test]
+    fn names_are_numbers() {
+        assert_eq!(name_of(7), "seg-00000007.jsonl");
+        assert_eq!(number_of("seg-00000007.jsonl"), Some(7));
+        for other in ["seg-7.jsonl", "seg-+0000007.jsonl", "manifest.json", "seg-00000007.jsonl#1"] {
+            assert_eq!(number_of(other), None, "{other}");
+        }
+    }
+}
