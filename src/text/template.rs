@@ -1,0 +1,209 @@
+//! Prompts from templates: the model's own chat template ([`ChatTemplate`]) and a user's template over a row's columns
+//! ([`RowTemplate`]). Knows nothing of tokens or files. Invariant: a chat renders to the very text that `transformers`
+//! renders (golden files in `tests/golden`), and to the same text at any time: templates see no clock.
+
+use crate::gguf::Gguf;
+use crate::outcome::{ErrorCode, RowError};
+use crate::request::Message;
+use anyhow::{Context, Result, anyhow, ensure};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, context};
+use serde::Serialize;
+use serde_json::Map;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+use std::collections::BTreeMap;
+use std::io;
+
+/// A model's chat template, compiled once; one for all threads.
+pub struct ChatTemplate {
+    /// The compiled template, or why this model can render no messages.
+    environment: Result<Environment<'static>, String>,
+    hash: String,
+}
+
+impl ChatTemplate {
+    /// The template of a model file. A file without a template, or with one that does not compile, is still good for
+    /// raw prompts: every `render` says what is wrong.
+    ///
+    /// # Errors
+    /// A special token's id is not in the vocabulary.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let tokens = gguf.str_array("tokenizer.ggml.tokens").unwrap_or_default();
+        let mut specials = BTreeMap::new();
+        for (name, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")] {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            if let Some(id) = gguf.u64(&key) {
+                let token = tokens.get(id as usize);
+                let token = token.with_context(|| format!("{}: {key} is {id}: no such token", gguf.path().display()))?;
+                specials.insert(name, *token);
+            }
+        }
+        Ok(match gguf.str("tokenizer.chat_template") {
+            Some(source) => Self::new(source, &specials),
+            None => Self { environment: Err("the model has no chat template: give it raw prompts".to_owned()), hash: hash(&[]) },
+        })
+    }
+
+    /// A template with the special tokens it may name (`bos_token`, `eos_token`, …).
+    pub fn new(source: &str, specials: &BTreeMap<&str, &str>) -> Self {
+        let mut parts = vec![source];
+        parts.extend(specials.iter().flat_map(|(name, token)| [*name, *token]));
+        let mut environment = base_environment();
+        // As transformers sets up Jinja for chat templates.
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.expect("only delimiters can be wrong"));
+        for (name, token) in specials {
+            environment.add_global((*name).to_owned(), *token);
+        }
+        let compiled = environment.add_template_owned(NAME, source.to_owned());
+        let environment = match compiled {
+            Ok(()) => Ok(environment),
+            Err(error) => Err(format!("the model's chat template does not compile: {error}")),
+        };
+        Self { environment, hash: hash(&parts) }
+    }
+
+    /// Renders a chat. `add_generation_prompt` opens the assistant's turn at the end.
+    ///
+    /// # Errors
+    /// `TemplateError` if the model has no usable template or the template refuses the messages.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, RowError> {
+        let refuse = |message: String| RowError::row(ErrorCode::TemplateError, message);
+        let environment = self.environment.as_ref().map_err(|why| refuse(why.clone()))?;
+        let messages: Vec<Value> = messages.iter().map(message_value).collect();
+        // transformers always passes tools and documents, as none if there are none.
+        let context = context! { messages, add_generation_prompt, tools => (), documents => () };
+        compiled(environment)
+            .render(context)
+            .map_err(|error| refuse(format!("the model's chat template refused the messages: {error}")))
+    }
+
+    /// blake3 (hex) of the template and its special tokens; part of the fingerprint.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+}
+
+/// A user's template over the columns of a row, compiled once; one for all threads. Jinja's own defaults hold: blanks
+/// around blocks stay, one line end at the template's end goes.
+pub struct RowTemplate {
+    environment: Environment<'static>,
+    /// The names that the template takes from the row, sorted.
+    columns: Vec<String>,
+}
+
+impl RowTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// The source is no template; the message says where.
+    pub fn compile(source: &str) -> Result<Self> {
+        let mut environment = base_environment();
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(|error| anyhow!("the template does not compile: {error}"))?;
+        let mut columns: Vec<String> = compiled(&environment).undeclared_variables(false).into_iter().collect();
+        columns.retain(|name| environment.globals().all(|(global, _)| global != name));
+        columns.sort_unstable();
+        ensure!(!source.trim().is_empty(), "the template is empty");
+        Ok(Self { environment, columns })
+    }
+
+    /// Renders one row.
+    ///
+    /// # Errors
+    /// `TemplateError` that says what the template refused, and names the columns that it knows and the row lacks.
+    pub fn render(&self, columns: &Map<String, serde_json::Value>) -> Result<String, RowError> {
+        compiled(&self.environment).render(Value::from(Serde(columns))).map_err(|error| {
+            let mut message = format!("the template refused the row: {error}");
+            let missing: Vec<_> = self.columns.iter().filter(|name| !columns.contains_key(*name)).map(String::as_str).collect();
+            if !missing.is_empty() {
+                let present: Vec<_> = columns.keys().take(MAX_NAMED_COLUMNS).map(String::as_str).collect();
+                message = format!("{message}; the row has no column {} (it has: {})", missing.join(", "), present.join(", "));
+            }
+            RowError::row(ErrorCode::TemplateError, message)
+        })
+    }
+}
+
+/// An environment holds one template; messages call it this.
+const NAME: &str = "template";
+
+/// Most of a row's own columns that an error names.
+const MAX_NAMED_COLUMNS: usize = 20;
+
+/// What both kinds of template can do beyond Jinja: Python's methods, and the functions that `transformers` adds. Not
+/// `strftime_now`: templates that know it test whether it is there, and a prompt must not depend on the day.
+fn base_environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", to_json);
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment
+}
+
+fn compiled<'a>(environment: &'a Environment<'static>) -> minijinja::Template<'a, 'a> {
+    environment.get_template(NAME).expect("added when the environment was made")
+}
+
+fn message_value(message: &Message) -> Value {
+    let Message { role, content, name } = message;
+    // Without a name there is no such key: templates ask `message.name is defined`.
+    if let Some(name) = name {
+        context! { role, content, name }
+    } else {
+        context! { role, content }
+    }
+}
+
+fn hash(parts: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// `transformers`' `tojson`: Python's `json.dumps(value, ensure_ascii=False, indent=indent)`. Jinja's own, and
+/// minijinja's, escape for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "minijinja gives filters their keyword arguments by value")]
+fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    if kwargs.get::<Option<bool>>("ensure_ascii")? == Some(true) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
+    }
+    kwargs.assert_all_used()?;
+    let mut json = Vec::new();
+    let written = match indent {
+        Some(n_blanks) => {
+            let indent = " ".repeat(n_blanks.min(16));
+            value.serialize(&mut Serializer::with_formatter(&mut json, PrettyFormatter::with_indent(indent.as_bytes())))
+        }
+        None => value.serialize(&mut Serializer::with_formatter(&mut json, PythonFormatter)),
+    };
+    written.map_err(|error| Error::new(ErrorKind::BadSerialization, "tojson").with_source(error))?;
+    Ok(String::from_utf8(json).expect("serde_json writes UTF-8"))
+}
+
+/// JSON on one line with Python's blanks: `{"a": 1, "b": [2, 3]}`.
+struct PythonFormatter;
+
+impl Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
