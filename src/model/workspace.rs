@@ -1,0 +1,57 @@
+//! The buffers of a forward pass and the KV caches: made once, before the first step. Knows their sizes, nothing of what
+//! is computed in them.
+
+use super::ModelSpec;
+use crate::device::Device;
+
+/// Every buffer that a step writes, for up to `max_step_tokens` tokens.
+pub struct Workspace<D: Device> {
+    /// Residual stream, `[T, width]`.
+    pub x: D::Hidden,
+    /// Queries, keys and values, `[T, (n_heads + 2 · n_kv_heads) · head_dim]`.
+    pub qkv: D::Hidden,
+    /// Gate and up projections, `[T, 2 · ffn_width]`.
+    pub gate_up: D::Hidden,
+    /// What a norm gives, `[T, width]`.
+    pub normed: D::Act,
+    /// What attention gives, `[T, n_heads · head_dim]`.
+    pub attended: D::Act,
+    /// What the gate gives, `[T, ffn_width]`.
+    pub gated: D::Act,
+}
+
+impl<D: Device> Workspace<D> {
+    /// Makes the buffers.
+    pub fn new(dev: &D, spec: &ModelSpec, max_step_tokens: usize) -> Self {
+        Self {
+            x: dev.new_hidden(max_step_tokens, spec.width),
+            qkv: dev.new_hidden(max_step_tokens, spec.qkv_width()),
+            gate_up: dev.new_hidden(max_step_tokens, 2 * spec.ffn_width),
+            normed: dev.new_act(max_step_tokens, spec.width),
+            attended: dev.new_act(max_step_tokens, spec.q_width()),
+            gated: dev.new_act(max_step_tokens, spec.ffn_width),
+        }
+    }
+}
+
+/// How much memory a model needs beside its weights; what `n_blocks` is derived from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizing {
+    /// Bytes of one KV block over all layers (it holds `BLOCK_TOKENS` tokens).
+    pub kv_block_bytes: usize,
+    /// Bytes of a [`Workspace`] if every element is an f32 and no buffer is left out: what a device needs is near this.
+    pub workspace_bytes: usize,
+    /// Bytes of the weights as the file holds them; a device's own layout may differ.
+    pub weights_file_bytes: usize,
+}
+
+/// Sizes a model on a device, before anything is allocated.
+pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, gguf: &crate::gguf::Gguf, max_step_tokens: usize) -> Sizing {
+    let row_elements = 2 * spec.width + spec.qkv_width() + spec.q_width() + 3 * spec.ffn_width;
+    let tensors = gguf.tensor_names().into_iter().filter_map(|name| gguf.find_tensor(name));
+    Sizing {
+        kv_block_bytes: spec.n_layers * dev.cache_block_bytes(&spec.attention),
+        workspace_bytes: max_step_tokens * row_elements * size_of::<f32>(),
+        weights_file_bytes: tensors.map(|tensor| tensor.bytes.len()).sum(),
+    }
+}
