@@ -1,0 +1,192 @@
+//! The paged key/value cache of one layer, in IEEE half precision, and rotary embeddings. Knows nothing of attention.
+//! Invariant: what a slot holds is a function of its token's k and v and its position; storing touches that slot only.
+
+use super::buffer::{Aligned, Shared};
+use super::isa::per_isa;
+use super::simd::{LANES, Simd};
+use crate::device::batch::BlockCopy;
+use crate::device::{AttentionSpec, BLOCK_TOKENS, RopeStyle};
+
+/// One layer's cache. A block is its keys, `[kv_head][head_dim][16 slots]` (so that 16 keys are the lanes of a vector),
+/// then its values, `[kv_head][16 slots][head_dim]`.
+pub struct Cache {
+    cells: Aligned<u16>,
+    pub(super) layout: Layout,
+}
+
+/// Where things are in a cache.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    pub(super) n_kv_heads: usize,
+    pub(super) head_dim: usize,
+}
+
+impl Layout {
+    pub(super) fn new(spec: &AttentionSpec) -> Self {
+        Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim }
+    }
+
+    /// Cells of one head's keys (or values) in a block.
+    fn head_cells(self) -> usize {
+        self.head_dim * BLOCK_TOKENS
+    }
+
+    /// Cells of a block.
+    pub(super) fn block_cells(self) -> usize {
+        2 * self.n_kv_heads * self.head_cells()
+    }
+
+    /// The first cell of a head's keys in a block.
+    fn keys(self, block: u32, kv_head: usize) -> usize {
+        block as usize * self.block_cells() + kv_head * self.head_cells()
+    }
+
+    /// The first cell of a head's values in a block.
+    fn values(self, block: u32, kv_head: usize) -> usize {
+        self.keys(block, kv_head) + self.n_kv_heads * self.head_cells()
+    }
+}
+
+impl Cache {
+    pub(super) fn new(spec: &AttentionSpec, n_blocks: usize) -> Self {
+        let layout = Layout::new(spec);
+        Self { cells: Aligned::zeroed(n_blocks * layout.block_cells()), layout }
+    }
+
+    /// All cells, as bits of IEEE halves: for tests, which compare them and plant garbage in slots not yet written.
+    pub fn cells_mut(&mut self) -> &mut [u16] {
+        &mut self.cells
+    }
+
+    /// A head's keys in a block, `[head_dim][16]`.
+    pub(super) fn keys(&self, block: u32, kv_head: usize) -> &[u16] {
+        &self.cells[self.layout.keys(block, kv_head)..][..self.layout.head_cells()]
+    }
+
+    /// A head's values in a block, `[16][head_dim]`.
+    pub(super) fn values(&self, block: u32, kv_head: usize) -> &[u16] {
+        &self.cells[self.layout.values(block, kv_head)..][..self.layout.head_cells()]
+    }
+
+    /// Shared writing to slots.
+    pub(super) fn writer(&mut self) -> CacheWriter<'_> {
+        CacheWriter { layout: self.layout, cells: Shared::new(&mut self.cells) }
+    }
+
+    /// Copies the first slots of a block to another.
+    pub(super) fn copy(&mut self, copy: &BlockCopy) {
+        let Layout { n_kv_heads, head_dim } = self.layout;
+        let n_slots = copy.n_slots as usize;
+        for kv_head in 0..n_kv_heads {
+            let (src, dst) = (self.layout.keys(copy.src, kv_head), self.layout.keys(copy.dst, kv_head));
+            for i in (0..head_dim).map(|d| d * BLOCK_TOKENS) {
+                self.cells.copy_within(src + i..src + i + n_slots, dst + i);
+            }
+            let (src, dst) = (self.layout.values(copy.src, kv_head), self.layout.values(copy.dst, kv_head));
+            self.cells.copy_within(src..src + n_slots * head_dim, dst);
+        }
+    }
+}
+
+/// Writes slots of a cache from several workers at once.
+pub(super) struct CacheWriter<'a> {
+    layout: Layout,
+    cells: Shared<'a, u16>,
+}
+
+impl CacheWriter<'_> {
+    /// Stores one head's k and v, `[head_dim]`, in a slot of a block.
+    ///
+    /// # Safety
+    /// Nobody else may write this head's slot at the same time.
+    pub(super) unsafe fn store(&self, isa: super::Isa, (block, slot): (u32, usize), kv_head: usize, k: &[f32], v: &[f32]) {
+        let Layout { head_dim, .. } = self.layout;
+        assert!(slot < BLOCK_TOKENS && k.len() == head_dim && v.len() == head_dim);
+        let keys = self.layout.keys(block, kv_head);
+        for (chunk, k) in k.chunks(LANES).enumerate() {
+            let mut halves = [0; LANES];
+            to_half(isa, k, &mut halves[..k.len()]);
+            for (i, half) in halves[..k.len()].iter().enumerate() {
+                // SAFETY: the cell belongs to this slot and head (the caller's promise).
+                unsafe { self.cells.write(keys + (chunk * LANES + i) * BLOCK_TOKENS + slot, *half) };
+            }
+        }
+        let start = self.layout.values(block, kv_head) + slot * head_dim;
+        // SAFETY: the cells belong to this slot and head (the caller's promise).
+        to_half(isa, v, unsafe { self.cells.part(start, head_dim) });
+    }
+}
+
+per_isa! {
+    /// Rounds to IEEE halves, to nearest even.
+    fn to_half(x: &[f32], out: &mut [u16]) = to_half_body;
+}
+
+#[inline(always)]
+fn to_half_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
+    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
+        let (mut values, mut halves) = ([0.0; LANES], [0; LANES]);
+        values[..x.len()].copy_from_slice(x);
+        // SAFETY: both arrays have 16 elements.
+        unsafe { s.store_f16(halves.as_mut_ptr(), s.load(values.as_ptr())) };
+        out.copy_from_slice(&halves[..out.len()]);
+    }
+}
+
+/// Cosines and sines of the angles of every position so far needed; grows by doubling and is kept between steps.
+pub(super) struct RopeTable {
+    /// Angle per position of each pair.
+    pub(super) freqs: Vec<f32>,
+    /// `[positions][pairs]` of (cos, sin)
+    turns: Vec<(f32, f32)>,
+}
+
+impl RopeTable {
+    /// An empty table.
+    pub(super) fn new(freqs: &[f32]) -> Self {
+        Self { freqs: freqs.to_vec(), turns: Vec::new() }
+    }
+
+    /// Makes the table reach positions 0..n.
+    pub(super) fn reach(&mut self, n: usize) {
+        let have = self.turns.len() / self.freqs.len().max(1);
+        if have >= n {
+            return;
+        }
+        for position in have..n.next_power_of_two().max(1024) {
+            self.turns.extend(self.freqs.iter().map(|&freq| {
+                // Not the system's functions, whose last bits differ from machine to machine. In f64 and rounded once: an f32 angle of thousands of radians has few correct digits left.
+                let (sin, cos) = libm::sincos(position as f64 * f64::from(freq));
+                (cos as f32, sin as f32)
+            }));
+        }
+    }
+
+    /// (cos, sin) of each pair at a position.
+    pub(super) fn at(&self, position: usize) -> &[(f32, f32)] {
+        &self.turns[position * self.freqs.len()..][..self.freqs.len()]
+    }
+}
+
+per_isa! {
+    /// Rotates a head's pairs: (a, b) -> (a·cos − b·sin, b·cos + a·sin).
+    pub(super) fn rotate(head: &mut [f32], turns: &[(f32, f32)], style: RopeStyle) = rotate_body;
+}
+
+#[inline(always)]
+fn rotate_body<S: Simd>(_: S, head: &mut [f32], turns: &[(f32, f32)], style: RopeStyle) {
+    let turn = |a: f32, b: f32, (cos, sin): (f32, f32)| (a.mul_add(cos, -(b * sin)), b.mul_add(cos, a * sin));
+    match style {
+        RopeStyle::Interleaved => {
+            for (pair, &t) in head.chunks_exact_mut(2).zip(turns) {
+                (pair[0], pair[1]) = turn(pair[0], pair[1], t);
+            }
+        }
+        RopeStyle::Halves => {
+            let (low, high) = head.split_at_mut(head.len() / 2);
+            for ((a, b), &t) in low.iter_mut().zip(high).zip(turns) {
+                (*a, *b) = turn(*a, *b, t);
+            }
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! The CPU device: weights repacked at load, 8-bit activations against quantised weights, a paged cache of halves, a team
+//! of threads. Knows nothing of models, rows or text.
+//!
+//! Invariant: the same bits on every instruction set, for any number of threads and any batch (each file says why for
+//! its part). Numerics: weights keep their file's values; activations are quantised per token and block of 32 for
+//! quantised weights, and stay f32 for float weights; sums are f32; keys and values are IEEE halves.
+
+#![expect(
+    clippy::inline_always,
+    clippy::needless_range_loop,
+    reason = "a kernel's parts must be inlined where its instructions are enabled (isa.rs), and its loops run over registers"
+)]
+
+mod attention;
+mod buffer;
+mod cache;
+mod gemm;
+mod gemm_f;
+mod gemm_q;
+mod isa;
+mod norm;
+mod quant;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_x86;
+mod team;
+mod weights;
+
+pub use cache::Cache;
+pub use isa::Isa;
+pub use quant::Act;
+pub use weights::Weight;
+
+use super::batch::{Batch, HeadOut, StepOutput};
+use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, sample};
+use crate::gguf::Tensor;
+use attention::{Attention, AttentionScratch, Item};
+use buffer::{Aligned, Shared};
+use cache::{Layout, RopeTable};
+use gemm::{Epilogue, Out, Product};
+use std::cell::RefCell;
+use team::Team;
+
+/// Head rows whose logits are computed at once: bounds the memory for logits, and shares the pass over the head's weights.
+const HEAD_ROWS: usize = 64;
+
+/// A CPU.
+pub struct CpuDevice {
+    isa: Isa,
+    team: Team,
+    memory: RefCell<Memory>,
+}
+
+/// What the leader needs between operations; grown at first use and kept.
+#[derive(Default)]
+struct Memory {
+    /// One table per distinct set of frequencies.
+    rope: Vec<RopeTable>,
+    /// The work list of attention.
+    items: Vec<Item>,
+    head: Option<HeadMemory>,
+}
+
+/// What `head` needs between its passes.
+struct HeadMemory {
+    /// `[HEAD_ROWS, width]`
+    act: Act,
+    /// `[HEAD_ROWS, vocab]`
+    logits: Aligned<f32>,
+}
+
+/// A worker's memory.
+#[derive(Default)]
+struct Scratch {
+    /// A piece of a panel of weights, unpacked.
+    panel: Aligned<u8>,
+    /// The sums of a panel's columns, `[rows of a tile][32]`
+    sums: Aligned<f32>,
+    attention: AttentionScratch,
+    draw: Option<sample::Scratch>,
+}
+
+/// f32 values, `[max_tokens, width]`.
+pub struct Hidden {
+    values: Aligned<f32>,
+    width: usize,
+}
+
+impl Hidden {
+    /// All values, row after row.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// All values, row after row, to be changed.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
+    /// The first `n_rows` rows.
+    fn rows(&self, n_rows: usize) -> &[f32] {
+        &self.values[..n_rows * self.width]
+    }
+
+    /// The first `n_rows` rows, for writing by many.
+    fn shared(&mut self, n_rows: usize) -> Shared<'_, f32> {
+        Shared::new(&mut self.values[..n_rows * self.width])
+    }
+}
+
+/// A small f32 vector.
+pub struct Vector(Vec<f32>);
+
+impl CpuDevice {
+    /// A device of `n_threads` threads (the caller's is one of them) that uses the instructions of `isa`.
+    pub fn new(isa: Isa, n_threads: usize) -> Self {
+        Self { isa, team: Team::new(n_threads), memory: RefCell::default() }
+    }
+
+    /// Threads that share an operation.
+    pub fn n_threads(&self) -> usize {
+        self.team.n_threads()
+    }
+
+    /// The instructions in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// out = weight · act, or added to what is there.
+    fn product(&self, act: &Act, weight: &Weight, batch: &Batch, epilogue: Epilogue, out: &mut Hidden) {
+        let n_rows = batch.tokens.len();
+        let width = out.width;
+        assert!(weight.n <= width, "a weight of {} columns for rows of {width}", weight.n);
+        let out = Out::Values(out.shared(n_rows), width);
+        gemm::multiply(&self.team, &Product { isa: self.isa, act, weight, n_rows, epilogue, out });
+    }
+}
+
+impl Device for CpuDevice {
+    type Weight = Weight;
+    type Vector = Vector;
+    type Hidden = Hidden;
+    type Act = Act;
+    type Cache = Cache;
+
+    /// The instruction set is not in it: all give the same bits, so a job may go on on another machine.
+    fn fingerprint(&self) -> String {
+        format!("cpu kernels=1 act=i8/32 kv=f16 tile={}", attention::TILE_KEYS)
+    }
+
+    fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
+        Weight::stacked(&self.team, parts)
+    }
+
+    fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Weight> {
+        Weight::gated(&self.team, gate, up)
+    }
+
+    fn load_vector(&self, tensor: &Tensor<'_>) -> anyhow::Result<Vector> {
+        weights::vector(tensor).map(Vector)
+    }
+
+    fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
+        Layout::new(spec).block_cells() * size_of::<u16>()
+    }
+
+    fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
+        assert_eq!(spec.n_heads % spec.n_kv_heads, 0);
+        Cache::new(spec, n_blocks)
+    }
+
+    fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {
+        Hidden { values: Aligned::zeroed(max_tokens * width), width }
+    }
+
+    fn new_act(&self, max_tokens: usize, width: usize) -> Act {
+        Act::new(max_tokens, width)
+    }
+
+    fn embed(&self, table: &Weight, batch: &Batch, x: &mut Hidden) {
+        let width = x.width;
+        assert!(table.k == width && !table.gated);
+        let x = x.shared(batch.tokens.len());
+        self.team.run_rows(batch.tokens.len(), &|_, rows| {
+            for row in rows {
+                // SAFETY: each row is in one range.
+                table.row(batch.tokens[row] as usize, unsafe { x.part(row * width, width) });
+            }
+        });
+    }
+
+    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, next: &Weight, batch: &Batch, act: &mut Act) {
+        let (isa, width) = (self.isa, x.width);
+        let act = act.writer(isa, next);
+        self.team.run_rows(batch.tokens.len(), &|_, rows| {
+            for row in rows {
+                let x = &x.values[row * width..][..width];
+                // SAFETY: each row is in one range.
+                unsafe {
+                    norm::rms_norm(isa, x, &weight.0, eps, act.values(row, 0, width));
+                    act.seal(row, 0, width);
+                }
+            }
+        });
+    }
+
+    fn linear(&self, act: &Act, weight: &Weight, batch: &Batch, out: &mut Hidden) {
+        self.product(act, weight, batch, Epilogue::Store, out);
+    }
+
+    fn linear_add(&self, act: &Act, weight: &Weight, batch: &Batch, x: &mut Hidden) {
+        self.product(act, weight, batch, Epilogue::Add, x);
+    }
+
+    fn finish_qkv(&self, qkv: &mut Hidden, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
+        let memory = &mut *self.memory.borrow_mut();
+        let table = rope_table(&mut memory.rope, spec, batch);
+        let (isa, width, n_tokens) = (self.isa, qkv.width, batch.tokens.len());
+        let (hd, n_heads, n_kv_heads) = (spec.head_dim, spec.n_heads, spec.n_kv_heads);
+        assert!((n_heads + 2 * n_kv_heads) * hd <= width, "rows of {width} are too short for q, k and v");
+        let (qkv, writer) = (qkv.shared(n_tokens), cache.writer());
+        self.team.run_rows(n_tokens, &|_, tokens| {
+            for token in tokens {
+                let seq = &batch.seqs[batch.seqs.partition_point(|seq| seq.token_start as usize <= token) - 1];
+                let position = batch.positions[token] as usize;
+                let place = (batch.block_table(seq)[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+                // SAFETY: each token is in one range.
+                let row = unsafe { qkv.part(token * width, width) };
+                let (qk, v) = row.split_at_mut((n_heads + n_kv_heads) * hd);
+                for head in qk.chunks_exact_mut(hd) {
+                    cache::rotate(isa, head, table.at(position), spec.rope_style);
+                }
+                let keys = qk[n_heads * hd..].chunks_exact(hd);
+                for (kv_head, (k, v)) in keys.zip(v.chunks_exact(hd)).enumerate() {
+                    // SAFETY: a slot belongs to one token of the step.
+                    unsafe { writer.store(isa, place, kv_head, k, v) };
+                }
+            }
+        });
+        for copy in &batch.copies {
+            cache.copy(copy);
+        }
+    }
+
+    fn attention(&self, qkv: &Hidden, spec: &AttentionSpec, cache: &Cache, next: &Weight, batch: &Batch, act: &mut Act) {
+        assert_eq!(next.k, spec.n_heads * spec.head_dim);
+        let act = act.writer(self.isa, next);
+        let rows = qkv.rows(batch.tokens.len());
+        let attention = Attention { isa: self.isa, spec, batch, cache, qkv: rows, qkv_width: qkv.width, act };
+        attention::attend(&self.team, &attention, &mut self.memory.borrow_mut().items);
+    }
+
+    fn gate_up(
+        &self,
+        act: &Act,
+        weight: &Weight,
+        f: Activation,
+        next: &Weight,
+        batch: &Batch,
+        _scratch: &mut Hidden,
+        out: &mut Act,
+    ) {
+        let epilogue = match f {
+            Activation::Silu => Epilogue::SiluMul,
+        };
+        let n_rows = batch.tokens.len();
+        let out = Out::Act(out.writer(self.isa, next));
+        gemm::multiply(&self.team, &Product { isa: self.isa, act, weight, n_rows, epilogue, out });
+    }
+
+    fn head(&self, x: &Hidden, norm: &Vector, eps: f32, weight: &Weight, batch: &Batch, out: &mut StepOutput) {
+        let Self { isa, team, .. } = self;
+        let (n_vocab, width) = (weight.n, x.width);
+        let mut memory = self.memory.borrow_mut();
+        let memory =
+            memory.head.get_or_insert_with(|| HeadMemory { act: Act::new(HEAD_ROWS, width), logits: Aligned::default() });
+        memory.logits.reserve(HEAD_ROWS * n_vocab);
+        out.rows.clear();
+        out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
+        for (heads, out) in batch.heads.chunks(HEAD_ROWS).zip(out.rows.chunks_mut(HEAD_ROWS)) {
+            let act = memory.act.writer(*isa, weight);
+            team.run_rows(heads.len(), &|_, rows| {
+                for row in rows {
+                    let x = &x.values[heads[row].token_idx as usize * width..][..width];
+                    // SAFETY: each row is in one range.
+                    unsafe {
+                        norm::rms_norm(*isa, x, &norm.0, eps, act.values(row, 0, width));
+                        act.seal(row, 0, width);
+                    }
+                }
+            });
+            let logits = Out::Values(Shared::new(&mut memory.logits), n_vocab);
+            let (act, n_rows) = (&memory.act, heads.len());
+            gemm::multiply(team, &Product { isa: *isa, act, weight, n_rows, epilogue: Epilogue::Store, out: logits });
+            let out = Shared::new(out);
+            team.run(heads.len(), &|scratch, row| {
+                let draw = scratch.draw.get_or_insert_with(|| sample::Scratch::new(n_vocab));
+                let result = sample::draw(&memory.logits[row * n_vocab..][..n_vocab], &heads[row], draw);
+                // SAFETY: each row is one tile.
+                unsafe { out.write(row, result) };
+            });
+        }
+    }
+}
+
+/// The table of a layer's frequencies, reaching all positions of the batch.
+fn rope_table<'a>(tables: &'a mut Vec<RopeTable>, spec: &AttentionSpec, batch: &Batch) -> &'a RopeTable {
+    let i = tables.iter().position(|table| table.freqs == spec.rope_freqs).unwrap_or_else(|| {
+        tables.push(RopeTable::new(&spec.rope_freqs));
+        tables.len() - 1
+    });
+    tables[i].reach(batch.positions.iter().map(|&p| p as usize + 1).max().unwrap_or(0));
+    &tables[i]
+}

@@ -1,0 +1,27 @@
+//! Root-mean-square norm of one row. Knows nothing of tokens or layers. Invariant: squares are summed in 16 lanes and
+//! these in the fixed tree of `simd.rs`, whatever the instruction set.
+
+use super::isa::per_isa;
+use super::simd::{LANES, Simd};
+
+per_isa! {
+    /// out = x / sqrt(mean(x²) + eps) · weight
+    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body;
+}
+
+#[inline(always)]
+fn rms_norm_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(weight.len() == x.len() && out.len() == x.len(), "a norm of {} weights over {} values", weight.len(), x.len());
+    let mut squares = s.splat(0.0);
+    for chunk in x.chunks(LANES) {
+        let mut values = [0.0; LANES];
+        values[..chunk.len()].copy_from_slice(chunk);
+        // SAFETY: 16 values.
+        let values = unsafe { s.load(values.as_ptr()) };
+        squares = s.fma(values, values, squares);
+    }
+    let inverse = 1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * inverse * weight;
+    }
+}

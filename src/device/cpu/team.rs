@@ -1,0 +1,281 @@
+//! A leader and its workers: one operation at a time, cut into tiles that whoever is free claims. Knows nothing of
+//! arithmetic. Invariant: which thread runs a tile changes nothing in its result, every tile runs exactly once, and
+//! `run` returns only when no worker is inside the operation any more.
+//!
+//! There is no barrier at the start: a worker that sleeps, or whose core is taken by another program, just misses the
+//! operation, and the others do its tiles. At the end the leader waits only for tiles that are being computed.
+
+use super::Scratch;
+use std::any::Any;
+use std::cell::{RefCell, UnsafeCell};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+/// Rounds a waiting worker spins (some 10 µs: longer than the leader's gap between two operations of a step).
+const SPINS: u32 = 200;
+/// Rounds it then gives its core away before it sleeps.
+const YIELDS: u32 = 20;
+
+/// Set in the gate while an operation takes workers in.
+const OPEN: u64 = 1 << 31;
+
+/// What the team runs: a function of a worker's scratch memory and a tile's index.
+type Operation<'a> = dyn Fn(&mut Scratch, usize) + Sync + 'a;
+
+/// Threads that share an operation's tiles: the caller (the leader) and `n_threads - 1` workers.
+pub(super) struct Team {
+    common: Arc<Common>,
+    workers: Vec<JoinHandle<()>>,
+    scratch: RefCell<Scratch>,
+    n_threads: usize,
+}
+
+/// What leader and workers share.
+struct Common {
+    /// Number of the operation (high 32 bits), OPEN, and how many workers are inside (low 31 bits).
+    gate: AtomicU64,
+    /// The next tile to claim; on a line of its own, since every claim writes it.
+    next: Padded,
+    /// The operation; written by the leader while the gate is closed and nobody is inside, read by workers inside.
+    job: UnsafeCell<Option<Job>>,
+    /// For each worker, whether it sleeps or is about to.
+    asleep: Vec<AtomicBool>,
+    stop: AtomicBool,
+    /// The first panic of a tile that a worker ran.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+#[repr(align(128))]
+struct Padded(AtomicUsize);
+
+/// An operation whose borrow's lifetime was erased; valid while the gate is open or a worker is inside.
+#[derive(Clone, Copy)]
+struct Job {
+    operation: *const Operation<'static>,
+    n_tiles: usize,
+}
+
+// SAFETY: `job` is the only part that is not Sync; the gate orders its one writer against its readers (see `Common::job`),
+// and what it points to is Sync.
+unsafe impl Sync for Common {}
+// SAFETY: as above; the pointer is used only while the leader keeps what it points to alive.
+unsafe impl Send for Common {}
+
+impl Team {
+    /// Starts `n_threads - 1` workers.
+    ///
+    /// # Panics
+    /// If the machine refuses a thread.
+    pub(super) fn new(n_threads: usize) -> Self {
+        let n_threads = n_threads.max(1);
+        let common = Arc::new(Common {
+            gate: AtomicU64::new(0),
+            next: Padded(AtomicUsize::new(0)),
+            job: UnsafeCell::new(None),
+            asleep: (1..n_threads).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let workers = (0..n_threads - 1)
+            .map(|worker| {
+                let common = Arc::clone(&common);
+                let thread = std::thread::Builder::new().name(format!("cpu-{}", worker + 1));
+                thread.spawn(move || common.work(worker)).expect("the machine lets the process start its threads")
+            })
+            .collect();
+        Self { common, workers, scratch: RefCell::default(), n_threads }
+    }
+
+    /// Threads that may run tiles, the leader included.
+    pub(super) fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// Runs `operation` for each of `0..n_tiles`, on whichever threads are free, and returns when all are done.
+    ///
+    /// # Panics
+    /// With the panic of a tile.
+    pub(super) fn run(&self, n_tiles: usize, operation: &Operation<'_>) {
+        let mut scratch = self.scratch.borrow_mut();
+        if n_tiles <= 1 || self.workers.is_empty() {
+            (0..n_tiles).for_each(|tile| operation(&mut scratch, tile));
+            return;
+        }
+        let common = &*self.common;
+        // SAFETY: only the lifetime changes. `closing` below waits, even when this function unwinds, until no worker is
+        // inside, and a worker uses the pointer only while inside: it is never used after the borrow ends.
+        let operation = unsafe { std::mem::transmute::<&Operation<'_>, &Operation<'static>>(operation) };
+        let job = Job { operation, n_tiles };
+        // SAFETY: the gate is closed and nobody is inside (the last `run` waited for it): no one reads the job now.
+        unsafe { *common.job.get() = Some(job) };
+        common.next.0.store(0, Ordering::Relaxed);
+        let closing = Closing(common);
+        let number = common.gate.load(Ordering::Relaxed) >> 32;
+        // SeqCst here and at the sleeper's: either it sees the gate open, or this thread sees it asleep.
+        common.gate.store((number.wrapping_add(1) << 32) | OPEN, Ordering::SeqCst);
+        for (worker, asleep) in self.workers.iter().zip(&common.asleep).take(n_tiles - 1) {
+            if asleep.load(Ordering::SeqCst) && asleep.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        common.run_tiles(job, &mut scratch);
+        drop(closing);
+        let panicked = common.panic.lock().expect("no panic while the lock is held").take();
+        if let Some(panic) = panicked {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Cuts `0..n_rows` into a few ranges per thread and runs `operation` on each.
+    pub(super) fn run_rows(&self, n_rows: usize, operation: &(dyn Fn(&mut Scratch, Range<usize>) + Sync)) {
+        let step = n_rows.div_ceil(4 * self.n_threads).max(1);
+        self.run(n_rows.div_ceil(step), &|scratch, tile| operation(scratch, tile * step..((tile + 1) * step).min(n_rows)));
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.common.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of tiles, so that it never ends in one.
+            drop(worker.join());
+        }
+    }
+}
+
+/// Closes the gate and waits for the workers inside, also when the leader's own tile panics.
+struct Closing<'a>(&'a Common);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        let gate = &self.0.gate;
+        gate.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut rounds = 0;
+        while gate.load(Ordering::Acquire) & (OPEN - 1) != 0 {
+            wait_a_little(&mut rounds);
+        }
+    }
+}
+
+/// Spins at first; then gives the core away, since the thread waited for may need it.
+fn wait_a_little(rounds: &mut u32) {
+    if *rounds < SPINS {
+        *rounds += 1;
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+}
+
+impl Common {
+    /// A worker's life.
+    fn work(&self, worker: usize) {
+        let mut scratch = Scratch::default();
+        let mut last = 0;
+        while let Some(number) = self.enter(worker, last) {
+            last = number;
+            // SAFETY: this worker is inside: the leader wrote the job before it opened the gate and leaves it until
+            // everyone is out.
+            let job = unsafe { *self.job.get() }.expect("the gate opens only after a job is set");
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, &mut scratch))) {
+                self.panic.lock().expect("no panic while the lock is held").get_or_insert(panic);
+            }
+            self.gate.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Claims and runs tiles until none is left.
+    fn run_tiles(&self, job: Job, scratch: &mut Scratch) {
+        // SAFETY: the caller is the leader in `run`, or a worker inside: the operation is alive.
+        let operation = unsafe { &*job.operation };
+        loop {
+            let tile = self.next.0.fetch_add(1, Ordering::Relaxed);
+            if tile >= job.n_tiles {
+                return;
+            }
+            operation(scratch, tile);
+        }
+    }
+
+    /// Waits for an operation after `last`, enters it and gives its number; `None` when the team ends.
+    fn enter(&self, worker: usize, last: u64) -> Option<u64> {
+        let mut rounds = 0;
+        loop {
+            let gate = self.gate.load(Ordering::SeqCst);
+            let number = gate >> 32;
+            if gate & OPEN != 0 && number != last {
+                if self.gate.compare_exchange_weak(gate, gate + 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                    self.asleep[worker].store(false, Ordering::Relaxed);
+                    return Some(number);
+                }
+                continue;
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            rounds += 1;
+            if rounds < SPINS {
+                std::hint::spin_loop();
+            } else if rounds < SPINS + YIELDS {
+                std::thread::yield_now();
+            } else if rounds == SPINS + YIELDS {
+                // Announce it, then look once more: the leader may have opened the gate in between.
+                self.asleep[worker].store(true, Ordering::SeqCst);
+            } else {
+                std::thread::park();
+                self.asleep[worker].store(false, Ordering::SeqCst);
+                rounds = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    #[test]
+    fn every_tile_runs_once_with_more_threads_than_cores() {
+        for n_threads in [1, 2, 3, 5, 9] {
+            let team = Team::new(n_threads);
+            for n_tiles in [0, 1, 2, 3, 7, 100, 1000, 1, 5].into_iter().cycle().take(400) {
+                let runs: Vec<AtomicU32> = (0..n_tiles).map(|_| AtomicU32::new(0)).collect();
+                team.run(n_tiles, &|_, tile| {
+                    runs[tile].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(runs.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{n_threads} threads, {n_tiles} tiles");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_covered_once() {
+        let team = Team::new(3);
+        for n_rows in 0..60 {
+            let rows = Mutex::new(Vec::new());
+            team.run_rows(n_rows, &|_, range| rows.lock().unwrap().extend(range));
+            let mut rows = rows.into_inner().unwrap();
+            rows.sort_unstable();
+            assert_eq!(rows, (0..n_rows).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_tiles_panic_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(3);
+        for bad in 0..50 {
+            let run = || team.run(50, &|_, tile| assert_ne!(tile, bad, "planted"));
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err(), "tile {bad}");
+            let sum = AtomicUsize::new(0);
+            team.run(50, &|_, tile| {
+                sum.fetch_add(tile, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 49 * 50 / 2);
+        }
+    }
+}

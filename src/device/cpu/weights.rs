@@ -1,0 +1,261 @@
+//! Weights in the layout the kernels stream: panels of 32 columns (rows of the file's tensor), everything of a panel
+//! contiguous, 4-bit weights kept at 4 bits. Knows nothing of activations. Invariant: the integers, scales and minimums
+//! are the file's own, moved and never rounded again.
+//!
+//! A panel of quantised weights is a run of blocks (32 elements of k for all 32 columns), each:
+//! `d: [32] f16`, then (formats with a minimum) `m: [32] f16`, then the integers. These come in groups of 4 consecutive
+//! elements of k for 16 columns: `[column][4]`, 64 bytes. For pair p in 0..4 and vector c in 0..2 of 16 columns, 4-bit
+//! formats hold one 64-byte line with group p in the low and group p + 4 in the high nibbles (so a block's 16 bytes move
+//! as they stand in the file); 8-bit ones hold two lines. A panel of floats is `[k][32]` in the file's type.
+
+use super::buffer::{Aligned, Shared};
+use super::team::Team;
+use crate::gguf::{DType, Tensor};
+use anyhow::{Result, ensure};
+use half::{bf16, f16};
+
+/// Columns of a panel.
+pub(super) const PANEL: usize = 32;
+/// Elements of k that share a scale.
+pub(super) const BLOCK: usize = 32;
+
+/// The weights of one operation.
+pub struct Weight {
+    /// Columns of the output: the tensors' rows together; for a gated pair the rows of one of the two.
+    pub(super) n: usize,
+    /// Elements of each row.
+    pub(super) k: usize,
+    /// Tensors of one type that lie together.
+    pub(super) parts: Vec<Part>,
+    /// Whether each panel is 16 rows of the gate and the same 16 rows of the up projection.
+    pub(super) gated: bool,
+}
+
+/// Panels of one type.
+pub(super) struct Part {
+    pub(super) dtype: DType,
+    /// The output column that the first panel's first column makes.
+    pub(super) n_start: usize,
+    /// Output columns.
+    pub(super) n: usize,
+    /// `[n_panels][panel_bytes]`
+    bytes: Aligned<u8>,
+    pub(super) n_panels: usize,
+    panel_bytes: usize,
+}
+
+impl Weight {
+    /// Stacks tensors along n; neighbours of one type become one part.
+    pub(super) fn stacked(team: &Team, tensors: &[Tensor<'_>]) -> Result<Self> {
+        ensure!(!tensors.is_empty(), "a weight needs at least one tensor");
+        let k = matrix(&tensors[0])?.1;
+        let mut weight = Self { n: 0, k, parts: Vec::new(), gated: false };
+        for group in tensors.chunk_by(|a, b| a.dtype == b.dtype) {
+            let mut rows = Vec::new();
+            for tensor in group {
+                let (n, tensor_k) = matrix(tensor)?;
+                ensure!(tensor_k == k, "{}: rows of {tensor_k} elements beside rows of {k}", tensor.name);
+                rows.extend(tensor.bytes.chunks_exact(tensor.bytes.len() / n));
+            }
+            let n_panels = rows.len().div_ceil(PANEL);
+            let row = |panel: usize, column: usize| rows.get(panel * PANEL + column).copied();
+            weight.parts.push(Part::pack(team, (group[0].dtype, k), (weight.n, rows.len(), n_panels), &row));
+            weight.n += rows.len();
+        }
+        Ok(weight)
+    }
+
+    /// Interleaves a gate and an up projection. If their types differ, both become f32 (the same values; no file in use
+    /// does it, so it need not be fast).
+    pub(super) fn gated(team: &Team, gate: &Tensor<'_>, up: &Tensor<'_>) -> Result<Self> {
+        let (n, k) = matrix(gate)?;
+        ensure!(gate.shape == up.shape, "{} {:?} and {} {:?} differ in shape", gate.name, gate.shape, up.name, up.shape);
+        if gate.dtype != up.dtype {
+            let [gate_values, up_values] = [gate, up].map(|tensor| f32_bytes(team, tensor));
+            let (gate_values, up_values) = (gate_values?, up_values?);
+            let as_f32 = |bytes| Tensor { name: gate.name, dtype: DType::F32, shape: gate.shape.clone(), bytes };
+            return Self::gated(team, &as_f32(&gate_values), &as_f32(&up_values));
+        }
+        let row_bytes = gate.bytes.len() / n;
+        let row = |panel: usize, column: usize| {
+            let (tensor, r) = if column < PANEL / 2 { (gate, column) } else { (up, column - PANEL / 2) };
+            tensor.bytes.chunks_exact(row_bytes).nth(panel * (PANEL / 2) + r)
+        };
+        let part = Part::pack(team, (gate.dtype, k), (0, n, n.div_ceil(PANEL / 2)), &row);
+        Ok(Self { n, k, parts: vec![part], gated: true })
+    }
+
+    /// Whether a kernel of this weight reads activations as 8-bit integers.
+    pub(super) fn wants_integers(&self) -> bool {
+        self.parts.iter().any(Part::is_quantised)
+    }
+
+    /// Row `r` of the (ungated) matrix as f32, `[k]`.
+    pub(super) fn row(&self, r: usize, out: &mut [f32]) {
+        let part = &self.parts[self.parts.partition_point(|part| part.n_start + part.n <= r)];
+        let r = r - part.n_start;
+        let panel = part.panel(r / PANEL);
+        if part.is_quantised() {
+            for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+                unpack_block(part.dtype, &panel[b * block_bytes(part.dtype)..], r % PANEL, out);
+            }
+        } else {
+            let size = part.dtype.block_bytes();
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = float(part.dtype, &panel[(i * PANEL + r % PANEL) * size..]);
+            }
+        }
+    }
+}
+
+impl Part {
+    /// Packs rows, given by (panel, column of the panel), where there is one. `shape` is (first column, columns, panels).
+    fn pack<'a>(
+        team: &Team,
+        (dtype, k): (DType, usize),
+        (n_start, n, n_panels): (usize, usize, usize),
+        row: &(dyn Fn(usize, usize) -> Option<&'a [u8]> + Sync),
+    ) -> Self {
+        let panel_bytes = if dtype.block_elements() == 1 {
+            (k * PANEL * dtype.block_bytes()).next_multiple_of(64)
+        } else {
+            k / BLOCK * block_bytes(dtype)
+        };
+        let mut bytes = Aligned::zeroed(n_panels * panel_bytes);
+        let shared = Shared::new(&mut bytes);
+        team.run(n_panels, &|_, panel| {
+            // SAFETY: each panel is one tile, and a tile is run once.
+            let out = unsafe { shared.part(panel * panel_bytes, panel_bytes) };
+            for column in 0..PANEL {
+                let Some(row) = row(panel, column) else { continue };
+                for (i, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
+                    if dtype.block_elements() == 1 {
+                        out[(i * PANEL + column) * block.len()..][..block.len()].copy_from_slice(block);
+                    } else {
+                        let stride = block_bytes(dtype);
+                        pack_block(dtype, block, column, &mut out[i * stride..][..stride]);
+                    }
+                }
+            }
+        });
+        Self { dtype, n_start, n, bytes, n_panels, panel_bytes }
+    }
+
+    /// One panel's bytes; what they are depends on the type (see the head of the file).
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        &self.bytes[panel * self.panel_bytes..][..self.panel_bytes]
+    }
+
+    /// Whether it is made of blocks of integers.
+    pub(super) fn is_quantised(&self) -> bool {
+        self.dtype.block_elements() > 1
+    }
+}
+
+/// (n, k) of a matrix.
+fn matrix(tensor: &Tensor<'_>) -> Result<(usize, usize)> {
+    let &[n, k] = tensor.shape.as_slice() else {
+        anyhow::bail!("{}: shape {:?} is not that of a matrix", tensor.name, tensor.shape);
+    };
+    ensure!(n > 0 && k > 0, "{}: an empty matrix [{n}, {k}]", tensor.name);
+    ensure!(k.is_multiple_of(tensor.dtype.block_elements()), "{}: rows of {k} elements are no whole blocks", tensor.name);
+    let row_bytes = k / tensor.dtype.block_elements() * tensor.dtype.block_bytes();
+    ensure!(tensor.bytes.len() == n * row_bytes, "{}: {} bytes for [{n}, {k}]", tensor.name, tensor.bytes.len());
+    Ok((n, k))
+}
+
+/// All values of a matrix as the bytes of f32.
+fn f32_bytes(team: &Team, tensor: &Tensor<'_>) -> Result<Vec<u8>> {
+    let weight = Weight::stacked(team, std::slice::from_ref(tensor))?;
+    let mut row = vec![0.0; weight.k];
+    let mut bytes = Vec::with_capacity(weight.n * weight.k * 4);
+    for r in 0..weight.n {
+        weight.row(r, &mut row);
+        bytes.extend(row.iter().flat_map(|x| x.to_le_bytes()));
+    }
+    Ok(bytes)
+}
+
+/// All values of a vector (or of any tensor, in order).
+pub(super) fn vector(tensor: &Tensor<'_>) -> Result<Vec<f32>> {
+    ensure!(tensor.dtype.block_elements() == 1, "{}: a vector of type {:?} is not supported", tensor.name, tensor.dtype);
+    let values: Vec<_> = tensor.bytes.chunks_exact(tensor.dtype.block_bytes()).map(|b| float(tensor.dtype, b)).collect();
+    ensure!(
+        values.len() == tensor.shape.iter().product::<usize>(),
+        "{}: {} values for {:?}",
+        tensor.name,
+        values.len(),
+        tensor.shape
+    );
+    Ok(values)
+}
+
+/// The f32 that plain bytes hold.
+fn float(dtype: DType, b: &[u8]) -> f32 {
+    match dtype {
+        DType::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        DType::F16 => half_float(b),
+        DType::Bf16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        DType::Q4_0 | DType::Q4_1 | DType::Q8_0 => unreachable!("{dtype:?} is no plain float"),
+    }
+}
+
+fn half_float(b: &[u8]) -> f32 {
+    f16::from_le_bytes([b[0], b[1]]).to_f32()
+}
+
+/// Bytes before the integers of a packed block: the scales, and the minimums.
+pub(super) fn header_bytes(dtype: DType) -> usize {
+    if dtype == DType::Q4_1 { 4 * PANEL } else { 2 * PANEL }
+}
+
+/// Bytes of a packed block: 32 elements of k for 32 columns.
+pub(super) fn block_bytes(dtype: DType) -> usize {
+    let bits = if dtype == DType::Q8_0 { 8 } else { 4 };
+    header_bytes(dtype) + BLOCK * PANEL * bits / 8
+}
+
+/// Where a column's 4 bytes of line `line` of a pair stand among the integers; `lines` is 1 (4 bits) or 2 (8 bits).
+fn word_offset(pair: usize, line: usize, lines: usize, column: usize) -> usize {
+    // [pair][line][vector of 16 columns][column][4]
+    ((pair * lines + line) * 2 + column / 16) * 64 + column % 16 * 4
+}
+
+/// Packs one block of the file into its column.
+fn pack_block(dtype: DType, block: &[u8], column: usize, out: &mut [u8]) {
+    let (header, integers) = out.split_at_mut(header_bytes(dtype));
+    header[2 * column..][..2].copy_from_slice(&block[..2]);
+    if dtype == DType::Q4_1 {
+        header[2 * (PANEL + column)..][..2].copy_from_slice(&block[2..4]);
+    }
+    for pair in 0..4 {
+        if dtype == DType::Q8_0 {
+            for line in 0..2 {
+                let word = &block[2 + 4 * (pair + 4 * line)..][..4];
+                let out = &mut integers[word_offset(pair, line, 2, column)..][..4];
+                out.iter_mut().zip(word).for_each(|(out, q)| *out = q ^ 0x80);
+            }
+        } else {
+            let start = dtype.block_bytes() - 16;
+            integers[word_offset(pair, 0, 1, column)..][..4].copy_from_slice(&block[start + 4 * pair..][..4]);
+        }
+    }
+}
+
+/// One column of a packed block as f32, in the formats' own arithmetic: d·(q − zero), or d·q + m.
+fn unpack_block(dtype: DType, packed: &[u8], column: usize, out: &mut [f32]) {
+    let (header, integers) = packed.split_at(header_bytes(dtype));
+    let d = half_float(&header[2 * column..]);
+    for (i, out) in out.iter_mut().enumerate() {
+        let (pair, line, byte) = (i / 4 % 4, i / 16, i % 4);
+        let q = match dtype {
+            DType::Q8_0 => i32::from(integers[word_offset(pair, line, 2, column) + byte]) - 128,
+            _ => i32::from(integers[word_offset(pair, 0, 1, column) + byte] >> (4 * line) & 15),
+        };
+        *out = match dtype {
+            DType::Q4_0 => d * (q - 8) as f32,
+            DType::Q4_1 => d * q as f32 + half_float(&header[2 * (PANEL + column)..]),
+            _ => d * q as f32,
+        };
+    }
+}

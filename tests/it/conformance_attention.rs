@@ -1,0 +1,288 @@
+//! The CPU device's rope, cache and attention against plain arithmetic in f64, and against itself: any mix, order and
+//! chunking of sequences, any instruction set, the same bits.
+
+use crate::conformance::{Matrix, Random, bits, devices};
+use half::f16;
+use proptest::prelude::*;
+use std::ops::Range;
+use valar::device::batch::{Batch, BatchSeq, BlockCopy};
+use valar::device::cpu::CpuDevice;
+use valar::device::{AttentionSpec, BLOCK_TOKENS, Device, RopeStyle};
+use valar::gguf::DType;
+
+const N_BLOCKS: usize = 64;
+
+/// Sequences of random q, k and v.
+struct Case {
+    spec: AttentionSpec,
+    /// Per sequence, `[positions][q, k, v]`
+    seqs: Vec<Vec<Vec<f32>>>,
+    /// Consumes the attention's integers (or floats), so that a test sees both forms.
+    next: Matrix,
+}
+
+/// What runs at once: (sequence, positions of it) in order, and the copies before attention.
+type Step = (Vec<(usize, Range<usize>)>, Vec<BlockCopy>);
+
+/// What a run leaves: per sequence and position, the attention's values and the next weight's products; the keys and
+/// values in the sequence's slots.
+#[derive(PartialEq)]
+struct Trace {
+    values: Vec<Vec<Vec<u32>>>,
+    products: Vec<Vec<Vec<u32>>>,
+    slots: Vec<Vec<u16>>,
+}
+
+impl Case {
+    fn random(rng: &mut Random, n_kv_heads: usize, group: usize, head_dim: usize, lengths: &[usize]) -> Self {
+        let n_heads = n_kv_heads * group;
+        let spec = AttentionSpec {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            rope_style: [RopeStyle::Interleaved, RopeStyle::Halves][rng.below(2)],
+            rope_freqs: (0..head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect(),
+        };
+        let width = (n_heads + 2 * n_kv_heads) * head_dim;
+        let mut row = |_| (0..width).map(|_| rng.float() * 3.0).collect();
+        let seqs = lengths.iter().map(|&n| (0..n).map(&mut row).collect()).collect();
+        let k = n_heads * head_dim;
+        let next = Matrix::random(rng, if k.is_multiple_of(32) { DType::Q8_0 } else { DType::F32 }, 3, k);
+        Self { spec, seqs, next }
+    }
+
+    fn row_width(&self) -> usize {
+        (self.spec.n_heads + 2 * self.spec.n_kv_heads) * self.spec.head_dim
+    }
+
+    /// The rows of one position in f64: rotated q per head, and k and v per kv head as the cache keeps them.
+    fn stored(&self, seq: usize, position: usize) -> [Vec<Vec<f64>>; 3] {
+        let AttentionSpec { n_heads, n_kv_heads, head_dim, .. } = self.spec;
+        let heads: Vec<Vec<f64>> =
+            self.seqs[seq][position].chunks(head_dim).map(|head| head.iter().map(|&x| x.into()).collect()).collect();
+        let rotate = |head: &Vec<f64>| {
+            let mut out = head.clone();
+            for (i, &freq) in self.spec.rope_freqs.iter().enumerate() {
+                let (a, b) = match self.spec.rope_style {
+                    RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+                    RopeStyle::Halves => (i, i + head_dim / 2),
+                };
+                let (sin, cos) = (position as f64 * f64::from(freq)).sin_cos();
+                (out[a], out[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+            }
+            out
+        };
+        let half = |head: Vec<f64>| head.into_iter().map(|x| f16::from_f64(x).to_f64()).collect();
+        let q = heads[..n_heads].iter().map(rotate).collect();
+        let k = heads[n_heads..n_heads + n_kv_heads].iter().map(rotate).map(half).collect();
+        [q, k, heads[n_heads + n_kv_heads..].iter().cloned().map(half).collect()]
+    }
+
+    /// The attention of one sequence in f64, `[positions][n_heads · head_dim]`.
+    fn expected(&self, seq: usize) -> Vec<Vec<f64>> {
+        let AttentionSpec { n_heads, n_kv_heads, head_dim, scale, .. } = self.spec;
+        let stored: Vec<_> = (0..self.seqs[seq].len()).map(|position| self.stored(seq, position)).collect();
+        let row = |position: usize| {
+            let mut row = Vec::new();
+            for head in 0..n_heads {
+                let kv_head = head / (n_heads / n_kv_heads);
+                let dot = |k: &[f64]| stored[position][0][head].iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+                let scores: Vec<f64> = stored[..=position].iter().map(|s| dot(&s[1][kv_head]) * f64::from(scale)).collect();
+                let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                row.extend(
+                    (0..head_dim).map(|i| weights.iter().zip(&stored).map(|(w, s)| w * s[2][kv_head][i]).sum::<f64>() / total),
+                );
+            }
+            row
+        };
+        (0..stored.len()).map(row).collect()
+    }
+
+    /// Runs steps, in blocks named by `tables`.
+    fn run(&self, dev: &CpuDevice, tables: &[Vec<u32>], steps: &[Step]) -> Trace {
+        let width = self.row_width();
+        let (n_heads, head_dim) = (self.spec.n_heads, self.spec.head_dim);
+        let next = dev.load_weight(&[self.next.tensor()]).expect("the tensor is well-formed");
+        let mut cache = dev.new_cache(&self.spec, N_BLOCKS);
+        // Garbage in every slot: none that was not written may show.
+        cache.cells_mut().fill(f16::NAN.to_bits());
+        let mut trace = Trace {
+            values: self.seqs.iter().map(|seq| vec![Vec::new(); seq.len()]).collect(),
+            products: self.seqs.iter().map(|seq| vec![Vec::new(); seq.len()]).collect(),
+            slots: Vec::new(),
+        };
+        for (step, copies) in steps {
+            let mut batch = Batch { copies: copies.clone(), ..Batch::default() };
+            let mut values = Vec::new();
+            for (seq, positions) in step {
+                batch.seqs.push(BatchSeq {
+                    token_start: batch.tokens.len() as u32,
+                    n_tokens: positions.len() as u32,
+                    first_position: positions.start as u32,
+                    table_start: batch.block_tables.len() as u32,
+                    n_blocks: tables[*seq].len() as u32,
+                });
+                batch.block_tables.extend(&tables[*seq]);
+                for position in positions.clone() {
+                    batch.tokens.push(0);
+                    batch.positions.push(position as u32);
+                    values.extend(&self.seqs[*seq][position]);
+                }
+            }
+            batch.check(N_BLOCKS, 1);
+            let n_tokens = batch.tokens.len();
+            let mut qkv = dev.new_hidden(n_tokens, width);
+            qkv.values_mut().copy_from_slice(&values);
+            let (mut act, mut out) = (dev.new_act(n_tokens, n_heads * head_dim), dev.new_hidden(n_tokens, 3));
+            dev.finish_qkv(&mut qkv, &self.spec, &batch, &mut cache);
+            dev.attention(&qkv, &self.spec, &cache, &next, &batch, &mut act);
+            dev.linear(&act, &next, &batch, &mut out);
+            let rows = act.values().chunks(n_heads * head_dim).zip(out.values().chunks(3));
+            let places = step.iter().flat_map(|(seq, positions)| positions.clone().map(|p| (*seq, p)));
+            for ((seq, position), (values, products)) in places.zip(rows) {
+                trace.values[seq][position] = bits(values);
+                trace.products[seq][position] = bits(products);
+            }
+        }
+        trace.slots = tables.iter().zip(&self.seqs).map(|(table, seq)| self.slots(cache.cells_mut(), table, seq.len())).collect();
+        trace
+    }
+
+    /// What a sequence's slots hold, keys and values of each position.
+    fn slots(&self, cells: &[u16], table: &[u32], n: usize) -> Vec<u16> {
+        let AttentionSpec { n_kv_heads, head_dim, .. } = self.spec;
+        let block_cells = cells.len() / N_BLOCKS;
+        let mut slots = Vec::new();
+        for position in 0..n {
+            let block = &cells[table[position / BLOCK_TOKENS] as usize * block_cells..][..block_cells];
+            let (keys, values) = block.split_at(n_kv_heads * head_dim * BLOCK_TOKENS);
+            let slot = position % BLOCK_TOKENS;
+            slots.extend((0..n_kv_heads * head_dim).map(|i| keys[i * BLOCK_TOKENS + slot]));
+            slots.extend((0..n_kv_heads).flat_map(|h| &values[(h * BLOCK_TOKENS + slot) * head_dim..][..head_dim]));
+        }
+        slots
+    }
+
+    /// Each sequence alone, in one chunk, in blocks that lie in order.
+    fn run_alone(&self, dev: &CpuDevice) -> Trace {
+        let mut first = 0;
+        let tables: Vec<Vec<u32>> = self
+            .seqs
+            .iter()
+            .map(|seq| {
+                let start = first;
+                first += seq.len().div_ceil(BLOCK_TOKENS) as u32;
+                (start..first).collect()
+            })
+            .collect();
+        let steps: Vec<_> = self.seqs.iter().enumerate().map(|(i, seq)| (vec![(i, 0..seq.len())], vec![])).collect();
+        self.run(dev, &tables, &steps)
+    }
+
+    /// All sequences together, in random chunks (single tokens among them, as in decoding) and scattered blocks.
+    fn run_mixed(&self, dev: &CpuDevice, rng: &mut Random) -> Trace {
+        let mut blocks: Vec<u32> = (0..N_BLOCKS as u32).collect();
+        (1..N_BLOCKS).rev().for_each(|i| blocks.swap(i, rng.below(i + 1)));
+        // A table may name more blocks than the sequence has reached: they are not read.
+        let tables: Vec<_> =
+            self.seqs.iter().map(|seq| blocks.split_off(blocks.len() - seq.len().div_ceil(BLOCK_TOKENS) - 1)).collect();
+        let mut n_done = vec![0; self.seqs.len()];
+        let mut steps = Vec::new();
+        while n_done.iter().zip(&self.seqs).any(|(&n, seq)| n < seq.len()) {
+            let mut step = Vec::new();
+            for (i, seq) in self.seqs.iter().enumerate() {
+                let n = [1, 2, 5, 17, 70][rng.below(5)].min(seq.len() - n_done[i]);
+                if n > 0 && rng.below(3) > 0 {
+                    step.push((i, n_done[i]..n_done[i] + n));
+                    n_done[i] += n;
+                }
+            }
+            (1..step.len()).rev().for_each(|i| step.swap(i, rng.below(i + 1)));
+            if !step.is_empty() {
+                steps.push((step, vec![]));
+            }
+        }
+        self.run(dev, &tables, &steps)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn attention_is_right_and_the_same_for_every_mix(
+        seed: u64,
+        heads in (1usize..4, 1usize..5),
+        head_dim in prop::sample::select(vec![2usize, 16, 20, 32, 64, 80, 96, 128]),
+        lengths in prop::collection::vec(1usize..90, 1..4),
+        long in prop::sample::select(vec![1usize, 15, 16, 17, 63, 64, 65, 128, 129, 200]),
+    ) {
+        let rng = &mut Random(seed);
+        let lengths = [&lengths[..], &[long]].concat();
+        let case = Case::random(rng, heads.0, heads.1, head_dim, &lengths);
+        let mut truth = None;
+        for dev in devices() {
+            let alone = case.run_alone(&dev);
+            prop_assert!(case.run_mixed(&dev, rng) == alone, "{}: another mix, other bits", dev.isa().name());
+            let truth = truth.get_or_insert_with(|| case.run_alone(&dev));
+            prop_assert!(*truth == alone, "{} differs from portable", dev.isa().name());
+        }
+        let truth = truth.unwrap();
+        for (seq, rows) in truth.values.iter().enumerate() {
+            for (position, (got, want)) in rows.iter().zip(case.expected(seq)).enumerate() {
+                for (&got, want) in got.iter().zip(want) {
+                    let got = f64::from(f32::from_bits(got));
+                    // A key or value whose exact value lies between two halves may round to either.
+                    prop_assert!((got - want).abs() <= 4e-3, "sequence {seq}, position {position}: {got}, not {want}");
+                }
+            }
+        }
+    }
+}
+
+/// A sequence that begins as another takes its whole blocks and a copy of the partly shared one, in the same step as the
+/// other's stores or later, whatever the number of threads.
+#[test]
+fn a_shared_prefix_gives_the_bits_of_a_computed_one() {
+    for n_slots in [1, 3, 15] {
+        let rng = &mut Random(n_slots as u64);
+        let mut case = Case::random(rng, 3, 3, 64, &[100, 90]);
+        let n_shared = 64 + n_slots;
+        case.seqs[1] = [&case.seqs[0][..n_shared], &case.seqs[1][..20]].concat();
+        let n = case.seqs[1].len();
+        let copies = vec![BlockCopy { src: 4, dst: 20, n_slots: n_slots as u32 }];
+        let tables = [(0..7).collect(), vec![0, 1, 2, 3, 20, 21, 22]];
+        for dev in devices() {
+            let alone = case.run_alone(&dev);
+            let same_step = vec![(vec![(0, 0..100), (1, n_shared..n)], copies.clone())];
+            let later = vec![(vec![(0, 0..100)], vec![]), (vec![(1, n_shared..n)], copies.clone())];
+            for steps in [same_step, later] {
+                let shared = case.run(&dev, &tables, &steps);
+                assert!(shared.values[1][n_shared..] == alone.values[1][n_shared..], "{} slots, {}", n_slots, dev.isa().name());
+                assert!(shared.slots == alone.slots, "{} slots, {}: the copy is no copy", n_slots, dev.isa().name());
+            }
+        }
+    }
+}
+
+/// The tolerance of the test against f64 is that of rounding keys and values; with numbers that halves hold exactly and
+/// no rotation, the device is much nearer.
+#[test]
+fn attention_is_exact_to_f32_where_the_cache_rounds_nothing() {
+    let rng = &mut Random(3);
+    let mut case = Case::random(rng, 2, 3, 64, &[150]);
+    case.spec.rope_freqs.fill(0.0);
+    for x in case.seqs[0].iter_mut().flatten() {
+        *x = f16::from_f32(*x).to_f32();
+    }
+    let want = case.expected(0);
+    for dev in devices() {
+        for (got, want) in case.run_alone(&dev).values[0].iter().flatten().zip(want.iter().flatten()) {
+            let got = f64::from(f32::from_bits(*got));
+            assert!((got - want).abs() <= 2e-5, "{}: {got}, not {want}", dev.isa().name());
+        }
+    }
+}
