@@ -1,0 +1,67 @@
+//! The pool of KV blocks: which are free, and how many tables refer to each of the others. Knows nothing of what is in
+//! them. Invariant: a block is on the free list exactly when nothing refers to it.
+
+/// Reference counts of the pool's blocks.
+pub(super) struct Blocks {
+    /// `[n_blocks]`: tables (of sequences, trunks, copies under way) that refer to the block.
+    refs: Vec<u32>,
+    /// Blocks without references; the last one freed is the first one reused.
+    free: Vec<u32>,
+}
+
+impl Blocks {
+    /// A pool of `n_blocks` free blocks.
+    pub(super) fn new(n_blocks: usize) -> Self {
+        Self { refs: vec![0; n_blocks], free: (0..n_blocks as u32).rev().collect() }
+    }
+
+    /// Takes a free block, with one reference.
+    pub(super) fn alloc(&mut self) -> Option<u32> {
+        let block = self.free.pop()?;
+        let refs = &mut self.refs[block as usize];
+        assert_eq!(*refs, 0, "block {block} was free and referred to");
+        *refs = 1;
+        Some(block)
+    }
+
+    /// Adds a reference to a block in use.
+    pub(super) fn share(&mut self, block: u32) {
+        let refs = &mut self.refs[block as usize];
+        assert!(*refs > 0, "block {block} is free and can't be shared");
+        *refs += 1;
+    }
+
+    /// Drops a reference; the last one frees the block.
+    pub(super) fn release(&mut self, block: u32) {
+        let refs = &mut self.refs[block as usize];
+        assert!(*refs > 0, "block {block} was freed twice");
+        *refs -= 1;
+        if *refs == 0 {
+            self.free.push(block);
+        }
+    }
+
+    /// Blocks of the pool.
+    pub(super) fn n_total(&self) -> usize {
+        self.refs.len()
+    }
+
+    /// Blocks that nothing refers to.
+    pub(super) fn n_free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Blocks that something refers to, each counted once.
+    pub(super) fn n_used(&self) -> usize {
+        self.refs.len() - self.free.len()
+    }
+
+    /// Asserts that the counts are `refs` (recounted by the caller, `[n_blocks]`) and that the free list agrees.
+    pub(super) fn check(&self, refs: &[u32]) {
+        for (block, (&kept, &counted)) in self.refs.iter().zip(refs).enumerate() {
+            assert_eq!(kept, counted, "block {block}: the pool counts {kept} references, the tables hold {counted}");
+        }
+        assert_eq!(refs.iter().filter(|&&r| r == 0).count(), self.free.len(), "free list and counts disagree");
+        assert!(self.free.iter().all(|&b| refs[b as usize] == 0), "a block on the free list is referred to");
+    }
+}

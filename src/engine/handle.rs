@@ -1,0 +1,210 @@
+//! The engine on a thread of its own: commands in, finished rows out through a callback. Knows nothing of what is done
+//! with them. Invariant: nobody waits for ever: a full queue makes `submit` wait, a stopped engine makes it return, and
+//! why it stopped is what `drain` returns.
+
+use std::any::Any;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use anyhow::{Context, anyhow};
+
+use super::{Engine, EngineStats, Finished, Submission};
+use crate::model::RunnerLimits;
+use crate::window::Class;
+
+/// Cancels and ends of streams that may be on their way to the engine before their senders wait.
+const CONTROL_COMMANDS: usize = 64;
+
+/// Called on the engine's thread after each step, with what it finished (to be drained, perhaps nothing) and the
+/// counters. The engine waits for it: it should hand on and return, and must not call the handle.
+pub type Deliver = Box<dyn FnMut(&mut Vec<Finished>, &EngineStats) + Send>;
+
+/// An engine at work on its own thread. May be shared by reference between threads.
+pub struct EngineHandle {
+    commands: SyncSender<Command>,
+    gate: Arc<Gate>,
+    limits: RunnerLimits,
+    thread: JoinHandle<anyhow::Result<EngineStats>>,
+}
+
+enum Command {
+    Submit(Submission),
+    Cancel(u64),
+    EndStream(u32),
+    Abort,
+}
+
+impl EngineHandle {
+    /// Moves an engine to a new thread.
+    ///
+    /// # Errors
+    /// If the thread can't be made.
+    pub fn start(engine: Engine, deliver: Deliver) -> anyhow::Result<Self> {
+        let max_waiting = engine.config().max_waiting;
+        let limits = *engine.limits();
+        let gate = Arc::new(Gate::new(max_waiting));
+        // Each class's gate lets through no more than the engine takes, so the engine can always take what is sent and
+        // a full queue of one class never stands in another's way.
+        let (commands, inbox) = sync_channel(Class::ALL.len() * max_waiting + CONTROL_COMMANDS);
+        let closer = GateCloser(Arc::clone(&gate));
+        let thread = Builder::new().name("engine".into());
+        let thread = thread.spawn(move || work(engine, &inbox, deliver, &closer.0)).context("starting the engine's thread")?;
+        Ok(Self { commands, gate, limits, thread })
+    }
+
+    /// Queues a prompt; waits while its class's queue is full.
+    ///
+    /// # Errors
+    /// The submission, if the engine has stopped: [`EngineHandle::drain`] says why. (One that was queued just before it
+    /// stopped is lost with it.)
+    ///
+    /// # Panics
+    /// If it could never run: see [`Submission::check`].
+    pub fn submit(&self, submission: Submission) -> Result<(), Submission> {
+        submission.check(&self.limits);
+        if !self.gate.enter(submission.class) {
+            return Err(submission);
+        }
+        self.commands.send(Command::Submit(submission)).map_err(|refused| match refused.0 {
+            Command::Submit(submission) => submission,
+            _ => unreachable!("what was sent comes back"),
+        })
+    }
+
+    /// Forgets a sequence, unless it has finished by then.
+    pub fn cancel(&self, id: u64) {
+        self.control(Command::Cancel(id));
+    }
+
+    /// See [`Engine::end_stream`].
+    pub fn end_stream(&self, stream: u32) {
+        self.control(Command::EndStream(stream));
+    }
+
+    /// Completes all that was submitted, then stops the engine.
+    ///
+    /// # Errors
+    /// Why it stopped before that: the runner's error, or the message of its panic.
+    pub fn drain(self) -> anyhow::Result<EngineStats> {
+        drop(self.commands);
+        join(self.thread)
+    }
+
+    /// Asks the engine to stop after the step under way; rows that have not finished are dropped. `submit` returns then,
+    /// and [`EngineHandle::drain`] waits for it.
+    pub fn abort(&self) {
+        self.control(Command::Abort);
+    }
+
+    /// A stopped engine needs no command: then the send fails, and that is right.
+    fn control(&self, command: Command) {
+        drop(self.commands.send(command));
+    }
+}
+
+fn join(thread: JoinHandle<anyhow::Result<EngineStats>>) -> anyhow::Result<EngineStats> {
+    thread.join().unwrap_or_else(|panic| Err(anyhow!("the engine panicked: {}", panic_message(&*panic))))
+}
+
+/// What a panic said.
+pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}
+
+/// The thread: take commands, step, deliver.
+fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gate: &Gate) -> anyhow::Result<EngineStats> {
+    let mut finished = Vec::new();
+    let mut n_known = [0; Class::ALL.len()]; // rows that hold a place in the gate and have reached the engine
+    let mut is_open = true;
+    loop {
+        while is_open {
+            // With nothing to do, wait for a command; else take those that are there.
+            let command = if engine.has_work() {
+                inbox.try_recv()
+            } else {
+                engine.check();
+                inbox.recv().map_err(|_| TryRecvError::Disconnected)
+            };
+            match command {
+                Ok(Command::Submit(submission)) => {
+                    n_known[submission.class as usize] += 1;
+                    engine.submit(submission).expect("the gate let it through");
+                }
+                Ok(Command::Cancel(id)) => drop(engine.cancel(id)),
+                Ok(Command::EndStream(stream)) => engine.end_stream(stream),
+                Ok(Command::Abort) => return Ok(*engine.stats()),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => is_open = false,
+            }
+            leave(&engine, &mut n_known, gate);
+        }
+        if !engine.has_work() {
+            return Ok(*engine.stats());
+        }
+        engine.step(&mut finished)?;
+        leave(&engine, &mut n_known, gate);
+        deliver(&mut finished, engine.stats());
+        finished.clear();
+    }
+}
+
+/// Gives back the places of rows that run now, or were cancelled.
+fn leave(engine: &Engine, n_known: &mut [usize; Class::ALL.len()], gate: &Gate) {
+    for class in Class::ALL {
+        let n_queued = engine.n_queued(class);
+        let n_known = &mut n_known[class as usize];
+        if n_queued < *n_known {
+            gate.leave(class, *n_known - n_queued);
+            *n_known = n_queued;
+        }
+    }
+}
+
+/// A place per row that has been sent and never ran, by class.
+struct Gate {
+    places: Mutex<Places>,
+    changed: Condvar,
+    max_waiting: usize,
+}
+
+struct Places {
+    n_taken: [usize; Class::ALL.len()],
+    is_closed: bool,
+}
+
+impl Gate {
+    fn new(max_waiting: usize) -> Self {
+        let places = Mutex::new(Places { n_taken: [0; Class::ALL.len()], is_closed: false });
+        Self { places, changed: Condvar::new(), max_waiting }
+    }
+
+    /// Two numbers and a flag are never half changed.
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place, when there is one; false if the gate is closed.
+    fn enter(&self, class: Class) -> bool {
+        let is_full = |p: &mut Places| p.n_taken[class as usize] >= self.max_waiting && !p.is_closed;
+        let mut places = self.changed.wait_while(self.lock(), is_full).unwrap_or_else(PoisonError::into_inner);
+        places.n_taken[class as usize] += usize::from(!places.is_closed);
+        !places.is_closed
+    }
+
+    fn leave(&self, class: Class, n: usize) {
+        self.lock().n_taken[class as usize] -= n;
+        self.changed.notify_all();
+    }
+}
+
+/// Closes the gate however the engine's thread ends.
+struct GateCloser(Arc<Gate>);
+
+impl Drop for GateCloser {
+    fn drop(&mut self) {
+        self.0.lock().is_closed = true;
+        self.0.changed.notify_all();
+    }
+}

@@ -1,0 +1,301 @@
+//! The engine: prompts in, completions out, as many side by side as the KV cache holds. Synchronous; knows nothing of
+//! files, JSON, time or threads (`handle` puts it on one). [`Engine::step`] is the whole of it: schedule, run, settle.
+//!
+//! Invariants: every submission that is not cancelled becomes exactly one [`Finished`]; its tokens depend on its prompt
+//! and parameters alone; a step never passes its budget; no block is written by two rows, or read before it is written
+//! (see `stream` for how rows share them).
+
+mod audit;
+mod batch;
+mod blocks;
+pub mod handle;
+pub mod sampling;
+mod scheduler;
+mod sequence;
+pub mod stop;
+mod stream;
+
+use std::sync::Arc;
+
+use anyhow::ensure;
+
+use crate::device::BLOCK_TOKENS;
+use crate::device::batch::{Batch, StepOutput};
+use crate::model::{Runner, RunnerLimits};
+use crate::outcome::FinishReason;
+use crate::request::MAX_TOP_LOGPROBS;
+use crate::window::Class;
+use scheduler::Scheduler;
+use sequence::Phase;
+
+pub use sequence::Submission;
+
+/// What the engine must know of the tokenizer.
+pub trait TokenTable: Send + Sync {
+    /// The bytes a token stands for.
+    fn token_bytes(&self, id: u32) -> &[u8];
+    /// Whether it ends a completion.
+    fn is_end(&self, id: u32) -> bool;
+    /// Whether it is a mark of the model's rather than text. Unless a row ignores end tokens, marks are no part of its
+    /// text.
+    fn is_special(&self, id: u32) -> bool;
+}
+
+/// Limits of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most sequences with KV blocks at a time.
+    pub max_running: usize,
+    /// Most sequences of each class that have been submitted and never ran.
+    pub max_waiting: usize,
+    /// Most tokens in a step.
+    pub budget_tokens: usize,
+    /// Preemptions after which a row is left alone (except by asap, or if nothing else could go on).
+    pub max_preemptions: u32,
+    /// Output tokens that a stream's rows are expected to have until some have finished.
+    pub cold_output_tokens: u32,
+}
+
+impl EngineConfig {
+    /// All that the runner allows.
+    pub fn for_runner(limits: &RunnerLimits) -> Self {
+        Self {
+            max_running: limits.max_step_seqs,
+            max_waiting: (4 * limits.max_step_seqs).max(64),
+            budget_tokens: limits.max_step_tokens,
+            max_preemptions: 3,
+            cold_output_tokens: 256,
+        }
+    }
+}
+
+/// A completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finished {
+    /// As submitted.
+    pub id: u64,
+    /// All tokens drawn, an end token included.
+    pub tokens: Vec<u32>,
+    /// Their text, without the stop string and what follows it.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// One entry per token, if asked for; else empty.
+    pub logprobs: Vec<SeqLogprob>,
+    /// The device could not compute it (its logits are no numbers); the rest says how far it came.
+    pub is_broken: bool,
+}
+
+/// Log-probability of a drawn token, in nats, of the model's own distribution.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SeqLogprob {
+    /// The token drawn.
+    pub token: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The likeliest tokens, most likely first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Counters since the start, and gauges as of the last call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Steps run.
+    pub steps: u64,
+    /// Prompt tokens computed, each counted once.
+    pub prefill_tokens: u64,
+    /// Drawn tokens computed (the last one of a row never is), each counted once.
+    pub decode_tokens: u64,
+    /// Tokens drawn.
+    pub generated_tokens: u64,
+    /// Prompt tokens that did not have to be computed because the trunk had them.
+    pub shared_tokens: u64,
+    /// Tokens computed again: the tax of preemptions.
+    pub recomputed_tokens: u64,
+    /// Times that a row lost its blocks.
+    pub preemptions: u64,
+    /// Rows completed.
+    pub finished: u64,
+    /// Blocks of the pool that are in use.
+    pub blocks_used: usize,
+    /// Blocks of the pool.
+    pub blocks_total: usize,
+    /// Rows that hold blocks.
+    pub running: usize,
+    /// Rows that wait, preempted ones included.
+    pub waiting: usize,
+}
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheduled {
+    /// As submitted.
+    pub id: u64,
+    /// As submitted.
+    pub class: Class,
+    /// Position of its first token in the step.
+    pub first_position: usize,
+    /// Its tokens in the step.
+    pub n_tokens: usize,
+    /// Whether the step draws its next token.
+    pub draws: bool,
+    running_idx: usize,
+}
+
+/// See the module.
+pub struct Engine {
+    scheduler: Scheduler,
+    runner: Box<dyn Runner>,
+    tokens: Arc<dyn TokenTable>,
+    batch: Batch,
+    out: StepOutput,
+}
+
+impl Engine {
+    /// An idle engine.
+    ///
+    /// # Errors
+    /// If a limit is 0 or over the runner's, or the pool can't hold one sequence of full length.
+    pub fn new(config: EngineConfig, runner: Box<dyn Runner>, tokens: Arc<dyn TokenTable>) -> anyhow::Result<Self> {
+        let limits = runner.limits();
+        let RunnerLimits { n_blocks, max_step_tokens, max_step_seqs, max_context, .. } = limits;
+        ensure!(config.max_running > 0 && config.max_waiting > 0 && max_step_seqs > 0, "no room for a single row");
+        ensure!(
+            (1..=max_step_tokens).contains(&config.budget_tokens),
+            "a budget of {} tokens per step, but the runner takes 1 to {max_step_tokens}",
+            config.budget_tokens
+        );
+        ensure!(
+            n_blocks * BLOCK_TOKENS >= max_context,
+            "the KV cache holds {} tokens, less than one sequence of {max_context}: give it more memory or lower the context limit",
+            n_blocks * BLOCK_TOKENS
+        );
+        let batch = batch::with_capacity(&limits);
+        let out = StepOutput { rows: Vec::with_capacity(max_step_seqs) };
+        Ok(Self { scheduler: Scheduler::new(config, limits), runner, tokens, batch, out })
+    }
+
+    /// Queues a prompt. Gives it back if its class's queue is full: step, then try again.
+    ///
+    /// # Errors
+    /// The submission, unchanged.
+    ///
+    /// # Panics
+    /// If it could never run: see [`Submission::check`].
+    pub fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
+        submission.check(&self.scheduler.limits);
+        let queued = self.scheduler.submit(submission);
+        self.scheduler.measure();
+        queued
+    }
+
+    /// Forgets a sequence: no `Finished` will come, and what it held is free at once. False if it is not there (any
+    /// more).
+    pub fn cancel(&mut self, id: u64) -> bool {
+        let found = self.scheduler.cancel(id);
+        self.scheduler.measure();
+        found
+    }
+
+    /// Frees what a stream keeps for its next row: there will be none that shares a prefix with the last. Not needed
+    /// after a row with `keep_tokens` 0.
+    pub fn end_stream(&mut self, stream: u32) {
+        self.scheduler.end_stream(stream);
+        self.scheduler.measure();
+    }
+
+    /// Whether anything waits or runs.
+    pub fn has_work(&self) -> bool {
+        !self.scheduler.running.is_empty() || self.scheduler.waiting.iter().any(|queue| !queue.is_empty())
+    }
+
+    /// Runs one step, if there is work; what it completed is appended to `finished`.
+    ///
+    /// # Errors
+    /// The runner's. The engine is of no use any more then.
+    pub fn step(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
+        self.scheduler.schedule();
+        if self.scheduler.scheduled.is_empty() {
+            return Ok(());
+        }
+        batch::fill(&mut self.batch, &self.scheduler);
+        self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
+        self.out.rows.clear();
+        self.runner.run(&self.batch, &mut self.out)?;
+        self.settle(finished);
+        Ok(())
+    }
+
+    /// Takes in what the step drew.
+    fn settle(&mut self, finished: &mut Vec<Finished>) {
+        let Scheduler { scheduled, running, stats, limits, .. } = &mut self.scheduler;
+        assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
+        for (share, row) in scheduled.iter().filter(|s| s.draws).zip(&self.out.rows) {
+            let seq = &mut running[share.running_idx];
+            if row.is_broken() {
+                seq.phase = Phase::Finished;
+                finished.push(Finished { is_broken: true, ..seq.output(FinishReason::Stop) });
+                stats.finished += 1;
+                continue;
+            }
+            assert!((row.token as usize) < limits.n_vocab, "token {} drawn of {}", row.token, limits.n_vocab);
+            stats.generated_tokens += 1;
+            if let Some(reason) = seq.accept(row, &*self.tokens, limits.max_context) {
+                seq.phase = Phase::Finished;
+                finished.push(seq.output(reason));
+                stats.finished += 1;
+            }
+        }
+        stats.steps += 1;
+        self.scheduler.settle();
+        self.scheduler.measure();
+    }
+
+    /// What the last step ran, in order.
+    pub fn last_step(&self) -> &[Scheduled] {
+        &self.scheduler.scheduled
+    }
+
+    /// Rows of the class that were submitted and never ran: what `EngineConfig::max_waiting` limits.
+    pub fn n_queued(&self, class: Class) -> usize {
+        self.scheduler.n_queued[class as usize]
+    }
+
+    /// Its limits.
+    pub fn config(&self) -> &EngineConfig {
+        &self.scheduler.config
+    }
+
+    /// Its runner's limits.
+    pub fn limits(&self) -> &RunnerLimits {
+        &self.scheduler.limits
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> &EngineStats {
+        &self.scheduler.stats
+    }
+
+    /// Audits the books, between steps: references of blocks, writers, queues. Takes time proportional to the tables.
+    ///
+    /// # Panics
+    /// If they do not add up.
+    pub fn check(&self) {
+        self.scheduler.check();
+    }
+}
+
+impl Submission {
+    /// Asserts that it can run; whoever prepares rows has turned away those that can't.
+    ///
+    /// # Panics
+    /// If the prompt is empty or leaves no token of the context, holds an id outside the vocabulary, or a parameter is
+    /// out of range.
+    pub fn check(&self, limits: &RunnerLimits) {
+        let (id, n_prompt) = (self.id, self.prompt.len());
+        assert!((1..limits.max_context).contains(&n_prompt), "row {id}: {n_prompt} tokens of {}", limits.max_context);
+        assert!(self.prompt.iter().all(|&t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
+        assert!(self.params.max_tokens > 0, "row {id}: nothing to generate");
+        assert!(self.params.logprobs.is_none_or(|n| n as usize <= MAX_TOP_LOGPROBS), "row {id}: too many alternatives");
+    }
+}

@@ -1,0 +1,440 @@
+//! Who runs in a step: queues, admission, the order of classes, and preemption. Knows nothing of devices, text or why a
+//! sequence ends.
+//!
+//! A step is filled in this order, until its budget of tokens is used: asap decodes, asap prefills, standard decodes,
+//! batch decodes, standard prefills, batch prefills; admission is a prefill's first chunk. An asap row takes blocks and
+//! places from rows of other classes; those take them from each other only when a forecast was wrong.
+//!
+//! Invariants: no step passes its budget; a row that has tokens in the step is not preempted in it; one that is
+//! preempted comes back in a later step, before any row of its class that never ran; whenever there is work, a step
+//! does some.
+
+use std::cmp::Reverse;
+use std::collections::VecDeque;
+
+use super::blocks::Blocks;
+use super::sequence::{Buffers, Phase, Sequence, Submission};
+use super::stream::Stream;
+use super::{EngineConfig, EngineStats, Scheduled};
+use crate::device::BLOCK_TOKENS;
+use crate::device::batch::BlockCopy;
+use crate::model::RunnerLimits;
+use crate::window::Class;
+
+/// See the module.
+pub(super) struct Scheduler {
+    pub(super) config: EngineConfig,
+    pub(super) limits: RunnerLimits,
+    pub(super) blocks: Blocks,
+    /// Entries are reused, never removed: sequences hold their index.
+    pub(super) streams: Vec<Stream>,
+    /// By class. Preempted rows come first.
+    pub(super) waiting: [VecDeque<Sequence>; 3],
+    /// By class: waiting rows that never ran.
+    pub(super) n_queued: [usize; 3],
+    /// In the order of admission. Between steps all are live.
+    pub(super) running: Vec<Sequence>,
+    /// Live rows of `running`.
+    pub(super) n_running: usize,
+    /// Buffers of finished rows.
+    spare: Vec<Buffers>,
+    /// Steps so far, this one included.
+    step: u64,
+    /// What this step runs, in order.
+    pub(super) scheduled: Vec<Scheduled>,
+    /// What this step copies, in order.
+    pub(super) copies: Vec<BlockCopy>,
+    /// Sources of `copies`: not to be reused before the device has done the step.
+    pub(super) held: Vec<u32>,
+    /// Tokens that this step can still take.
+    room_tokens: usize,
+    /// Blocks ran out in this step, or a row had to wait for them: nobody below asap is admitted.
+    is_tight: bool,
+    pub(super) stats: EngineStats,
+}
+
+impl Scheduler {
+    /// Reserves everything that a step needs.
+    pub(super) fn new(config: EngineConfig, limits: RunnerLimits) -> Self {
+        let queue = || VecDeque::with_capacity(config.max_waiting + config.max_running);
+        Self {
+            blocks: Blocks::new(limits.n_blocks),
+            streams: Vec::new(),
+            waiting: [queue(), queue(), queue()],
+            n_queued: [0; 3],
+            running: Vec::with_capacity(2 * config.max_running),
+            n_running: 0,
+            spare: Vec::with_capacity(2 * config.max_running),
+            step: 0,
+            scheduled: Vec::with_capacity(limits.max_step_seqs),
+            copies: Vec::with_capacity(limits.max_step_seqs),
+            held: Vec::with_capacity(limits.max_step_seqs),
+            room_tokens: 0,
+            is_tight: false,
+            stats: EngineStats { blocks_total: limits.n_blocks, ..EngineStats::default() },
+            config,
+            limits,
+        }
+    }
+
+    /// Queues a row, unless its class's queue is full.
+    pub(super) fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
+        let class = submission.class as usize;
+        if self.n_queued[class] >= self.config.max_waiting {
+            return Err(submission);
+        }
+        let stream_idx = self.stream_idx(submission.stream);
+        self.streams[stream_idx].n_live += 1;
+        self.n_queued[class] += 1;
+        self.waiting[class].push_back(Sequence::new(submission, stream_idx));
+        Ok(())
+    }
+
+    /// The stream's entry. A new stream takes the place of one without rows once there are as many as rows can be live.
+    fn stream_idx(&mut self, id: u32) -> usize {
+        if let Some(known) = self.streams.iter().position(|s| s.id == id) {
+            return known;
+        }
+        if self.streams.len() < 3 * (self.config.max_waiting + self.config.max_running) {
+            self.streams.push(Stream::new(id));
+            return self.streams.len() - 1;
+        }
+        let idle = self.streams.iter().position(|s| s.n_live == 0).expect("more streams than live rows");
+        self.streams[idle].trunk.truncate(0, &mut self.blocks);
+        self.streams[idle] = Stream::new(id);
+        idle
+    }
+
+    /// Forgets a row; its blocks are free at once. False if there is none of that name.
+    pub(super) fn cancel(&mut self, id: u64) -> bool {
+        let mut row = None;
+        if let Some(idx) = self.running.iter().position(|s| s.id == id) {
+            self.release_blocks(idx);
+            self.n_running -= 1;
+            row = Some(self.running.remove(idx));
+        }
+        for queue in &mut self.waiting {
+            if let Some(idx) = queue.iter().position(|s| s.id == id) {
+                row = queue.remove(idx);
+            }
+        }
+        let Some(row) = row else { return false };
+        self.n_queued[row.class as usize] -= usize::from(!row.is_admitted);
+        self.retire(row);
+        true
+    }
+
+    /// Frees a stream's trunk: no submission that shares with earlier ones will come.
+    pub(super) fn end_stream(&mut self, id: u32) {
+        for stream in self.streams.iter_mut().filter(|s| s.id == id) {
+            stream.trunk.truncate(0, &mut self.blocks);
+        }
+    }
+
+    /// Fills `scheduled` and `copies` for the next step.
+    pub(super) fn schedule(&mut self) {
+        self.step += 1;
+        self.scheduled.clear();
+        self.copies.clear();
+        self.room_tokens = self.config.budget_tokens;
+        self.is_tight = false;
+        self.decode(Class::Asap);
+        self.prefill(Class::Asap);
+        self.decode(Class::Standard);
+        self.decode(Class::Batch);
+        self.prefill(Class::Standard);
+        self.prefill(Class::Batch);
+        let has_work = self.n_running > 0 || self.waiting.iter().any(|q| !q.is_empty());
+        assert!(!self.scheduled.is_empty() || !has_work, "a step without work while {} rows run", self.n_running);
+    }
+
+    /// Ends the step: finished rows leave, preempted ones go back to the front of their queue in the order they ran in.
+    pub(super) fn settle(&mut self) {
+        for idx in (0..self.running.len()).rev() {
+            match self.running[idx].phase {
+                Phase::Live => {}
+                Phase::Preempted => {
+                    let mut row = self.running.remove(idx);
+                    row.phase = Phase::Live;
+                    self.waiting[row.class as usize].push_front(row);
+                }
+                Phase::Finished => {
+                    self.release_blocks(idx);
+                    let row = self.running.remove(idx);
+                    if !row.params.ignore_eos {
+                        self.streams[row.stream_idx].lengths.record(row.buffers.generated.len());
+                    }
+                    self.n_running -= 1;
+                    self.retire(row);
+                }
+            }
+        }
+        self.held.drain(..).for_each(|block| self.blocks.release(block));
+    }
+
+    /// Brings the gauges up to date.
+    pub(super) fn measure(&mut self) {
+        self.stats.blocks_used = self.blocks.n_used();
+        self.stats.running = self.n_running;
+        self.stats.waiting = self.waiting.iter().map(VecDeque::len).sum();
+    }
+
+    /// The row is gone; its buffers stay.
+    fn retire(&mut self, mut row: Sequence) {
+        self.streams[row.stream_idx].n_live -= 1;
+        row.buffers.clear();
+        if row.is_admitted && self.spare.len() < self.spare.capacity() {
+            self.spare.push(row.buffers);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.room_tokens > 0 && self.scheduled.len() < self.limits.max_step_seqs
+    }
+
+    /// Gives a token each to the rows of the class that need just one, if they have a slot for it.
+    fn decode(&mut self, class: Class) {
+        for idx in 0..self.running.len() {
+            let row = &self.running[idx];
+            let wants = row.class == class && row.phase == Phase::Live && row.remaining() == 1;
+            if wants && self.has_room() && self.ensure_slot(idx) {
+                self.take_chunk(idx);
+            }
+        }
+    }
+
+    /// Goes on with the class's prefills, then admits from its queue.
+    fn prefill(&mut self, class: Class) {
+        for idx in 0..self.running.len() {
+            let row = &self.running[idx];
+            if self.has_room() && row.class == class && row.phase == Phase::Live && row.remaining() > 1 {
+                self.take_chunk(idx);
+            }
+        }
+        while self.has_room() && !self.waiting[class as usize].is_empty() {
+            if !self.can_admit(class) {
+                self.is_tight = true; // or smaller rows of lower classes would overtake it for ever
+                break;
+            }
+            self.admit(class);
+            self.take_chunk(self.running.len() - 1);
+        }
+    }
+
+    /// Puts as much of a row into the step as there is room for.
+    fn take_chunk(&mut self, idx: usize) {
+        let row = &mut self.running[idx];
+        let start = row.computed;
+        let end = start + row.remaining().min(self.room_tokens);
+        // The blocks that others may share by reference are full; this store is past them.
+        assert!(start >= row.n_shared_blocks * BLOCK_TOKENS && end <= row.buffers.table.len() * BLOCK_TOKENS && start < end);
+        let seen = row.high_water.clamp(start, end);
+        let prompt_end = row.prompt.len().clamp(seen, end);
+        self.stats.recomputed_tokens += (seen - start) as u64;
+        self.stats.prefill_tokens += (prompt_end - seen) as u64;
+        self.stats.decode_tokens += (end - prompt_end) as u64;
+        row.computed = end;
+        row.high_water = row.high_water.max(end);
+        row.in_step = self.step;
+        self.room_tokens -= end - start;
+        let draws = end == row.n_tokens();
+        let (id, class) = (row.id, row.class);
+        self.scheduled.push(Scheduled { id, class, first_position: start, n_tokens: end - start, draws, running_idx: idx });
+        self.streams[row.stream_idx].trunk.note_computed(id, end);
+    }
+
+    /// Whether the first row of the class's queue gets in; makes room for it as far as its class allows.
+    fn can_admit(&mut self, class: Class) -> bool {
+        let has_place = self.n_running < self.config.max_running;
+        match class {
+            Class::Asap => self.asap_fits() && (has_place || self.preempt_below_asap()) && self.make_room_for_asap(),
+            Class::Standard | Class::Batch => has_place && !self.is_tight && self.forecast_fits(class),
+        }
+    }
+
+    /// How many leading tokens the first row of the queue would get from its trunk: all but its last token, which must
+    /// be computed to draw from it.
+    fn shared_tokens(&self, class: Class) -> usize {
+        let row = &self.waiting[class as usize][0];
+        self.streams[row.stream_idx].trunk.common_tokens(row).min(row.n_tokens() - 1)
+    }
+
+    /// Blocks that a row will hold at its end.
+    fn final_blocks(&self, row: &Sequence) -> usize {
+        let estimate = self.streams[row.stream_idx].lengths.estimate(self.config.cold_output_tokens);
+        row.final_blocks(estimate, self.limits.max_context)
+    }
+
+    /// Blocks in use once the running rows and the first of the queue have grown to their predicted lengths.
+    fn forecast(&self, class: Class) -> usize {
+        let live = self.running.iter().filter(|r| r.phase == Phase::Live);
+        let growth: usize = live.map(|r| self.final_blocks(r).saturating_sub(r.buffers.table.len())).sum();
+        let new = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
+        self.blocks.n_used() + growth + new
+    }
+
+    /// Whether the forecast with the first row of the queue fits the pool; frees trunks for it as far as that is right.
+    fn forecast_fits(&mut self, class: Class) -> bool {
+        let n_total = self.blocks.n_total();
+        if self.forecast(class) <= n_total || (self.drop_idle_trunks() && self.forecast(class) <= n_total) {
+            return true;
+        }
+        if self.n_running > 0 {
+            return false;
+        }
+        self.drop_trunks();
+        assert!(self.forecast(class) <= n_total, "a row alone doesn't fit the pool");
+        true
+    }
+
+    /// Whether the asap rows, with the first of their queue, would fit a pool of their own at their predicted lengths.
+    fn asap_fits(&self) -> bool {
+        let class = Class::Asap;
+        let own = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
+        let asap = self.running.iter().filter(|r| r.phase == Phase::Live && r.class == class);
+        let others: usize = asap.map(|r| self.final_blocks(r) - r.n_shared_blocks).sum();
+        own + others <= self.blocks.n_total()
+    }
+
+    /// Frees blocks for the tokens of the first asap row; false if only asap rows have any left.
+    fn make_room_for_asap(&mut self) -> bool {
+        loop {
+            let n_shared_blocks = self.shared_tokens(Class::Asap) / BLOCK_TOKENS;
+            if self.waiting[Class::Asap as usize][0].n_blocks() - n_shared_blocks <= self.blocks.n_free() {
+                return true;
+            }
+            if !(self.drop_idle_trunks() || self.preempt_below_asap() || self.drop_trunks()) {
+                return false;
+            }
+        }
+    }
+
+    /// Moves the first row of the queue to the running ones and gives it blocks for all its tokens.
+    fn admit(&mut self, class: Class) {
+        let n_shared = self.shared_tokens(class);
+        let mut row = self.waiting[class as usize].pop_front().expect("the caller looked");
+        let trunk = &mut self.streams[row.stream_idx].trunk;
+        let is_new = !row.is_admitted;
+        if is_new {
+            row.buffers = self.spare.pop().unwrap_or_default();
+            row.is_admitted = true;
+            self.n_queued[class as usize] -= 1;
+        }
+        row.n_shared_blocks = n_shared / BLOCK_TOKENS;
+        row.buffers.table.extend_from_slice(&trunk.blocks()[..row.n_shared_blocks]);
+        row.buffers.table.iter().for_each(|&block| self.blocks.share(block));
+        for _ in row.n_shared_blocks..row.n_blocks() {
+            row.buffers.table.push(self.blocks.alloc().expect("the caller counted"));
+        }
+        if !n_shared.is_multiple_of(BLOCK_TOKENS) {
+            let src = trunk.blocks()[row.n_shared_blocks];
+            let dst = row.buffers.table[row.n_shared_blocks];
+            self.blocks.share(src);
+            self.held.push(src);
+            self.copies.push(BlockCopy { src, dst, n_slots: (n_shared % BLOCK_TOKENS) as u32 });
+        }
+        row.computed = n_shared;
+        self.stats.shared_tokens += n_shared.min(row.prompt.len()).saturating_sub(row.high_water) as u64;
+        row.high_water = row.high_water.max(n_shared);
+        if is_new || trunk.is_owner(row.id) {
+            trunk.grow_from(&row, &mut self.blocks);
+        }
+        self.n_running += 1;
+        self.running.push(row);
+    }
+
+    /// Sees that a decoding row has a slot for its token; if blocks ran out, somebody loses theirs. False if the row
+    /// has to wait, or was itself the one.
+    fn ensure_slot(&mut self, idx: usize) -> bool {
+        if self.running[idx].computed < self.running[idx].buffers.table.len() * BLOCK_TOKENS {
+            return true;
+        }
+        loop {
+            if let Some(block) = self.blocks.alloc() {
+                self.running[idx].buffers.table.push(block);
+                return true;
+            }
+            if self.drop_idle_trunks() {
+                continue;
+            }
+            let victim = self.victim_for(idx);
+            if let Some(other) = victim.filter(|&v| v != idx) {
+                self.preempt(other);
+            } else if !self.drop_trunks() {
+                self.is_tight = true;
+                if victim.is_some() {
+                    self.preempt(idx);
+                }
+                return false;
+            }
+        }
+    }
+
+    /// Who loses its blocks when the row at `needy` has no slot: of the rows without tokens in this step and of no
+    /// higher class, the lowest class, then the one that costs least to compute again; perhaps `needy` itself. Rows that
+    /// were preempted too often are left alone (but not by asap), unless nothing else could go on.
+    fn victim_for(&self, needy: usize) -> Option<usize> {
+        let class = self.running[needy].class;
+        let max_preemptions = self.config.max_preemptions;
+        let is_candidate = |r: &Sequence| r.phase == Phase::Live && r.in_step != self.step && r.class >= class;
+        let may_lose = |r: &Sequence| r.n_preemptions < max_preemptions || (class == Class::Asap && r.class > class);
+        let worst = self.worst(|_, r| is_candidate(r) && may_lose(r));
+        if worst.is_some() || !self.scheduled.is_empty() {
+            return worst;
+        }
+        self.worst(|idx, r| is_candidate(r) && idx != needy)
+    }
+
+    fn worst(&self, is_candidate: impl Fn(usize, &Sequence) -> bool) -> Option<usize> {
+        let rows = self.running.iter().enumerate().filter(|&(idx, row)| is_candidate(idx, row));
+        rows.max_by_key(|&(idx, row)| (row.class, Reverse(row.computed), idx)).map(|(idx, _)| idx)
+    }
+
+    /// Preempts the least row of a class below asap, if there is one; none has tokens in the step yet.
+    fn preempt_below_asap(&mut self) -> bool {
+        let victim = self.worst(|_, r| r.phase == Phase::Live && r.class > Class::Asap);
+        if let Some(idx) = victim {
+            self.preempt(idx);
+        }
+        victim.is_some()
+    }
+
+    /// Takes a row's blocks; what it has drawn stays.
+    fn preempt(&mut self, idx: usize) {
+        self.release_blocks(idx);
+        let row = &mut self.running[idx];
+        assert!(row.in_step != self.step, "row {} was preempted in a step that runs it", row.id);
+        row.phase = Phase::Preempted;
+        row.n_preemptions += 1;
+        self.n_running -= 1;
+        self.stats.preemptions += 1;
+        self.is_tight = true;
+    }
+
+    fn release_blocks(&mut self, idx: usize) {
+        let row = &mut self.running[idx];
+        self.streams[row.stream_idx].trunk.note_lost(row.id, &mut self.blocks);
+        row.buffers.table.drain(..).for_each(|block| self.blocks.release(block));
+        row.n_shared_blocks = 0;
+        row.computed = 0;
+    }
+
+    /// Frees the trunks of streams without rows; says whether that freed any reference.
+    fn drop_idle_trunks(&mut self) -> bool {
+        self.drop_trunks_where(|s| s.n_live == 0)
+    }
+
+    /// Frees all trunks; says whether that freed any reference.
+    fn drop_trunks(&mut self) -> bool {
+        self.drop_trunks_where(|_| true)
+    }
+
+    fn drop_trunks_where(&mut self, is_dropped: impl Fn(&Stream) -> bool) -> bool {
+        let mut any = false;
+        for stream in self.streams.iter_mut().filter(|s| is_dropped(s)) {
+            any |= !stream.trunk.blocks().is_empty();
+            stream.trunk.truncate(0, &mut self.blocks);
+        }
+        any
+    }
+}

@@ -1,0 +1,201 @@
+//! One prompt being completed: what is known of it, what of it is in the KV cache, and its text so far. Knows nothing of
+//! other sequences. Invariant: `computed` is less than the number of its tokens, for the last token is what the next
+//! step computes; between steps `table` covers exactly the tokens it was given blocks for, and is empty while it waits.
+
+use std::sync::Arc;
+
+use super::sampling::SeqParams;
+use super::stop::StopText;
+use super::{Finished, SeqLogprob, TokenTable};
+use crate::device::BLOCK_TOKENS;
+use crate::device::batch::HeadOut;
+use crate::outcome::FinishReason;
+use crate::window::Class;
+
+/// A prompt to complete.
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// The caller's name for it, not in use by another live sequence.
+    pub id: u64,
+    /// Token ids, at least one.
+    pub prompt: Arc<[u32]>,
+    /// How it is completed.
+    pub params: SeqParams,
+    /// How soon.
+    pub class: Class,
+    /// How many of the prompt's leading tokens the next submissions of the stream share. A wrong number costs
+    /// computation or memory, never a bit of the result.
+    pub keep_tokens: u32,
+    /// Which job's trunk it belongs to; one stream's submissions should be of one class.
+    pub stream: u32,
+}
+
+/// Where a sequence of the running list stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Waiting, or holding KV blocks.
+    Live,
+    /// Lost its blocks in this step; goes back to the queue at the step's end.
+    Preempted,
+    /// Done; leaves at the step's end.
+    Finished,
+}
+
+/// Buffers that grow while a sequence runs; handed from finished sequences to new ones, so that a warm engine allocates
+/// nothing in a step.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    /// Tokens drawn.
+    pub(super) generated: Vec<u32>,
+    /// Entry i holds positions 16 i to 16 i + 15.
+    pub(super) table: Vec<u32>,
+    text: StopText,
+    /// Of each drawn token: its log-probability and how many entries of `top` are its own. Empty unless asked for.
+    logprobs: Vec<(f32, u8)>,
+    /// The likeliest tokens of all positions, one after the other.
+    top: Vec<(u32, f32)>,
+}
+
+/// See the module.
+pub(super) struct Sequence {
+    pub(super) id: u64,
+    pub(super) prompt: Arc<[u32]>,
+    pub(super) params: SeqParams,
+    pub(super) class: Class,
+    /// At most `prompt.len()`.
+    pub(super) keep_tokens: usize,
+    /// Index of its stream in the scheduler.
+    pub(super) stream_idx: usize,
+    pub(super) buffers: Buffers,
+    /// Leading entries of the table that are another sequence's full blocks: never written by this one.
+    pub(super) n_shared_blocks: usize,
+    /// Positions 0..computed are in the KV cache (or will be when the step under way is done).
+    pub(super) computed: usize,
+    /// Positions below this were computed or shared at some time: computing them again is the tax of a preemption.
+    pub(super) high_water: usize,
+    pub(super) phase: Phase,
+    /// Whether it ever ran.
+    pub(super) is_admitted: bool,
+    /// The last step that it has tokens in.
+    pub(super) in_step: u64,
+    pub(super) n_preemptions: u32,
+}
+
+impl Sequence {
+    /// A sequence that waits.
+    pub(super) fn new(submission: Submission, stream_idx: usize) -> Self {
+        Self {
+            id: submission.id,
+            keep_tokens: (submission.keep_tokens as usize).min(submission.prompt.len()),
+            prompt: submission.prompt,
+            params: submission.params,
+            class: submission.class,
+            stream_idx,
+            buffers: Buffers::default(),
+            n_shared_blocks: 0,
+            computed: 0,
+            high_water: 0,
+            phase: Phase::Live,
+            is_admitted: false,
+            in_step: 0,
+            n_preemptions: 0,
+        }
+    }
+
+    /// Tokens so far: prompt and drawn.
+    pub(super) fn n_tokens(&self) -> usize {
+        self.prompt.len() + self.buffers.generated.len()
+    }
+
+    /// Tokens not in the cache: 1 while decoding, more while prefilling, 0 once all of it is in the step under way.
+    pub(super) fn remaining(&self) -> usize {
+        self.n_tokens() - self.computed
+    }
+
+    /// The tokens of positions `start..end`, in two pieces: of the prompt and of what was drawn.
+    pub(super) fn tokens(&self, start: usize, end: usize) -> (&[u32], &[u32]) {
+        let n_prompt = self.prompt.len();
+        let prompt = &self.prompt[start.min(n_prompt)..end.min(n_prompt)];
+        let generated = &self.buffers.generated[start.max(n_prompt) - n_prompt..end.max(n_prompt) - n_prompt];
+        (prompt, generated)
+    }
+
+    /// How many leading tokens are those of `other`.
+    pub(super) fn common_tokens(&self, other: &[u32]) -> usize {
+        let (prompt, generated) = self.tokens(0, self.n_tokens());
+        prompt.iter().chain(generated).zip(other).take_while(|(a, b)| a == b).count()
+    }
+
+    /// Blocks for the tokens so far.
+    pub(super) fn n_blocks(&self) -> usize {
+        self.n_tokens().div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Blocks it will hold at its end if its stream's outputs have `estimate` tokens (the last one needs no slot). One
+    /// that has passed the estimate is expected to go on for a quarter of what it has.
+    pub(super) fn final_blocks(&self, estimate: u32, max_context: usize) -> usize {
+        let generated = self.buffers.generated.len() as u32;
+        let max_tokens = self.params.max_tokens;
+        let output = if self.params.ignore_eos {
+            max_tokens
+        } else if estimate > generated {
+            estimate.min(max_tokens)
+        } else {
+            (generated + generated / 4 + 16).min(max_tokens)
+        };
+        let n_slots = (self.prompt.len() + output as usize).min(max_context) - 1;
+        n_slots.max(self.n_tokens()).div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Takes in a drawn token; says whether it was the last.
+    pub(super) fn accept(&mut self, row: &HeadOut, tokens: &dyn TokenTable, max_context: usize) -> Option<FinishReason> {
+        let buffers = &mut self.buffers;
+        buffers.generated.push(row.token);
+        if self.params.logprobs.is_some() {
+            buffers.logprobs.push((row.logprob, row.n_top));
+            buffers.top.extend_from_slice(&row.top[..row.n_top as usize]);
+        }
+        let ignore_eos = self.params.ignore_eos;
+        if tokens.is_end(row.token) && !ignore_eos {
+            return Some(FinishReason::Stop);
+        }
+        let is_text = ignore_eos || !tokens.is_special(row.token);
+        if is_text && buffers.text.push(tokens.token_bytes(row.token), &self.params.stop) {
+            return Some(FinishReason::Stop);
+        }
+        let is_full = buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
+        is_full.then_some(FinishReason::Length)
+    }
+
+    /// What the caller gets: exact copies, for the buffers stay with the engine.
+    pub(super) fn output(&mut self, finish_reason: FinishReason) -> Finished {
+        let buffers = &mut self.buffers;
+        buffers.text.finish();
+        let mut top = buffers.top.as_slice();
+        let logprobs = buffers.logprobs.iter().zip(&buffers.generated).map(|(&(logprob, n_top), &token)| {
+            let (own, rest) = top.split_at(n_top as usize);
+            top = rest;
+            SeqLogprob { token, logprob, top: own.to_vec() }
+        });
+        let logprobs = logprobs.collect();
+        Finished {
+            id: self.id,
+            tokens: buffers.generated.clone(),
+            text: buffers.text.text().to_owned(),
+            finish_reason,
+            logprobs,
+            is_broken: false,
+        }
+    }
+}
+
+impl Buffers {
+    /// Empties them, keeping their capacity.
+    pub(super) fn clear(&mut self) {
+        self.generated.clear();
+        self.table.clear();
+        self.text.clear();
+        self.logprobs.clear();
+        self.top.clear();
+    }
+}

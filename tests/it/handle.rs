@@ -1,0 +1,89 @@
+//! The engine on its thread: what is submitted comes out, a full queue makes the sender wait and not fail, and an
+//! engine that stops says why and leaves nobody waiting. What is asserted does not depend on who runs when.
+
+use std::sync::mpsc::{Receiver, channel};
+
+use valar::engine::handle::EngineHandle;
+use valar::engine::sampling::SeqParams;
+use valar::engine::{Engine, EngineConfig, Finished, Submission};
+use valar::model::RunnerLimits;
+use valar::window::Class;
+
+use crate::fake::{FakeRunner, Fault, N_VOCAB, expected, fake_tokens};
+
+const LIMITS: RunnerLimits =
+    RunnerLimits { n_blocks: 30, max_step_tokens: 32, max_step_seqs: 4, n_vocab: N_VOCAB, max_context: 100 };
+
+fn start(runner: FakeRunner) -> (EngineHandle, Receiver<Finished>) {
+    let config = EngineConfig { max_waiting: 2, ..EngineConfig::for_runner(&LIMITS) };
+    let engine = Engine::new(config, Box::new(runner), fake_tokens()).expect("the limits are sound");
+    let (sender, receiver) = channel();
+    let deliver =
+        move |finished: &mut Vec<Finished>, _: &_| finished.drain(..).for_each(|f| sender.send(f).expect("the test listens"));
+    (EngineHandle::start(engine, Box::new(deliver)).expect("a thread"), receiver)
+}
+
+fn row(id: u64, class: Class) -> Submission {
+    let params = SeqParams { max_tokens: 1 + (id % 30) as u32, seed: id, ..SeqParams::default() };
+    Submission {
+        id,
+        prompt: vec![(id % 10) as u32; 1 + (id % 50) as usize].into(),
+        params,
+        class,
+        keep_tokens: 1,
+        stream: class as u32,
+    }
+}
+
+#[test]
+fn all_that_several_threads_submit_finishes() {
+    let (handle, receiver) = start(FakeRunner::new(LIMITS, LIMITS.max_step_tokens));
+    std::thread::scope(|scope| {
+        for class in Class::ALL {
+            let handle = &handle;
+            scope.spawn(move || (0..100).for_each(|i| handle.submit(row(3 * i + class as u64, class)).expect("it runs")));
+        }
+    });
+    let stats = handle.drain().expect("nothing failed");
+    let mut finished: Vec<Finished> = receiver.iter().collect();
+    finished.sort_by_key(|f| f.id);
+    assert_eq!((finished.len(), stats.finished, stats.running + stats.waiting), (300, 300, 0));
+    for (id, finished) in finished.iter().enumerate() {
+        let row = row(id as u64, Class::Batch);
+        assert_eq!(*finished, expected(row.id, &row.prompt, &row.params, LIMITS.max_context));
+    }
+}
+
+#[test]
+fn a_cancel_touches_no_other_row() {
+    let (handle, receiver) = start(FakeRunner::new(LIMITS, LIMITS.max_step_tokens));
+    handle.submit(row(5, Class::Batch)).expect("it runs");
+    handle.cancel(5); // which may have finished by now
+    handle.cancel(77); // which never was
+    handle.submit(row(6, Class::Batch)).expect("it runs");
+    let stats = handle.drain().expect("nothing failed");
+    let ids: Vec<u64> = receiver.iter().map(|f| f.id).filter(|&id| id != 5).collect();
+    assert_eq!((ids, stats.running, stats.waiting), (vec![6], 0, 0));
+}
+
+#[test]
+fn a_failing_engine_says_why_and_lets_senders_go() {
+    for (fault, why) in [(Fault::Error, "on fire"), (Fault::Panic, "the kernel has a bug")] {
+        let (handle, receiver) = start(FakeRunner::failing(LIMITS, 3, fault));
+        // More rows than queue and engine hold: without an end the sender would wait for ever.
+        let refused = (0..1000).find_map(|id| handle.submit(row(29 + 30 * id, Class::Batch)).err());
+        assert!(refused.is_some());
+        assert!(receiver.iter().count() < 1000);
+        let error = handle.drain().expect_err("the runner failed");
+        assert!(format!("{error:#}").contains(why), "{error:#}");
+    }
+}
+
+#[test]
+fn abort_stops_without_finishing() {
+    let (handle, receiver) = start(FakeRunner::new(LIMITS, LIMITS.max_step_tokens));
+    (0..6).for_each(|id| handle.submit(row(id, Class::Standard)).expect("it runs"));
+    handle.abort();
+    let stats = handle.drain().expect("nothing failed");
+    assert_eq!(receiver.iter().count() as u64, stats.finished);
+}
