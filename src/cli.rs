@@ -1,0 +1,143 @@
+//! What the user typed; nothing derived.
+
+use crate::pipeline::spec::parse_override;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use toml::Value;
+
+/// A self-hosted LLM engine for batch work: rows in, exactly one outcome per row out.
+#[derive(Debug, Parser)]
+#[command(name = "valar", version, about, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 every row completed, 3 finished but some rows are errors, 1 could not run, 2 usage,\n\
+    130 or 143 stopped by a signal (run the same command again to continue).")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a job: read rows, complete them, write one outcome per row
+    #[command(after_help = RUN_HELP)]
+    Run(RunArgs),
+    /// Run a workload file and print tokens per second, peak memory and the share of time spent computing
+    Bench(BenchArgs),
+    /// Fetch a model by name into the cache
+    Pull {
+        /// A name from `valar models`
+        name: String,
+    },
+    /// List the models that can be fetched by name
+    Models,
+}
+
+const RUN_HELP: &str = "\
+Examples:
+  valar run pipelines/quickstart.toml
+  valar run pipelines/quickstart.toml --set sampling.max_tokens=64 --output out/short.jsonl
+  valar run --model smollm2 --input requests.jsonl --output out.jsonl
+
+Writes, for --output out.jsonl (or .parquet): out.jsonl (results, in input order), out.errors.jsonl (rows that failed),
+out.report.json, and out.job/ (manifest and journal) while the job runs. Killed at any moment, the same command goes on
+where it was.";
+
+/// `valar run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The job (TOML); its keys are in the README
+    pub pipeline: Option<PathBuf>,
+    /// Set a key of the pipeline, such as sampling.temperature=0 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
+    pub set: Vec<(String, Value)>,
+    /// Input files or globs: JSONL or Parquet (repeatable)
+    #[arg(short, long, value_name = "FILE")]
+    pub input: Vec<String>,
+    /// Result file: .jsonl or .parquet
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<String>,
+    /// Only the first rows
+    #[arg(long, value_name = "ROWS")]
+    pub limit: Option<u64>,
+    /// What computes
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Throw away an earlier run's progress and results, and start anew
+    #[arg(long)]
+    pub restart: bool,
+    /// No progress, no report on the terminal
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `valar bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A JSONL or Parquet file of requests in `OpenAI` Batch form
+    pub workload: String,
+    /// Only the first rows
+    #[arg(long, value_name = "ROWS")]
+    pub limit: Option<u64>,
+    /// What computes
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Keep the results here instead of throwing them away
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What computes.
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    /// A name from `valar models` or a path to a .gguf file
+    #[arg(short, long, value_name = "NAME|FILE")]
+    pub model: Option<String>,
+    /// cpu, or reference (slow, for comparison)
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Memory for weights, KV cache and workspace, such as 4GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// Threads that compute
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+impl EngineArgs {
+    fn overrides(&self) -> Vec<(String, Value)> {
+        let text = |key: &str, value: &Option<String>| value.clone().map(|v| (key.to_owned(), Value::String(v)));
+        let threads = self.threads.map(|n| ("engine.threads".to_owned(), Value::Integer(n as i64)));
+        let texts = [text("model.name", &self.model), text("model.device", &self.device), text("engine.memory", &self.memory)];
+        texts.into_iter().flatten().chain(threads).collect()
+    }
+}
+
+impl RunArgs {
+    /// The pipeline keys that flags stand for; `--set` comes last and wins.
+    pub fn overrides(&self) -> Vec<(String, Value)> {
+        let mut overrides = self.engine.overrides();
+        if !self.input.is_empty() {
+            let files = self.input.iter().cloned().map(Value::String).collect();
+            overrides.push(("input.files".into(), Value::Array(files)));
+        }
+        overrides.extend(self.output.clone().map(|file| ("output.file".into(), Value::String(file))));
+        overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
+        overrides.extend(self.set.iter().cloned());
+        overrides
+    }
+}
+
+impl BenchArgs {
+    /// The pipeline keys of a benchmark: every row is computed.
+    pub fn overrides(&self) -> Vec<(String, Value)> {
+        let mut overrides = self.engine.overrides();
+        overrides.push(("input.files".into(), Value::Array(vec![Value::String(self.workload.clone())])));
+        overrides.push(("job.dedup".into(), Value::Boolean(false)));
+        overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
+        overrides
+    }
+}

@@ -1,0 +1,218 @@
+//! What a job is on disk: its files, its identity, and whether it is new, unfinished or done. Knows nothing of models
+//! or engines. Invariant: results are only ever added to by the job that began them.
+
+use super::answer::RESULT_COLUMNS;
+use super::load::OpenModel;
+use super::report::Report;
+use crate::config::Config;
+use crate::format::{self, Format, Limits};
+use crate::journal::{Input, JobDir, Journal, Manifest};
+use crate::pipeline::spec::{EngineSpec, PipelineSpec};
+use crate::storage::{Location, Storage};
+use anyhow::{Context, Result, bail};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use std::sync::Arc;
+
+/// The files of a job with output `out.jsonl` or `out.parquet`.
+#[derive(Debug, Clone)]
+pub(super) struct JobFiles {
+    /// The results.
+    pub(super) results: Location,
+    /// `out.errors.jsonl`
+    pub(super) errors: Location,
+    /// `out.report.json`
+    pub(super) report: Location,
+    /// `out.job/`
+    pub(super) journal: Location,
+}
+
+impl JobFiles {
+    /// Checks that the output can be one.
+    pub(super) fn new(storage: &Storage, output: &str) -> Result<Self> {
+        let results = Location::parse(output).context("output.file")?;
+        format::check_output(storage, &results).context("output.file")?;
+        Ok(Self {
+            errors: results.with_extension("errors.jsonl")?,
+            report: results.with_extension("report.json")?,
+            journal: results.with_extension("job")?,
+            results,
+        })
+    }
+}
+
+/// The files a job reads.
+pub(super) struct Inputs {
+    pub(super) files: Vec<Location>,
+    /// What the manifest says of them.
+    pub(super) described: Vec<Input>,
+    /// Rows to be read, the limit considered.
+    pub(super) n_rows: u64,
+    pub(super) limits: Limits,
+}
+
+/// Finds the input files, hashes them and counts their rows.
+pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &JobFiles) -> Result<Inputs> {
+    let mut files = Vec::new();
+    for pattern in &spec.input.files {
+        files.extend(storage.expand(pattern).with_context(|| format!("input {pattern}"))?);
+    }
+    refuse_inputs_as_outputs(&files, outputs)?;
+    let mut described = Vec::new();
+    let mut n_rows = 0;
+    for file in &files {
+        let found = format::inspect(storage, file).with_context(|| format!("input {}", file.url))?;
+        if Format::of(file)? == Format::Parquet {
+            // Columns that can't be read should stop the job now.
+            format::schema_of(storage, file)?;
+        }
+        n_rows += found.n_rows;
+        described.push(Input { url: file.url.to_string(), n_bytes: found.n_bytes, blake3: found.blake3, n_rows: found.n_rows });
+    }
+    let n_rows = spec.input.limit.map_or(n_rows, |limit| limit.min(n_rows));
+    Ok(Inputs { files, described, n_rows, limits: Limits { max_row_bytes: spec.input.max_line_bytes } })
+}
+
+/// A job must not read what it is going to replace.
+fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<()> {
+    for output in [&outputs.results, &outputs.errors, &outputs.report] {
+        if inputs.iter().any(|input| input.path == output.path) {
+            bail!("{} is an input and would be replaced by the output", output.url);
+        }
+    }
+    Ok(())
+}
+
+/// What makes two runs the same job: everything that the results depend on. Resources and the output's place do not.
+pub(super) fn manifest(config: &Config, inputs: &Inputs, model: &OpenModel) -> Result<Manifest> {
+    let mut spec = config.spec.clone();
+    spec.engine = EngineSpec::default();
+    spec.output.file = String::new();
+    spec.model.name.clone_from(&model.local.name);
+    let fingerprint = &model.fingerprint;
+    let pipeline = toml::to_string(&spec).context("cannot write down the pipeline")?;
+    // With little memory, rows can't be as long as the model allows: then that is part of what the results depend on.
+    let pipeline = format!("{pipeline}\n[memory]\nmax_context = {}\n", model.memory.max_context);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(pipeline.as_bytes()).update(fingerprint.to_string().as_bytes());
+    for input in &inputs.described {
+        hasher.update(input.blake3.as_bytes());
+    }
+    Ok(Manifest {
+        format_version: Manifest::FORMAT_VERSION,
+        valar_version: env!("CARGO_PKG_VERSION").to_owned(),
+        job_fingerprint: hasher.finalize().to_hex()[..32].to_owned(),
+        created_unix_s: config.created,
+        job_seed: config.spec.job.seed,
+        model_fingerprint: fingerprint.to_string(),
+        pipeline,
+        inputs: inputs.described.clone(),
+    })
+}
+
+/// How a job begins.
+pub(super) enum Begin {
+    /// There is something to do; the journal may hold what an earlier run has done. The manifest is the first run's.
+    Work(Box<Manifest>, Box<Journal>),
+    /// An earlier run has finished it.
+    Done(Box<Report>),
+}
+
+/// Begins, continues or refuses a job.
+///
+/// # Errors
+/// If the output belongs to another job and `restart` was not asked for, or another process is at it.
+pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, restart: bool) -> Result<Begin> {
+    let dir = JobDir::lock(storage, &files.journal)?;
+    if restart {
+        for file in [&files.report, &files.results, &files.errors] {
+            storage.delete(file)?;
+        }
+    } else if let Some(earlier) = dir.manifest()? {
+        let differences = earlier.differences(&manifest);
+        if !differences.is_empty() {
+            bail!(
+                "{} is the unfinished job of another run:\n  {}\nfinish it as it was, choose another output, or throw it away with --restart",
+                files.journal.url,
+                differences.join("\n  ")
+            );
+        }
+        let journal = Journal::resume(dir, &earlier)?;
+        return Ok(Begin::Work(Box::new(earlier), Box::new(journal)));
+    } else {
+        // Nothing to do here, or nothing we may do: then the folder was made for the lock alone.
+        match look_at_outputs(storage, files, &manifest) {
+            Ok(None) => {}
+            Ok(Some(report)) => return dir.remove().map(|()| Begin::Done(Box::new(report))),
+            Err(refusal) => return dir.remove().and(Err(refusal)),
+        }
+    }
+    let journal = Journal::create(dir, &manifest)?;
+    Ok(Begin::Work(Box::new(manifest), Box::new(journal)))
+}
+
+/// The report, if the job is finished already; an error if the files of another job are in the way.
+fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Report>> {
+    let report: Option<Report> = storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok());
+    let own = report.filter(|report| report.job_fingerprint == manifest.job_fingerprint);
+    let mut there = Vec::new();
+    for file in [&files.results, &files.errors, &files.report] {
+        if storage.exists(file)? {
+            there.push(&*file.url);
+        }
+    }
+    match own {
+        Some(report) if storage.exists(&files.results)? => Ok(Some(report)),
+        Some(_) => Ok(None),
+        None if there.is_empty() => Ok(None),
+        None => bail!("not this job's, and in the way: {}; choose another output, or overwrite with --restart", there.join(", ")),
+    }
+}
+
+/// The columns of a Parquet result file, where they are known before the work: dataset rows from Parquet files, with the
+/// result columns behind their own.
+///
+/// # Errors
+/// Input files with different columns, a column type that can't be written, a column named like a result column.
+pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs) -> Result<Option<SchemaRef>> {
+    let spec = &config.spec;
+    let is_parquet = |at: &Location| matches!(Format::of(at), Ok(Format::Parquet));
+    let known = spec.prompt.is_some() && is_parquet(&Location::parse(&spec.output.file)?) && inputs.files.iter().all(is_parquet);
+    let Some((first, rest)) = inputs.files.split_first().filter(|_| known) else { return Ok(None) };
+    let schema = format::schema_of(storage, first)?;
+    for file in rest {
+        if format::schema_of(storage, file)?.fields() != schema.fields() {
+            bail!("{} and {} have different columns; a Parquet output needs them alike", first.url, file.url);
+        }
+    }
+    let mut fields: Vec<FieldRef> = schema.fields().iter().cloned().collect();
+    for field in result_fields(config.defaults.logprobs.is_some()) {
+        let name = format!("{}{}", spec.output.prefix, field.name());
+        if fields.iter().any(|f| *f.name() == name) {
+            bail!("{} has a column {name}, as the results would have; set output.prefix", first.url);
+        }
+        fields.push(Arc::new(field.with_name(name)));
+    }
+    let schema = Arc::new(Schema::new(fields));
+    format::check_schema(&schema)?;
+    Ok(Some(schema))
+}
+
+/// The columns that are added to a dataset row, as `answer` writes them.
+fn result_fields(logprobs: bool) -> Vec<Field> {
+    let text = |name: &str| Field::new(name, DataType::Utf8, true);
+    let count = |name: &str| Field::new(name, DataType::Int64, true);
+    let group = |name: &str, fields: Vec<Field>| Field::new(name, DataType::Struct(fields.into()), true);
+    let list = |name: &str, item: DataType| Field::new(name, DataType::List(Arc::new(Field::new("item", item, true))), true);
+    let [completion, finish_reason, usage, logprobs_name, error] = RESULT_COLUMNS;
+    let usage_fields = ["prompt_tokens", "completion_tokens", "cached_tokens", "seed"].map(count).to_vec();
+    let error_fields = vec![text("code"), text("message"), text("param"), text("file"), count("line")];
+    let token = || vec![text("token"), Field::new("logprob", DataType::Float64, true), list("bytes", DataType::Int64)];
+    let mut fields = vec![text(completion), text(finish_reason), group(usage, usage_fields)];
+    if logprobs {
+        let mut with_top = token();
+        with_top.push(list("top_logprobs", DataType::Struct(token().into())));
+        fields.push(list(logprobs_name, DataType::Struct(with_top.into())));
+    }
+    fields.push(group(error, error_fields));
+    fields
+}

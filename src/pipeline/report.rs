@@ -1,0 +1,166 @@
+//! What a job did: counts, tokens, time by phase. Written to `<output>.report.json` and shown on the terminal.
+//! Invariant: every number was counted or measured in this run; what came from an earlier run of the same job is
+//! counted apart.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A job's report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Hash of everything the results depend on (`valar` refuses to mix two).
+    pub job_fingerprint: String,
+    /// Hash of everything the bits depend on.
+    pub system_fingerprint: String,
+    /// The model's name.
+    pub model: String,
+    /// Device and kernel version.
+    pub device: String,
+    /// Unix seconds of the job's start.
+    pub created: u64,
+    /// Row counts.
+    pub rows: RowCounts,
+    /// Token counts.
+    pub tokens: TokenCounts,
+    /// Seconds by phase, of this run.
+    pub seconds: Seconds,
+    /// Rates, of this run.
+    pub rates: Rates,
+    /// Most memory the process held, in bytes.
+    pub peak_memory_bytes: u64,
+    /// Size of the KV cache, in tokens.
+    pub kv_tokens: u64,
+}
+
+/// Row counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowCounts {
+    /// All rows of the job.
+    pub total: u64,
+    /// Rows with a completion.
+    pub completed: u64,
+    /// Rows with an error.
+    pub failed: u64,
+    /// Errors by code, where this run saw them.
+    pub errors: BTreeMap<String, u64>,
+    /// Rows that an earlier run had finished.
+    pub resumed: u64,
+    /// Rows of this run that got an identical row's completion.
+    pub deduplicated: u64,
+}
+
+/// Token counts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenCounts {
+    /// Prompt tokens of completed rows.
+    pub prompt: u64,
+    /// Generated tokens of completed rows.
+    pub completion: u64,
+    /// Prompt tokens of completed rows that the plan shares.
+    pub cached: u64,
+    /// Prompt tokens computed in this run.
+    pub prefilled: u64,
+    /// The fewest that any engine must prefill for the rows of this run: distinct nodes of the token trie.
+    pub prefill_minimum: u64,
+    /// `prefilled / prefill_minimum`.
+    pub prefill_ratio: f64,
+    /// Prompt tokens of this run that were found in the cache.
+    pub cache_hits: u64,
+    /// Tokens computed again after a preemption.
+    pub recomputed: u64,
+}
+
+/// Seconds by phase. Reading and preparing go on beside the engine, so phases add up to more than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seconds {
+    /// From the first input byte to the last fsync of the results, without `load`.
+    pub total: f64,
+    /// Model fetched from disk, repacked, memory made.
+    pub load: f64,
+    /// Input read.
+    pub read: f64,
+    /// Rows parsed, rendered, tokenized and planned.
+    pub prepare: f64,
+    /// Mean wait of a row in the engine's queue.
+    pub queue: f64,
+    /// Engine steps, shared out by tokens between prefill and decode.
+    pub prefill: f64,
+    /// Likewise.
+    pub decode: f64,
+    /// Journal commits and the final files.
+    pub write: f64,
+}
+
+/// Rates.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Prompt tokens computed per second of prefill.
+    pub prefill_tokens_per_s: f64,
+    /// Tokens computed one at a time (all but a row's first), per second of decode.
+    pub decode_tokens_per_s: f64,
+    /// Prompt and generated tokens of this run per second of `seconds.total`.
+    pub total_tokens_per_s: f64,
+    /// Share of `seconds.total` in which the engine ran steps.
+    pub busy_share: f64,
+}
+
+/// 0 where nothing was divided.
+pub(super) fn ratio(a: f64, b: f64) -> f64 {
+    if b > 0.0 { a / b } else { 0.0 }
+}
+
+impl Report {
+    /// The table shown at the end of a run.
+    pub fn table(&self) -> String {
+        let (rows, tokens, seconds, rates) = (&self.rows, &self.tokens, &self.seconds, &self.rates);
+        let mut table = String::new();
+        let mut line = |name: &str, value: String, note: String| {
+            table.push_str(format!("{name:<18}{value:>10}  {note}").trim_end());
+            table.push('\n');
+        };
+        line(
+            "rows",
+            rows.total.to_string(),
+            format!("{} completed, {} failed{}", rows.completed, rows.failed, self.error_codes()),
+        );
+        if rows.resumed + rows.deduplicated > 0 {
+            let note = format!("finished by an earlier run; {} identical to another row", rows.deduplicated);
+            line("", rows.resumed.to_string(), note);
+        }
+        line("prompt tokens", tokens.prompt.to_string(), format!("{} shared by the plan", tokens.cached));
+        line("generated tokens", tokens.completion.to_string(), String::new());
+        let note = format!("{:.3} of the minimum; {} from the cache", tokens.prefill_ratio, tokens.cache_hits);
+        line("prefilled tokens", tokens.prefilled.to_string(), note);
+        if tokens.recomputed > 0 {
+            line("recomputed tokens", tokens.recomputed.to_string(), "after preemptions".into());
+        }
+        line("prefill", format!("{:.2} s", seconds.prefill), format!("{:.0} tokens/s", rates.prefill_tokens_per_s));
+        line("decode", format!("{:.2} s", seconds.decode), format!("{:.0} tokens/s", rates.decode_tokens_per_s));
+        let note = format!(
+            "read {:.2}, prepare {:.2}, write {:.2}, mean queue {:.2}",
+            seconds.read, seconds.prepare, seconds.write, seconds.queue
+        );
+        line("beside it", String::new(), note);
+        let note = format!(
+            "{:.0} tokens/s; computing {:.0} % of it; load {:.2} s apart",
+            rates.total_tokens_per_s,
+            100.0 * rates.busy_share,
+            seconds.load
+        );
+        line("total", format!("{:.2} s", seconds.total), note);
+        line("peak memory", format!("{} MiB", self.peak_memory_bytes >> 20), format!("KV cache of {} tokens", self.kv_tokens));
+        table
+    }
+
+    fn error_codes(&self) -> String {
+        let codes: Vec<_> = self.rows.errors.iter().map(|(code, n)| format!("{n} {code}")).collect();
+        if codes.is_empty() { String::new() } else { format!(" ({})", codes.join(", ")) }
+    }
+}
+
+/// The most memory this process has held, in bytes; 0 where the system does not tell.
+pub(super) fn peak_memory_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

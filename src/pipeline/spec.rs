@@ -1,0 +1,248 @@
+//! `pipelines/*.toml`: what a job reads, asks, and writes. Parsing checks types and unknown keys; `config` checks
+//! meaning. Knows nothing of models or files.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use toml::{Table, Value};
+
+/// A pipeline file, every section.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PipelineSpec {
+    /// What is read.
+    pub input: InputSpec,
+    /// How a dataset row becomes a prompt; without it, rows are requests in `OpenAI` Batch form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<PromptSpec>,
+    /// What is written.
+    pub output: OutputSpec,
+    /// Which model runs.
+    #[serde(default)]
+    pub model: ModelSpec,
+    /// Sampling parameters where a row says nothing.
+    #[serde(default)]
+    pub sampling: SamplingSpec,
+    /// Limits and resources.
+    #[serde(default)]
+    pub engine: EngineSpec,
+    /// What makes this job itself.
+    #[serde(default)]
+    pub job: JobSpec,
+}
+
+/// `[input]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InputSpec {
+    /// Files or globs, read in this order (a glob's files by name).
+    pub files: Vec<String>,
+    /// Only the first rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
+    /// Longest line of a JSONL file, in bytes.
+    #[serde(default = "default_max_line_bytes")]
+    pub max_line_bytes: usize,
+}
+
+fn default_max_line_bytes() -> usize {
+    16 << 20
+}
+
+/// `[prompt]`: templates (minijinja) over a row's columns. Either `text`, or `user` with an optional `system`, or
+/// `messages`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptSpec {
+    /// The whole prompt, given to the model without its chat template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The system message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// The user's message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Any chat.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<MessageSpec>,
+}
+
+/// One message of `[[prompt.messages]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MessageSpec {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// Template of the message's text.
+    pub content: String,
+}
+
+/// `[output]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutputSpec {
+    /// The results; `.jsonl` or `.parquet`. Errors, report and journal stand beside it.
+    pub file: String,
+    /// Put before the names of the columns that are added to a dataset row.
+    #[serde(default)]
+    pub prefix: String,
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSpec {
+    /// A catalogue name (`valar models`) or a path to a GGUF file.
+    pub name: String,
+    /// `cpu` or `reference` (slow, for comparison).
+    pub device: String,
+}
+
+impl Default for ModelSpec {
+    fn default() -> Self {
+        Self { name: "SmolLM2-135M-Instruct".into(), device: "cpu".into() }
+    }
+}
+
+/// `[sampling]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingSpec {
+    /// Most tokens per completion; without it, what the context leaves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// 0 (greedy) to 2; without it, 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    /// Over 0, at most 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+    /// 0 is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// One seed for every row; without it, each row's is derived from `job.seed` and the row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Texts that end a completion.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Go on after end tokens.
+    pub ignore_eos: bool,
+    /// Log-probabilities with this many alternatives per token (dataset rows).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u8>,
+}
+
+/// `[engine]`: resources; none of these changes a result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineSpec {
+    /// Memory for weights, KV cache and workspace, such as "4GiB"; without it, half of what is free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// Threads that compute; without it, all cores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Tokens per step.
+    pub budget_tokens: usize,
+    /// Sequences per step.
+    pub max_running: usize,
+}
+
+impl Default for EngineSpec {
+    fn default() -> Self {
+        Self { memory: None, threads: None, budget_tokens: 1024, max_running: 256 }
+    }
+}
+
+/// `[job]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobSpec {
+    /// What the seeds of rows without one are derived from.
+    pub seed: u64,
+    /// Rows that are planned together (and at most this many are held in memory, twice).
+    pub window_rows: usize,
+    /// Bytes of rows that are planned together.
+    pub window_bytes: usize,
+    /// Whether identical rows of a window under deterministic sampling are computed once.
+    pub dedup: bool,
+}
+
+impl Default for JobSpec {
+    fn default() -> Self {
+        Self { seed: 0, window_rows: 32_768, window_bytes: 64 << 20, dedup: true }
+    }
+}
+
+/// Reads a pipeline file (or none), lays `overrides` (`key=value`, dotted keys) over it and checks the result.
+///
+/// # Errors
+/// An unreadable file, bad TOML, an unknown key, a wrong type, a missing section: with file, line or key.
+pub fn load(path: Option<&Path>, overrides: &[(String, Value)]) -> Result<PipelineSpec> {
+    let source = path.map_or_else(|| "the command line".to_owned(), |p| p.display().to_string());
+    let mut table = match path {
+        None => Table::new(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read pipeline {}", path.display()))?;
+            toml::from_str(&text).with_context(|| format!("pipeline {}", path.display()))?
+        }
+    };
+    for (key, value) in overrides {
+        set(&mut table, key, value.clone())?;
+    }
+    table.try_into().with_context(|| format!("pipeline from {source}"))
+}
+
+/// Sets a dotted key, making tables on the way.
+fn set(table: &mut Table, key: &str, value: Value) -> Result<()> {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+        Some((head, rest)) => match table.entry(head.to_owned()).or_insert_with(|| Table::new().into()) {
+            Value::Table(inner) => set(inner, rest, value),
+            _ => bail!("--set {key}: {head} is not a section"),
+        },
+    }
+}
+
+/// Parses `key=value` of `--set`: the value is TOML, or else a string.
+pub fn parse_override(text: &str) -> Result<(String, Value), String> {
+    let (key, value) = text.split_once('=').ok_or("expected key=value, such as sampling.temperature=0")?;
+    let key = key.trim().to_owned();
+    if key.is_empty() || key.split('.').any(str::is_empty) {
+        return Err(format!("{key:?} is not a key; expected section.key=value"));
+    }
+    let parsed = toml::from_str::<Table>(&format!("v = {value}")).ok().filter(|t| t.len() == 1).and_then(|mut t| t.remove("v"));
+    Ok((key, parsed.unwrap_or_else(|| Value::String(value.to_owned()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overrides_are_toml_or_else_strings() {
+        let (key, value) = parse_override("sampling.temperature=0.5").unwrap();
+        assert_eq!((key.as_str(), value), ("sampling.temperature", Value::Float(0.5)));
+        assert_eq!(parse_override("output.file=a/b.jsonl").unwrap().1, Value::String("a/b.jsonl".into()));
+        assert_eq!(parse_override("sampling.stop=[\"x\"]").unwrap().1, Value::Array(vec!["x".into()]));
+        assert!(parse_override("x").is_err() && parse_override("=1").is_err() && parse_override("a..b=1").is_err());
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        let set = |k: &str, v: Value| (k.to_owned(), v);
+        let good = [set("input.files", vec!["a.jsonl"].into()), set("output.file", "o.jsonl".into())];
+        assert_eq!(load(None, &good).unwrap().model.device, "cpu");
+        let mut bad = good.to_vec();
+        bad.push(set("sampling.temprature", Value::Float(0.0)));
+        let error = format!("{:#}", load(None, &bad).unwrap_err());
+        assert!(error.contains("temprature"), "{error}");
+        let error = format!("{:#}", load(None, &good[..1]).unwrap_err());
+        assert!(error.contains("output"), "{error}");
+    }
+}

@@ -1,0 +1,221 @@
+//! The program from outside: files, exit codes and messages.
+
+use crate::common::{Sandbox, chat_line, root};
+use serde_json::{Value, json};
+use std::fs;
+
+#[test]
+fn a_job_of_requests_writes_one_outcome_per_row() {
+    let sandbox = Sandbox::new();
+    let lines = [
+        chat_line("good", "Say hello.", json!({})),
+        "{ this is not JSON".to_owned(),
+        chat_line("good", "Say it again.", json!({})),
+        chat_line("other-model", "x", json!({"model": "gpt-9"})),
+        chat_line("by-alias", "Say hello.", json!({"model": "smollm2-135m-instruct"})),
+        chat_line("penalty", "x", json!({"presence_penalty": 1})),
+        chat_line("too-long", &"word ".repeat(9000), json!({})),
+        chat_line("over", "x", json!({"max_tokens": 8192})),
+    ];
+    let mut input = lines.join("\n").into_bytes();
+    input.extend_from_slice(b"\n{\"custom_id\": \"bad-utf8 \xff\"}\n");
+    input.extend_from_slice(&vec![b'x'; 20 << 20]);
+    input.extend_from_slice(b"\n");
+    input.extend_from_slice(chat_line("last", "Say hello.", json!({})).as_bytes());
+    sandbox.write("in.jsonl", input);
+
+    sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet"], 3);
+    let results = sandbox.rows("out.jsonl");
+    let ids: Vec<_> = results.iter().map(|row| row["custom_id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["good", "by-alias", "last"]);
+    // Identical rows have identical answers, computed once.
+    let text = |row: &Value| row["response"]["body"]["choices"][0]["message"]["content"].clone();
+    assert_eq!(text(&results[0]), text(&results[1]));
+    assert_eq!(results[0]["response"]["status_code"], 200);
+    assert_eq!(results[0]["response"]["body"]["created"], 1_700_000_000);
+    let errors: Vec<_> = sandbox
+        .rows("out.errors.jsonl")
+        .iter()
+        .map(|row| {
+            let error = &row["response"]["body"]["error"];
+            (
+                row["line"].as_u64().unwrap(),
+                error["code"].as_str().unwrap().to_owned(),
+                error["param"].as_str().map(str::to_owned),
+            )
+        })
+        .collect();
+    let error = |line: u64, code: &str, param: Option<&str>| (line, code.to_owned(), param.map(str::to_owned));
+    let expected = [
+        error(2, "invalid_json_line", None),
+        error(3, "duplicate_custom_id", Some("custom_id")),
+        error(4, "model_mismatch", Some("body.model")),
+        error(6, "unsupported_parameter", Some("body.presence_penalty")),
+        error(7, "context_length_exceeded", Some("body.messages")),
+        error(8, "context_length_exceeded", Some("body.max_tokens")),
+        error(9, "invalid_utf8", None),
+        error(10, "line_too_long", None),
+    ];
+    assert_eq!(errors, expected);
+    let report: Value = serde_json::from_str(&sandbox.read("out.report.json")).unwrap();
+    assert_eq!(
+        (&report["rows"]["total"], &report["rows"]["completed"], &report["rows"]["deduplicated"]),
+        (&json!(11), &json!(3), &json!(2))
+    );
+    assert!(!sandbox.path("out.job").exists(), "the journal is removed at the end");
+}
+
+#[test]
+fn unusable_jobs_stop_before_any_work_with_one_message() {
+    let sandbox = Sandbox::new();
+    sandbox.write("in.jsonl", chat_line("a", "x", json!({})));
+    sandbox.write("bad.toml", "[input]\nfiles = [\"in.jsonl\"]\n[output]\nfile = \"o.jsonl\"\n[sampling]\ntemprature = 0\n");
+    let check = |args: &[&str], code: i32, word: &str| {
+        let said = sandbox.expect(args, code);
+        assert!(said.contains(word), "{args:?} said: {said}");
+        assert!(!sandbox.path("o.jsonl").exists() && !sandbox.path("o.report.json").exists(), "{args:?} wrote something");
+    };
+    check(&["run", "bad.toml"], 2, "temprature");
+    check(&["run", "-i", "in.jsonl"], 2, "output");
+    check(&["run", "-i", "in.jsonl", "-o", "o.jsonl", "--set", "sampling.temperature=5"], 2, "sampling.temperature");
+    check(&["run", "--no-such-flag"], 2, "--no-such-flag");
+    check(&["run", "-i", "nowhere.jsonl", "-o", "o.jsonl"], 1, "nowhere.jsonl");
+    check(&["run", "-i", "no*thing.jsonl", "-o", "o.jsonl"], 1, "no*thing.jsonl");
+    check(&["run", "-i", "in.jsonl", "-o", "o.txt"], 1, "o.txt");
+    check(&["run", "-i", "in.jsonl", "-o", "in.jsonl/o.jsonl"], 1, "in.jsonl/o");
+    check(&["run", "-i", "in.jsonl", "-o", "in.jsonl", "--restart"], 1, "is an input");
+    check(&["bench", "in.jsonl", "--threads", "0"], 2, "engine.threads");
+    check(&["run", "-i", "in.jsonl", "-o", "o.jsonl", "-m", "gpt-9"], 1, "gpt-9");
+    check(&["run", "-i", "in.jsonl", "-o", "o.jsonl", "-m", "nowhere.gguf"], 1, "nowhere.gguf");
+    check(&["run", "-i", "in.jsonl", "-o", "o.jsonl", "--memory", "8MiB"], 1, "memory");
+    check(&["run", "-i", "in.jsonl", "-o", "o.jsonl", "--device", "tpu"], 1, "tpu");
+    check(&["pull", "gpt-9"], 2, "SmolLM2-135M-Instruct");
+}
+
+#[test]
+fn a_finished_job_is_not_run_again_and_not_overwritten() {
+    let sandbox = Sandbox::new();
+    sandbox.write("in.jsonl", chat_line("a", "Say hello.", json!({})));
+    let run = ["run", "-i", "in.jsonl", "-o", "out.jsonl"];
+    sandbox.expect(&run, 0);
+    let (first, report) = (sandbox.read("out.jsonl"), sandbox.read("out.report.json"));
+    sandbox.expect(&run, 0);
+    assert_eq!((sandbox.read("out.jsonl"), sandbox.read("out.report.json")), (first.clone(), report), "nothing was done again");
+    sandbox.write("in.jsonl", chat_line("b", "Say hello.", json!({})));
+    // What is there is not touched by a job that can't replace it, nor by one that asks to but can't run.
+    for refused in [&run[..], &["run", "-i", "in.jsonl", "-o", "out.parquet"], &["bench", "in.jsonl", "-o", "out.jsonl"]] {
+        let said = sandbox.expect(refused, 1);
+        assert!(said.contains("--restart"), "{said}");
+    }
+    sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--restart", "--memory", "8MiB"], 1);
+    assert_eq!(sandbox.read("out.jsonl"), first);
+    assert!(!sandbox.path("out.job").exists());
+    sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--restart"], 0);
+    assert_eq!(sandbox.rows("out.jsonl")[0]["custom_id"], "b");
+}
+
+#[test]
+fn parameters_do_what_they_say() {
+    let sandbox = Sandbox::new();
+    let question = "Count from one to ten in English words.";
+    let lines = [
+        chat_line("plain", question, json!({"max_tokens": 24})),
+        chat_line("stop", question, json!({"max_tokens": 24, "stop": ["3.", "zzz"]})),
+        chat_line("logprobs", question, json!({"max_tokens": 3, "logprobs": true, "top_logprobs": 2})),
+        chat_line("seed-a", question, json!({"max_tokens": 16, "temperature": 1.5, "seed": 1})),
+        chat_line("seed-b", question, json!({"max_tokens": 16, "temperature": 1.5, "seed": 1})),
+        chat_line("seed-c", question, json!({"max_tokens": 16, "temperature": 1.5, "seed": 2})),
+        chat_line("no-seed", question, json!({"max_tokens": 16, "temperature": 1.5})),
+        chat_line("top-k-1", question, json!({"max_tokens": 24, "temperature": 1.5, "top_k": 1})),
+        chat_line("eos", "Reply with the single word: yes", json!({"max_tokens": 40, "ignore_eos": true})),
+        json!({"custom_id": "text", "method": "POST", "url": "/v1/completions",
+               "body": {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 4, "logprobs": 1}})
+        .to_string(),
+    ];
+    sandbox.write("in.jsonl", lines.join("\r\n"));
+    sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet"], 0);
+    let rows = sandbox.rows("out.jsonl");
+    let body = |id: &str| rows.iter().find(|r| r["custom_id"] == id).unwrap()["response"]["body"].clone();
+    let text = |id: &str| body(id)["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+    assert!(text("plain").contains("3."), "{}", text("plain"));
+    assert_eq!(text("plain").split("3.").next(), Some(text("stop").as_str()));
+    assert_eq!(body("stop")["choices"][0]["finish_reason"], "stop");
+    assert_eq!(text("top-k-1"), text("plain"));
+    assert_eq!(text("seed-a"), text("seed-b"));
+    assert_ne!(text("seed-a"), text("seed-c"));
+    assert!(body("no-seed")["seed"].is_u64(), "a derived seed is written with the row");
+    assert_eq!(body("eos")["usage"]["completion_tokens"], 40);
+    let entries = body("logprobs")["choices"][0]["logprobs"]["content"].clone();
+    assert_eq!(entries.as_array().unwrap().len(), 3);
+    for entry in entries.as_array().unwrap() {
+        assert_eq!(entry["top_logprobs"][0]["token"], entry["token"], "a greedy token is the likeliest");
+        assert_eq!(entry["top_logprobs"][0]["logprob"], entry["logprob"]);
+        assert_eq!(entry["top_logprobs"].as_array().unwrap().len(), 2);
+    }
+    let completion = &body("text")["choices"][0];
+    assert_eq!(completion["text"].as_str().unwrap().trim_start().split([' ', '.', ',']).next(), Some("Paris"));
+    assert_eq!(completion["logprobs"]["tokens"].as_array().unwrap().len(), 4);
+}
+
+/// Every pipeline of the repository runs, to both kinds of output.
+#[test]
+fn every_pipeline_runs() {
+    for entry in fs::read_dir(root().join("pipelines")).unwrap() {
+        let path = entry.unwrap().path();
+        let sandbox = Sandbox::new();
+        std::os::unix::fs::symlink(root().join("datasets"), sandbox.path("datasets")).unwrap();
+        for output in ["out/short.jsonl", "out/short.parquet"] {
+            let pipeline = path.to_str().unwrap();
+            let args = ["run", pipeline, "--limit", "3", "-o", output, "--set", "sampling.max_tokens=4", "--quiet"];
+            sandbox.expect(&args, 0);
+            let report: Value = serde_json::from_str(&sandbox.read("out/short.report.json")).unwrap();
+            assert_eq!(report["rows"]["completed"], 3, "{pipeline}");
+            fs::remove_dir_all(sandbox.path("out")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let sandbox = Sandbox::new();
+    let output = sandbox.run(&["run", "--help"]);
+    let help = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in ["--set", "--input", "--output", "--restart", "out.errors.jsonl", "Examples"] {
+        assert!(help.contains(word), "{word} is not in:\n{help}");
+    }
+    let output = sandbox.run(&["models"]);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("SmolLM2-135M-Instruct"));
+}
+
+#[test]
+fn bench_prints_what_it_measured() {
+    let sandbox = Sandbox::new();
+    sandbox.write("w.jsonl", [chat_line("a", "x", json!({})), chat_line("b", "x", json!({}))].join("\n"));
+    let output = sandbox.run(&["bench", "w.jsonl", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["rows"]["completed"], 2);
+    assert_eq!(report["rows"]["deduplicated"], 0, "a benchmark computes every row");
+    for field in ["prefill_tokens_per_s", "decode_tokens_per_s", "busy_share"] {
+        assert!(report["rates"][field].as_f64().unwrap() > 0.0, "{field}");
+    }
+    assert!(report["peak_memory_bytes"].as_u64().unwrap() > 0);
+}
+
+/// Rows by the hundred thousand, each with an id to remember and an error to write: memory stays where it was.
+#[test]
+fn memory_does_not_grow_with_the_input() {
+    let peak_bytes = |n_rows: usize| {
+        let sandbox = Sandbox::new();
+        let line = |i: usize| {
+            format!(r#"{{"custom_id": "a-row-with-a-name-of-its-own-{i}", "method": "POST", "url": "/v1/embeddings"}}"#)
+        };
+        sandbox.write("in.jsonl", (0..n_rows).map(line).collect::<Vec<_>>().join("\n"));
+        sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "job.window_rows=1000"], 3);
+        let report: Value = serde_json::from_str(&sandbox.read("out.report.json")).unwrap();
+        assert_eq!(report["rows"]["errors"], json!({"url_mismatch": n_rows}));
+        report["peak_memory_bytes"].as_u64().unwrap()
+    };
+    let (small, large) = (peak_bytes(3_000), peak_bytes(150_000));
+    // The larger input has 14 MB, its errors 65 MB; the table of ids may keep 16 MB in its cache.
+    assert!(large < small + (40 << 20), "{} MiB with 3,000 rows, {} MiB with 150,000", small >> 20, large >> 20);
+}
