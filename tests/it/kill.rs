@@ -21,11 +21,14 @@ enum Phase {
     Ended,
 }
 
+/// Enough work for several seconds on any machine: each kill comes about a second after the one before.
+const N_ROWS: usize = 80;
+
 fn write_input(sandbox: &Sandbox) {
     let prompts = ["Tell me about rivers.", "Tell me about the sea.", "What is a triangle?", "Name three colours.", "Why?"];
-    let mut lines: Vec<String> = (0..60)
+    let mut lines: Vec<String> = (0..N_ROWS)
         .map(|i| {
-            let extra = json!({"max_tokens": 8 + i % 17, "temperature": if i % 3 == 0 { 1.0 } else { 0.0 }, "ignore_eos": true});
+            let extra = json!({"max_tokens": 12 + i % 23, "temperature": if i % 3 == 0 { 1.0 } else { 0.0 }, "ignore_eos": true});
             chat_line(&format!("row-{i}"), &format!("{} ({i})", prompts[i % prompts.len()]), extra)
         })
         .collect();
@@ -35,7 +38,7 @@ fn write_input(sandbox: &Sandbox) {
 
 /// Few rows at a time and small windows, so that a run has many moments to be killed in.
 const ARGS: [&str; 9] =
-    ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "engine.max_running=4", "--set=job.window_rows=16"];
+    ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "engine.max_running=3", "--set=job.window_rows=16"];
 const OUTPUTS: [&str; 2] = ["out.jsonl", "out.errors.jsonl"];
 
 fn start(sandbox: &Sandbox) -> Child {
@@ -90,7 +93,7 @@ fn killed_runs_end_with_the_files_of_an_undisturbed_one() {
     write_input(&calm);
     calm.expect(&ARGS, 3);
     let expected = OUTPUTS.map(|name| calm.read(name));
-    assert_eq!((expected[0].lines().count(), expected[1].lines().count()), (60, 1));
+    assert_eq!((expected[0].lines().count(), expected[1].lines().count()), (N_ROWS, 1));
 
     let shaken = Sandbox::new();
     write_input(&shaken);
@@ -138,7 +141,7 @@ fn a_signal_stops_the_run_in_good_order() {
     let said = sandbox.expect(&changed, 1);
     assert!(said.contains("sampling.top_k") && said.contains("--restart"), "{said}");
     sandbox.expect(&ARGS, 3);
-    assert_eq!(sandbox.rows("out.jsonl").len(), 60);
+    assert_eq!(sandbox.rows("out.jsonl").len(), N_ROWS);
 }
 
 #[test]
