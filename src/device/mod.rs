@@ -50,6 +50,23 @@ pub enum Activation {
     Silu,
 }
 
+/// How large a step can get: what working memory is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct StepSizes<'a> {
+    /// Most tokens.
+    pub max_tokens: usize,
+    /// Most sequences, and most head rows.
+    pub max_seqs: usize,
+    /// Positions are below this.
+    pub max_context: usize,
+    /// Rows of the head's weight.
+    pub n_vocab: usize,
+    /// Elements of the residual stream.
+    pub width: usize,
+    /// The attention of every layer.
+    pub attention: &'a AttentionSpec,
+}
+
 /// A device: where weights and the KV cache live and the arithmetic is done.
 ///
 /// Shapes: `T` is the number of tokens of the step (`batch.tokens.len()`), at most the `max_tokens` that buffers were
@@ -85,6 +102,10 @@ pub trait Device: Send {
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Self::Hidden;
     /// Makes an activation buffer that any weight with `k = width` can consume.
     fn new_act(&self, max_tokens: usize, width: usize) -> Self::Act;
+
+    /// Makes the memory that operations need for themselves. After it, no operation on steps within `sizes` allocates;
+    /// without it, they do so at first use. (The reference device, which is no production device, always allocates.)
+    fn reserve(&mut self, sizes: &StepSizes<'_>);
 
     /// x[t] = row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
     fn embed(&self, table: &Self::Weight, batch: &Batch, x: &mut Self::Hidden);

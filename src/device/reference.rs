@@ -6,7 +6,7 @@
 
 use super::batch::{Batch, BatchSeq, StepOutput};
 use super::sample::{self, Scratch};
-use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, RopeStyle};
+use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, RopeStyle, StepSizes};
 use crate::gguf::{DType, Tensor as FileTensor};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType as CandleType, Device as CandleDevice, Result, Tensor};
@@ -87,6 +87,8 @@ impl Device for Reference {
     fn new_act(&self, max_tokens: usize, width: usize) -> Tensor {
         self.new_hidden(max_tokens, width)
     }
+
+    fn reserve(&mut self, _sizes: &StepSizes<'_>) {}
 
     fn embed(&self, table: &Tensor, batch: &Batch, x: &mut Tensor) {
         *x = done(select_rows(table, batch.tokens.iter().copied()));

@@ -7,14 +7,14 @@ use crate::device::batch::{Batch, BatchSeq};
 use crate::model::RunnerLimits;
 
 /// A batch with room for the largest step.
-pub(super) fn with_capacity(limits: &RunnerLimits) -> Batch {
+pub(super) fn with_capacity(limits: &RunnerLimits, max_running: usize) -> Batch {
     let (n_tokens, n_seqs) = (limits.max_step_tokens, limits.max_step_seqs);
     Batch {
         tokens: Vec::with_capacity(n_tokens),
         positions: Vec::with_capacity(n_tokens),
         seqs: Vec::with_capacity(n_seqs),
-        // Shared blocks stand in many tables: the pool's size is no bound, but a good start.
-        block_tables: Vec::with_capacity(limits.n_blocks + n_seqs),
+        // Shared blocks stand in many tables: the pool's size is no bound.
+        block_tables: Vec::with_capacity(n_seqs.min(max_running) * limits.max_context.div_ceil(BLOCK_TOKENS)),
         copies: Vec::with_capacity(n_seqs),
         heads: Vec::with_capacity(n_seqs),
     }

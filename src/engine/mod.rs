@@ -170,7 +170,7 @@ impl Engine {
             "the KV cache holds {} tokens, less than one sequence of {max_context}: give it more memory or lower the context limit",
             n_blocks * BLOCK_TOKENS
         );
-        let batch = batch::with_capacity(&limits);
+        let batch = batch::with_capacity(&limits, config.max_running);
         let out = StepOutput { rows: Vec::with_capacity(max_step_seqs) };
         Ok(Self { scheduler: Scheduler::new(config, limits), runner, tokens, batch, out })
     }
@@ -228,7 +228,7 @@ impl Engine {
 
     /// Takes in what the step drew.
     fn settle(&mut self, finished: &mut Vec<Finished>) {
-        let Scheduler { scheduled, running, stats, limits, .. } = &mut self.scheduler;
+        let Scheduler { scheduled, running, streams, stats, limits, .. } = &mut self.scheduler;
         assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
         for (share, row) in scheduled.iter().filter(|s| s.draws).zip(&self.out.rows) {
             let seq = &mut running[share.running_idx];
@@ -242,6 +242,7 @@ impl Engine {
             stats.generated_tokens += 1;
             if let Some(reason) = seq.accept(row, &*self.tokens, limits.max_context) {
                 seq.phase = Phase::Finished;
+                streams[seq.stream_idx].note_finished(seq);
                 finished.push(seq.output(reason));
                 stats.finished += 1;
             }

@@ -13,7 +13,7 @@ use std::cmp::Reverse;
 use std::collections::VecDeque;
 
 use super::blocks::Blocks;
-use super::sequence::{Buffers, Phase, Sequence, Submission};
+use super::sequence::{Phase, Sequence, Submission};
 use super::stream::Stream;
 use super::{EngineConfig, EngineStats, Scheduled};
 use crate::device::BLOCK_TOKENS;
@@ -36,8 +36,6 @@ pub(super) struct Scheduler {
     pub(super) running: Vec<Sequence>,
     /// Live rows of `running`.
     pub(super) n_running: usize,
-    /// Buffers of finished rows.
-    spare: Vec<Buffers>,
     /// Steps so far, this one included.
     step: u64,
     /// What this step runs, in order.
@@ -64,7 +62,6 @@ impl Scheduler {
             n_queued: [0; 3],
             running: Vec::with_capacity(2 * config.max_running),
             n_running: 0,
-            spare: Vec::with_capacity(2 * config.max_running),
             step: 0,
             scheduled: Vec::with_capacity(limits.max_step_seqs),
             copies: Vec::with_capacity(limits.max_step_seqs),
@@ -86,7 +83,7 @@ impl Scheduler {
         let stream_idx = self.stream_idx(submission.stream);
         self.streams[stream_idx].n_live += 1;
         self.n_queued[class] += 1;
-        self.waiting[class].push_back(Sequence::new(submission, stream_idx));
+        self.waiting[class].push_back(Sequence::new(submission, stream_idx, self.limits.max_context));
         Ok(())
     }
 
@@ -96,12 +93,12 @@ impl Scheduler {
             return known;
         }
         if self.streams.len() < 3 * (self.config.max_waiting + self.config.max_running) {
-            self.streams.push(Stream::new(id));
+            self.streams.push(Stream::new(id, self.limits.max_context));
             return self.streams.len() - 1;
         }
         let idle = self.streams.iter().position(|s| s.n_live == 0).expect("more streams than live rows");
         self.streams[idle].trunk.truncate(0, &mut self.blocks);
-        self.streams[idle] = Stream::new(id);
+        self.streams[idle] = Stream::new(id, self.limits.max_context);
         idle
     }
 
@@ -120,7 +117,7 @@ impl Scheduler {
         }
         let Some(row) = row else { return false };
         self.n_queued[row.class as usize] -= usize::from(!row.is_admitted);
-        self.retire(row);
+        self.streams[row.stream_idx].n_live -= 1;
         true
     }
 
@@ -161,11 +158,8 @@ impl Scheduler {
                 Phase::Finished => {
                     self.release_blocks(idx);
                     let row = self.running.remove(idx);
-                    if !row.params.ignore_eos {
-                        self.streams[row.stream_idx].lengths.record(row.buffers.generated.len());
-                    }
+                    self.streams[row.stream_idx].n_live -= 1;
                     self.n_running -= 1;
-                    self.retire(row);
                 }
             }
         }
@@ -177,15 +171,6 @@ impl Scheduler {
         self.stats.blocks_used = self.blocks.n_used();
         self.stats.running = self.n_running;
         self.stats.waiting = self.waiting.iter().map(VecDeque::len).sum();
-    }
-
-    /// The row is gone; its buffers stay.
-    fn retire(&mut self, mut row: Sequence) {
-        self.streams[row.stream_idx].n_live -= 1;
-        row.buffers.clear();
-        if row.is_admitted && self.spare.len() < self.spare.capacity() {
-            self.spare.push(row.buffers);
-        }
     }
 
     fn has_room(&self) -> bool {
@@ -316,7 +301,6 @@ impl Scheduler {
         let trunk = &mut self.streams[row.stream_idx].trunk;
         let is_new = !row.is_admitted;
         if is_new {
-            row.buffers = self.spare.pop().unwrap_or_default();
             row.is_admitted = true;
             self.n_queued[class as usize] -= 1;
         }

@@ -41,9 +41,12 @@ pub(super) enum Phase {
     Finished,
 }
 
-/// Buffers that grow while a sequence runs; handed from finished sequences to new ones, so that a warm engine allocates
-/// nothing in a step.
-#[derive(Debug, Default)]
+/// Bytes of text per token that there is room for from the start: of most tokenizers' tokens, nearly twice the mean.
+const TEXT_BYTES_PER_TOKEN: usize = 8;
+
+/// What grows while a sequence runs, made when it is submitted with room for the longest answer it may give: a step then
+/// allocates nothing (but for a text of unusually long tokens).
+#[derive(Debug)]
 pub(super) struct Buffers {
     /// Tokens drawn.
     pub(super) generated: Vec<u32>,
@@ -83,7 +86,8 @@ pub(super) struct Sequence {
 
 impl Sequence {
     /// A sequence that waits.
-    pub(super) fn new(submission: Submission, stream_idx: usize) -> Self {
+    pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
+        let buffers = Buffers::new(&submission, max_context);
         Self {
             id: submission.id,
             keep_tokens: (submission.keep_tokens as usize).min(submission.prompt.len()),
@@ -91,7 +95,7 @@ impl Sequence {
             params: submission.params,
             class: submission.class,
             stream_idx,
-            buffers: Buffers::default(),
+            buffers,
             n_shared_blocks: 0,
             computed: 0,
             high_water: 0,
@@ -167,7 +171,7 @@ impl Sequence {
         is_full.then_some(FinishReason::Length)
     }
 
-    /// What the caller gets: exact copies, for the buffers stay with the engine.
+    /// What the caller gets. The row is over: nothing may be asked of it but what it held.
     pub(super) fn output(&mut self, finish_reason: FinishReason) -> Finished {
         let buffers = &mut self.buffers;
         buffers.text.finish();
@@ -180,8 +184,8 @@ impl Sequence {
         let logprobs = logprobs.collect();
         Finished {
             id: self.id,
-            tokens: buffers.generated.clone(),
-            text: buffers.text.text().to_owned(),
+            tokens: std::mem::take(&mut buffers.generated),
+            text: buffers.text.take(),
             finish_reason,
             logprobs,
             is_broken: false,
@@ -190,12 +194,17 @@ impl Sequence {
 }
 
 impl Buffers {
-    /// Empties them, keeping their capacity.
-    pub(super) fn clear(&mut self) {
-        self.generated.clear();
-        self.table.clear();
-        self.text.clear();
-        self.logprobs.clear();
-        self.top.clear();
+    fn new(submission: &Submission, max_context: usize) -> Self {
+        let n_prompt = submission.prompt.len();
+        let n_answer = (submission.params.max_tokens as usize).min(max_context - n_prompt);
+        let n_logprobs = if submission.params.logprobs.is_some() { n_answer } else { 0 };
+        let n_top = submission.params.logprobs.map_or(0, usize::from);
+        Self {
+            generated: Vec::with_capacity(n_answer),
+            table: Vec::with_capacity((n_prompt + n_answer).div_ceil(BLOCK_TOKENS)),
+            text: StopText::with_capacity(TEXT_BYTES_PER_TOKEN * n_answer),
+            logprobs: Vec::with_capacity(n_logprobs),
+            top: Vec::with_capacity(n_logprobs * n_top),
+        }
     }
 }

@@ -36,10 +36,14 @@ impl StopText {
         &self.text
     }
 
-    /// Empties it, keeping its capacity.
-    pub(super) fn clear(&mut self) {
-        self.text.clear();
-        self.tail.clear();
+    /// An empty text with room for so many bytes.
+    pub(super) fn with_capacity(n_bytes: usize) -> Self {
+        Self { text: String::with_capacity(n_bytes), tail: Vec::with_capacity(64) }
+    }
+
+    /// The complete characters so far, taken away.
+    pub(super) fn take(&mut self) -> String {
+        std::mem::take(&mut self.text)
     }
 
     /// Moves what is complete (or can't become valid) from the tail to the text.

@@ -28,8 +28,16 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(id: u32) -> Self {
-        Self { id, n_live: 0, trunk: Trunk::default(), lengths: Lengths::default() }
+    pub(super) fn new(id: u32, max_context: usize) -> Self {
+        let trunk = Trunk { blocks: Vec::with_capacity(max_context.div_ceil(BLOCK_TOKENS)), ..Trunk::default() };
+        Self { id, n_live: 0, trunk, lengths: Lengths::default() }
+    }
+
+    /// Learns from a row's length, unless the row was told it.
+    pub(super) fn note_finished(&mut self, row: &Sequence) {
+        if !row.params.ignore_eos {
+            self.lengths.record(row.buffers.generated.len());
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::openai::Endpoint;
 use crate::outcome::{Completion, RowError, TokenLogprob};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// What all answers of a job have in common.
 #[derive(Debug, Clone)]
@@ -50,6 +50,21 @@ impl Stamp {
             "response": {"status_code": 200, "request_id": format!("req_{id}"), "body": body},
             "error": null,
         })
+    }
+
+    /// The output line of a row with the same body as an earlier one's, `line`.
+    pub fn same_output_line(&self, row_idx: u64, custom_id: &str, cached_tokens: u32, line: Map<String, Value>) -> Value {
+        let id = self.row_id(row_idx);
+        let mut line = Value::Object(line);
+        line["id"] = format!("batch_req_{id}").into();
+        line["custom_id"] = custom_id.into();
+        let response = &mut line["response"];
+        response["request_id"] = format!("req_{id}").into();
+        let body = &mut response["body"];
+        let prefix = body["id"].as_str().and_then(|id| id.split_once('-')).map_or("", |(prefix, _)| prefix);
+        body["id"] = format!("{prefix}-{id}").into();
+        body["usage"]["prompt_tokens_details"]["cached_tokens"] = cached_tokens.into();
+        line
     }
 
     /// The Batch error line of a row that failed.
@@ -162,7 +177,7 @@ fn text_logprobs(tokens: &[TokenLogprob]) -> Value {
         .collect();
     // The chosen token is always in the map, even where it is not among the likeliest (clients look it up there).
     let top = |t: &TokenLogprob| {
-        let mut map: serde_json::Map<String, Value> = t.top.iter().map(|(b, p)| (text(b), json!(p))).collect();
+        let mut map: Map<String, Value> = t.top.iter().map(|(b, p)| (text(b), json!(p))).collect();
         map.entry(text(&t.bytes)).or_insert(json!(t.logprob));
         map
     };

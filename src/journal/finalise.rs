@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::SchemaRef;
 
-use super::{Journal, Record, segment};
+use super::{Journal, Place, Record, segment};
 use crate::format::{Format, SchemaInference, Sink};
 use crate::storage::Location;
 
@@ -90,8 +90,7 @@ struct InOrder<'a> {
 /// A record whose turn has not come.
 enum Waiting {
     Read(Record),
-    /// In this segment, these bytes.
-    There(u32, Range<u64>),
+    There(Place),
 }
 
 impl<'a> InOrder<'a> {
@@ -122,7 +121,8 @@ impl<'a> InOrder<'a> {
             // The next row is handed out at once, whatever its size.
             let fits = record.row == self.next || self.waiting_bytes + line_bytes <= self.max_waiting_bytes;
             self.waiting_bytes += if fits { line_bytes } else { 0 };
-            place.insert(if fits { Waiting::Read(record) } else { Waiting::There(number, bytes) });
+            let there = Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start };
+            place.insert(if fits { Waiting::Read(record) } else { Waiting::There(there) });
         }
     }
 
@@ -135,21 +135,13 @@ impl<'a> InOrder<'a> {
                     self.waiting_bytes -= record.line.get().len();
                     record
                 }
-                Waiting::There(number, bytes) => self.read_again(number, bytes)?,
+                Waiting::There(place) => self.journal.record(place)?,
             };
+            assert_eq!(record.row, self.next, "the place of a waiting record");
             each(&record)?;
             self.next += 1;
         }
         Ok(())
-    }
-
-    fn read_again(&self, number: u32, bytes: Range<u64>) -> Result<Record> {
-        let at = self.journal.dir.segment(number)?;
-        let line = self.journal.dir.storage.get_range(&at, bytes)?;
-        let record = std::str::from_utf8(&line).map_err(anyhow::Error::from).and_then(segment::parse_record);
-        let record = record.with_context(|| format!("{} changed while it was being read", at.url))?;
-        assert_eq!(record.row, self.next, "the place of a waiting record");
-        Ok(record)
     }
 }
 
@@ -165,7 +157,7 @@ mod tests {
 
     fn record(row: u64) -> Record {
         let line = RawValue::from_string(format!("{{\"row\":{row},\"pad\":\"{}\"}}", "x".repeat(row as usize % 40))).unwrap();
-        Record { row, ok: true, prompt_tokens: 0, completion_tokens: 0, cached_tokens: 0, line }
+        Record { row, ok: true, prompt_tokens: 0, completion_tokens: 0, cached_tokens: 0, key: None, line }
     }
 
     fn journal_of(segments: &[Vec<u64>]) -> (Storage, Location, Journal) {

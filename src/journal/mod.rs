@@ -13,7 +13,7 @@ mod segment;
 pub use finalise::{Outputs, finalise};
 pub use manifest::{Input, Manifest};
 pub use row_set::RowSet;
-pub use segment::Record;
+pub use segment::{Place, Record};
 
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
@@ -171,14 +171,15 @@ impl Journal {
     }
 
     /// Goes on with the job of `dir`, whose manifest is `manifest`. Reads all segments once. A damaged last segment is
-    /// dropped (its rows are not done), with a warning; a damaged or missing one before it is an error.
-    pub fn resume(dir: JobDir, manifest: &Manifest) -> Result<Self> {
+    /// dropped (its rows are not done), with a warning; a damaged or missing one before it is an error. `each` is shown
+    /// every row's outcome and where it is.
+    pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Record, Place) -> Result<()>) -> Result<Self> {
         let mut journal = Self::empty(dir, manifest);
         let numbers = journal.dir.segments()?;
         for (i, &number) in numbers.iter().enumerate() {
             let wanted = i as u32 + 1;
             ensure!(number == wanted, "the journal lacks {}; --restart begins the job anew", journal.dir.segment(wanted)?.url);
-            match journal.count(number) {
+            match journal.count(number, each) {
                 Ok(()) => journal.next_segment = number + 1,
                 Err(e) if i + 1 == numbers.len() && e.is::<segment::Damaged>() => {
                     let url = journal.dir.segment(number)?.url;
@@ -196,12 +197,13 @@ impl Journal {
         Self { dir, job, next_segment: 1, pending, done, totals: Totals::default(), warnings: Vec::new() }
     }
 
-    fn count(&mut self, number: u32) -> Result<()> {
+    fn count(&mut self, number: u32, each: &mut dyn FnMut(&Record, Place) -> Result<()>) -> Result<()> {
         let content = self.read(number)?;
         for entry in segment::entries(&content)? {
-            let record = entry?.record;
+            let segment::Entry { record, bytes } = entry?;
             if self.done.insert(record.row) {
                 self.totals.add(&record);
+                each(&record, Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start })?;
             }
         }
         Ok(())
@@ -215,14 +217,30 @@ impl Journal {
     }
 
     /// Journals an outcome; durable once the next [`Journal::commit`] returns. Commits by itself when a segment is full.
-    /// A row that is journaled already is left as it is.
-    pub fn append(&mut self, record: &Record) -> Result<()> {
+    /// A row that is journaled already is left as it is; otherwise says where the record is.
+    pub fn append(&mut self, record: &Record) -> Result<Option<Place>> {
         if !self.done.insert(record.row) {
-            return Ok(());
+            return Ok(None);
         }
         self.totals.add(record);
-        self.pending.push(record);
-        if self.pending.n_rows() >= SEGMENT_ROWS || self.pending.n_bytes() >= SEGMENT_BYTES { self.commit() } else { Ok(()) }
+        let bytes = self.pending.push(record);
+        let place = Place { segment: self.next_segment, start: bytes.start, n_bytes: bytes.end - bytes.start };
+        if self.pending.n_rows() >= SEGMENT_ROWS || self.pending.n_bytes() >= SEGMENT_BYTES {
+            self.commit()?;
+        }
+        Ok(Some(place))
+    }
+
+    /// The record at a place, committed or not.
+    pub fn record(&self, place: Place) -> Result<Record> {
+        let bytes = place.start..place.start + place.n_bytes;
+        if place.segment == self.next_segment {
+            return self.pending.record(bytes.start as usize..bytes.end as usize);
+        }
+        let at = self.dir.segment(place.segment)?;
+        let line = self.dir.storage.get_range(&at, bytes)?;
+        let record = std::str::from_utf8(&line).map_err(anyhow::Error::from).and_then(segment::parse_record);
+        record.with_context(|| format!("{} changed while it was being read", at.url))
     }
 
     /// Makes what was appended durable. Does nothing if nothing was. After an error it may be called again.

@@ -21,8 +21,22 @@ pub struct Record {
     pub completion_tokens: u32,
     /// Prompt tokens shared with another row.
     pub cached_tokens: u32,
+    /// What identical rows are found by (32 hexadecimal digits); `None` if nobody shares this row's outcome.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
     /// The finished output line: one JSON object without line feeds.
     pub line: Box<RawValue>,
+}
+
+/// Where a record is in the journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the segment.
+    pub segment: u32,
+    /// Its first byte there.
+    pub start: u64,
+    /// Its length, line feed included.
+    pub n_bytes: u64,
 }
 
 /// A segment that is not what was sealed.
@@ -57,11 +71,19 @@ impl Segment {
         self.lines.len()
     }
 
-    pub(super) fn push(&mut self, record: &Record) {
+    /// Adds a record; says which bytes it has.
+    pub(super) fn push(&mut self, record: &Record) -> Range<u64> {
+        let start = self.lines.len() as u64;
         assert!(!record.line.get().contains('\n'), "the output line of row {} has a line feed", record.row);
         serde_json::to_writer(&mut self.lines, record).expect("a record is JSON and memory takes it");
         self.lines.push(b'\n');
         self.n_rows += 1;
+        start..self.lines.len() as u64
+    }
+
+    /// The record at these bytes.
+    pub(super) fn record(&self, bytes: Range<usize>) -> Result<Record> {
+        parse_record(std::str::from_utf8(&self.lines[bytes])?)
     }
 
     /// The whole segment.
@@ -138,7 +160,7 @@ mod tests {
         let mut segment = Segment::default();
         for row in 0..3 {
             let line = RawValue::from_string(format!("{{\"x\": {row} }}")).unwrap();
-            segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, line });
+            segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
         }
         let sealed = segment.seal("job");
         let lines = verify(&sealed, "job").unwrap();

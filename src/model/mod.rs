@@ -10,7 +10,7 @@ pub use spec::{ARCHITECTURES, ModelSpec};
 pub use workspace::{Sizing, Workspace, sizing};
 
 use crate::device::batch::{Batch, StepOutput};
-use crate::device::{BLOCK_TOKENS, Device};
+use crate::device::{BLOCK_TOKENS, Device, StepSizes};
 use crate::gguf::Gguf;
 use anyhow::{Context, Result, ensure};
 use spec::layer_tensor;
@@ -140,7 +140,7 @@ impl<D: Device> ModelRunner<D> {
     ///
     /// # Errors
     /// As [`Model::load`]; a pool or a step of size 0.
-    pub fn load(dev: D, gguf: &Gguf, n_blocks: usize, max_step_tokens: usize) -> Result<Self> {
+    pub fn load(mut dev: D, gguf: &Gguf, n_blocks: usize, max_step_tokens: usize) -> Result<Self> {
         ensure!(
             n_blocks > 0 && max_step_tokens > 0,
             "{n_blocks} KV blocks, steps of {max_step_tokens} tokens: both must be at least 1"
@@ -155,6 +155,14 @@ impl<D: Device> ModelRunner<D> {
             // A longer sequence could never finish: one alone must fit the pool.
             max_context: spec.max_context.min(n_blocks * BLOCK_TOKENS),
         };
+        dev.reserve(&StepSizes {
+            max_tokens: max_step_tokens,
+            max_seqs: limits.max_step_seqs,
+            max_context: limits.max_context,
+            n_vocab: spec.n_vocab,
+            width: spec.width,
+            attention: &spec.attention,
+        });
         let caches = (0..spec.n_layers).map(|_| dev.new_cache(&spec.attention, n_blocks)).collect();
         let workspace = Workspace::new(&dev, spec, max_step_tokens);
         Ok(Self { dev, model, caches, workspace, limits })

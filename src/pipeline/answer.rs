@@ -7,8 +7,9 @@ use crate::journal::Record;
 use crate::outcome::{Completion, ErrorCode, Outcome, RowError, TokenLogprob, Usage};
 use crate::prepare::Origin;
 use crate::text::tokenizer::Tokenizer;
+use anyhow::{Context, Result};
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// Names of the columns that are added to a dataset row, before the job's prefix.
@@ -29,6 +30,8 @@ pub(super) struct RowMeta {
     pub(super) seed: Option<u64>,
     /// Whether log-probabilities were asked for.
     pub(super) logprobs: bool,
+    /// What later identical rows find its record by.
+    pub(super) key: Option<u128>,
 }
 
 /// Writes outcomes as records.
@@ -72,6 +75,39 @@ impl Answers {
         self.record(row, Err(error))
     }
 
+    /// The record of a row that gets what an identical row got, from that row's record.
+    ///
+    /// # Errors
+    /// The record is not of this job's form.
+    pub(super) fn copied(&self, row: &RowMeta, first: &Record) -> Result<Record> {
+        let line: Map<String, Value> = serde_json::from_str(first.line.get()).context("a journaled line is no object")?;
+        if !first.ok {
+            let error = line.get(&format!("{}error", self.prefix)).filter(|error| error.is_object());
+            let error =
+                error.or_else(|| line.get("response")?.pointer("/body/error")).context("a journaled error says nothing")?;
+            let message = error["message"].as_str().unwrap_or_default();
+            return Ok(self.failed(row, RowError::row(ErrorCode::EngineError, message)));
+        }
+        let line = match &row.origin {
+            Origin::Request { custom_id, .. } => {
+                let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
+                self.stamp.same_output_line(row.row_idx, custom_id, row.cached_tokens, line).to_string()
+            }
+            Origin::Dataset { columns } => {
+                let mut results = Vec::new();
+                for name in RESULT_COLUMNS {
+                    results.extend(line.get(&format!("{}{name}", self.prefix)).map(|value| (name, value.clone())));
+                }
+                for (_, usage) in results.iter_mut().filter(|(name, _)| *name == "usage") {
+                    usage["cached_tokens"] = row.cached_tokens.into();
+                }
+                self.line_of_columns(columns.as_deref(), results)
+            }
+        };
+        let (line, cached_tokens) = (raw(line), row.cached_tokens);
+        Ok(Record { row: row.row_idx, key: None, cached_tokens, line, ..*first })
+    }
+
     fn record(&self, row: &RowMeta, outcome: Outcome) -> Record {
         let place = Place { row_idx: row.row_idx, file: &row.file, line: row.line };
         let (ok, usage) = (outcome.is_ok(), outcome.as_ref().map(|c| c.usage).unwrap_or_default());
@@ -83,7 +119,9 @@ impl Answers {
             (Origin::Request { custom_id, .. }, Err(error)) => {
                 raw(self.stamp.error_line(place, custom_id.as_deref(), &error).to_string())
             }
-            (Origin::Dataset { columns }, outcome) => raw(self.dataset_line(columns.as_deref(), place, &outcome)),
+            (Origin::Dataset { columns }, outcome) => {
+                raw(self.line_of_columns(columns.as_deref(), self.result_columns(place, &outcome)))
+            }
         };
         Record {
             row: row.row_idx,
@@ -91,17 +129,18 @@ impl Answers {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             cached_tokens: usage.cached_tokens,
+            key: row.key.map(|key| format!("{key:032x}")),
             line,
         }
     }
 
     /// The row's own columns, as they were written, with the result columns behind them.
-    fn dataset_line(&self, columns: Option<&str>, place: Place<'_>, outcome: &Outcome) -> String {
+    fn line_of_columns(&self, columns: Option<&str>, results: Vec<(&'static str, Value)>) -> String {
         let own = columns.and_then(|text| text.trim().strip_prefix('{')?.strip_suffix('}')).unwrap_or_default().trim();
         let mut line = String::with_capacity(own.len() + 256);
         line.push('{');
         line.push_str(own);
-        for (name, value) in self.result_columns(place, outcome) {
+        for (name, value) in results {
             if line.len() > 1 {
                 line.push(',');
             }

@@ -2,13 +2,14 @@
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
 use super::answer::{Answers, RowMeta};
+use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
 use super::window::PlannedWindow;
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
 use crate::engine::{EngineStats, Finished};
-use crate::journal::{Journal, Record};
+use crate::journal::{Journal, Place, Record};
 use crate::outcome::ErrorCode;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -60,6 +61,7 @@ pub(super) enum End {
 /// The rows in flight and where their outcomes go.
 pub(super) struct Collector {
     pub(super) journal: Journal,
+    pub(super) index: Arc<JobIndex>,
     pub(super) answers: Answers,
     pub(super) progress: Progress,
     pub(super) total_rows: u64,
@@ -68,8 +70,12 @@ pub(super) struct Collector {
     /// Set to stop the feed.
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
-    in_flight: HashMap<u64, (u64, Vec<RowMeta>)>,
+    /// By the row that is computed: the rows that get its completion, itself first, each with its window's number.
+    in_flight: HashMap<u64, Vec<(u64, RowMeta)>>,
+    /// Rows of each window that have no record yet.
     open_windows: HashMap<u64, usize>,
+    /// Where records are that others may need; not yet in the index.
+    places: Vec<(u64, Place)>,
     n_windows: u64,
     last_commit: Instant,
     last_step: Instant,
@@ -78,7 +84,7 @@ pub(super) struct Collector {
 impl Collector {
     /// Nothing in flight.
     pub(super) fn new(
-        journal: Journal,
+        (journal, index): (Journal, Arc<JobIndex>),
         answers: Answers,
         progress: Progress,
         n_rows: u64,
@@ -89,6 +95,7 @@ impl Collector {
         let counts = Counts { resumed: journal.done_rows().len(), ..Counts::default() };
         Self {
             journal,
+            index,
             answers,
             progress,
             total_rows: n_rows,
@@ -97,6 +104,7 @@ impl Collector {
             counts,
             in_flight: HashMap::new(),
             open_windows: HashMap::new(),
+            places: Vec::new(),
             n_windows: 0,
             last_commit: now,
             last_step: now,
@@ -151,12 +159,34 @@ impl Collector {
             let record = self.answers.failed(&row, error);
             self.append(&record)?;
         }
-        self.open_windows.insert(number, window.groups.len());
+        let mut n_open = 0;
         for group in window.groups {
-            self.in_flight.insert(group[0].row_idx, (number, group));
+            n_open += group.len();
+            self.in_flight.insert(group[0].row_idx, group.into_iter().map(|meta| (number, meta)).collect());
         }
+        for (first, meta) in window.followers {
+            if let Some(group) = self.in_flight.get_mut(&first) {
+                group.push((number, meta));
+                n_open += 1;
+            } else {
+                self.copy(first, &meta)?;
+            }
+        }
+        self.open_windows.insert(number, n_open);
         self.close_window_if_finished(number);
         Ok(())
+    }
+
+    /// Gives a row the completion of row `first`, which has its record.
+    fn copy(&mut self, first: u64, meta: &RowMeta) -> Result<()> {
+        self.index.add_places(&std::mem::take(&mut self.places))?;
+        let place = self.index.place(first)?;
+        let place = place.with_context(|| format!("row {} waits for row {first}, which nobody computes", meta.row_idx))?;
+        let record = self.answers.copied(meta, &self.journal.record(place)?)?;
+        if !record.ok {
+            *self.counts.errors.entry(ErrorCode::EngineError.as_str().to_owned()).or_default() += 1;
+        }
+        self.append(&record)
     }
 
     fn step(&mut self, finished: &[Finished], stats: EngineStats) -> Result<()> {
@@ -165,16 +195,16 @@ impl Collector {
         self.last_step = now;
         self.counts.stats = stats;
         for row in finished {
+            let group = self.in_flight.remove(&row.id).expect("every submission was announced");
             if row.is_broken {
-                *self.counts.errors.entry(ErrorCode::EngineError.as_str().to_owned()).or_default() += 1;
+                *self.counts.errors.entry(ErrorCode::EngineError.as_str().to_owned()).or_default() += group.len() as u64;
             }
-            let (number, group) = self.in_flight.remove(&row.id).expect("every submission was announced");
-            for meta in &group {
+            for (number, meta) in &group {
                 let record = self.answers.finished(meta, row);
                 self.append(&record)?;
+                *self.open_windows.get_mut(number).expect("its window is open") -= 1;
+                self.close_window_if_finished(*number);
             }
-            *self.open_windows.get_mut(&number).expect("its window is open") -= 1;
-            self.close_window_if_finished(number);
         }
         Ok(())
     }
@@ -190,7 +220,10 @@ impl Collector {
     /// The journal commits by itself when a segment is full.
     fn append(&mut self, record: &Record) -> Result<()> {
         let start = Instant::now();
-        self.journal.append(record)?;
+        let place = self.journal.append(record)?;
+        if record.key.is_some() {
+            self.places.extend(place.map(|place| (record.row, place)));
+        }
         self.counts.write += start.elapsed();
         Ok(())
     }
@@ -202,6 +235,7 @@ impl Collector {
     fn commit(&mut self) -> Result<()> {
         let start = Instant::now();
         self.journal.commit()?;
+        self.index.add_places(&std::mem::take(&mut self.places))?;
         self.last_commit = Instant::now();
         self.counts.write += start.elapsed();
         Ok(())

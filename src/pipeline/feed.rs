@@ -2,12 +2,12 @@
 //! submitted to the engine. Invariant: at most [`WINDOWS_AHEAD`] windows are in memory at any time, finished or not.
 
 use super::collect::Event;
-use super::seen::SeenIds;
-use super::window::{PlannedWindow, WindowRow, WindowSettings, plan_window, refuse_second_uses};
+use super::index::JobIndex;
+use super::window::{PlannedWindow, WindowRow, WindowSettings, find_first, plan_window, refuse_second_uses};
 use crate::engine::handle::EngineHandle;
 use crate::format::{RawRow, Source};
 use crate::journal::RowSet;
-use crate::prepare::{Prepared, Preparer, RowForm};
+use crate::prepare::{Prepared, Preparer};
 use anyhow::Result;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl FeedTimes {
 pub(super) struct Feed {
     pub(super) source: Source,
     pub(super) preparer: Preparer,
-    pub(super) seen: SeenIds,
+    pub(super) index: Arc<JobIndex>,
     pub(super) settings: WindowSettings,
     pub(super) window_rows: usize,
     pub(super) window_bytes: usize,
@@ -86,16 +86,16 @@ impl Feed {
     /// `None` if an earlier run has finished every row of the window.
     fn prepare_window(&self, rows: Vec<RawRow>) -> Result<Option<PlannedWindow>> {
         let start = Instant::now();
-        let all_done = rows.iter().all(|row| self.done.contains(row.row_idx));
-        if all_done && matches!(self.preparer.form, RowForm::Dataset(_)) {
+        if rows.iter().all(|row| self.done.contains(row.row_idx)) {
             return Ok(None);
         }
-        let preparer = &self.preparer;
-        let mut rows: Vec<WindowRow> = rows.into_par_iter().map(|row| prepare(preparer, row)).collect();
-        refuse_second_uses(&mut rows, &self.seen)?;
-        let window = (!all_done).then(|| plan_window(rows, self.settings, |row_idx| self.done.contains(row_idx)));
+        let (preparer, settings) = (&self.preparer, self.settings);
+        let mut rows: Vec<WindowRow> = rows.into_par_iter().map(|row| prepare(preparer, settings, row)).collect();
+        refuse_second_uses(&mut rows, &self.index)?;
+        find_first(&mut rows, &self.index)?;
+        let window = plan_window(rows, settings, |row_idx| self.done.contains(row_idx));
         self.times.prepare_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
-        Ok(window)
+        Ok(Some(window))
     }
 
     /// Announces the window's rows, then submits them; false if the job is over.
@@ -109,10 +109,10 @@ impl Feed {
     }
 }
 
-fn prepare(preparer: &Preparer, row: RawRow) -> WindowRow {
+fn prepare(preparer: &Preparer, settings: WindowSettings, row: RawRow) -> WindowRow {
     let prepared = match row.content {
         Ok(text) => preparer.prepare(row.row_idx, text),
         Err(error) => Prepared { origin: preparer.unread_origin(), prompt: Err(error) },
     };
-    WindowRow { row_idx: row.row_idx, file: row.file, line: row.line, prepared }
+    WindowRow::new(row.row_idx, row.file, row.line, prepared, settings)
 }

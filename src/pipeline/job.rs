@@ -2,6 +2,7 @@
 //! or engines. Invariant: results are only ever added to by the job that began them.
 
 use super::answer::RESULT_COLUMNS;
+use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
 use super::report::Report;
 use crate::config::Config;
@@ -11,6 +12,7 @@ use crate::pipeline::spec::{EngineSpec, PipelineSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, bail};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The files of a job with output `out.jsonl` or `out.parquet`.
@@ -37,6 +39,12 @@ impl JobFiles {
             journal: results.with_extension("job")?,
             results,
         })
+    }
+
+    /// Where unnamed temporary files go: beside the journal, where there is room; for remote outputs, where the system
+    /// keeps such files.
+    fn scratch_folder(&self) -> PathBuf {
+        self.journal.local.clone().unwrap_or_else(std::env::temp_dir)
     }
 }
 
@@ -112,16 +120,16 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, model: &OpenModel) -> R
 /// How a job begins.
 pub(super) enum Begin {
     /// There is something to do; the journal may hold what an earlier run has done. The manifest is the first run's.
-    Work(Box<Manifest>, Box<Journal>),
+    Work(Box<Manifest>, Box<Journal>, JobIndex),
     /// An earlier run has finished it.
     Done(Box<Report>),
 }
 
-/// Begins, continues or refuses a job.
+/// Begins, continues or refuses a job; `requests` if its rows have a `custom_id`.
 ///
 /// # Errors
 /// If the output belongs to another job and `restart` was not asked for, or another process is at it.
-pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, restart: bool) -> Result<Begin> {
+pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, requests: bool, restart: bool) -> Result<Begin> {
     let dir = JobDir::lock(storage, &files.journal)?;
     if restart {
         for file in [&files.report, &files.results, &files.errors] {
@@ -136,8 +144,11 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, res
                 differences.join("\n  ")
             );
         }
-        let journal = Journal::resume(dir, &earlier)?;
-        return Ok(Begin::Work(Box::new(earlier), Box::new(journal)));
+        let index = JobIndex::new(&files.scratch_folder())?;
+        let mut replay = Replay::new(&index, requests);
+        let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
+        replay.flush()?;
+        return Ok(Begin::Work(Box::new(earlier), Box::new(journal), index));
     } else {
         // Nothing to do here, or nothing we may do: then the folder was made for the lock alone.
         match look_at_outputs(storage, files, &manifest) {
@@ -147,7 +158,8 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, res
         }
     }
     let journal = Journal::create(dir, &manifest)?;
-    Ok(Begin::Work(Box::new(manifest), Box::new(journal)))
+    let index = JobIndex::new(&files.scratch_folder())?;
+    Ok(Begin::Work(Box::new(manifest), Box::new(journal), index))
 }
 
 /// The report, if the job is finished already; an error if the files of another job are in the way.

@@ -5,12 +5,12 @@ mod answer;
 pub mod bench;
 mod collect;
 mod feed;
+mod index;
 mod job;
 mod load;
 pub mod meter;
 pub mod progress;
 pub mod report;
-mod seen;
 mod signals;
 pub mod spec;
 mod window;
@@ -25,17 +25,18 @@ use crate::model::Runner;
 use crate::prepare::{Preparer, PromptTemplate, RowForm};
 use crate::storage::Storage;
 use crate::text::template::RowTemplate;
+use crate::text::tokenizer::Tokenizer;
 use answer::{Answers, RESULT_COLUMNS};
 use anyhow::{Context, Result};
 use collect::{Collector, End, Event};
 use feed::{Feed, FeedTimes};
+use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
 use load::OpenModel;
 use meter::Meter;
 use progress::{Progress, say};
 use report::Report;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -133,9 +134,10 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let load_start = Instant::now();
     let open = load::open(config)?;
     let manifest = job::manifest(config, &inputs, &open)?;
-    let (manifest, journal) = match job::begin(storage, files, manifest, config.restart)? {
+    let requests = matches!(form, RowForm::Requests);
+    let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, config.restart)? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
-        Begin::Work(manifest, journal) => (*manifest, *journal),
+        Begin::Work(manifest, journal, index) => (*manifest, *journal, index),
     };
     for warning in &journal.warnings {
         say(&format!("warning: {warning}"));
@@ -152,7 +154,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         kv_tokens: open.memory.kv_tokens(),
     };
     let run = Run { config, storage, files, inputs, outputs, manifest };
-    run.work(open, form, journal, measured, load_start)
+    run.work(open, form, (journal, index), measured, load_start)
 }
 
 /// How the rows of the job are read.
@@ -209,7 +211,7 @@ impl Run<'_> {
         &self,
         open: OpenModel,
         form: RowForm,
-        journal: Journal,
+        (journal, index): (Journal, JobIndex),
         mut measured: Measured,
         load_start: Instant,
     ) -> Result<Ended> {
@@ -234,19 +236,15 @@ impl Run<'_> {
         let (window_finished, finished_windows) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(journal.done_rows().clone());
-        let answers = Answers {
-            stamp: self.stamp(&local.name),
-            tokenizer: Arc::clone(&tokenizer),
-            prefix: self.config.spec.output.prefix.clone(),
-            logprobs_column: self.config.defaults.logprobs.is_some(),
-        };
-        let progress = Progress::new(self.config.quiet);
-        let mut collector = Collector::new(journal, answers, progress, self.inputs.n_rows, window_finished, Arc::clone(&stop));
+        let (answers, progress) = (self.answers(&local.name, &tokenizer), Progress::new(self.config.quiet));
+        let index = Arc::new(index);
+        let indexed = (journal, Arc::clone(&index));
+        let mut collector = Collector::new(indexed, answers, progress, self.inputs.n_rows, window_finished, Arc::clone(&stop));
         let feed = |engine, events| {
             Ok(Feed {
                 source: Source::open(self.storage, &self.inputs.files, self.inputs.limits)?,
                 preparer,
-                seen: seen::SeenIds::new(&self.scratch_folder())?,
+                index: Arc::clone(&index),
                 settings: window::WindowSettings { job_seed: self.manifest.job_seed, dedup: self.config.spec.job.dedup },
                 window_rows: self.config.spec.job.window_rows,
                 window_bytes: self.config.spec.job.window_bytes,
@@ -370,12 +368,18 @@ impl Run<'_> {
         }
     }
 
-    fn stamp(&self, model: &str) -> Stamp {
-        Stamp {
+    fn answers(&self, model: &str, tokenizer: &Arc<Tokenizer>) -> Answers {
+        let stamp = Stamp {
             job_fingerprint: self.manifest.job_fingerprint.clone(),
             created: self.manifest.created_unix_s,
             model: model.to_owned(),
             system_fingerprint: self.manifest.model_fingerprint.clone(),
+        };
+        Answers {
+            stamp,
+            tokenizer: Arc::clone(tokenizer),
+            prefix: self.config.spec.output.prefix.clone(),
+            logprobs_column: self.config.defaults.logprobs.is_some(),
         }
     }
 
@@ -383,12 +387,6 @@ impl Run<'_> {
         let logprobs = self.config.defaults.logprobs.is_some();
         let names = RESULT_COLUMNS.iter().filter(|&&name| name != "logprobs" || logprobs);
         names.map(|name| format!("{}{name}", self.config.spec.output.prefix)).collect()
-    }
-
-    /// Where unnamed temporary files go: beside the journal, where there is room; for remote outputs, where the system
-    /// keeps such files.
-    fn scratch_folder(&self) -> PathBuf {
-        self.files.journal.local.clone().unwrap_or_else(std::env::temp_dir)
     }
 }
 

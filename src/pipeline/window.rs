@@ -4,7 +4,7 @@
 //! an earlier run has done already.
 
 use super::answer::RowMeta;
-use super::seen::SeenIds;
+use super::index::JobIndex;
 use crate::engine::Submission;
 use crate::engine::sampling::SeqParams;
 use crate::outcome::{ErrorCode, RowError};
@@ -24,6 +24,10 @@ pub(super) struct WindowRow {
     pub(super) file: Arc<str>,
     pub(super) line: u64,
     pub(super) prepared: Prepared,
+    /// What identical rows are found by; `None` if this row is computed in any case.
+    pub(super) key: Option<u128>,
+    /// The lowest row of the job with that key; itself if there is none.
+    pub(super) first: u64,
 }
 
 /// What a window comes to.
@@ -35,6 +39,8 @@ pub(super) struct PlannedWindow {
     pub(super) groups: Vec<Vec<RowMeta>>,
     /// What the engine is to run, in plan order, one per group.
     pub(super) submissions: Vec<Submission>,
+    /// Rows that get the completion of a row of an earlier window, or of one that an earlier run has done; with that row.
+    pub(super) followers: Vec<(u64, RowMeta)>,
     /// Rows that get another row's completion.
     pub(super) n_duplicates: u64,
     /// The fewest tokens that any engine must prefill for them.
@@ -50,26 +56,46 @@ pub(super) struct WindowSettings {
     pub(super) dedup: bool,
 }
 
+impl WindowRow {
+    /// A row as it was prepared.
+    pub(super) fn new(row_idx: u64, file: Arc<str>, line: u64, prepared: Prepared, settings: WindowSettings) -> Self {
+        let prompt = prepared.prompt.as_ref().ok().filter(|prompt| settings.dedup && prompt.params.is_deterministic());
+        let key = prompt.map(|prompt| content_key(prompt, &prepared.origin));
+        Self { row_idx, file, line, prepared, key, first: row_idx }
+    }
+}
+
 /// A row that has a prompt.
 struct Ready {
     meta: RowMeta,
     prompt: Prompt,
+    first: u64,
     done: bool,
 }
 
-/// Fails the rows that use a `custom_id` again. Must see every window, in order, finished ones too.
-pub(super) fn refuse_second_uses(rows: &mut [WindowRow], seen: &SeenIds) -> Result<()> {
+/// Fails the rows that use a `custom_id` again. Must see the windows in order, but for those that the index knows.
+pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Result<()> {
     let id = |row: &WindowRow| match &row.prepared.origin {
         Origin::Request { custom_id: Some(id), .. } => Some(id.clone()),
         _ => None,
     };
     let ids: Vec<(usize, String)> = rows.iter().enumerate().filter_map(|(i, row)| Some((i, id(row)?))).collect();
-    let earlier = seen.insert(ids.iter().map(|(i, id)| (rows[*i].row_idx, id.as_str())))?;
-    for ((i, id), first) in ids.iter().zip(earlier) {
-        if let Some(first) = first {
+    let first = index.first_of_ids(ids.iter().map(|(i, id)| (rows[*i].row_idx, id.as_str())))?;
+    for ((i, id), first) in ids.iter().zip(first) {
+        if first < rows[*i].row_idx {
             let message = format!("{id:?} was used by an earlier row (row {first}, counted from 0)");
             rows[*i].prepared.prompt = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
         }
+    }
+    Ok(())
+}
+
+/// Finds each row's first of the same content. Must see the windows in order, but for those that the index knows.
+pub(super) fn find_first(rows: &mut [WindowRow], index: &JobIndex) -> Result<()> {
+    let mut keyed: Vec<&mut WindowRow> = rows.iter_mut().filter(|row| row.key.is_some() && row.prepared.prompt.is_ok()).collect();
+    let uses: Vec<(u64, u128)> = keyed.iter().filter_map(|row| Some((row.row_idx, row.key?))).collect();
+    for (row, first) in keyed.iter_mut().zip(index.first_of_contents(&uses)?) {
+        row.first = first;
     }
     Ok(())
 }
@@ -78,6 +104,7 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], seen: &SeenIds) -> Resu
 pub(super) fn plan_window(rows: Vec<WindowRow>, settings: WindowSettings, is_done: impl Fn(u64) -> bool) -> PlannedWindow {
     let mut window = PlannedWindow::default();
     let mut ready = Vec::new();
+    let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
         let done = is_done(row.row_idx);
         let mut meta = RowMeta {
@@ -89,31 +116,51 @@ pub(super) fn plan_window(rows: Vec<WindowRow>, settings: WindowSettings, is_don
             cached_tokens: 0,
             seed: None,
             logprobs: false,
+            key: row.key,
         };
         match row.prepared.prompt {
             Err(_) if done => {}
-            Err(error) => window.failed.push((meta, error)),
+            Err(error) => window.failed.push((RowMeta { key: None, ..meta }, error)),
             Ok(prompt) => {
                 meta.prompt_tokens = prompt.tokens.len() as u32;
                 meta.seed = (prompt.params.temperature > 0.0)
                     .then(|| prompt.params.seed.unwrap_or_else(|| derived_seed(settings.job_seed, row.row_idx)));
                 meta.logprobs = prompt.params.logprobs.is_some();
-                ready.push(Ready { meta, prompt, done });
+                if row.first >= start {
+                    ready.push(Ready { meta, prompt, first: row.first, done });
+                } else if !done {
+                    window.follow(row.first, meta);
+                }
             }
         }
     }
-    let all = Arrangement::of(&ready, settings.dedup);
+    let all = Arrangement::of(&ready);
     all.set_cached_tokens(&mut ready);
     // The last row of a window keeps what the next window is likely to begin with.
     let keep_at_end = all.plan.common_tokens;
     if ready.iter().any(|row| row.done) {
         ready.retain(|row| !row.done);
-        let left = Arrangement::of(&ready, settings.dedup);
+        // Rows whose first is done already need not be run either.
+        let (followers, ready): (Vec<_>, Vec<_>) = ready.into_iter().partition(|row| is_done(row.first));
+        for row in followers {
+            window.follow(row.first, row.meta);
+        }
+        let left = Arrangement::of(&ready);
         left.submit(ready, keep_at_end, &mut window);
     } else {
         all.submit(ready, keep_at_end, &mut window);
     }
     window
+}
+
+impl PlannedWindow {
+    /// The row gets the completion of row `first`.
+    fn follow(&mut self, first: u64, mut meta: RowMeta) {
+        meta.cached_tokens = meta.prompt_tokens;
+        meta.key = None;
+        self.n_duplicates += 1;
+        self.followers.push((first, meta));
+    }
 }
 
 /// Rows grouped and ordered.
@@ -125,8 +172,8 @@ struct Arrangement {
 }
 
 impl Arrangement {
-    fn of(ready: &[Ready], dedup: bool) -> Self {
-        let groups = group_identical(ready, dedup);
+    fn of(ready: &[Ready]) -> Self {
+        let groups = group_identical(ready);
         let leaders: Vec<_> = groups.iter().map(|group| plan_row(&ready[group[0]])).collect();
         let plan = plan(&leaders);
         Self { groups, plan }
@@ -155,7 +202,9 @@ impl Arrangement {
         let mut metas: Vec<Option<RowMeta>> = ready.into_iter().map(|row| Some(row.meta)).collect();
         for group in self.groups {
             window.n_duplicates += group.len() as u64 - 1;
-            window.groups.push(group.into_iter().filter_map(|i| metas[i].take()).collect());
+            let mut group: Vec<RowMeta> = group.into_iter().filter_map(|i| metas[i].take()).collect();
+            group[1..].iter_mut().for_each(|meta| meta.key = None);
+            window.groups.push(group);
         }
     }
 }
@@ -187,31 +236,34 @@ fn plan_row(row: &Ready) -> PlanRow<'_> {
     PlanRow { tokens: &row.prompt.tokens, predicted_tokens: row.meta.prompt_tokens + output }
 }
 
-/// Indices of rows that are sure to get the same completion, in input order; rows of their own where `dedup` is off.
-fn group_identical(ready: &[Ready], dedup: bool) -> Vec<Vec<usize>> {
+/// Indices of rows that get the same completion, in input order.
+fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
-    let mut group_of: HashMap<[u8; 32], usize> = HashMap::new();
+    let mut group_of: HashMap<u64, usize> = HashMap::new();
     for (i, row) in ready.iter().enumerate() {
-        if dedup && row.prompt.params.is_deterministic() {
-            let group = *group_of.entry(content_key(&row.prompt)).or_insert(groups.len());
-            if group < groups.len() {
-                groups[group].push(i);
-                continue;
-            }
+        let group = *group_of.entry(row.first).or_insert(groups.len());
+        if group == groups.len() {
+            groups.push(Vec::new());
         }
-        groups.push(vec![i]);
+        groups[group].push(i);
     }
     groups
 }
 
-/// Hash of all that a completion depends on, besides the model.
-fn content_key(prompt: &Prompt) -> [u8; 32] {
+/// Hash of all that a completion and its form depend on, besides the model: 128 bits of BLAKE3, collisions are out of
+/// reach.
+fn content_key(prompt: &Prompt, origin: &Origin) -> u128 {
     let mut hasher = blake3::Hasher::new();
+    if let Origin::Request { endpoint, .. } = origin {
+        hasher.update(format!("{endpoint:?}").as_bytes());
+    }
     for id in prompt.tokens.iter() {
         hasher.update(&id.to_le_bytes());
     }
     hasher.update(format!("{:?}/{}", prompt.params, prompt.max_tokens).as_bytes());
-    *hasher.finalize().as_bytes()
+    let hash = hasher.finalize();
+    let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
+    u128::from_le_bytes(*key)
 }
 
 /// The seed of a row that names none (exactness.md, R7).

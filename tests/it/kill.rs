@@ -22,14 +22,16 @@ enum Phase {
 }
 
 /// Enough work for several seconds on any machine: each kill comes about a second after the one before.
-const N_ROWS: usize = 80;
+const N_ROWS: usize = 100;
 
 fn write_input(sandbox: &Sandbox) {
     let prompts = ["Tell me about rivers.", "Tell me about the sea.", "What is a triangle?", "Name three colours.", "Why?"];
     let mut lines: Vec<String> = (0..N_ROWS)
-        .map(|i| {
+        .map(|id| {
+            // Every fourth row repeats one of the first window: where greedy, it gets that row's outcome.
+            let i = if id % 4 == 3 { id % 16 } else { id };
             let extra = json!({"max_tokens": 12 + i % 23, "temperature": if i % 3 == 0 { 1.0 } else { 0.0 }, "ignore_eos": true});
-            chat_line(&format!("row-{i}"), &format!("{} ({i})", prompts[i % prompts.len()]), extra)
+            chat_line(&format!("row-{id}"), &format!("{} ({i})", prompts[i % prompts.len()]), extra)
         })
         .collect();
     lines.insert(20, "broken".to_owned());

@@ -11,6 +11,7 @@ mod fake;
 mod formats;
 mod handle;
 mod kill;
+mod memory;
 mod model;
 mod oracle;
 mod policies;

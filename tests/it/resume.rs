@@ -33,7 +33,7 @@ fn outcome(row: u64) -> Record {
     let ok = !hash(row).is_multiple_of(5);
     let text = "né\\n".repeat((hash(row) % 30) as usize);
     let line = RawValue::from_string(format!("{{\"row\":{row},\"ok\":{ok},\"text\":\"{text}\"}}")).unwrap();
-    Record { row, ok, prompt_tokens: row as u32, completion_tokens: 2, cached_tokens: 1, line }
+    Record { row, ok, prompt_tokens: row as u32, completion_tokens: 2, cached_tokens: 1, key: None, line }
 }
 
 /// What the output must be.
@@ -85,7 +85,7 @@ fn run(storage: &Storage, places: &Places, seed: u64, life: &mut Life) -> Result
     let mut journal = match dir.manifest() {
         Ok(Some(known)) => {
             ensure!(known.differences(&manifest()).is_empty(), "another job");
-            Journal::resume(dir, &known)?
+            Journal::resume(dir, &known, &mut |_, _| Ok(()))?
         }
         // Published, reported, and killed while tidying up.
         Ok(None) if storage.exists(&places.report)? => return dir.remove(),
@@ -256,7 +256,7 @@ fn five_segments() -> (Storage, Arc<dyn ObjectStore>, Places) {
 }
 
 fn resume(storage: &Storage, places: &Places) -> Result<Journal> {
-    Journal::resume(JobDir::lock(storage, &places.dir)?, &manifest())
+    Journal::resume(JobDir::lock(storage, &places.dir)?, &manifest(), &mut |_, _| Ok(()))
 }
 
 #[test]

@@ -59,3 +59,65 @@ fn a_row_has_the_same_bits_however_the_job_runs() {
     check("in little memory", &choices(&["engine.memory=150MB"], &lines));
     check("in small windows", &choices(&["job.window_rows=3", "engine.budget_tokens=100"], &lines));
 }
+
+/// Whatever was identical before, in whatever window, is computed once; its answer is as if it were computed again.
+#[test]
+fn identical_rows_are_computed_once_over_the_whole_job() {
+    let prompts = ["What is rain?", "What is snow?", "What is rain?", "Say hi.", "What is rain?", "What is snow?", "Say hi."];
+    let requests = |i: usize, prompt: &&str| {
+        let extra = json!({"max_tokens": 4, "logprobs": true, "top_logprobs": 2, "seed": 7, "temperature": 0.5});
+        let mut line: Value = serde_json::from_str(&chat_line(&format!("row-{i}"), prompt, extra)).expect("JSON");
+        if i == 4 {
+            // The same tokens for another endpoint: an answer of another form.
+            line["url"] = "/v1/completions".into();
+            let prompt = "<|im_start|>user\nWhat is rain?<|im_end|>\n<|im_start|>assistant\n";
+            let body = json!({"prompt": prompt, "max_tokens": 4, "logprobs": 2, "seed": 7, "temperature": 0.5});
+            line["body"] = body;
+        }
+        line.to_string()
+    };
+    let columns = |i: usize, prompt: &&str| json!({"i": i, "prompt": prompt}).to_string();
+    let lines = |line: &dyn Fn(usize, &&str) -> String| {
+        prompts.iter().enumerate().map(|(i, prompt)| line(i, prompt)).collect::<Vec<_>>().join("\n")
+    };
+    for (name, input) in [("requests", lines(&requests)), ("columns", lines(&columns))] {
+        let sandbox = Sandbox::new();
+        sandbox.write("in.jsonl", input);
+        sandbox.write("x.toml", "[input]\nfiles = [\"in.jsonl\"]\n[output]\nfile = \"out.jsonl\"\n[prompt]\ntext = \"{{ prompt }}\"\n[sampling]\ntemperature = 0\nmax_tokens = 4\nlogprobs = 2\n");
+        let run = |settings: &[&str]| {
+            let mut args =
+                if name == "columns" { vec!["run", "x.toml"] } else { vec!["run", "-i", "in.jsonl", "-o", "out.jsonl"] };
+            args.extend(["--quiet", "--restart"]);
+            args.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+            sandbox.expect(&args, 0);
+            let report: Value = serde_json::from_str(&sandbox.read("out.report.json")).expect("a report");
+            (sandbox.rows("out.jsonl"), report["rows"]["deduplicated"].as_u64().expect("a count"))
+        };
+        let without_counts = |mut rows: Vec<Value>| {
+            for row in &mut rows {
+                for path in [
+                    "/response/body/usage/prompt_tokens_details/cached_tokens",
+                    "/usage/cached_tokens",
+                    "/response/body/system_fingerprint",
+                ] {
+                    row.pointer_mut(path).map(Value::take);
+                }
+                for path in ["/id", "/response/request_id", "/response/body/id"] {
+                    if let Some(id) = row.pointer_mut(path) {
+                        // Ids are derived from the job, and whether it deduplicates is part of what it is.
+                        *id = id.as_str().expect("an id").trim_end_matches(|c: char| c.is_ascii_hexdigit()).into();
+                    }
+                }
+            }
+            rows
+        };
+        let (plain, none) = run(&["job.dedup=false"]);
+        let (rows, some) = run(&["job.window_rows=2"]);
+        assert_eq!((none, some), (0, if name == "columns" { 4 } else { 3 }), "{name}");
+        for row in &rows {
+            let id = row["id"].as_str().unwrap_or_default();
+            assert!(rows.iter().filter(|other| other["id"] == id).count() <= 1, "{name}: an id twice");
+        }
+        assert_eq!(without_counts(rows), without_counts(plain), "{name}");
+    }
+}

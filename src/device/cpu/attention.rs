@@ -67,7 +67,7 @@ pub(super) struct AttentionScratch {
 }
 
 impl AttentionScratch {
-    fn reserve(&mut self, head_dim: usize) {
+    pub(super) fn reserve(&mut self, head_dim: usize) {
         let padded = head_dim.next_multiple_of(LANES);
         self.k.reserve(TILE_KEYS * head_dim);
         self.v.reserve(TILE_KEYS * padded);
@@ -76,6 +76,11 @@ impl AttentionScratch {
         self.largest.reserve(ITEM_ROWS);
         self.sum.reserve(ITEM_ROWS * LANES);
     }
+}
+
+/// Most items that a step of `max_tokens` tokens makes: as many as if each were a sequence of its own.
+pub(super) fn max_items(spec: &AttentionSpec, max_tokens: usize) -> usize {
+    max_tokens * spec.n_kv_heads * (spec.n_heads / spec.n_kv_heads).div_ceil(ITEM_ROWS)
 }
 
 /// Computes the attention of all tokens. `items` is the caller's memory for the work list.

@@ -133,7 +133,7 @@ fn to_half_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
     }
 }
 
-/// Cosines and sines of the angles of every position so far needed; grows by doubling and is kept between steps.
+/// Cosines and sines of the angles of positions; grows as they are needed.
 pub(super) struct RopeTable {
     /// Angle per position of each pair.
     pub(super) freqs: Vec<f32>,
@@ -153,9 +153,10 @@ impl RopeTable {
         if have >= n {
             return;
         }
-        for position in have..n.next_power_of_two().max(1024) {
+        for position in have..n {
             self.turns.extend(self.freqs.iter().map(|&freq| {
-                // Not the system's functions, whose last bits differ from machine to machine. In f64 and rounded once: an f32 angle of thousands of radians has few correct digits left.
+                // Not the system's functions, whose last bits differ from machine to machine. In f64 and rounded once: an
+                // f32 angle of thousands of radians has few correct digits left.
                 let (sin, cos) = libm::sincos(position as f64 * f64::from(freq));
                 (cos as f32, sin as f32)
             }));

@@ -76,6 +76,12 @@ struct Tile<'a> {
     rows: Range<usize>,
 }
 
+/// Makes a worker's memory for products of up to `max_rows` rows.
+pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
+    scratch.panel.reserve(PIECE_BLOCKS * gemm_q::UNPACKED_BLOCK);
+    scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS) * PANEL);
+}
+
 /// Computes a product.
 pub(super) fn multiply(team: &Team, product: &Product<'_>) {
     let Product { act, weight, n_rows, .. } = *product;

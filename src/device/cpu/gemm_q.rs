@@ -11,7 +11,7 @@ use super::weights::{BLOCK, PANEL};
 use std::ops::Range;
 
 /// Bytes of a block whose integers are bytes and whose scales and minimums are f32.
-const UNPACKED_BLOCK: usize = 2 * 4 * PANEL + BLOCK * PANEL;
+pub(super) const UNPACKED_BLOCK: usize = 2 * 4 * PANEL + BLOCK * PANEL;
 
 /// Where a kernel reads weights from.
 #[derive(Clone, Copy)]

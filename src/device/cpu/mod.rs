@@ -32,7 +32,7 @@ pub use quant::Act;
 pub use weights::Weight;
 
 use super::batch::{Batch, HeadOut, StepOutput};
-use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, sample};
+use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, StepSizes, sample};
 use crate::gguf::Tensor;
 use attention::{Attention, AttentionScratch, Item};
 use buffer::{Aligned, Shared};
@@ -51,7 +51,7 @@ pub struct CpuDevice {
     memory: RefCell<Memory>,
 }
 
-/// What the leader needs between operations; grown at first use and kept.
+/// What the leader needs between operations; made by `reserve`, or at first use, and kept.
 #[derive(Default)]
 struct Memory {
     /// One table per distinct set of frequencies.
@@ -78,6 +78,20 @@ struct Scratch {
     sums: Aligned<f32>,
     attention: AttentionScratch,
     draw: Option<sample::Scratch>,
+}
+
+impl Scratch {
+    fn reserve(&mut self, sizes: &StepSizes<'_>) {
+        gemm::reserve(self, sizes.max_tokens);
+        self.attention.reserve(sizes.attention.head_dim);
+        self.draw.get_or_insert_with(|| sample::Scratch::new(sizes.n_vocab));
+    }
+}
+
+impl HeadMemory {
+    fn new(width: usize, n_vocab: usize) -> Self {
+        Self { act: Act::new(HEAD_ROWS, width), logits: Aligned::zeroed(HEAD_ROWS * n_vocab) }
+    }
 }
 
 /// f32 values, `[max_tokens, width]`.
@@ -178,6 +192,14 @@ impl Device for CpuDevice {
         Act::new(max_tokens, width)
     }
 
+    fn reserve(&mut self, sizes: &StepSizes<'_>) {
+        let memory = self.memory.get_mut();
+        rope_table(&mut memory.rope, sizes.attention, sizes.max_context);
+        memory.items.reserve(attention::max_items(sizes.attention, sizes.max_tokens));
+        memory.head.get_or_insert_with(|| HeadMemory::new(sizes.width, sizes.n_vocab));
+        self.team.each_scratch(|scratch| scratch.reserve(sizes));
+    }
+
     fn embed(&self, table: &Weight, batch: &Batch, x: &mut Hidden) {
         let width = x.width;
         assert!(table.k == width && !table.gated);
@@ -215,7 +237,8 @@ impl Device for CpuDevice {
 
     fn finish_qkv(&self, qkv: &mut Hidden, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
         let memory = &mut *self.memory.borrow_mut();
-        let table = rope_table(&mut memory.rope, spec, batch);
+        let n_positions = batch.positions.iter().max().map_or(0, |&position| position as usize + 1);
+        let table = rope_table(&mut memory.rope, spec, n_positions);
         let (isa, width, n_tokens) = (self.isa, qkv.width, batch.tokens.len());
         let (hd, n_heads, n_kv_heads) = (spec.head_dim, spec.n_heads, spec.n_kv_heads);
         assert!((n_heads + 2 * n_kv_heads) * hd <= width, "rows of {width} are too short for q, k and v");
@@ -273,9 +296,7 @@ impl Device for CpuDevice {
         let Self { isa, team, .. } = self;
         let (n_vocab, width) = (weight.n, x.width);
         let mut memory = self.memory.borrow_mut();
-        let memory =
-            memory.head.get_or_insert_with(|| HeadMemory { act: Act::new(HEAD_ROWS, width), logits: Aligned::default() });
-        memory.logits.reserve(HEAD_ROWS * n_vocab);
+        let memory = memory.head.get_or_insert_with(|| HeadMemory::new(width, n_vocab));
         out.rows.clear();
         out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
         for (heads, out) in batch.heads.chunks(HEAD_ROWS).zip(out.rows.chunks_mut(HEAD_ROWS)) {
@@ -304,12 +325,12 @@ impl Device for CpuDevice {
     }
 }
 
-/// The table of a layer's frequencies, reaching all positions of the batch.
-fn rope_table<'a>(tables: &'a mut Vec<RopeTable>, spec: &AttentionSpec, batch: &Batch) -> &'a RopeTable {
+/// The table of a layer's frequencies, reaching positions `0..n_positions`.
+fn rope_table<'a>(tables: &'a mut Vec<RopeTable>, spec: &AttentionSpec, n_positions: usize) -> &'a RopeTable {
     let i = tables.iter().position(|table| table.freqs == spec.rope_freqs).unwrap_or_else(|| {
         tables.push(RopeTable::new(&spec.rope_freqs));
         tables.len() - 1
     });
-    tables[i].reach(batch.positions.iter().map(|&p| p as usize + 1).max().unwrap_or(0));
+    tables[i].reach(n_positions);
     &tables[i]
 }

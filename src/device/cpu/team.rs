@@ -7,11 +7,11 @@
 
 use super::Scratch;
 use std::any::Any;
-use std::cell::{RefCell, UnsafeCell};
+use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// Rounds a waiting worker spins (some 10 µs: longer than the leader's gap between two operations of a step).
@@ -29,7 +29,6 @@ type Operation<'a> = dyn Fn(&mut Scratch, usize) + Sync + 'a;
 pub(super) struct Team {
     common: Arc<Common>,
     workers: Vec<JoinHandle<()>>,
-    scratch: RefCell<Scratch>,
     n_threads: usize,
 }
 
@@ -44,6 +43,8 @@ struct Common {
     /// For each worker, whether it sleeps or is about to.
     asleep: Vec<AtomicBool>,
     stop: AtomicBool,
+    /// The leader's memory and each worker's. Only its owner locks it, but for `each_scratch` between operations.
+    scratch: Vec<Mutex<Scratch>>,
     /// The first panic of a tile that a worker ran.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -77,6 +78,7 @@ impl Team {
             job: UnsafeCell::new(None),
             asleep: (1..n_threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
+            scratch: (0..n_threads).map(|_| Mutex::default()).collect(),
             panic: Mutex::new(None),
         });
         let workers = (0..n_threads - 1)
@@ -86,7 +88,7 @@ impl Team {
                 thread.spawn(move || common.work(worker)).expect("the machine lets the process start its threads")
             })
             .collect();
-        Self { common, workers, scratch: RefCell::default(), n_threads }
+        Self { common, workers, n_threads }
     }
 
     /// Threads that may run tiles, the leader included.
@@ -94,12 +96,17 @@ impl Team {
         self.n_threads
     }
 
+    /// Changes every thread's memory.
+    pub(super) fn each_scratch(&mut self, change: impl Fn(&mut Scratch)) {
+        self.common.scratch.iter().for_each(|scratch| change(&mut lock(scratch)));
+    }
+
     /// Runs `operation` for each of `0..n_tiles`, on whichever threads are free, and returns when all are done.
     ///
     /// # Panics
     /// With the panic of a tile.
     pub(super) fn run(&self, n_tiles: usize, operation: &Operation<'_>) {
-        let mut scratch = self.scratch.borrow_mut();
+        let mut scratch = lock(&self.common.scratch[0]);
         if n_tiles <= 1 || self.workers.is_empty() {
             (0..n_tiles).for_each(|tile| operation(&mut scratch, tile));
             return;
@@ -112,6 +119,8 @@ impl Team {
         // SAFETY: the gate is closed and nobody is inside (the last `run` waited for it): no one reads the job now.
         unsafe { *common.job.get() = Some(job) };
         common.next.0.store(0, Ordering::Relaxed);
+        // Left over if the leader's own tile panicked last time.
+        common.panic.lock().expect("no panic while the lock is held").take();
         let closing = Closing(common);
         let number = common.gate.load(Ordering::Relaxed) >> 32;
         // SeqCst here and at the sleeper's: either it sees the gate open, or this thread sees it asleep.
@@ -161,6 +170,11 @@ impl Drop for Closing<'_> {
     }
 }
 
+/// What a tile leaves in a scratch memory when it panics is as good as any: every tile writes before it reads.
+fn lock(scratch: &Mutex<Scratch>) -> MutexGuard<'_, Scratch> {
+    scratch.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Spins at first; then gives the core away, since the thread waited for may need it.
 fn wait_a_little(rounds: &mut u32) {
     if *rounds < SPINS {
@@ -174,14 +188,13 @@ fn wait_a_little(rounds: &mut u32) {
 impl Common {
     /// A worker's life.
     fn work(&self, worker: usize) {
-        let mut scratch = Scratch::default();
         let mut last = 0;
         while let Some(number) = self.enter(worker, last) {
             last = number;
             // SAFETY: this worker is inside: the leader wrote the job before it opened the gate and leaves it until
             // everyone is out.
             let job = unsafe { *self.job.get() }.expect("the gate opens only after a job is set");
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, &mut scratch))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, &mut lock(&self.scratch[worker + 1])))) {
                 self.panic.lock().expect("no panic while the lock is held").get_or_insert(panic);
             }
             self.gate.fetch_sub(1, Ordering::Release);

@@ -1,0 +1,116 @@
+//! The engine on the CPU device with a real, small model: a step allocates nothing, and rows that lose their memory and
+//! get it back have the bits of rows that never did.
+
+use crate::fake::FakeTokens;
+use crate::model::TinyModel;
+use candle_core::quantized::GgmlDType;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+use valar::device::cpu::{CpuDevice, Isa};
+use valar::engine::sampling::SeqParams;
+use valar::engine::{Engine, EngineConfig, Finished, Submission};
+use valar::model::{ModelRunner, Runner as _};
+use valar::window::Class;
+
+/// The system's allocator, counting each thread's calls.
+struct Counting;
+
+thread_local! {
+    static N_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator; counting touches no memory but a thread's own cell.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends has no cell any more.
+        let _gone = N_ALLOCATIONS.try_with(|n| n.set(n.get() + 1));
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: passed on.
+        unsafe { System.dealloc(start, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Rows of all kinds: prompts that share a beginning, greedy and drawn, with alternatives.
+fn submissions(logprobs: bool) -> Vec<Submission> {
+    let prompt = |i: u32| (0..20 + 7 * i % 60).map(|t| if t < 9 + i % 5 { t * t % 97 } else { (t * 31 + i) % 97 }).collect();
+    let params = |i: u32| SeqParams {
+        max_tokens: 5 + 11 * i % 50,
+        temperature: if i.is_multiple_of(3) { 0.0 } else { 0.9 },
+        top_p: if i.is_multiple_of(2) { 1.0 } else { 0.8 },
+        top_k: if i % 5 == 1 { 7 } else { 0 },
+        seed: u64::from(i),
+        ignore_eos: true,
+        stop: vec!["never to be seen".to_owned()],
+        logprobs: logprobs.then_some(3),
+        ..SeqParams::default()
+    };
+    let submission = |i: u32| Submission {
+        id: u64::from(i),
+        prompt: prompt(i),
+        params: params(i),
+        class: Class::Batch,
+        keep_tokens: 9,
+        stream: 0,
+    };
+    (0..40).map(submission).collect()
+}
+
+fn engine(n_blocks: usize, cold_output_tokens: u32) -> Engine {
+    let gguf = TinyModel::new(GgmlDType::Q4_0).write();
+    let runner = ModelRunner::load(CpuDevice::new(Isa::detect(), 1), &gguf, n_blocks, 64).unwrap();
+    let config = EngineConfig { max_running: 16, cold_output_tokens, ..EngineConfig::for_runner(&runner.limits()) };
+    Engine::new(config, Box::new(runner), Arc::new(FakeTokens)).unwrap()
+}
+
+#[test]
+fn a_step_allocates_nothing() {
+    let mut engine = engine(200, 64);
+    for submission in submissions(false) {
+        engine.submit(submission).unwrap();
+    }
+    let mut finished = Vec::with_capacity(64);
+    while engine.has_work() {
+        let before = N_ALLOCATIONS.get();
+        engine.step(&mut finished).unwrap();
+        let n = N_ALLOCATIONS.get() - before;
+        assert_eq!(n, 0, "allocations in step {}, {} rows finished", engine.stats().steps, finished.len());
+    }
+    assert_eq!(finished.len(), 40);
+    assert!(engine.stats().steps > 20);
+}
+
+#[test]
+fn rows_that_were_preempted_have_the_same_bits() {
+    let run = |n_blocks: usize| {
+        // Rows are thought to be short, so that too many are let in.
+        let mut engine = engine(n_blocks, 1);
+        for mut submission in submissions(true) {
+            submission.params.ignore_eos = false;
+            submission.params.max_tokens = 40 + submission.id as u32;
+            submission.prompt = submission.prompt[..12 + submission.id as usize % 8].into();
+            engine.submit(submission).unwrap();
+        }
+        let mut finished: Vec<Finished> = Vec::new();
+        while engine.has_work() {
+            engine.step(&mut finished).unwrap();
+            engine.check();
+        }
+        finished.sort_by_key(|row| row.id);
+        (finished, engine.stats().preemptions)
+    };
+    let (calm, none) = run(200);
+    let (shaken, some) = run(12);
+    assert_eq!((calm.len(), none), (40, 0));
+    assert!(some >= 3, "only {some} preemptions");
+    for (calm, shaken) in calm.iter().zip(&shaken) {
+        assert_eq!(calm, shaken);
+    }
+}
