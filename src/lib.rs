@@ -16,5 +16,6 @@ pub mod plan;
 pub mod prepare;
 pub mod request;
 pub mod storage;
+pub mod tensor;
 pub mod text;
 pub mod window;

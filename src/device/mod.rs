@@ -11,7 +11,7 @@ pub mod math;
 pub mod reference;
 pub mod sample;
 
-use crate::gguf::Tensor;
+use crate::tensor::Tensor;
 use batch::{Batch, StepOutput};
 
 /// Tokens per KV block.

@@ -7,7 +7,7 @@
 use super::batch::{Batch, BatchSeq, StepOutput};
 use super::sample::{self, Scratch};
 use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, RopeStyle, StepSizes};
-use crate::gguf::{DType, Tensor as FileTensor};
+use crate::tensor::{DType, Tensor as FileTensor};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType as CandleType, Device as CandleDevice, Result, Tensor};
 use std::borrow::Cow;

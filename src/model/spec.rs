@@ -225,7 +225,7 @@ fn divide_by_file(gguf: &Gguf, freqs: &mut [f32]) -> Result<()> {
     let Some(tensor) = gguf.find_tensor(ROPE_FREQS) else { return Ok(()) };
     let (factors, rest) = tensor.bytes.as_chunks::<4>();
     ensure!(
-        tensor.dtype == crate::gguf::DType::F32 && rest.is_empty() && factors.len() == freqs.len(),
+        tensor.dtype == crate::tensor::DType::F32 && rest.is_empty() && factors.len() == freqs.len(),
         "tensor {ROPE_FREQS} is {:?} {:?}, expected F32 [{}]",
         tensor.dtype,
         tensor.shape,

@@ -13,15 +13,15 @@ use valar::pipeline::spec;
 const EDGES: &[(&str, &[&str])] = &[
     ("cli", &["pipeline"]),
     ("config", &["pipeline"]),
-    ("device", &["gguf"]),
+    ("device", &["tensor"]),
     ("engine", &["model", "text", "device"]),
     ("fingerprint", &[]),
     ("format", &["storage"]),
-    ("gguf", &[]),
+    ("gguf", &["tensor"]),
     ("hub", &[]),
     ("journal", &["storage", "format"]),
     ("main", &["cli", "config", "pipeline", "hub"]),
-    ("model", &["device", "gguf"]),
+    ("model", &["device", "gguf", "tensor"]),
     (
         "pipeline",
         &[

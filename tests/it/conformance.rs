@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use valar::device::batch::{Batch, BatchSeq, Draw, HeadRow, StepOutput, Want};
 use valar::device::cpu::{CpuDevice, Hidden, Isa};
 use valar::device::{Activation, Device, sample};
-use valar::gguf::{DType, Gguf, Tensor};
+use valar::gguf::Gguf;
 use valar::model::ModelRunner;
+use valar::tensor::{DType, Tensor};
 
 /// `SplitMix64`: the random numbers of these tests.
 pub(crate) struct Random(pub(crate) u64);

@@ -8,7 +8,7 @@ use std::ops::Range;
 use valar::device::batch::{Batch, BatchSeq, BlockCopy};
 use valar::device::cpu::CpuDevice;
 use valar::device::{AttentionSpec, BLOCK_TOKENS, Device, RopeStyle};
-use valar::gguf::DType;
+use valar::tensor::DType;
 
 const N_BLOCKS: usize = 64;
 

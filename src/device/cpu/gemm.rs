@@ -10,7 +10,7 @@ use super::simd::{Format, LANES, Q40, Q41, Q80, Simd};
 use super::team::Team;
 use super::weights::{BLOCK, PANEL, Part, Weight};
 use super::{Scratch, gemm_f, gemm_q};
-use crate::gguf::DType;
+use crate::tensor::DType;
 use std::ops::Range;
 
 /// Most rows a kernel takes at once: tiles have a multiple of it.

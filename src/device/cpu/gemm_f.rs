@@ -3,7 +3,7 @@
 
 use super::simd::{LANES, Simd};
 use super::weights::PANEL;
-use crate::gguf::DType;
+use crate::tensor::DType;
 
 /// out[r][column] for the rows of `act`, `[out.len()][k]` (at most `S::ROWS`).
 #[inline(always)]

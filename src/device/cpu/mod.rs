@@ -33,7 +33,7 @@ pub use weights::Weight;
 
 use super::batch::{Batch, HeadOut, StepOutput};
 use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, StepSizes, sample};
-use crate::gguf::Tensor;
+use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
 use buffer::{Aligned, Shared};
 use cache::{Layout, RopeTable};

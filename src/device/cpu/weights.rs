@@ -10,7 +10,7 @@
 
 use super::buffer::{Aligned, Shared};
 use super::team::Team;
-use crate::gguf::{DType, Tensor};
+use crate::tensor::{DType, Tensor};
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
 
