@@ -1,8 +1,8 @@
 //! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
 //! of the program is here or in the pipeline file, with its unit in its name.
 
-use crate::pipeline::spec::{PipelineSpec, PromptSpec};
-use crate::request::{MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
+use crate::pipeline::spec::{FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
+use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
 
@@ -43,10 +43,8 @@ impl Config {
         if spec.input.files.is_empty() {
             bail!("input.files: at least one file is needed");
         }
-        if let Some(prompt) = &spec.prompt {
-            check_prompt(prompt)?;
-        }
-        let defaults = check_sampling(&spec)?;
+        check_prompts(&spec)?;
+        let defaults = sampling_params(&spec.sampling, spec.is_dataset())?;
         at_least("input.max_line_bytes", spec.input.max_line_bytes, 1024)?;
         at_least("engine.budget_tokens", spec.engine.budget_tokens, 16)?;
         at_least("engine.max_running", spec.engine.max_running, 1)?;
@@ -81,35 +79,98 @@ fn at_least(name: &str, value: usize, min: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_prompt(prompt: &PromptSpec) -> Result<()> {
-    let chat = prompt.user.is_some() || prompt.system.is_some();
-    let forms = [prompt.text.is_some(), chat, !prompt.messages.is_empty()];
-    if forms.iter().filter(|&&given| given).count() != 1 || (chat && prompt.user.is_none()) {
-        bail!("prompt: give one of text, user (with an optional system), or messages");
+fn check_prompts(spec: &PipelineSpec) -> Result<()> {
+    if spec.prompt.is_some() && !spec.step.is_empty() {
+        bail!("prompt and step: give one of them");
     }
-    if let Some(m) = prompt.messages.iter().find(|m| !["system", "user", "assistant"].contains(&m.role.as_str())) {
-        bail!("prompt.messages: role {:?} is not one of system, user, assistant", m.role);
+    if let Some(prompt) = &spec.prompt {
+        check_prompt(prompt).context("prompt")?;
+    }
+    for (i, step) in spec.step.iter().enumerate() {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if step.name.is_empty() || !step.name.chars().all(is_name) || step.name.starts_with(|c: char| c.is_ascii_digit()) {
+            bail!("step.name: {:?} is no name (letters, digits and _, not a digit first)", step.name);
+        }
+        if spec.step[..i].iter().any(|other| other.name == step.name) {
+            bail!("step.name: {:?} is used twice", step.name);
+        }
+        check_prompt(&step.prompt).with_context(|| format!("step {}", step.name))?;
+        sampling_params(&step.sampling.over(&spec.sampling), true).with_context(|| format!("step {}", step.name))?;
     }
     Ok(())
 }
 
-fn check_sampling(spec: &PipelineSpec) -> Result<Params> {
-    let sampling = &spec.sampling;
+fn check_prompt(prompt: &PromptSpec) -> Result<()> {
+    let forms = [prompt.text.is_some(), prompt.user.is_some(), !prompt.messages.is_empty(), prompt.messages_column.is_some()];
+    let takes_system = prompt.user.is_some() || prompt.messages_column.is_some();
+    if forms.iter().filter(|&&given| given).count() != 1 || (prompt.system.is_some() && !takes_system) {
+        bail!("give one of text, user or messages_column (with an optional system), or messages");
+    }
+    if let Some(m) = prompt.messages.iter().find(|m| !["system", "user", "assistant"].contains(&m.role.as_str())) {
+        bail!("messages: role {:?} is not one of system, user, assistant", m.role);
+    }
+    if let Some(few_shot) = &prompt.few_shot {
+        if prompt.text.is_some() {
+            bail!("few_shot: needs a chat; with text, write the examples into it");
+        }
+        if few_shot.user.is_none() && prompt.user.is_none() {
+            bail!("few_shot.user: is required where the prompt has no user");
+        }
+    }
+    if prompt.prefill.is_some() && prompt.continuation.is_some() {
+        bail!("prefill and continuation: give one of them");
+    }
+    if let Some(format) = &prompt.format {
+        let FormatSpec { json_schema, json_object, regex, grammar, choices } = format;
+        let forms = [json_schema.is_some(), *json_object, regex.is_some(), grammar.is_some(), choices.is_some()];
+        if forms.iter().filter(|&&given| given).count() != 1 {
+            bail!("format: give one of json_schema, json_object, regex, grammar, choices");
+        }
+        if prompt.continuation.is_some() || prompt.prefill.is_some() {
+            bail!("format: can't be combined with prefill or continuation");
+        }
+    }
+    Ok(())
+}
+
+/// Sampling parameters as the pipeline file gives them; `dataset` if rows can't give their own.
+///
+/// # Errors
+/// The first that is out of range, by its name.
+pub fn sampling_params(sampling: &SamplingSpec, dataset: bool) -> Result<Params> {
     let params = Params {
         max_tokens: sampling.max_tokens,
+        min_tokens: sampling.min_tokens.unwrap_or(0),
+        n: sampling.n.unwrap_or(1),
         temperature: sampling.temperature.unwrap_or(1.0),
         top_p: sampling.top_p.unwrap_or(1.0),
         top_k: sampling.top_k.unwrap_or(0),
+        min_p: sampling.min_p.unwrap_or(0.0),
+        presence_penalty: sampling.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: sampling.frequency_penalty.unwrap_or(0.0),
+        repetition_penalty: sampling.repetition_penalty.unwrap_or(1.0),
+        logit_bias: logit_bias(sampling)?,
         seed: sampling.seed,
-        stop: sampling.stop.clone(),
-        ignore_eos: sampling.ignore_eos,
+        stop: sampling.stop.clone().unwrap_or_default(),
+        ignore_eos: sampling.ignore_eos.unwrap_or(false),
         logprobs: sampling.logprobs,
+        ..Params::default()
     };
     if params.max_tokens == Some(0) {
         bail!("sampling.max_tokens: must be at least 1");
     }
-    if !(0.0..=2.0).contains(&params.temperature) {
-        bail!("sampling.temperature: {} is outside 0 to 2", params.temperature);
+    if !(1..=MAX_CHOICES).contains(&params.n) {
+        bail!("sampling.n: {} is outside 1 to {MAX_CHOICES}", params.n);
+    }
+    let ranges = [
+        ("temperature", params.temperature, 0.0, 2.0),
+        ("min_p", params.min_p, 0.0, 1.0),
+        ("presence_penalty", params.presence_penalty, -2.0, 2.0),
+        ("frequency_penalty", params.frequency_penalty, -2.0, 2.0),
+        ("repetition_penalty", params.repetition_penalty, 0.01, 100.0),
+    ];
+    if let Some((name, value, min, max)) = ranges.into_iter().find(|&(_, value, min, max)| !(min..=max).contains(&value)) {
+        bail!("sampling.{name}: {value} is outside {min} to {max}");
     }
     if !(params.top_p > 0.0 && params.top_p <= 1.0) {
         bail!("sampling.top_p: {} must be over 0 and at most 1", params.top_p);
@@ -120,10 +181,19 @@ fn check_sampling(spec: &PipelineSpec) -> Result<Params> {
     if params.logprobs.is_some_and(|n| usize::from(n) > MAX_TOP_LOGPROBS) {
         bail!("sampling.logprobs: at most {MAX_TOP_LOGPROBS} alternatives");
     }
-    if params.logprobs.is_some() && spec.prompt.is_none() {
+    if params.logprobs.is_some() && !dataset {
         bail!("sampling.logprobs: request rows ask for log-probabilities in their own bodies");
     }
     Ok(params)
+}
+
+fn logit_bias(sampling: &SamplingSpec) -> Result<Vec<(u32, f32)>> {
+    let biases = sampling.logit_bias.iter().map(|(token, &bias)| {
+        let id = token.parse().ok().filter(|_| (-100.0..=100.0).contains(&bias));
+        let id = id.with_context(|| format!("sampling.logit_bias.{token}: must be a token id with -100 to 100"))?;
+        Ok((id, bias))
+    });
+    biases.collect()
 }
 
 /// "512MiB", "4GB", "4g", "1000000": decimal and binary units as written, bare letters binary.

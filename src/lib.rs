@@ -7,6 +7,7 @@ pub mod engine;
 pub mod fingerprint;
 pub mod format;
 pub mod gguf;
+pub mod grammar;
 pub mod hub;
 pub mod journal;
 pub mod model;

@@ -5,19 +5,38 @@ use std::fmt;
 /// Exactly one per row.
 pub type Outcome = Result<Completion, RowError>;
 
-/// A finished completion of one row.
+/// What a row's prompts were completed with.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
-    /// The generated text, without the stop string or the end token (the latter is kept under `ignore_eos`).
-    pub text: String,
-    /// Why generation ended.
-    pub finish_reason: FinishReason,
+    /// The first prompt's completions, then the second's, and so on; at least one.
+    pub choices: Vec<Choice>,
     /// Token counts.
     pub usage: Usage,
-    /// One entry per generated token, if asked for.
-    pub logprobs: Option<Vec<TokenLogprob>>,
     /// The seed the tokens were drawn with (the row's own or the derived one); `None` if greedy.
     pub seed: Option<u64>,
+}
+
+/// One completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The generated text, without the stop string or the end token (the latter is kept under `ignore_eos`); after the
+    /// prompt's own text if that was asked for. Empty if there are only tool calls.
+    pub text: String,
+    /// Functions that the model calls.
+    pub tool_calls: Vec<ToolCall>,
+    /// Why generation ended.
+    pub finish_reason: FinishReason,
+    /// One entry per token of the text, if asked for.
+    pub logprobs: Option<Vec<TokenLogprob>>,
+}
+
+/// A function that the model calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolCall {
+    /// Its name.
+    pub name: String,
+    /// JSON text of its arguments.
+    pub arguments: String,
 }
 
 /// Why generation ended.
@@ -27,6 +46,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
+    /// The model calls functions.
+    ToolCalls,
 }
 
 impl FinishReason {
@@ -35,6 +56,7 @@ impl FinishReason {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
         }
     }
 }
@@ -42,13 +64,24 @@ impl FinishReason {
 /// Token counts of one row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Tokens of the rendered prompt.
+    /// Tokens of the row's prompts, each counted once.
     pub prompt_tokens: u32,
-    /// Tokens generated, end token included.
+    /// Tokens generated, end tokens included.
     pub completion_tokens: u32,
     /// Prompt tokens that the plan shares with another row of the job (exactness.md: what the plan says, not what
     /// a particular run did, so that outputs are reproducible).
     pub cached_tokens: u32,
+}
+
+impl Usage {
+    /// The sum of two.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            completion_tokens: self.completion_tokens + other.completion_tokens,
+            cached_tokens: self.cached_tokens + other.cached_tokens,
+        }
+    }
 }
 
 /// Log-probability of one generated token and of its likeliest alternatives, in nats, of the model's own distribution
@@ -57,8 +90,8 @@ pub struct Usage {
 pub struct TokenLogprob {
     /// The chosen token's bytes.
     pub bytes: Vec<u8>,
-    /// The chosen token's log-probability.
-    pub logprob: f32,
+    /// The chosen token's log-probability; `None` for the first token of a prompt, which nothing comes before.
+    pub logprob: Option<f32>,
     /// The likeliest tokens, most likely first.
     pub top: Vec<(Vec<u8>, f32)>,
 }
@@ -120,22 +153,43 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// All of them, as written to error files.
+    const ALL: [(Self, &'static str); 13] = [
+        (Self::InvalidJson, "invalid_json_line"),
+        (Self::InvalidUtf8, "invalid_utf8"),
+        (Self::LineTooLong, "line_too_long"),
+        (Self::MissingField, "missing_required_parameter"),
+        (Self::InvalidType, "invalid_type"),
+        (Self::InvalidValue, "invalid_value"),
+        (Self::UnsupportedParameter, "unsupported_parameter"),
+        (Self::DuplicateCustomId, "duplicate_custom_id"),
+        (Self::UrlMismatch, "url_mismatch"),
+        (Self::ModelMismatch, "model_mismatch"),
+        (Self::ContextLengthExceeded, "context_length_exceeded"),
+        (Self::TemplateError, "template_error"),
+        (Self::EngineError, "engine_error"),
+    ];
+
     /// The code as written to error files.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::InvalidJson => "invalid_json_line",
-            Self::InvalidUtf8 => "invalid_utf8",
-            Self::LineTooLong => "line_too_long",
-            Self::MissingField => "missing_required_parameter",
-            Self::InvalidType => "invalid_type",
-            Self::InvalidValue => "invalid_value",
-            Self::UnsupportedParameter => "unsupported_parameter",
-            Self::DuplicateCustomId => "duplicate_custom_id",
-            Self::UrlMismatch => "url_mismatch",
-            Self::ModelMismatch => "model_mismatch",
-            Self::ContextLengthExceeded => "context_length_exceeded",
-            Self::TemplateError => "template_error",
-            Self::EngineError => "engine_error",
+        Self::ALL.iter().find(|(code, _)| *code == self).map_or("", |(_, text)| text)
+    }
+
+    /// The code of a text; `None` if there is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(_, known)| *known == text).map(|&(code, _)| code)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_has_its_own_text() {
+        for (code, text) in ErrorCode::ALL {
+            assert_eq!((code.as_str(), ErrorCode::parse(text)), (text, Some(code)));
         }
+        assert!(!ErrorCode::EngineError.as_str().is_empty());
     }
 }

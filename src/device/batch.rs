@@ -20,6 +20,36 @@ pub struct Batch {
     pub copies: Vec<BlockCopy>,
     /// Tokens whose next-token distribution is wanted.
     pub heads: Vec<HeadRow>,
+    /// Changes to logits, of all head rows, one row's after the other's.
+    pub edits: Vec<LogitEdit>,
+    /// Masks of allowed tokens, one after the other, [`mask_words`] of them each: bit `i % 32` of word `i / 32` is token i.
+    pub masks: Vec<u32>,
+}
+
+/// Words of a mask over the vocabulary.
+pub const fn mask_words(n_vocab: usize) -> usize {
+    n_vocab.div_ceil(32)
+}
+
+/// A change to one token's logit before a draw: first a repetition penalty (a positive logit is divided by it, a
+/// negative one multiplied), then a sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitEdit {
+    /// The token.
+    pub token: u32,
+    /// 1 changes nothing.
+    pub penalty: f32,
+    /// 0 changes nothing; −infinity forbids the token.
+    pub bias: f32,
+}
+
+/// What a draw does to the logits first. Log-probabilities are of the model's own, before it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Shaping<'a> {
+    /// Each token at most once.
+    pub edits: &'a [LogitEdit],
+    /// Allowed tokens; all if `None`.
+    pub mask: Option<&'a [u32]>,
 }
 
 /// One sequence's share of a step.
@@ -57,6 +87,19 @@ pub struct HeadRow {
     pub want: Want,
     /// How many of the likeliest tokens to report (at most [`MAX_TOP_LOGPROBS`]).
     pub n_top: u8,
+    /// Where its edits start in `Batch::edits`.
+    pub edits_start: u32,
+    /// How many there are.
+    pub n_edits: u32,
+    /// Which of `Batch::masks` holds; all tokens are allowed if `None`.
+    pub mask: Option<u32>,
+}
+
+impl HeadRow {
+    /// A row whose logits stay as they are.
+    pub const fn new(token_idx: u32, want: Want, n_top: u8) -> Self {
+        Self { token_idx, want, n_top, edits_start: 0, n_edits: 0, mask: None }
+    }
 }
 
 /// What to do with a next-token distribution.
@@ -80,6 +123,8 @@ pub struct Draw {
     pub top_p: f32,
     /// Likeliest tokens to keep; 0 is off.
     pub top_k: u32,
+    /// Tokens whose probability is under this share of the likeliest's are left out; 0 is off.
+    pub min_p: f32,
     /// Seed of the row.
     pub seed: u64,
     /// Which of the row's completions (0 unless n > 1).
@@ -130,6 +175,17 @@ impl Batch {
         self.block_tables.clear();
         self.copies.clear();
         self.heads.clear();
+        self.edits.clear();
+        self.masks.clear();
+    }
+
+    /// What a head row's draw does to the logits.
+    pub fn shaping(&self, row: &HeadRow, n_vocab: usize) -> Shaping<'_> {
+        let n_words = mask_words(n_vocab);
+        Shaping {
+            edits: &self.edits[row.edits_start as usize..][..row.n_edits as usize],
+            mask: row.mask.map(|mask| &self.masks[mask as usize * n_words..][..n_words]),
+        }
     }
 
     /// The block table of a sequence, `[n_blocks]`.
@@ -161,6 +217,10 @@ impl Batch {
             assert!((copy.src as usize) < n_blocks && (copy.dst as usize) < n_blocks && copy.src != copy.dst);
             assert!(copy.n_slots as usize > 0 && (copy.n_slots as usize) < BLOCK_TOKENS);
         }
-        assert!(self.heads.iter().all(|h| (h.token_idx as usize) < self.tokens.len() && h.n_top as usize <= MAX_TOP_LOGPROBS));
+        for head in &self.heads {
+            assert!((head.token_idx as usize) < self.tokens.len() && head.n_top as usize <= MAX_TOP_LOGPROBS);
+            let shaping = self.shaping(head, n_vocab);
+            assert!(shaping.edits.iter().all(|edit| (edit.token as usize) < n_vocab && edit.penalty > 0.0));
+        }
     }
 }

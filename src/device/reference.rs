@@ -161,9 +161,12 @@ impl Device for Reference {
             return;
         }
         let rows = select_rows(x, batch.heads.iter().map(|row| row.token_idx));
-        let logits = done(rows.and_then(|x| product(&rms_norm(&x, norm, eps)?, weight)?.to_vec2::<f32>()));
+        let mut logits = done(rows.and_then(|x| product(&rms_norm(&x, norm, eps)?, weight)?.to_vec2::<f32>()));
         let mut scratch = Scratch::new(weight.dims()[0]);
-        out.rows.extend(logits.iter().zip(&batch.heads).map(|(logits, row)| sample::draw(logits, row, &mut scratch)));
+        out.rows.extend(logits.iter_mut().zip(&batch.heads).map(|(logits, row)| {
+            let shaping = batch.shaping(row, logits.len());
+            sample::draw(logits, row, shaping, &mut scratch)
+        }));
     }
 }
 

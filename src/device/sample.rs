@@ -10,7 +10,7 @@
 )]
 #![expect(clippy::float_cmp, reason = "the largest logit is found again by its bits")]
 
-use super::batch::{Draw, HeadOut, HeadRow, Want};
+use super::batch::{Draw, HeadOut, HeadRow, Shaping, Want};
 use super::math;
 use crate::request::MAX_TOP_LOGPROBS;
 
@@ -35,6 +35,8 @@ pub struct Scratch {
     likeliest: Vec<u64>,
     /// Running sum of the selected tokens' weights.
     cumulative: Vec<f64>,
+    /// Logits before they were edited, by token.
+    originals: Vec<(u32, f32)>,
 }
 
 impl Scratch {
@@ -46,44 +48,83 @@ impl Scratch {
             chunk_sums: Vec::with_capacity(n_vocab.div_ceil(CHUNK)),
             likeliest: Vec::with_capacity(n_vocab),
             cumulative: Vec::with_capacity(n_vocab),
+            originals: Vec::with_capacity(1024.min(n_vocab)),
         }
     }
 }
 
-/// Draws or scores a token from `logits`, `[vocab]`, as `row.want` says.
+/// Draws or scores a token from `logits`, `[vocab]`, as `row.want` says; a draw changes them first, as `shaping` says.
 ///
-/// Drawing: temperature, then `top_k`, then `top_p` (over what `top_k` left), then the inverse of the cumulative
-/// distribution. Log-probabilities are of the model's own distribution, before all of these.
+/// Drawing: `shaping`, temperature, then `min_p`, `top_k` and `top_p` (each over what is left), then the inverse of the
+/// cumulative distribution. Log-probabilities are of the model's own distribution, before all of these.
 ///
 /// A NaN or +infinity among the logits, or no finite logit at all, gives [`HeadOut::BROKEN`]: nothing can be said about
 /// such a row, and only that row.
-pub fn draw(logits: &[f32], row: &HeadRow, scratch: &mut Scratch) -> HeadOut {
-    let all_usable = group_maxima(logits, &mut scratch.group_max);
-    let max = scratch.group_max.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !all_usable || max == f32::NEG_INFINITY {
-        return HeadOut::BROKEN;
-    }
-    let (token, wants_logprob) = match row.want {
-        Want::Score { token } => (token, true),
-        Want::Draw(draw) if draw.temperature == 0.0 => (greedy(logits, max, &scratch.group_max), draw.logprob),
-        Want::Draw(draw) => (random(logits, max, &draw, scratch), draw.logprob),
+pub fn draw(logits: &mut [f32], row: &HeadRow, shaping: Shaping<'_>, scratch: &mut Scratch) -> HeadOut {
+    let Some(max) = largest(logits, scratch) else { return HeadOut::BROKEN };
+    let mut out = HeadOut { token: 0, logprob: f32::NAN, top: [(0, f32::NAN); MAX_TOP_LOGPROBS], n_top: 0 };
+    let wants_logprob = match row.want {
+        Want::Score { .. } => true,
+        Want::Draw(draw) => draw.logprob,
     };
-    let mut out = HeadOut { token, logprob: f32::NAN, top: [(0, f32::NAN); MAX_TOP_LOGPROBS], n_top: 0 };
-    if !wants_logprob && row.n_top == 0 {
-        return out;
+    let mut log_total = f32::NAN;
+    if wants_logprob || row.n_top > 0 {
+        chunk_sums(logits, max, 1.0, &mut scratch.chunk_sums);
+        log_total = math::ln(total(&scratch.chunk_sums) as f32);
+        select_likeliest(logits, row.n_top.into(), scratch);
+        for (entry, &key) in out.top.iter_mut().zip(&scratch.likeliest) {
+            *entry = (token_of(key), (logits[token_of(key) as usize] - max) - log_total);
+            out.n_top += 1;
+        }
     }
-    chunk_sums(logits, max, 1.0, &mut scratch.chunk_sums);
-    let log_total = math::ln(total(&scratch.chunk_sums) as f32);
-    let logprob = |token: u32| (logits[token as usize] - max) - log_total;
+    let mut own_logit = None;
+    out.token = match row.want {
+        Want::Score { token } => token,
+        Want::Draw(draw) if shaping.edits.is_empty() && shaping.mask.is_none() => pick(logits, max, &draw, scratch),
+        Want::Draw(draw) => {
+            shape(logits, shaping, &mut scratch.originals);
+            let Some(max) = largest(logits, scratch) else { return HeadOut::BROKEN };
+            let token = pick(logits, max, &draw, scratch);
+            own_logit = scratch.originals.iter().find(|(edited, _)| *edited == token).map(|&(_, logit)| logit);
+            token
+        }
+    };
     if wants_logprob {
-        out.logprob = logprob(token);
-    }
-    select_likeliest(logits, row.n_top.into(), scratch);
-    for (entry, &key) in out.top.iter_mut().zip(&scratch.likeliest) {
-        *entry = (token_of(key), logprob(token_of(key)));
-        out.n_top += 1;
+        out.logprob = (own_logit.unwrap_or(logits[out.token as usize]) - max) - log_total;
     }
     out
+}
+
+/// The largest logit; `None` if a logit is NaN or +infinity, or none is finite. Fills `group_max`.
+fn largest(logits: &[f32], scratch: &mut Scratch) -> Option<f32> {
+    let all_usable = group_maxima(logits, &mut scratch.group_max);
+    let max = scratch.group_max.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (all_usable && max > f32::NEG_INFINITY).then_some(max)
+}
+
+/// Applies edits and mask; what edited logits were before goes to `originals`.
+fn shape(logits: &mut [f32], shaping: Shaping<'_>, originals: &mut Vec<(u32, f32)>) {
+    originals.clear();
+    for edit in shaping.edits {
+        let logit = &mut logits[edit.token as usize];
+        originals.push((edit.token, *logit));
+        *logit = if *logit > 0.0 { *logit / edit.penalty } else { *logit * edit.penalty } + edit.bias;
+    }
+    let Some(mask) = shaping.mask else { return };
+    for (logits, &word) in logits.chunks_mut(32).zip(mask) {
+        if word != u32::MAX {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// The drawn token. Needs `group_max` of these logits.
+fn pick(logits: &[f32], max: f32, draw: &Draw, scratch: &mut Scratch) -> u32 {
+    if draw.temperature == 0.0 { greedy(logits, max, &scratch.group_max) } else { random(logits, max, draw, scratch) }
 }
 
 /// The lowest id among the largest logits.
@@ -97,6 +138,13 @@ fn greedy(logits: &[f32], max: f32, group_max: &[f32]) -> u32 {
 fn random(logits: &[f32], max: f32, draw: &Draw, scratch: &mut Scratch) -> u32 {
     let u = uniform(draw.seed, draw.choice, draw.position);
     let top_k = if draw.top_k == 0 { logits.len() } else { (draw.top_k as usize).min(logits.len()) };
+    if draw.min_p > 0.0 {
+        collect_from(max + draw.temperature * math::ln(draw.min_p), logits, scratch);
+        scratch.likeliest.sort_unstable();
+        scratch.likeliest.truncate(top_k);
+        let total = accumulate(logits, max, draw.temperature, scratch);
+        return invert(u, f64::from(draw.top_p) * total, scratch);
+    }
     if top_k < logits.len() {
         select_likeliest(logits, top_k, scratch);
         let total = accumulate(logits, max, draw.temperature, scratch);

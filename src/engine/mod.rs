@@ -12,6 +12,7 @@ pub mod handle;
 pub mod sampling;
 mod scheduler;
 mod sequence;
+pub mod shaping;
 pub mod stop;
 mod stream;
 
@@ -20,13 +21,13 @@ use std::sync::Arc;
 use anyhow::ensure;
 
 use crate::device::BLOCK_TOKENS;
-use crate::device::batch::{Batch, StepOutput};
+use crate::device::batch::{Batch, HeadOut, StepOutput};
 use crate::model::{Runner, RunnerLimits};
 use crate::outcome::FinishReason;
 use crate::request::MAX_TOP_LOGPROBS;
 use crate::window::Class;
 use scheduler::Scheduler;
-use sequence::Phase;
+use sequence::{Phase, Sequence};
 
 pub use sequence::Submission;
 
@@ -39,6 +40,8 @@ pub trait TokenTable: Send + Sync {
     /// Whether it is a mark of the model's rather than text. Unless a row ignores end tokens, marks are no part of its
     /// text.
     fn is_special(&self, id: u32) -> bool;
+    /// All tokens that end a completion.
+    fn end_ids(&self) -> &[u32];
 }
 
 /// Limits of the engine.
@@ -80,10 +83,10 @@ pub struct Finished {
     pub text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
-    /// One entry per token, if asked for; else empty.
+    /// One entry per token, if asked for; else empty. Scored prompt tokens stand before the drawn ones.
     pub logprobs: Vec<SeqLogprob>,
-    /// The device could not compute it (its logits are no numbers); the rest says how far it came.
-    pub is_broken: bool,
+    /// Why it could not be completed; the rest says how far it came.
+    pub broken: Option<String>,
 }
 
 /// Log-probability of a drawn token, in nats, of the model's own distribution.
@@ -139,7 +142,18 @@ pub struct Scheduled {
     pub n_tokens: usize,
     /// Whether the step draws its next token.
     pub draws: bool,
+    /// Position of its first prompt token whose follower's log-probability is wanted from this step.
+    first_score: usize,
+    /// How many there are.
+    n_scores: usize,
     running_idx: usize,
+}
+
+impl Scheduled {
+    /// Positions of prompt tokens whose follower's log-probability is wanted from this step.
+    fn scores(&self) -> std::ops::Range<usize> {
+        self.first_score..self.first_score + self.n_scores
+    }
 }
 
 /// See the module.
@@ -149,6 +163,8 @@ pub struct Engine {
     tokens: Arc<dyn TokenTable>,
     batch: Batch,
     out: StepOutput,
+    /// Rows of the step (places in `scheduled`) whose grammar can't be followed, and why.
+    broken: Vec<(usize, String)>,
 }
 
 impl Engine {
@@ -172,7 +188,7 @@ impl Engine {
         );
         let batch = batch::with_capacity(&limits, config.max_running);
         let out = StepOutput { rows: Vec::with_capacity(max_step_seqs) };
-        Ok(Self { scheduler: Scheduler::new(config, limits), runner, tokens, batch, out })
+        Ok(Self { scheduler: Scheduler::new(config, limits), runner, tokens, batch, out, broken: Vec::new() })
     }
 
     /// Queues a prompt. Gives it back if its class's queue is full: step, then try again.
@@ -218,7 +234,8 @@ impl Engine {
         if self.scheduler.scheduled.is_empty() {
             return Ok(());
         }
-        batch::fill(&mut self.batch, &self.scheduler);
+        self.broken.clear();
+        batch::fill(&mut self.batch, &mut self.scheduler, &*self.tokens, &mut self.broken);
         self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
         self.out.rows.clear();
         self.runner.run(&self.batch, &mut self.out)?;
@@ -230,20 +247,40 @@ impl Engine {
     fn settle(&mut self, finished: &mut Vec<Finished>) {
         let Scheduler { scheduled, running, streams, stats, limits, .. } = &mut self.scheduler;
         assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
-        for (share, row) in scheduled.iter().filter(|s| s.draws).zip(&self.out.rows) {
+        let mut rows = self.out.rows.iter();
+        for (place, share) in scheduled.iter().enumerate() {
             let seq = &mut running[share.running_idx];
-            if row.is_broken() {
-                seq.phase = Phase::Finished;
-                finished.push(Finished { is_broken: true, ..seq.output(FinishReason::Stop) });
-                stats.finished += 1;
-                continue;
+            let mut broken = self.broken.iter().find(|(broken, _)| *broken == place).map(|(_, why)| why.clone());
+            let not_a_number = |seq: &Sequence| {
+                format!("the model's output is not a number after {} generated tokens", seq.buffers.generated.len())
+            };
+            for row in rows.by_ref().take(share.n_scores) {
+                if row.is_broken() {
+                    broken.get_or_insert_with(|| not_a_number(seq));
+                }
+                seq.note_score(row);
             }
-            assert!((row.token as usize) < limits.n_vocab, "token {} drawn of {}", row.token, limits.n_vocab);
-            stats.generated_tokens += 1;
-            if let Some(reason) = seq.accept(row, &*self.tokens, limits.max_context) {
+            let drawn = if share.draws { rows.next() } else { None };
+            if drawn.is_some_and(HeadOut::is_broken) {
+                broken.get_or_insert_with(|| not_a_number(seq));
+            }
+            let mut ended = None;
+            if broken.is_some() {
+                ended = Some(FinishReason::Stop);
+            } else if let Some(row) = drawn {
+                assert!((row.token as usize) < limits.n_vocab, "token {} drawn of {}", row.token, limits.n_vocab);
+                stats.generated_tokens += 1;
+                ended = seq.accept(row, &*self.tokens, limits.max_context).unwrap_or_else(|why| {
+                    broken = Some(why);
+                    Some(FinishReason::Stop)
+                });
+            } else if share.first_position + share.n_tokens == seq.n_tokens() {
+                ended = Some(FinishReason::Length); // nothing to draw
+            }
+            if let Some(reason) = ended {
                 seq.phase = Phase::Finished;
                 streams[seq.stream_idx].note_finished(seq);
-                finished.push(seq.output(reason));
+                finished.push(Finished { broken, ..seq.output(reason) });
                 stats.finished += 1;
             }
         }
@@ -296,7 +333,12 @@ impl Submission {
         let (id, n_prompt) = (self.id, self.prompt.len());
         assert!((1..limits.max_context).contains(&n_prompt), "row {id}: {n_prompt} tokens of {}", limits.max_context);
         assert!(self.prompt.iter().all(|&t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
-        assert!(self.params.max_tokens > 0, "row {id}: nothing to generate");
+        assert!(self.params.max_tokens > 0 || self.params.score_from.is_some(), "row {id}: nothing to do");
+        if let Some(first) = self.params.score_from {
+            assert!(first > 0 && self.params.logprobs.is_some(), "row {id}: scores from {first} on");
+        }
+        let edited = self.params.logit_bias.iter().map(|&(token, _)| token).chain(self.params.stop_tokens.iter().copied());
+        assert!(edited.into_iter().all(|t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
         assert!(self.params.logprobs.is_none_or(|n| n as usize <= MAX_TOP_LOGPROBS), "row {id}: too many alternatives");
     }
 }

@@ -2,12 +2,14 @@
 //! the device's (`device::sample`). Invariant: a draw is keyed by (seed, choice, position) alone, so that preemption,
 //! batch mix and order can't change it.
 
+use super::shaping::Grammar;
 use crate::device::batch::{Draw, HeadRow, Want};
+use std::sync::Arc;
 
 /// A sequence's parameters, all resolved: nothing is optional that has a default.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct SeqParams {
-    /// Most tokens to generate, at least 1.
+    /// Most tokens to generate, at least 1; 0 if only the prompt is scored.
     pub max_tokens: u32,
     /// 0 is greedy.
     pub temperature: f32,
@@ -15,6 +17,25 @@ pub struct SeqParams {
     pub top_p: f32,
     /// Likeliest tokens to keep; 0 is off.
     pub top_k: u32,
+    /// Tokens whose probability is under this share of the likeliest's are left out; 0 is off.
+    pub min_p: f32,
+    /// Taken from the logit of each token that was drawn already.
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token for each time it was drawn.
+    pub frequency_penalty: f32,
+    /// Divides a positive and multiplies a negative logit of each token of the prompt and of what was drawn; 1 is off.
+    pub repetition_penalty: f32,
+    /// Added to tokens' logits.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// No end token before so many tokens were drawn.
+    pub min_tokens: u32,
+    /// Tokens that end the completion like end tokens.
+    pub stop_tokens: Vec<u32>,
+    /// The log-probabilities of the prompt's own tokens from this one on (at least 1) are wanted; they stand before the
+    /// drawn ones'. Needs `logprobs`. That part of the prompt is computed then, never shared.
+    pub score_from: Option<u32>,
+    /// What the completion must follow; end tokens come when it is complete.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// Seed of the row.
     pub seed: u64,
     /// Which of the row's completions (0 unless n > 1).
@@ -35,6 +56,15 @@ impl Default for SeqParams {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            min_tokens: 0,
+            stop_tokens: Vec::new(),
+            score_from: None,
+            grammar: None,
             seed: 0,
             choice: 0,
             stop: Vec::new(),
@@ -51,11 +81,12 @@ impl SeqParams {
             temperature: self.temperature,
             top_p: self.top_p,
             top_k: self.top_k,
+            min_p: self.min_p,
             seed: self.seed,
             choice: self.choice,
             position,
             logprob: self.logprobs.is_some(),
         };
-        HeadRow { token_idx, want: Want::Draw(draw), n_top: self.logprobs.unwrap_or(0) }
+        HeadRow::new(token_idx, Want::Draw(draw), self.logprobs.unwrap_or(0))
     }
 }

@@ -222,9 +222,19 @@ impl Scheduler {
         row.high_water = row.high_water.max(end);
         row.in_step = self.step;
         self.room_tokens -= end - start;
-        let draws = end == row.n_tokens();
+        let draws = end == row.n_tokens() && row.params.max_tokens > 0;
+        let scores = row.scores_within(start, end);
         let (id, class) = (row.id, row.class);
-        self.scheduled.push(Scheduled { id, class, first_position: start, n_tokens: end - start, draws, running_idx: idx });
+        self.scheduled.push(Scheduled {
+            id,
+            class,
+            first_position: start,
+            n_tokens: end - start,
+            draws,
+            first_score: scores.start,
+            n_scores: scores.len(),
+            running_idx: idx,
+        });
         self.streams[row.stream_idx].trunk.note_computed(id, end);
     }
 
@@ -241,7 +251,9 @@ impl Scheduler {
     /// be computed to draw from it.
     fn shared_tokens(&self, class: Class) -> usize {
         let row = &self.waiting[class as usize][0];
-        self.streams[row.stream_idx].trunk.common_tokens(row).min(row.n_tokens() - 1)
+        // The logits of the token before the first scored one are wanted too.
+        let most = row.params.score_from.map_or(row.n_tokens(), |first| first as usize).min(row.n_tokens()) - 1;
+        self.streams[row.stream_idx].trunk.common_tokens(row).min(most)
     }
 
     /// Blocks that a row will hold at its end.

@@ -2,9 +2,11 @@
 //! other sequences. Invariant: `computed` is less than the number of its tokens, for the last token is what the next
 //! step computes; between steps `table` covers exactly the tokens it was given blocks for, and is empty while it waits.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::sampling::SeqParams;
+use super::shaping::{Constraint, LogitHistory};
 use super::stop::StopText;
 use super::{Finished, SeqLogprob, TokenTable};
 use crate::device::BLOCK_TOKENS;
@@ -53,7 +55,10 @@ pub(super) struct Buffers {
     /// Entry i holds positions 16 i to 16 i + 15.
     pub(super) table: Vec<u32>,
     text: StopText,
-    /// Of each drawn token: its log-probability and how many entries of `top` are its own. Empty unless asked for.
+    /// Prompt tokens whose log-probabilities are known: from `score_from` on.
+    n_scores: usize,
+    /// Of each scored and each drawn token: its log-probability and how many entries of `top` are its own. Empty unless
+    /// asked for.
     logprobs: Vec<(f32, u8)>,
     /// The likeliest tokens of all positions, one after the other.
     top: Vec<(u32, f32)>,
@@ -70,6 +75,10 @@ pub(super) struct Sequence {
     /// Index of its stream in the scheduler.
     pub(super) stream_idx: usize,
     pub(super) buffers: Buffers,
+    /// What its tokens do to the next logits, if anything.
+    pub(super) history: Option<Box<LogitHistory>>,
+    /// Where it stands in its grammar, if it has one.
+    pub(super) constraint: Option<Box<dyn Constraint>>,
     /// Leading entries of the table that are another sequence's full blocks: never written by this one.
     pub(super) n_shared_blocks: usize,
     /// Positions 0..computed are in the KV cache (or will be when the step under way is done).
@@ -88,6 +97,8 @@ impl Sequence {
     /// A sequence that waits.
     pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
         let buffers = Buffers::new(&submission, max_context);
+        let history = LogitHistory::new(&submission.params, &submission.prompt);
+        let constraint = submission.params.grammar.as_ref().map(|grammar| grammar.start());
         Self {
             id: submission.id,
             keep_tokens: (submission.keep_tokens as usize).min(submission.prompt.len()),
@@ -96,6 +107,8 @@ impl Sequence {
             class: submission.class,
             stream_idx,
             buffers,
+            history,
+            constraint,
             n_shared_blocks: 0,
             computed: 0,
             high_water: 0,
@@ -151,24 +164,50 @@ impl Sequence {
         n_slots.max(self.n_tokens()).div_ceil(BLOCK_TOKENS)
     }
 
+    /// Positions of `start..end` whose next prompt token's log-probability is wanted and not known yet.
+    pub(super) fn scores_within(&self, start: usize, end: usize) -> Range<usize> {
+        let Some(first) = self.params.score_from else { return start..start };
+        let first = start.max(first as usize - 1 + self.buffers.n_scores);
+        first..end.min(self.prompt.len() - 1).max(first)
+    }
+
+    /// Takes in the log-probability of the next prompt token.
+    pub(super) fn note_score(&mut self, row: &HeadOut) {
+        self.buffers.n_scores += 1;
+        self.buffers.note_logprob(row);
+    }
+
     /// Takes in a drawn token; says whether it was the last.
-    pub(super) fn accept(&mut self, row: &HeadOut, tokens: &dyn TokenTable, max_context: usize) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// Its grammar can't be followed.
+    pub(super) fn accept(
+        &mut self,
+        row: &HeadOut,
+        tokens: &dyn TokenTable,
+        max_context: usize,
+    ) -> Result<Option<FinishReason>, String> {
         let buffers = &mut self.buffers;
         buffers.generated.push(row.token);
         if self.params.logprobs.is_some() {
-            buffers.logprobs.push((row.logprob, row.n_top));
-            buffers.top.extend_from_slice(&row.top[..row.n_top as usize]);
+            buffers.note_logprob(row);
+        }
+        if let Some(history) = &mut self.history {
+            history.note(row.token);
         }
         let ignore_eos = self.params.ignore_eos;
-        if tokens.is_end(row.token) && !ignore_eos {
-            return Some(FinishReason::Stop);
+        if tokens.is_end(row.token) && !ignore_eos || self.params.stop_tokens.contains(&row.token) {
+            return Ok(Some(FinishReason::Stop));
+        }
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(row.token)?;
         }
         let is_text = ignore_eos || !tokens.is_special(row.token);
         if is_text && buffers.text.push(tokens.token_bytes(row.token), &self.params.stop) {
-            return Some(FinishReason::Stop);
+            return Ok(Some(FinishReason::Stop));
         }
         let is_full = buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
-        is_full.then_some(FinishReason::Length)
+        Ok(is_full.then_some(FinishReason::Length))
     }
 
     /// What the caller gets. The row is over: nothing may be asked of it but what it held.
@@ -176,7 +215,9 @@ impl Sequence {
         let buffers = &mut self.buffers;
         buffers.text.finish();
         let mut top = buffers.top.as_slice();
-        let logprobs = buffers.logprobs.iter().zip(&buffers.generated).map(|(&(logprob, n_top), &token)| {
+        let first = self.params.score_from.map_or(self.prompt.len(), |first| first as usize).min(self.prompt.len());
+        let scored = self.prompt[first..].iter().take(buffers.n_scores);
+        let logprobs = buffers.logprobs.iter().zip(scored.chain(&buffers.generated)).map(|(&(logprob, n_top), &token)| {
             let (own, rest) = top.split_at(n_top as usize);
             top = rest;
             SeqLogprob { token, logprob, top: own.to_vec() }
@@ -188,21 +229,28 @@ impl Sequence {
             text: buffers.text.take(),
             finish_reason,
             logprobs,
-            is_broken: false,
+            broken: None,
         }
     }
 }
 
 impl Buffers {
+    fn note_logprob(&mut self, row: &HeadOut) {
+        self.logprobs.push((row.logprob, row.n_top));
+        self.top.extend_from_slice(&row.top[..row.n_top as usize]);
+    }
+
     fn new(submission: &Submission, max_context: usize) -> Self {
         let n_prompt = submission.prompt.len();
         let n_answer = (submission.params.max_tokens as usize).min(max_context - n_prompt);
-        let n_logprobs = if submission.params.logprobs.is_some() { n_answer } else { 0 };
+        let n_scored = submission.params.score_from.map_or(0, |first| n_prompt.saturating_sub(first as usize));
+        let n_logprobs = if submission.params.logprobs.is_some() { n_answer + n_scored } else { 0 };
         let n_top = submission.params.logprobs.map_or(0, usize::from);
         Self {
             generated: Vec::with_capacity(n_answer),
             table: Vec::with_capacity((n_prompt + n_answer).div_ceil(BLOCK_TOKENS)),
             text: StopText::with_capacity(TEXT_BYTES_PER_TOKEN * n_answer),
+            n_scores: 0,
             logprobs: Vec::with_capacity(n_logprobs),
             top: Vec::with_capacity(n_logprobs * n_top),
         }

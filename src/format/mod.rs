@@ -5,7 +5,6 @@
 mod infer;
 mod jsonl;
 pub mod openai;
-pub mod openai_answer;
 mod parquet;
 mod parquet_sink;
 

@@ -1,19 +1,19 @@
-//! Finished rows -> journal records: puts a completion together from what the engine gives and what the row brought,
-//! and writes its output line. Invariant: the line depends on the row, its tokens and the job's stamp alone.
+//! Finished rows -> journal records: puts completions together from what the engine gives and what the row brought, and
+//! writes the row's output line. Invariant: the line depends on the row, its tokens and the job's stamp alone.
 
+use super::columns::{self, ResultColumns, Score, StepResult};
+use super::window::draw_seed;
 use crate::engine::Finished;
-use crate::format::openai_answer::{Place, Stamp, chat_logprob};
+use crate::format::openai::answer::{Place, Stamp};
 use crate::journal::Record;
-use crate::outcome::{Completion, ErrorCode, Outcome, RowError, TokenLogprob, Usage};
-use crate::prepare::Origin;
+use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError, TokenLogprob, Usage};
+use crate::prepare::{Origin, Prompt, StepAnswer};
 use crate::text::tokenizer::Tokenizer;
+use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::sync::Arc;
-
-/// Names of the columns that are added to a dataset row, before the job's prefix.
-pub(super) const RESULT_COLUMNS: [&str; 5] = ["completion", "finish_reason", "usage", "logprobs", "error"];
 
 /// What is known of a row before its outcome.
 #[derive(Debug)]
@@ -22,165 +22,243 @@ pub(super) struct RowMeta {
     pub(super) file: Arc<str>,
     pub(super) line: u64,
     pub(super) origin: Origin,
-    /// Tokens of the prompt; 0 where there is none.
-    pub(super) prompt_tokens: u32,
-    /// What the plan shares.
+    /// Its prompts so far; none where the row failed before.
+    pub(super) prompts: Vec<PromptMeta>,
+    /// What later identical rows find its record by.
+    pub(super) key: Option<u128>,
+}
+
+/// What is known of one prompt of a row.
+#[derive(Debug, Clone)]
+pub(super) struct PromptMeta {
+    pub(super) step: usize,
+    pub(super) n_tokens: u32,
+    /// Tokens that the plan shares.
     pub(super) cached_tokens: u32,
     /// The seed of the draw; `None` if greedy.
     pub(super) seed: Option<u64>,
-    /// Whether log-probabilities were asked for.
-    pub(super) logprobs: bool,
-    /// What later identical rows find its record by.
-    pub(super) key: Option<u128>,
+    /// Completions wanted.
+    n_choices: usize,
+    logprobs: bool,
+    call_format: Option<CallFormat>,
+    /// Whether the answer begins with the prompt.
+    echo: bool,
+    /// The prompt's tokens from this one on are scored.
+    score_from: Option<usize>,
+    /// The prompt, where the answer needs it.
+    tokens: Option<Arc<[u32]>>,
+    /// Whether nothing is generated.
+    is_scored_only: bool,
+}
+
+impl PromptMeta {
+    pub(super) fn new(prompt: &Prompt, job_seed: u64, row_idx: u64) -> Self {
+        Self {
+            step: prompt.step,
+            n_tokens: prompt.tokens.len() as u32,
+            cached_tokens: 0,
+            seed: draw_seed(prompt, job_seed, row_idx),
+            n_choices: prompt.params.n as usize,
+            logprobs: prompt.params.logprobs.is_some(),
+            call_format: prompt.call_format,
+            echo: prompt.params.echo,
+            score_from: prompt.score_from.map(|first| first as usize),
+            tokens: prompt.params.echo.then(|| Arc::clone(&prompt.tokens)),
+            is_scored_only: prompt.max_tokens == 0,
+        }
+    }
+
+    /// The same prompt of a row that gets another row's completion.
+    pub(super) fn shared(&self) -> Self {
+        Self { cached_tokens: self.n_tokens, ..self.clone() }
+    }
+
+    /// Its usage, given its completions.
+    fn usage(&self, choices: &[Finished]) -> Usage {
+        let each: u32 = choices.iter().map(|choice| choice.tokens.len() as u32).sum();
+        // One greedy completion that stands for several.
+        let copies = (self.n_choices / choices.len().max(1)) as u32;
+        Usage { prompt_tokens: self.n_tokens, completion_tokens: each * copies, cached_tokens: self.cached_tokens }
+    }
+}
+
+impl RowMeta {
+    /// The row shares all of its prompts with another one.
+    pub(super) fn share_all(&mut self) {
+        for prompt in &mut self.prompts {
+            prompt.cached_tokens = prompt.n_tokens;
+        }
+    }
 }
 
 /// Writes outcomes as records.
 pub(super) struct Answers {
     pub(super) stamp: Stamp,
     pub(super) tokenizer: Arc<Tokenizer>,
-    /// Put before the names of added columns.
-    pub(super) prefix: String,
-    /// Whether dataset rows carry a `logprobs` column.
-    pub(super) logprobs_column: bool,
+    /// What is added to dataset rows.
+    pub(super) columns: ResultColumns,
 }
 
 impl Answers {
-    /// The record of a row that the engine finished.
-    pub(super) fn finished(&self, row: &RowMeta, finished: &Finished) -> Record {
-        if finished.is_broken {
-            let n = finished.tokens.len();
-            let message = format!("the model's output is not a number after {n} generated tokens");
-            return self.failed(row, RowError::row(ErrorCode::EngineError, message));
+    /// The record of a row whose prompts are all completed: `results` are each prompt's completions.
+    pub(super) fn finished(&self, row: &RowMeta, results: &[Vec<Finished>]) -> Record {
+        if let Some(error) = broken(results.iter().flatten()) {
+            return self.failed(row, &error);
         }
-        let usage = Usage {
-            prompt_tokens: row.prompt_tokens,
-            completion_tokens: finished.tokens.len() as u32,
-            cached_tokens: row.cached_tokens,
-        };
-        let bytes = |id: u32| self.tokenizer.token_bytes(id).to_vec();
-        let logprobs = row.logprobs.then(|| {
-            let entries = finished.logprobs.iter().map(|entry| TokenLogprob {
-                bytes: bytes(entry.token),
-                logprob: entry.logprob,
-                top: entry.top.iter().map(|&(id, logprob)| (bytes(id), logprob)).collect(),
-            });
-            entries.collect()
-        });
-        let text = finished.text.clone();
-        self.record(row, Ok(Completion { text, finish_reason: finished.finish_reason, usage, logprobs, seed: row.seed }))
+        let per_prompt = row.prompts.iter().zip(results);
+        match &row.origin {
+            Origin::Request { custom_id, endpoint, echo } => {
+                let usage = per_prompt.clone().fold(Usage::default(), |sum, (prompt, choices)| sum.plus(prompt.usage(choices)));
+                let choices = per_prompt.flat_map(|(prompt, choices)| self.choices(prompt, choices)).collect();
+                let seed = row.prompts.iter().find_map(|prompt| prompt.seed);
+                let completion = Completion { choices, usage, seed };
+                let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
+                let line = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
+                record(row, true, usage, raw(line.to_string()))
+            }
+            Origin::Dataset { columns } => {
+                let mut steps: Vec<(usize, StepResult)> =
+                    per_prompt.map(|(prompt, choices)| (prompt.step, self.step_result(prompt, choices))).collect();
+                steps.sort_by_key(|(step, _)| *step);
+                let steps: Vec<StepResult> = steps.into_iter().map(|(_, result)| result).collect();
+                let usage = steps.iter().fold(Usage::default(), |sum, step| sum.plus(step.usage));
+                let values = self.columns.values(place(row), Ok(&steps));
+                record(row, true, usage, raw(columns::line(columns.as_deref(), values)))
+            }
+        }
     }
 
     /// The record of a row that failed.
-    pub(super) fn failed(&self, row: &RowMeta, error: RowError) -> Record {
-        self.record(row, Err(error))
+    pub(super) fn failed(&self, row: &RowMeta, error: &RowError) -> Record {
+        let line = match &row.origin {
+            Origin::Request { custom_id, .. } => self.stamp.error_line(place(row), custom_id.as_deref(), error).to_string(),
+            Origin::Dataset { columns } => columns::line(columns.as_deref(), self.columns.values(place(row), Err(error))),
+        };
+        record(row, false, Usage::default(), raw(line))
     }
 
-    /// The record of a row that gets what an identical row got, from that row's record.
+    /// The record of a row that gets what an identical row got, from that row's record; and its error, if that is one.
     ///
     /// # Errors
     /// The record is not of this job's form.
-    pub(super) fn copied(&self, row: &RowMeta, first: &Record) -> Result<Record> {
-        let line: Map<String, Value> = serde_json::from_str(first.line.get()).context("a journaled line is no object")?;
+    pub(super) fn copied(&self, row: &RowMeta, first: &Record) -> Result<(Record, Option<ErrorCode>)> {
+        let mut line: Map<String, Value> = serde_json::from_str(first.line.get()).context("a journaled line is no object")?;
         if !first.ok {
-            let error = line.get(&format!("{}error", self.prefix)).filter(|error| error.is_object());
+            let error = line.get(self.columns.error_name()).filter(|error| error.is_object());
             let error =
                 error.or_else(|| line.get("response")?.pointer("/body/error")).context("a journaled error says nothing")?;
-            let message = error["message"].as_str().unwrap_or_default();
-            return Ok(self.failed(row, RowError::row(ErrorCode::EngineError, message)));
+            let error = again(error);
+            return Ok((self.failed(row, &error), Some(error.code)));
         }
+        let cached_tokens = first.prompt_tokens;
         let line = match &row.origin {
             Origin::Request { custom_id, .. } => {
                 let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
-                self.stamp.same_output_line(row.row_idx, custom_id, row.cached_tokens, line).to_string()
+                self.stamp.same_output_line(row.row_idx, custom_id, cached_tokens, line).to_string()
             }
             Origin::Dataset { columns } => {
-                let mut results = Vec::new();
-                for name in RESULT_COLUMNS {
-                    results.extend(line.get(&format!("{}{name}", self.prefix)).map(|value| (name, value.clone())));
+                for name in self.columns.usage_names() {
+                    if let Some(usage) = line.get_mut(name) {
+                        usage["cached_tokens"] = usage["prompt_tokens"].clone();
+                    }
                 }
-                for (_, usage) in results.iter_mut().filter(|(name, _)| *name == "usage") {
-                    usage["cached_tokens"] = row.cached_tokens.into();
-                }
-                self.line_of_columns(columns.as_deref(), results)
+                columns::line(columns.as_deref(), columns::values_of(&self.columns, &line))
             }
         };
-        let (line, cached_tokens) = (raw(line), row.cached_tokens);
-        Ok(Record { row: row.row_idx, key: None, cached_tokens, line, ..*first })
+        Ok((Record { row: row.row_idx, key: None, cached_tokens, line: raw(line), ..*first }, None))
     }
 
-    fn record(&self, row: &RowMeta, outcome: Outcome) -> Record {
-        let place = Place { row_idx: row.row_idx, file: &row.file, line: row.line };
-        let (ok, usage) = (outcome.is_ok(), outcome.as_ref().map(|c| c.usage).unwrap_or_default());
-        let line = match (&row.origin, outcome) {
-            (Origin::Request { custom_id, endpoint }, Ok(completion)) => {
-                let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
-                raw(self.stamp.output_line(row.row_idx, custom_id, *endpoint, &completion).to_string())
-            }
-            (Origin::Request { custom_id, .. }, Err(error)) => {
-                raw(self.stamp.error_line(place, custom_id.as_deref(), &error).to_string())
-            }
-            (Origin::Dataset { columns }, outcome) => {
-                raw(self.line_of_columns(columns.as_deref(), self.result_columns(place, &outcome)))
-            }
-        };
-        Record {
-            row: row.row_idx,
-            ok,
-            prompt_tokens: usage.prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-            cached_tokens: usage.cached_tokens,
-            key: row.key.map(|key| format!("{key:032x}")),
-            line,
-        }
+    /// What later steps may use of a completed one.
+    pub(super) fn step_answer(&self, choices: &[Finished]) -> StepAnswer {
+        let text = choices.first().map(|choice| choice.text.clone()).unwrap_or_default();
+        StepAnswer { parsed: columns::parsed(&text), text }
     }
 
-    /// The row's own columns, as they were written, with the result columns behind them.
-    fn line_of_columns(&self, columns: Option<&str>, results: Vec<(&'static str, Value)>) -> String {
-        let own = columns.and_then(|text| text.trim().strip_prefix('{')?.strip_suffix('}')).unwrap_or_default().trim();
-        let mut line = String::with_capacity(own.len() + 256);
-        line.push('{');
-        line.push_str(own);
-        for (name, value) in results {
-            if line.len() > 1 {
-                line.push(',');
-            }
-            line.push_str(&Value::String(format!("{}{name}", self.prefix)).to_string());
-            line.push(':');
-            line.push_str(&value.to_string());
-        }
-        line.push('}');
-        line
+    fn step_result(&self, prompt: &PromptMeta, choices: &[Finished]) -> StepResult {
+        let usage = prompt.usage(choices);
+        let score = prompt.is_scored_only.then(|| score(&choices[0]));
+        let choices = if prompt.is_scored_only { Vec::new() } else { self.choices(prompt, choices) };
+        StepResult { choices, usage, seed: prompt.seed, score }
     }
 
-    fn result_columns(&self, place: Place<'_>, outcome: &Outcome) -> Vec<(&'static str, Value)> {
-        let (completion, finish_reason, usage, logprobs, error) = match outcome {
-            Ok(c) => (
-                json!(c.text),
-                json!(c.finish_reason.as_str()),
-                json!({
-                    "prompt_tokens": c.usage.prompt_tokens,
-                    "completion_tokens": c.usage.completion_tokens,
-                    "cached_tokens": c.usage.cached_tokens,
-                    "seed": c.seed,
-                }),
-                json!(c.logprobs.as_ref().map(|tokens| tokens.iter().map(chat_logprob).collect::<Vec<_>>())),
-                Value::Null,
-            ),
-            Err(e) => (
-                Value::Null,
-                Value::Null,
-                Value::Null,
-                Value::Null,
-                json!({"code": e.code.as_str(), "message": e.message, "param": e.field, "file": place.file, "line": place.line}),
-            ),
-        };
-        let [a, b, c, d, e] = RESULT_COLUMNS;
-        let mut columns = vec![(a, completion), (b, finish_reason), (c, usage)];
-        if self.logprobs_column {
-            columns.push((d, logprobs));
+    /// A prompt's completions; one that is computed once for all choices is repeated.
+    fn choices(&self, prompt: &PromptMeta, computed: &[Finished]) -> Vec<Choice> {
+        let choices: Vec<Choice> = computed.iter().map(|finished| self.choice(prompt, finished)).collect();
+        choices.iter().cycle().take(prompt.n_choices.max(choices.len())).cloned().collect()
+    }
+
+    fn choice(&self, prompt: &PromptMeta, finished: &Finished) -> Choice {
+        let mut text = finished.text.clone();
+        let mut finish_reason = finished.finish_reason;
+        let mut tool_calls = Vec::new();
+        if let Some(format) = prompt.call_format {
+            (text, tool_calls) = format.parse(&text);
+            if !tool_calls.is_empty() && finish_reason == FinishReason::Stop {
+                finish_reason = FinishReason::ToolCalls;
+            }
         }
-        columns.push((e, error));
-        columns
+        let prompt_tokens = prompt.tokens.as_deref().unwrap_or_default();
+        if prompt.echo {
+            text = self.tokenizer.decode(prompt_tokens) + &text;
+        }
+        let logprobs = prompt.logprobs.then(|| {
+            let unscored = if prompt.echo { prompt.score_from.unwrap_or(0) } else { 0 };
+            let unscored = prompt_tokens.iter().take(unscored).map(|&id| TokenLogprob {
+                bytes: self.bytes(id),
+                logprob: None,
+                top: Vec::new(),
+            });
+            let scored = finished.logprobs.iter().map(|entry| TokenLogprob {
+                bytes: self.bytes(entry.token),
+                logprob: Some(entry.logprob),
+                top: entry.top.iter().map(|&(id, logprob)| (self.bytes(id), logprob)).collect(),
+            });
+            unscored.chain(scored).collect()
+        });
+        Choice { text, tool_calls, finish_reason, logprobs }
+    }
+
+    fn bytes(&self, id: u32) -> Vec<u8> {
+        self.tokenizer.token_bytes(id).to_vec()
+    }
+}
+
+/// Why one of these completions is none.
+pub(super) fn broken<'a>(mut results: impl Iterator<Item = &'a Finished>) -> Option<RowError> {
+    let why = results.find_map(|finished| finished.broken.clone())?;
+    Some(RowError::row(ErrorCode::EngineError, why))
+}
+
+/// The error that an earlier line tells of.
+fn again(error: &Value) -> RowError {
+    let text = |key: &str| error[key].as_str().map(str::to_owned);
+    let code = text("code").and_then(|code| ErrorCode::parse(&code)).unwrap_or(ErrorCode::EngineError);
+    RowError { code, field: text("param"), message: text("message").unwrap_or_default() }
+}
+
+/// The likelihood of what was scored.
+fn score(finished: &Finished) -> Score {
+    let entries = &finished.logprobs;
+    Score {
+        logprob: entries.iter().map(|entry| f64::from(entry.logprob)).sum(),
+        n_tokens: entries.len(),
+        is_greedy: entries.iter().all(|entry| entry.top.first().is_some_and(|&(token, _)| token == entry.token)),
+    }
+}
+
+fn place(row: &RowMeta) -> Place<'_> {
+    Place { row_idx: row.row_idx, file: &row.file, line: row.line }
+}
+
+fn record(row: &RowMeta, ok: bool, usage: Usage, line: Box<RawValue>) -> Record {
+    Record {
+        row: row.row_idx,
+        ok,
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_tokens: usage.cached_tokens,
+        key: row.key.map(|key| format!("{key:032x}")),
+        line,
     }
 }
 

@@ -1,14 +1,16 @@
 //! The collecting side of a job, on the main thread: finished rows become records, records are committed in groups.
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
-use super::answer::{Answers, RowMeta};
+use super::answer::{Answers, PromptMeta, RowMeta, broken};
 use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
-use super::window::PlannedWindow;
+use super::stepper::{PreparedStep, StepTask};
+use super::window::{Group, PlannedWindow};
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
 use crate::engine::{EngineStats, Finished};
 use crate::journal::{Journal, Place, Record};
-use crate::outcome::ErrorCode;
+use crate::outcome::RowError;
+use crate::prepare::{Origin, StepAnswer};
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -21,7 +23,9 @@ pub(super) enum Event {
     /// A window was planned; its rows are about to be submitted.
     Window(PlannedWindow),
     /// A step finished these rows.
-    Step(Vec<Finished>, EngineStats),
+    Finished(Vec<Finished>, EngineStats),
+    /// A later step of a row was prepared, and is about to be submitted.
+    Prepared(PreparedStep),
     /// Everything was read and submitted, or the feed failed.
     FeedEnded(Result<u64>),
     /// The engine's thread has ended.
@@ -70,8 +74,14 @@ pub(super) struct Collector {
     /// Set to stop the feed.
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
-    /// By the row that is computed: the rows that get its completion, itself first, each with its window's number.
-    in_flight: HashMap<u64, Vec<(u64, RowMeta)>>,
+    /// By the row that is computed.
+    in_flight: HashMap<u64, Flight>,
+    /// By the engine's name: the row, which of its prompts and which completion of it.
+    sequences: HashMap<u64, (u64, usize, usize)>,
+    /// For each step of the job, the steps that it waits for.
+    needs: Vec<Vec<usize>>,
+    /// To the thread that prepares steps.
+    step_tasks: Sender<StepTask>,
     /// Rows of each window that have no record yet.
     open_windows: HashMap<u64, usize>,
     /// Where records are that others may need; not yet in the index.
@@ -81,10 +91,51 @@ pub(super) struct Collector {
     last_step: Instant,
 }
 
+/// A row that is being computed.
+struct Flight {
+    /// The rows that get its completion, itself first, each with its window's number.
+    rows: Vec<(u64, RowMeta)>,
+    /// The completions of each of its prompts so far.
+    results: Vec<Vec<Option<Finished>>>,
+    /// Sequences that have not finished, and steps that are being prepared.
+    n_left: usize,
+    /// By step.
+    answers: Vec<Option<StepAnswer>>,
+    /// By step: whether it is being prepared or was.
+    is_started: Vec<bool>,
+    error: Option<RowError>,
+}
+
+impl Flight {
+    fn new(number: u64, group: Group, n_steps: usize) -> Self {
+        let mut results: Vec<Vec<Option<Finished>>> = group.rows[0].prompts.iter().map(|_| Vec::new()).collect();
+        for &(_, prompt, choice) in &group.sequences {
+            let n_choices = results[prompt].len().max(choice + 1);
+            results[prompt].resize(n_choices, None);
+        }
+        Self {
+            rows: group.rows.into_iter().map(|row| (number, row)).collect(),
+            results,
+            n_left: group.sequences.len(),
+            answers: vec![None; n_steps],
+            is_started: vec![false; n_steps],
+            error: None,
+        }
+    }
+
+    /// Another row gets the same.
+    fn follow(&mut self, number: u64, mut row: RowMeta) {
+        let later = &self.rows[0].1.prompts[row.prompts.len()..];
+        row.prompts.extend(later.iter().map(PromptMeta::shared));
+        self.rows.push((number, row));
+    }
+}
+
 impl Collector {
     /// Nothing in flight.
     pub(super) fn new(
         (journal, index): (Journal, Arc<JobIndex>),
+        (needs, step_tasks): (Vec<Vec<usize>>, Sender<StepTask>),
         answers: Answers,
         progress: Progress,
         n_rows: u64,
@@ -103,6 +154,9 @@ impl Collector {
             stop,
             counts,
             in_flight: HashMap::new(),
+            sequences: HashMap::new(),
+            needs,
+            step_tasks,
             open_windows: HashMap::new(),
             places: Vec::new(),
             n_windows: 0,
@@ -125,7 +179,8 @@ impl Collector {
         loop {
             match events.recv_timeout(TICK) {
                 Ok(Event::Window(window)) => self.open_window(window)?,
-                Ok(Event::Step(finished, stats)) => self.step(&finished, stats)?,
+                Ok(Event::Finished(finished, stats)) => self.take_finished(finished, stats)?,
+                Ok(Event::Prepared(step)) => self.take_prepared(step)?,
                 Ok(Event::FeedEnded(result)) => rows_read = Some(result?),
                 Ok(Event::EngineEnded) => return Ok(End::EngineEnded),
                 Ok(Event::Signal(signal)) => {
@@ -153,20 +208,22 @@ impl Collector {
         self.n_windows += 1;
         self.counts.duplicates += window.n_duplicates;
         self.counts.trie_tokens += window.trie_tokens;
-        self.counts.submitted += window.groups.len() as u64;
+        self.counts.submitted += window.groups.iter().map(|group| group.sequences.len() as u64).sum::<u64>();
         for (row, error) in window.failed {
-            *self.counts.errors.entry(error.code.as_str().to_owned()).or_default() += 1;
-            let record = self.answers.failed(&row, error);
-            self.append(&record)?;
+            self.fail(&row, &error)?;
         }
         let mut n_open = 0;
         for group in window.groups {
-            n_open += group.len();
-            self.in_flight.insert(group[0].row_idx, group.into_iter().map(|meta| (number, meta)).collect());
+            n_open += group.rows.len();
+            let leader = group.rows[0].row_idx;
+            for &(id, prompt, choice) in &group.sequences {
+                self.sequences.insert(id, (leader, prompt, choice));
+            }
+            self.in_flight.insert(leader, Flight::new(number, group, self.needs.len()));
         }
         for (first, meta) in window.followers {
-            if let Some(group) = self.in_flight.get_mut(&first) {
-                group.push((number, meta));
+            if let Some(flight) = self.in_flight.get_mut(&first) {
+                flight.follow(number, meta);
                 n_open += 1;
             } else {
                 self.copy(first, &meta)?;
@@ -182,29 +239,98 @@ impl Collector {
         self.index.add_places(&std::mem::take(&mut self.places))?;
         let place = self.index.place(first)?;
         let place = place.with_context(|| format!("row {} waits for row {first}, which nobody computes", meta.row_idx))?;
-        let record = self.answers.copied(meta, &self.journal.record(place)?)?;
-        if !record.ok {
-            *self.counts.errors.entry(ErrorCode::EngineError.as_str().to_owned()).or_default() += 1;
+        let (record, error) = self.answers.copied(meta, &self.journal.record(place)?)?;
+        if let Some(code) = error {
+            *self.counts.errors.entry(code.as_str().to_owned()).or_default() += 1;
         }
         self.append(&record)
     }
 
-    fn step(&mut self, finished: &[Finished], stats: EngineStats) -> Result<()> {
+    fn fail(&mut self, row: &RowMeta, error: &RowError) -> Result<()> {
+        *self.counts.errors.entry(error.code.as_str().to_owned()).or_default() += 1;
+        let record = self.answers.failed(row, error);
+        self.append(&record)
+    }
+
+    fn take_finished(&mut self, finished: Vec<Finished>, stats: EngineStats) -> Result<()> {
         let now = Instant::now();
         self.counts.waiting_row_seconds += stats.waiting as f64 * (now - self.last_step).as_secs_f64();
         self.last_step = now;
         self.counts.stats = stats;
-        for row in finished {
-            let group = self.in_flight.remove(&row.id).expect("every submission was announced");
-            if row.is_broken {
-                *self.counts.errors.entry(ErrorCode::EngineError.as_str().to_owned()).or_default() += group.len() as u64;
+        for sequence in finished {
+            let (leader, prompt, choice) = self.sequences.remove(&sequence.id).expect("every submission was announced");
+            let flight = self.in_flight.get_mut(&leader).expect("its row is in flight");
+            flight.n_left -= 1;
+            flight.results[prompt][choice] = Some(sequence);
+            if flight.error.is_none() && flight.results[prompt].iter().all(Option::is_some) {
+                self.advance(leader, prompt);
             }
-            for (number, meta) in &group {
-                let record = self.answers.finished(meta, row);
-                self.append(&record)?;
-                *self.open_windows.get_mut(number).expect("its window is open") -= 1;
-                self.close_window_if_finished(*number);
+            self.land_if_complete(leader)?;
+        }
+        Ok(())
+    }
+
+    /// A prompt of the row is completed: the steps that waited for it alone can begin.
+    fn advance(&mut self, leader: u64, prompt: usize) {
+        let flight = self.in_flight.get_mut(&leader).expect("the caller looked");
+        let results: Vec<Finished> = flight.results[prompt].iter().flatten().cloned().collect();
+        flight.error = broken(results.iter());
+        if flight.error.is_some() || self.needs.len() < 2 {
+            return;
+        }
+        let (_, row) = &flight.rows[0];
+        flight.answers[row.prompts[prompt].step] = Some(self.answers.step_answer(&results));
+        let Origin::Dataset { columns: Some(columns) } = &row.origin else { return };
+        for (step, needs) in self.needs.iter().enumerate() {
+            let is_ready = needs.iter().all(|&need| flight.answers[need].is_some());
+            if needs.is_empty() || flight.is_started[step] || !is_ready {
+                continue;
             }
+            flight.is_started[step] = true;
+            flight.n_left += 1; // until it is prepared
+            let task = StepTask { row_idx: leader, step, columns: Arc::clone(columns), answers: flight.answers.clone() };
+            // The stepper may have ended with the engine; then the end comes soon.
+            let _nobody_listens = self.step_tasks.send(task);
+        }
+    }
+
+    fn take_prepared(&mut self, step: PreparedStep) -> Result<()> {
+        let leader = step.row_idx;
+        let flight = self.in_flight.get_mut(&leader).expect("it waits for its step");
+        flight.n_left -= 1;
+        match step.prompt {
+            Err(error) => flight.error = flight.error.take().or(Some(error)),
+            Ok((meta, ids)) => {
+                let prompt = flight.results.len();
+                flight.n_left += ids.len();
+                flight.results.push(ids.iter().map(|_| None).collect());
+                for (i, (_, row)) in flight.rows.iter_mut().enumerate() {
+                    row.prompts.push(if i == 0 { meta.clone() } else { meta.shared() });
+                }
+                self.counts.submitted += ids.len() as u64;
+                self.sequences.extend(ids.into_iter().enumerate().map(|(choice, id)| (id, (leader, prompt, choice))));
+            }
+        }
+        self.land_if_complete(leader)
+    }
+
+    /// Writes the outcome of a row, and of all that share it, once nothing of it is on its way any more.
+    fn land_if_complete(&mut self, leader: u64) -> Result<()> {
+        if self.in_flight.get(&leader).is_none_or(|flight| flight.n_left > 0) {
+            return Ok(());
+        }
+        let flight = self.in_flight.remove(&leader).expect("the row is in flight");
+        let results: Vec<Vec<Finished>> = flight.results.into_iter().map(|all| all.into_iter().flatten().collect()).collect();
+        for (number, row) in &flight.rows {
+            match &flight.error {
+                Some(error) => self.fail(row, error)?,
+                None => {
+                    let record = self.answers.finished(row, &results);
+                    self.append(&record)?;
+                }
+            }
+            *self.open_windows.get_mut(number).expect("its window is open") -= 1;
+            self.close_window_if_finished(*number);
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ impl FeedTimes {
 /// Everything the feeding thread owns.
 pub(super) struct Feed {
     pub(super) source: Source,
-    pub(super) preparer: Preparer,
+    pub(super) preparer: Arc<Preparer>,
     pub(super) index: Arc<JobIndex>,
     pub(super) settings: WindowSettings,
     pub(super) window_rows: usize,
@@ -55,8 +55,7 @@ pub(super) struct Feed {
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(mut self) -> Result<u64> {
-        let mut n_rows = 0;
-        let mut n_open = 0;
+        let (mut n_rows, mut n_open, mut next_id) = (0, 0, 0);
         while !self.stop.load(Relaxed) {
             if n_open == WINDOWS_AHEAD {
                 if self.finished_windows.recv().is_err() {
@@ -66,7 +65,7 @@ impl Feed {
             }
             let Some(rows) = self.read_window(n_rows)? else { break };
             n_rows += rows.len() as u64;
-            let Some(window) = self.prepare_window(rows)? else { continue };
+            let Some(window) = self.prepare_window(rows, &mut next_id)? else { continue };
             n_open += 1;
             if !self.submit(window) {
                 break;
@@ -84,7 +83,7 @@ impl Feed {
     }
 
     /// `None` if an earlier run has finished every row of the window.
-    fn prepare_window(&self, rows: Vec<RawRow>) -> Result<Option<PlannedWindow>> {
+    fn prepare_window(&self, rows: Vec<RawRow>, next_id: &mut u64) -> Result<Option<PlannedWindow>> {
         let start = Instant::now();
         if rows.iter().all(|row| self.done.contains(row.row_idx)) {
             return Ok(None);
@@ -93,7 +92,7 @@ impl Feed {
         let mut rows: Vec<WindowRow> = rows.into_par_iter().map(|row| prepare(preparer, settings, row)).collect();
         refuse_second_uses(&mut rows, &self.index)?;
         find_first(&mut rows, &self.index)?;
-        let window = plan_window(rows, settings, |row_idx| self.done.contains(row_idx));
+        let window = plan_window(rows, settings, next_id, |row_idx| self.done.contains(row_idx));
         self.times.prepare_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
         Ok(Some(window))
     }
@@ -112,7 +111,7 @@ impl Feed {
 fn prepare(preparer: &Preparer, settings: WindowSettings, row: RawRow) -> WindowRow {
     let prepared = match row.content {
         Ok(text) => preparer.prepare(row.row_idx, text),
-        Err(error) => Prepared { origin: preparer.unread_origin(), prompt: Err(error) },
+        Err(error) => Prepared { origin: preparer.unread_origin(), prompts: Err(error) },
     };
     WindowRow::new(row.row_idx, row.file, row.line, prepared, settings)
 }

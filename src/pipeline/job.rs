@@ -1,7 +1,7 @@
 //! What a job is on disk: its files, its identity, and whether it is new, unfinished or done. Knows nothing of models
 //! or engines. Invariant: results are only ever added to by the job that began them.
 
-use super::answer::RESULT_COLUMNS;
+use super::columns::ResultColumns;
 use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
 use super::report::Report;
@@ -11,7 +11,7 @@ use crate::journal::{Input, JobDir, Journal, Manifest};
 use crate::pipeline::spec::{EngineSpec, PipelineSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, bail};
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use arrow::datatypes::{FieldRef, Schema, SchemaRef};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -91,7 +91,7 @@ fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<(
 }
 
 /// What makes two runs the same job: everything that the results depend on. Resources and the output's place do not.
-pub(super) fn manifest(config: &Config, inputs: &Inputs, model: &OpenModel) -> Result<Manifest> {
+pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model: &OpenModel) -> Result<Manifest> {
     let mut spec = config.spec.clone();
     spec.engine = EngineSpec::default();
     spec.output.file = String::new();
@@ -99,7 +99,11 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, model: &OpenModel) -> R
     let fingerprint = &model.fingerprint;
     let pipeline = toml::to_string(&spec).context("cannot write down the pipeline")?;
     // With little memory, rows can't be as long as the model allows: then that is part of what the results depend on.
-    let pipeline = format!("{pipeline}\n[memory]\nmax_context = {}\n", model.memory.max_context);
+    let mut pipeline = format!("{pipeline}\n[memory]\nmax_context = {}\n", model.memory.max_context);
+    if !files_hash.is_empty() {
+        // Examples, schemas and labels that the prompts were made with.
+        pipeline += &format!("\n[files]\nblake3 = {files_hash:?}\n");
+    }
     let mut hasher = blake3::Hasher::new();
     hasher.update(pipeline.as_bytes()).update(fingerprint.to_string().as_bytes());
     for input in &inputs.described {
@@ -185,10 +189,10 @@ fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> 
 ///
 /// # Errors
 /// Input files with different columns, a column type that can't be written, a column named like a result column.
-pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs) -> Result<Option<SchemaRef>> {
+pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs, columns: &ResultColumns) -> Result<Option<SchemaRef>> {
     let spec = &config.spec;
     let is_parquet = |at: &Location| matches!(Format::of(at), Ok(Format::Parquet));
-    let known = spec.prompt.is_some() && is_parquet(&Location::parse(&spec.output.file)?) && inputs.files.iter().all(is_parquet);
+    let known = spec.is_dataset() && is_parquet(&Location::parse(&spec.output.file)?) && inputs.files.iter().all(is_parquet);
     let Some((first, rest)) = inputs.files.split_first().filter(|_| known) else { return Ok(None) };
     let schema = format::schema_of(storage, first)?;
     for file in rest {
@@ -197,34 +201,13 @@ pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs) -> Res
         }
     }
     let mut fields: Vec<FieldRef> = schema.fields().iter().cloned().collect();
-    for field in result_fields(config.defaults.logprobs.is_some()) {
-        let name = format!("{}{}", spec.output.prefix, field.name());
-        if fields.iter().any(|f| *f.name() == name) {
-            bail!("{} has a column {name}, as the results would have; set output.prefix", first.url);
+    for field in columns.fields() {
+        if fields.iter().any(|f| f.name() == field.name()) {
+            bail!("{} has a column {}, as the results would have; set output.prefix", first.url, field.name());
         }
-        fields.push(Arc::new(field.with_name(name)));
+        fields.push(Arc::new(field));
     }
     let schema = Arc::new(Schema::new(fields));
     format::check_schema(&schema)?;
     Ok(Some(schema))
-}
-
-/// The columns that are added to a dataset row, as `answer` writes them.
-fn result_fields(logprobs: bool) -> Vec<Field> {
-    let text = |name: &str| Field::new(name, DataType::Utf8, true);
-    let count = |name: &str| Field::new(name, DataType::Int64, true);
-    let group = |name: &str, fields: Vec<Field>| Field::new(name, DataType::Struct(fields.into()), true);
-    let list = |name: &str, item: DataType| Field::new(name, DataType::List(Arc::new(Field::new("item", item, true))), true);
-    let [completion, finish_reason, usage, logprobs_name, error] = RESULT_COLUMNS;
-    let usage_fields = ["prompt_tokens", "completion_tokens", "cached_tokens", "seed"].map(count).to_vec();
-    let error_fields = vec![text("code"), text("message"), text("param"), text("file"), count("line")];
-    let token = || vec![text("token"), Field::new("logprob", DataType::Float64, true), list("bytes", DataType::Int64)];
-    let mut fields = vec![text(completion), text(finish_reason), group(usage, usage_fields)];
-    if logprobs {
-        let mut with_top = token();
-        with_top.push(list("top_logprobs", DataType::Struct(token().into())));
-        fields.push(list(logprobs_name, DataType::Struct(with_top.into())));
-    }
-    fields.push(group(error, error_fields));
-    fields
 }

@@ -148,4 +148,8 @@ impl TokenTable for Tokenizer {
     fn is_special(&self, id: u32) -> bool {
         Self::is_special(self, id)
     }
+
+    fn end_ids(&self) -> &[u32] {
+        Self::end_ids(self)
+    }
 }

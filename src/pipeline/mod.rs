@@ -4,6 +4,7 @@
 mod answer;
 pub mod bench;
 mod collect;
+mod columns;
 mod feed;
 mod index;
 mod job;
@@ -13,22 +14,25 @@ pub mod progress;
 pub mod report;
 mod signals;
 pub mod spec;
+mod stepper;
+mod steps;
 mod window;
 
 use crate::config::Config;
 use crate::engine::handle::{EngineHandle, panic_message};
 use crate::engine::{Engine, EngineConfig, TokenTable};
-use crate::format::openai_answer::Stamp;
+use crate::format::openai::answer::Stamp;
 use crate::format::{Format, Source};
+use crate::grammar::Grammars;
 use crate::journal::{self, Journal, Manifest, Outputs};
 use crate::model::Runner;
-use crate::prepare::{Preparer, PromptTemplate, RowForm};
+use crate::prepare::{Preparer, RowForm};
 use crate::storage::Storage;
-use crate::text::template::RowTemplate;
 use crate::text::tokenizer::Tokenizer;
-use answer::{Answers, RESULT_COLUMNS};
+use answer::Answers;
 use anyhow::{Context, Result};
 use collect::{Collector, End, Event};
+use columns::ResultColumns;
 use feed::{Feed, FeedTimes};
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
@@ -41,6 +45,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
+use stepper::Stepper;
+use window::WindowSettings;
 
 /// How a job ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,13 +134,17 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let start = Instant::now();
     let inputs = job::inspect_inputs(storage, &config.spec, files)?;
     let inspect = start.elapsed();
-    let form = row_form(config)?;
-    let schema = job::schema(storage, config, &inputs)?;
+    let form = steps::read(config, storage)?;
+    let columns = match &form.rows {
+        RowForm::Requests => ResultColumns::new(&[], &config.spec.output.prefix),
+        RowForm::Dataset(steps) => ResultColumns::new(steps, &config.spec.output.prefix),
+    };
+    let schema = job::schema(storage, config, &inputs, &columns)?;
     let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema };
     let load_start = Instant::now();
     let open = load::open(config)?;
-    let manifest = job::manifest(config, &inputs, &open)?;
-    let requests = matches!(form, RowForm::Requests);
+    let manifest = job::manifest(config, &inputs, &form.files_hash, &open)?;
+    let requests = matches!(form.rows, RowForm::Requests);
     let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, config.restart)? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
         Begin::Work(manifest, journal, index) => (*manifest, *journal, index),
@@ -154,26 +164,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         kv_tokens: open.memory.kv_tokens(),
     };
     let run = Run { config, storage, files, inputs, outputs, manifest };
-    run.work(open, form, (journal, index), measured, load_start)
-}
-
-/// How the rows of the job are read.
-fn row_form(config: &Config) -> Result<RowForm> {
-    let Some(prompt) = &config.spec.prompt else { return Ok(RowForm::Requests) };
-    let compile = |key: &str, source: &str| RowTemplate::compile(source).with_context(|| format!("prompt.{key}"));
-    if let Some(text) = &prompt.text {
-        return Ok(RowForm::Dataset(Box::new(PromptTemplate::Text(Box::new(compile("text", text)?)))));
-    }
-    let mut messages = Vec::new();
-    for (role, source) in [("system", &prompt.system), ("user", &prompt.user)] {
-        if let Some(source) = source {
-            messages.push((role.to_owned(), compile(role, source)?));
-        }
-    }
-    for message in &prompt.messages {
-        messages.push((message.role.clone(), compile("messages", &message.content)?));
-    }
-    Ok(RowForm::Dataset(Box::new(PromptTemplate::Messages(messages))))
+    run.work(open, (form.rows, columns), (journal, index), measured, load_start)
 }
 
 /// A job that is under way.
@@ -203,6 +194,7 @@ struct Measured {
 struct Threads {
     engine: Arc<EngineHandle>,
     feed: std::thread::JoinHandle<()>,
+    stepper: std::thread::JoinHandle<()>,
     events: Receiver<Event>,
 }
 
@@ -210,7 +202,7 @@ impl Run<'_> {
     fn work(
         &self,
         open: OpenModel,
-        form: RowForm,
+        (form, columns): (RowForm, ResultColumns),
         (journal, index): (Journal, JobIndex),
         mut measured: Measured,
         load_start: Instant,
@@ -223,29 +215,42 @@ impl Run<'_> {
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         let (runner, template) = load::load(open, self.config, &measured.meter)?;
         measured.load = load_start.elapsed();
-        let preparer = Preparer {
+        let needs = match &form {
+            RowForm::Requests => Vec::new(),
+            RowForm::Dataset(steps) => steps.iter().map(|step| step.needs.clone()).collect(),
+        };
+        let settings = self.window_settings(&form);
+        let preparer = Arc::new(Preparer {
             form,
             tokenizer: Arc::clone(&tokenizer),
             template,
+            grammars: Grammars::new(Arc::clone(&tokenizer)),
             model: local.clone(),
-            result_columns: self.result_columns(),
+            result_columns: columns.names(),
             defaults: self.config.defaults.clone(),
             max_context: memory.max_context,
             max_context_reason: memory.max_context_reason,
-        };
+        });
+        preparer.check_formats()?;
+        let (step_tasks, tasks) = channel();
         let (window_finished, finished_windows) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(journal.done_rows().clone());
-        let (answers, progress) = (self.answers(&local.name, &tokenizer), Progress::new(self.config.quiet));
+        let (answers, progress) = (self.answers(&local.name, &tokenizer, columns), Progress::new(self.config.quiet));
         let index = Arc::new(index);
         let indexed = (journal, Arc::clone(&index));
-        let mut collector = Collector::new(indexed, answers, progress, self.inputs.n_rows, window_finished, Arc::clone(&stop));
-        let feed = |engine, events| {
-            Ok(Feed {
+        let n_rows = self.inputs.n_rows;
+        let mut collector =
+            Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, window_finished, Arc::clone(&stop));
+        let stepper = Arc::clone(&preparer);
+        let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
+            let job_seed = self.manifest.job_seed;
+            let stepper = Stepper { preparer: stepper, engine: Arc::clone(&engine), tasks, events: events.clone(), job_seed };
+            let feed = Feed {
                 source: Source::open(self.storage, &self.inputs.files, self.inputs.limits)?,
                 preparer,
                 index: Arc::clone(&index),
-                settings: window::WindowSettings { job_seed: self.manifest.job_seed, dedup: self.config.spec.job.dedup },
+                settings,
                 window_rows: self.config.spec.job.window_rows,
                 window_bytes: self.config.spec.job.window_bytes,
                 limit: self.config.spec.input.limit.unwrap_or(u64::MAX),
@@ -255,7 +260,8 @@ impl Run<'_> {
                 finished_windows,
                 stop,
                 times: Arc::clone(&measured.feed),
-            })
+            };
+            Ok((feed, stepper))
         };
         let threads = self.start(runner, tokenizer, feed)?;
         let end = collector.run(&threads.events);
@@ -276,7 +282,7 @@ impl Run<'_> {
         &self,
         runner: Box<dyn Runner>,
         tokens: Arc<dyn TokenTable>,
-        feed: impl FnOnce(Arc<EngineHandle>, Sender<Event>) -> Result<Feed>,
+        feed: impl FnOnce(Arc<EngineHandle>, Sender<Event>) -> Result<(Feed, Stepper)>,
     ) -> Result<Threads> {
         let (sender, events) = channel();
         let mut engine_config = EngineConfig::for_runner(&runner.limits());
@@ -286,7 +292,9 @@ impl Run<'_> {
         let to_collector = EngineEvents(sender.clone());
         let deliver = Box::new(move |finished: &mut Vec<_>, stats: &_| to_collector.step(std::mem::take(finished), *stats));
         let engine = Arc::new(EngineHandle::start(engine, deliver)?);
-        let feed = feed(Arc::clone(&engine), sender.clone())?;
+        let (feed, stepper) = feed(Arc::clone(&engine), sender.clone())?;
+        let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || stepper.run());
+        let stepper = stepper.context("cannot start the thread of later steps")?;
         signals::listen(sender.clone())?;
         let thread = std::thread::Builder::new().name("feed".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| feed.run()));
@@ -295,7 +303,7 @@ impl Run<'_> {
             // The collector may be gone already, after a signal.
             let _nobody_listens = sender.send(Event::FeedEnded(result));
         });
-        Ok(Threads { engine, feed: thread.context("cannot start the feed thread")?, events })
+        Ok(Threads { engine, feed: thread.context("cannot start the feed thread")?, stepper, events })
     }
 
     /// Writes the final files and the report, then removes the journal.
@@ -368,25 +376,26 @@ impl Run<'_> {
         }
     }
 
-    fn answers(&self, model: &str, tokenizer: &Arc<Tokenizer>) -> Answers {
+    fn answers(&self, model: &str, tokenizer: &Arc<Tokenizer>, columns: ResultColumns) -> Answers {
         let stamp = Stamp {
             job_fingerprint: self.manifest.job_fingerprint.clone(),
             created: self.manifest.created_unix_s,
             model: model.to_owned(),
             system_fingerprint: self.manifest.model_fingerprint.clone(),
         };
-        Answers {
-            stamp,
-            tokenizer: Arc::clone(tokenizer),
-            prefix: self.config.spec.output.prefix.clone(),
-            logprobs_column: self.config.defaults.logprobs.is_some(),
-        }
+        Answers { stamp, tokenizer: Arc::clone(tokenizer), columns }
     }
 
-    fn result_columns(&self) -> Vec<String> {
-        let logprobs = self.config.defaults.logprobs.is_some();
-        let names = RESULT_COLUMNS.iter().filter(|&&name| name != "logprobs" || logprobs);
-        names.map(|name| format!("{}{name}", self.config.spec.output.prefix)).collect()
+    fn window_settings(&self, form: &RowForm) -> WindowSettings {
+        let (has_steps, all_deterministic) = match form {
+            RowForm::Requests => (false, true),
+            RowForm::Dataset(steps) => {
+                (steps.iter().any(|s| !s.needs.is_empty()), steps.iter().all(|s| s.params.is_deterministic()))
+            }
+        };
+        // Which rows are identical must be known before later steps are.
+        let dedup = self.config.spec.job.dedup && (!has_steps || all_deterministic);
+        WindowSettings { job_seed: self.manifest.job_seed, dedup, has_steps }
     }
 }
 
@@ -396,7 +405,7 @@ struct EngineEvents(Sender<Event>);
 impl EngineEvents {
     fn step(&self, finished: Vec<crate::engine::Finished>, stats: crate::engine::EngineStats) {
         // Nobody listens after a stop; the rows are computed again later.
-        let _nobody_listens = self.0.send(Event::Step(finished, stats));
+        let _nobody_listens = self.0.send(Event::Finished(finished, stats));
     }
 }
 
@@ -412,6 +421,7 @@ impl Threads {
         self.engine.abort();
         drop(self.events);
         self.feed.join().map_err(|_| anyhow::anyhow!("the feed thread panicked"))?;
+        self.stepper.join().map_err(|_| anyhow::anyhow!("the thread of later steps panicked"))?;
         let engine = Arc::into_inner(self.engine).context("the feed has ended and let go of the engine")?;
         engine.drain().map(drop)
     }

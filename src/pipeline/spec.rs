@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use toml::{Table, Value};
 
@@ -12,9 +13,12 @@ use toml::{Table, Value};
 pub struct PipelineSpec {
     /// What is read.
     pub input: InputSpec,
-    /// How a dataset row becomes a prompt; without it, rows are requests in `OpenAI` Batch form.
+    /// How a dataset row becomes a prompt; without it and `step`, rows are requests in `OpenAI` Batch form.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<PromptSpec>,
+    /// Several prompts per row, each with a name; one that uses another's answer waits for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub step: Vec<StepSpec>,
     /// What is written.
     pub output: OutputSpec,
     /// Which model runs.
@@ -49,8 +53,22 @@ fn default_max_line_bytes() -> usize {
     16 << 20
 }
 
+/// `[[step]]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepSpec {
+    /// Put before the names of its result columns; other steps' templates say `steps.NAME.completion` and
+    /// `steps.NAME.parsed`.
+    pub name: String,
+    /// What the model is given.
+    pub prompt: PromptSpec,
+    /// What differs from `[sampling]`.
+    #[serde(default)]
+    pub sampling: SamplingSpec,
+}
+
 /// `[prompt]`: templates (minijinja) over a row's columns. Either `text`, or `user` with an optional `system`, or
-/// `messages`.
+/// `messages`, or `messages_column`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptSpec {
@@ -66,6 +84,67 @@ pub struct PromptSpec {
     /// Any chat.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<MessageSpec>,
+    /// A column that holds a chat: a list of `{role, content}`. `system` may stand before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages_column: Option<String>,
+    /// Worked examples, as turns before the row's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub few_shot: Option<FewShotSpec>,
+    /// Text that the answer begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<String>,
+    /// Text that is scored as the answer; nothing is generated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continuation: Option<String>,
+    /// What the answer must be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<FormatSpec>,
+}
+
+/// `[prompt.few_shot]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FewShotSpec {
+    /// A JSONL file of examples; relative paths as for inputs.
+    pub file: String,
+    /// Only the first so many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n: Option<usize>,
+    /// Template of an example's question; without it, the prompt's own `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Template of its answer.
+    pub assistant: String,
+}
+
+/// `[prompt.format]`: one of these.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FormatSpec {
+    /// JSON of a schema: the schema itself, or a file that holds it. The answer becomes typed columns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub json_schema: Option<Value>,
+    /// Any JSON object.
+    pub json_object: bool,
+    /// Text that matches as a whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub regex: Option<String>,
+    /// Text of a grammar, in llguidance's variant of Lark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grammar: Option<String>,
+    /// One of these texts; or a file with one on each line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choices: Option<Choices>,
+}
+
+/// `choices = […]` or `choices = "file"`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Choices {
+    /// The texts.
+    List(Vec<String>),
+    /// A file.
+    File(String),
 }
 
 /// One message of `[[prompt.messages]]`.
@@ -112,6 +191,12 @@ pub struct SamplingSpec {
     /// Most tokens per completion; without it, what the context leaves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
+    /// No end token before so many tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_tokens: Option<u32>,
+    /// Completions per prompt; the result columns are lists if more than 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n: Option<u32>,
     /// 0 (greedy) to 2; without it, 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
@@ -121,14 +206,30 @@ pub struct SamplingSpec {
     /// 0 is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
+    /// 0 to 1; 0 is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    /// −2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub presence_penalty: Option<f32>,
+    /// −2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frequency_penalty: Option<f32>,
+    /// Over 0; 1 is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f32>,
+    /// Token ids to what is added to their logits.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub logit_bias: BTreeMap<String, f32>,
     /// One seed for every row; without it, each row's is derived from `job.seed` and the row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// Texts that end a completion.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub stop: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop: Option<Vec<String>>,
     /// Go on after end tokens.
-    pub ignore_eos: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ignore_eos: Option<bool>,
     /// Log-probabilities with this many alternatives per token (dataset rows).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u8>,
@@ -173,6 +274,37 @@ pub struct JobSpec {
 impl Default for JobSpec {
     fn default() -> Self {
         Self { seed: 0, window_rows: 32_768, window_bytes: 64 << 20, dedup: true }
+    }
+}
+
+impl SamplingSpec {
+    /// These settings, and `base` where they say nothing.
+    pub fn over(&self, base: &Self) -> Self {
+        let own = self.clone();
+        Self {
+            max_tokens: own.max_tokens.or(base.max_tokens),
+            min_tokens: own.min_tokens.or(base.min_tokens),
+            n: own.n.or(base.n),
+            temperature: own.temperature.or(base.temperature),
+            top_p: own.top_p.or(base.top_p),
+            top_k: own.top_k.or(base.top_k),
+            min_p: own.min_p.or(base.min_p),
+            presence_penalty: own.presence_penalty.or(base.presence_penalty),
+            frequency_penalty: own.frequency_penalty.or(base.frequency_penalty),
+            repetition_penalty: own.repetition_penalty.or(base.repetition_penalty),
+            logit_bias: if own.logit_bias.is_empty() { base.logit_bias.clone() } else { own.logit_bias },
+            seed: own.seed.or(base.seed),
+            stop: own.stop.or_else(|| base.stop.clone()),
+            ignore_eos: own.ignore_eos.or(base.ignore_eos),
+            logprobs: own.logprobs.or(base.logprobs),
+        }
+    }
+}
+
+impl PipelineSpec {
+    /// Whether rows are dataset rows rather than requests.
+    pub fn is_dataset(&self) -> bool {
+        self.prompt.is_some() || !self.step.is_empty()
     }
 }
 

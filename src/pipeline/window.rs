@@ -1,15 +1,16 @@
 //! One window of a job: rows that are prepared and planned together. Turns them into what the engine is to run, in
-//! order, and what is known of each row for its answer. Pure but for the table of seen ids.
+//! order, and what is known of each row for its answer. Pure but for the job's index.
 //! Invariant: a row's `cached_tokens`, seed and error are functions of the window's rows alone, whatever part of them
 //! an earlier run has done already.
 
-use super::answer::RowMeta;
+use super::answer::{PromptMeta, RowMeta};
 use super::index::JobIndex;
 use crate::engine::Submission;
 use crate::engine::sampling::SeqParams;
 use crate::outcome::{ErrorCode, RowError};
 use crate::plan::{Plan, PlanRow, plan};
 use crate::prepare::{Origin, Prepared, Prompt};
+use crate::request::MAX_CHOICES;
 use crate::window::Class;
 use anyhow::Result;
 use std::collections::HashMap;
@@ -35,9 +36,9 @@ pub(super) struct WindowRow {
 pub(super) struct PlannedWindow {
     /// Rows without a prompt.
     pub(super) failed: Vec<(RowMeta, RowError)>,
-    /// Rows to be run, each with the rows that get the same completion; the first row's index is the id.
-    pub(super) groups: Vec<Vec<RowMeta>>,
-    /// What the engine is to run, in plan order, one per group.
+    /// Rows to be run, each with the rows that get the same completion.
+    pub(super) groups: Vec<Group>,
+    /// What the engine is to run, in plan order.
     pub(super) submissions: Vec<Submission>,
     /// Rows that get the completion of a row of an earlier window, or of one that an earlier run has done; with that row.
     pub(super) followers: Vec<(u64, RowMeta)>,
@@ -47,6 +48,14 @@ pub(super) struct PlannedWindow {
     pub(super) trie_tokens: u64,
 }
 
+/// Rows that get the same completion.
+pub(super) struct Group {
+    /// The first one's prompts are run.
+    pub(super) rows: Vec<RowMeta>,
+    /// The engine's name of each sequence, with the prompt and the choice that it is.
+    pub(super) sequences: Vec<(u64, usize, usize)>,
+}
+
 /// Settings of the job that a window needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WindowSettings {
@@ -54,21 +63,24 @@ pub(super) struct WindowSettings {
     pub(super) job_seed: u64,
     /// Whether identical rows are computed once.
     pub(super) dedup: bool,
+    /// Whether some prompts are made of others' answers.
+    pub(super) has_steps: bool,
 }
 
 impl WindowRow {
     /// A row as it was prepared.
     pub(super) fn new(row_idx: u64, file: Arc<str>, line: u64, prepared: Prepared, settings: WindowSettings) -> Self {
-        let prompt = prepared.prompt.as_ref().ok().filter(|prompt| settings.dedup && prompt.params.is_deterministic());
-        let key = prompt.map(|prompt| content_key(prompt, &prepared.origin));
+        let prompts = prepared.prompts.as_ref().ok();
+        let prompts = prompts.filter(|prompts| settings.dedup && prompts.iter().all(|p| p.params.is_deterministic()));
+        let key = prompts.map(|prompts| content_key(prompts, &prepared.origin, settings.has_steps));
         Self { row_idx, file, line, prepared, key, first: row_idx }
     }
 }
 
-/// A row that has a prompt.
+/// A row that has prompts.
 struct Ready {
     meta: RowMeta,
-    prompt: Prompt,
+    prompts: Vec<Prompt>,
     first: u64,
     done: bool,
 }
@@ -80,11 +92,14 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Re
         _ => None,
     };
     let ids: Vec<(usize, String)> = rows.iter().enumerate().filter_map(|(i, row)| Some((i, id(row)?))).collect();
+    if ids.is_empty() {
+        return Ok(());
+    }
     let first = index.first_of_ids(ids.iter().map(|(i, id)| (rows[*i].row_idx, id.as_str())))?;
     for ((i, id), first) in ids.iter().zip(first) {
         if first < rows[*i].row_idx {
             let message = format!("{id:?} was used by an earlier row (row {first}, counted from 0)");
-            rows[*i].prepared.prompt = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
+            rows[*i].prepared.prompts = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
         }
     }
     Ok(())
@@ -92,44 +107,41 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Re
 
 /// Finds each row's first of the same content. Must see the windows in order, but for those that the index knows.
 pub(super) fn find_first(rows: &mut [WindowRow], index: &JobIndex) -> Result<()> {
-    let mut keyed: Vec<&mut WindowRow> = rows.iter_mut().filter(|row| row.key.is_some() && row.prepared.prompt.is_ok()).collect();
+    let mut keyed: Vec<&mut WindowRow> =
+        rows.iter_mut().filter(|row| row.key.is_some() && row.prepared.prompts.is_ok()).collect();
     let uses: Vec<(u64, u128)> = keyed.iter().filter_map(|row| Some((row.row_idx, row.key?))).collect();
+    if uses.is_empty() {
+        return Ok(());
+    }
     for (row, first) in keyed.iter_mut().zip(index.first_of_contents(&uses)?) {
         row.first = first;
     }
     Ok(())
 }
 
-/// Plans a window; `is_done` rows take part in the plan but are not run.
-pub(super) fn plan_window(rows: Vec<WindowRow>, settings: WindowSettings, is_done: impl Fn(u64) -> bool) -> PlannedWindow {
+/// Plans a window; `is_done` rows take part in the plan but are not run. Sequences are named from `next_id` on.
+pub(super) fn plan_window(
+    rows: Vec<WindowRow>,
+    settings: WindowSettings,
+    next_id: &mut u64,
+    is_done: impl Fn(u64) -> bool,
+) -> PlannedWindow {
     let mut window = PlannedWindow::default();
     let mut ready = Vec::new();
     let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
         let done = is_done(row.row_idx);
-        let mut meta = RowMeta {
-            row_idx: row.row_idx,
-            file: row.file,
-            line: row.line,
-            origin: row.prepared.origin,
-            prompt_tokens: 0,
-            cached_tokens: 0,
-            seed: None,
-            logprobs: false,
-            key: row.key,
-        };
-        match row.prepared.prompt {
+        let WindowRow { row_idx, file, line, prepared, key, first } = row;
+        let mut meta = RowMeta { row_idx, file, line, origin: prepared.origin, prompts: Vec::new(), key };
+        match prepared.prompts {
             Err(_) if done => {}
             Err(error) => window.failed.push((RowMeta { key: None, ..meta }, error)),
-            Ok(prompt) => {
-                meta.prompt_tokens = prompt.tokens.len() as u32;
-                meta.seed = (prompt.params.temperature > 0.0)
-                    .then(|| prompt.params.seed.unwrap_or_else(|| derived_seed(settings.job_seed, row.row_idx)));
-                meta.logprobs = prompt.params.logprobs.is_some();
-                if row.first >= start {
-                    ready.push(Ready { meta, prompt, first: row.first, done });
+            Ok(prompts) => {
+                meta.prompts = prompts.iter().map(|prompt| PromptMeta::new(prompt, settings.job_seed, row_idx)).collect();
+                if first >= start {
+                    ready.push(Ready { meta, prompts, first, done });
                 } else if !done {
-                    window.follow(row.first, meta);
+                    window.follow(first, meta);
                 }
             }
         }
@@ -146,9 +158,9 @@ pub(super) fn plan_window(rows: Vec<WindowRow>, settings: WindowSettings, is_don
             window.follow(row.first, row.meta);
         }
         let left = Arrangement::of(&ready);
-        left.submit(ready, keep_at_end, &mut window);
+        left.submit(ready, keep_at_end, next_id, &mut window);
     } else {
-        all.submit(ready, keep_at_end, &mut window);
+        all.submit(ready, keep_at_end, next_id, &mut window);
     }
     window
 }
@@ -156,7 +168,7 @@ pub(super) fn plan_window(rows: Vec<WindowRow>, settings: WindowSettings, is_don
 impl PlannedWindow {
     /// The row gets the completion of row `first`.
     fn follow(&mut self, first: u64, mut meta: RowMeta) {
-        meta.cached_tokens = meta.prompt_tokens;
+        meta.share_all();
         meta.key = None;
         self.n_duplicates += 1;
         self.followers.push((first, meta));
@@ -167,73 +179,115 @@ impl PlannedWindow {
 struct Arrangement {
     /// Indices of rows that get the same completion; the first of a group is computed.
     groups: Vec<Vec<usize>>,
-    /// The order of the groups.
+    /// The (group, prompt) of each of the plan's rows.
+    prompts: Vec<(usize, usize)>,
+    /// The order of the prompts.
     plan: Plan,
 }
 
 impl Arrangement {
     fn of(ready: &[Ready]) -> Self {
         let groups = group_identical(ready);
-        let leaders: Vec<_> = groups.iter().map(|group| plan_row(&ready[group[0]])).collect();
-        let plan = plan(&leaders);
-        Self { groups, plan }
+        let mut prompts = Vec::with_capacity(groups.len());
+        for (group, rows) in groups.iter().enumerate() {
+            prompts.extend((0..ready[rows[0]].prompts.len()).map(|prompt| (group, prompt)));
+        }
+        let rows: Vec<_> = prompts.iter().map(|&(group, prompt)| plan_row(&ready[groups[group][0]].prompts[prompt])).collect();
+        let plan = plan(&rows);
+        Self { groups, prompts, plan }
     }
 
     /// Sets every row's `cached_tokens` to what the plan shares.
     fn set_cached_tokens(&self, ready: &mut [Ready]) {
         for (&place, &shared) in self.plan.order.iter().zip(&self.plan.shared_tokens) {
-            let leader = &mut ready[self.groups[place as usize][0]].meta;
-            // The last prompt token is always computed: its logits are the first token's.
-            leader.cached_tokens = shared.min(leader.prompt_tokens - 1);
+            let (group, prompt) = self.prompts[place as usize];
+            let leader = &mut ready[self.groups[group][0]];
+            // The last prompt token is always computed: its logits are the first token's. So are scored ones.
+            let n_tokens = leader.prompts[prompt].tokens.len() as u32;
+            let most = leader.prompts[prompt].score_from.unwrap_or(n_tokens).min(n_tokens) - 1;
+            leader.meta.prompts[prompt].cached_tokens = shared.min(most);
         }
         for &i in self.groups.iter().flat_map(|group| &group[1..]) {
-            ready[i].meta.cached_tokens = ready[i].meta.prompt_tokens;
+            ready[i].meta.share_all();
         }
     }
 
     /// Makes the engine's work of the rows.
-    fn submit(self, ready: Vec<Ready>, keep_at_end: u32, window: &mut PlannedWindow) {
+    fn submit(self, ready: Vec<Ready>, keep_at_end: u32, next_id: &mut u64, window: &mut PlannedWindow) {
         window.trie_tokens = self.plan.trie_tokens;
-        for (place, &group) in self.plan.order.iter().enumerate() {
-            let row = &ready[self.groups[group as usize][0]];
+        let mut sequences: Vec<Vec<(u64, usize, usize)>> = self.groups.iter().map(|_| Vec::new()).collect();
+        for (place, &planned) in self.plan.order.iter().enumerate() {
+            let (group, prompt_idx) = self.prompts[planned as usize];
+            let row = &ready[self.groups[group][0]];
+            let prompt = &row.prompts[prompt_idx];
             let keep_tokens = self.plan.shared_tokens.get(place + 1).copied().unwrap_or(keep_at_end);
-            window.submissions.push(submission(row, keep_tokens));
+            let n_choices = n_computed(prompt);
+            for choice in 0..n_choices {
+                // All choices but the last are followed by one with the same prompt.
+                let keep_tokens = if choice + 1 < n_choices { prompt.tokens.len() as u32 } else { keep_tokens };
+                let draw = (row.meta.prompts[prompt_idx].seed, draw_number(prompt, prompt_idx, choice));
+                let submission = submission(*next_id, prompt, draw, keep_tokens);
+                window.submissions.push(submission);
+                sequences[group].push((*next_id, prompt_idx, choice));
+                *next_id += 1;
+            }
         }
         let mut metas: Vec<Option<RowMeta>> = ready.into_iter().map(|row| Some(row.meta)).collect();
-        for group in self.groups {
+        for (group, sequences) in self.groups.into_iter().zip(sequences) {
             window.n_duplicates += group.len() as u64 - 1;
-            let mut group: Vec<RowMeta> = group.into_iter().filter_map(|i| metas[i].take()).collect();
-            group[1..].iter_mut().for_each(|meta| meta.key = None);
-            window.groups.push(group);
+            let mut rows: Vec<RowMeta> = group.into_iter().filter_map(|i| metas[i].take()).collect();
+            rows[1..].iter_mut().for_each(|meta| meta.key = None);
+            window.groups.push(Group { rows, sequences });
         }
     }
 }
 
-fn submission(row: &Ready, keep_tokens: u32) -> Submission {
-    let params = &row.prompt.params;
+/// Completions of a prompt that are computed: greedy ones are all the same.
+pub(super) fn n_computed(prompt: &Prompt) -> usize {
+    if prompt.params.temperature == 0.0 { 1 } else { prompt.params.n as usize }
+}
+
+/// Which of its row's completions one is: draws with the same seed differ by it.
+pub(super) fn draw_number(prompt: &Prompt, prompt_idx: usize, choice: usize) -> u32 {
+    // Requests have one step and perhaps several prompts; dataset rows one prompt per step.
+    (prompt_idx.max(prompt.step) as u32) * MAX_CHOICES + choice as u32
+}
+
+/// The engine's work for one completion; `draw` is the row's seed and which of its completions it is.
+pub(super) fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_tokens: u32) -> Submission {
+    let params = &prompt.params;
     Submission {
-        id: row.meta.row_idx,
-        prompt: Arc::clone(&row.prompt.tokens),
+        id,
+        prompt: Arc::clone(&prompt.tokens),
         params: SeqParams {
-            max_tokens: row.prompt.max_tokens,
+            max_tokens: prompt.max_tokens,
             temperature: params.temperature,
             top_p: params.top_p,
             top_k: params.top_k,
-            seed: row.meta.seed.unwrap_or(0),
-            choice: 0,
+            min_p: params.min_p,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            repetition_penalty: params.repetition_penalty,
+            logit_bias: params.logit_bias.clone(),
+            min_tokens: params.min_tokens,
+            stop_tokens: params.stop_tokens.clone(),
+            score_from: prompt.score_from,
+            grammar: prompt.grammar.clone(),
+            seed: draw.0.unwrap_or(0),
+            choice: draw.1,
             stop: params.stop.clone(),
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
         },
         class: Class::Batch,
         keep_tokens,
-        stream: 0,
+        stream: prompt.step as u32,
     }
 }
 
-fn plan_row(row: &Ready) -> PlanRow<'_> {
-    let output = if row.prompt.params.ignore_eos { row.prompt.max_tokens } else { row.prompt.max_tokens.min(EXPECTED_TOKENS) };
-    PlanRow { tokens: &row.prompt.tokens, predicted_tokens: row.meta.prompt_tokens + output }
+fn plan_row(prompt: &Prompt) -> PlanRow<'_> {
+    let output = if prompt.params.ignore_eos { prompt.max_tokens } else { prompt.max_tokens.min(EXPECTED_TOKENS) };
+    PlanRow { tokens: &prompt.tokens, predicted_tokens: prompt.tokens.len() as u32 + output }
 }
 
 /// Indices of rows that get the same completion, in input order.
@@ -250,20 +304,37 @@ fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
     groups
 }
 
-/// Hash of all that a completion and its form depend on, besides the model: 128 bits of BLAKE3, collisions are out of
-/// reach.
-fn content_key(prompt: &Prompt, origin: &Origin) -> u128 {
+/// Hash of all that a row's completions and their form depend on, besides the model: 128 bits of BLAKE3, collisions are
+/// out of reach. Where later prompts are made of the row's columns, of all of them.
+fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
     let mut hasher = blake3::Hasher::new();
-    if let Origin::Request { endpoint, .. } = origin {
-        hasher.update(format!("{endpoint:?}").as_bytes());
+    match origin {
+        Origin::Request { endpoint, echo, .. } => {
+            hasher.update(format!("{endpoint:?}{echo:?}").as_bytes());
+        }
+        Origin::Dataset { columns } if has_steps => {
+            hasher.update(columns.as_deref().unwrap_or_default().as_bytes());
+        }
+        Origin::Dataset { .. } => {}
     }
-    for id in prompt.tokens.iter() {
-        hasher.update(&id.to_le_bytes());
+    for prompt in prompts {
+        hasher.update(&(prompt.tokens.len() as u64).to_le_bytes());
+        for id in prompt.tokens.iter() {
+            hasher.update(&id.to_le_bytes());
+        }
+        hasher.update(
+            format!("{:?}/{}/{:?}/{:?}", prompt.params, prompt.max_tokens, prompt.score_from, prompt.call_format).as_bytes(),
+        );
     }
-    hasher.update(format!("{:?}/{}", prompt.params, prompt.max_tokens).as_bytes());
     let hash = hasher.finalize();
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     u128::from_le_bytes(*key)
+}
+
+/// The seed that a prompt's tokens are drawn with; `None` if none is drawn.
+pub(super) fn draw_seed(prompt: &Prompt, job_seed: u64, row_idx: u64) -> Option<u64> {
+    let is_drawn = prompt.params.temperature > 0.0 && prompt.max_tokens > 0;
+    is_drawn.then(|| prompt.params.seed.unwrap_or_else(|| derived_seed(job_seed, row_idx)))
 }
 
 /// The seed of a row that names none (exactness.md, R7).

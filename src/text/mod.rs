@@ -3,3 +3,4 @@
 
 pub mod template;
 pub mod tokenizer;
+pub mod tool_calls;

@@ -4,7 +4,8 @@
 
 use crate::gguf::Gguf;
 use crate::outcome::{ErrorCode, RowError};
-use crate::request::Message;
+use crate::request::{ChatOptions, Message, ToolChoice};
+use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result, anyhow, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
@@ -19,6 +20,7 @@ use std::io;
 pub struct ChatTemplate {
     /// The compiled template, or why this model can render no messages.
     environment: Result<Environment<'static>, String>,
+    call_format: Option<CallFormat>,
     hash: String,
 }
 
@@ -41,7 +43,10 @@ impl ChatTemplate {
         }
         Ok(match gguf.str("tokenizer.chat_template") {
             Some(source) => Self::new(source, &specials),
-            None => Self { environment: Err("the model has no chat template: give it raw prompts".to_owned()), hash: hash(&[]) },
+            None => {
+                let environment = Err("the model has no chat template: give it raw prompts".to_owned());
+                Self { environment, call_format: None, hash: hash(&[]) }
+            }
         })
     }
 
@@ -61,19 +66,53 @@ impl ChatTemplate {
             Ok(()) => Ok(environment),
             Err(error) => Err(format!("the model's chat template does not compile: {error}")),
         };
-        Self { environment, hash: hash(&parts) }
+        Self { environment, call_format: CallFormat::of_template(source), hash: hash(&parts) }
+    }
+
+    /// How the model writes function calls; `None` if its template does not teach it.
+    pub fn call_format(&self) -> Option<CallFormat> {
+        self.call_format
+    }
+
+    /// Renders a chat, with the assistant's turn opened at the end, or its last turn left open.
+    ///
+    /// # Errors
+    /// `TemplateError` if the model has no usable template or the template refuses the messages.
+    pub fn render_chat(&self, messages: &[Message], chat: &ChatOptions) -> Result<String, RowError> {
+        if !chat.continue_final {
+            return self.render(messages, true, chat);
+        }
+        let refuse = |message: &str| Err(RowError::row(ErrorCode::TemplateError, message));
+        let Some(last) = messages.last().filter(|last| last.role == "assistant") else {
+            return refuse("only a last message of the assistant's can be gone on with");
+        };
+        let text = self.render(messages, false, chat)?;
+        // The template closes the turn after its text.
+        match last.content.trim() {
+            "" => refuse("the assistant's message to go on with is empty"),
+            content => match text.rfind(content) {
+                Some(start) => Ok(text[..start + content.len()].to_owned()),
+                None => refuse("the model's chat template changes the assistant's message: it can't be gone on with"),
+            },
+        }
     }
 
     /// Renders a chat. `add_generation_prompt` opens the assistant's turn at the end.
     ///
     /// # Errors
     /// `TemplateError` if the model has no usable template or the template refuses the messages.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, RowError> {
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool, chat: &ChatOptions) -> Result<String, RowError> {
         let refuse = |message: String| RowError::row(ErrorCode::TemplateError, message);
         let environment = self.environment.as_ref().map_err(|why| refuse(why.clone()))?;
         let messages: Vec<Value> = messages.iter().map(message_value).collect();
         // transformers always passes tools and documents, as none if there are none.
-        let context = context! { messages, add_generation_prompt, tools => (), documents => () };
+        let tools = if chat.tools.is_empty() || chat.tool_choice == ToolChoice::None {
+            Value::from(())
+        } else {
+            Value::from(Serde(&chat.tools))
+        };
+        let own = context! { messages, add_generation_prompt, tools, documents => () };
+        let context = context! { ..own, ..Value::from(Serde(&chat.template_kwargs)) };
         compiled(environment)
             .render(context)
             .map_err(|error| refuse(format!("the model's chat template refused the messages: {error}")))
@@ -109,6 +148,21 @@ impl RowTemplate {
         columns.sort_unstable();
         ensure!(!source.trim().is_empty(), "the template is empty");
         Ok(Self { environment, columns })
+    }
+
+    /// Names under `root` that the template uses (`root.NAME…`), sorted.
+    pub fn names_under(&self, root: &str) -> Vec<String> {
+        let nested = compiled(&self.environment).undeclared_variables(true);
+        let under = nested.iter().filter_map(|path| path.strip_prefix(root)?.strip_prefix('.'));
+        let mut names: Vec<String> = under.map(|rest| rest.split('.').next().unwrap_or(rest).to_owned()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// Whether the template takes `name` from the row.
+    pub fn uses(&self, name: &str) -> bool {
+        self.columns.iter().any(|column| column == name)
     }
 
     /// Renders one row.
@@ -152,13 +206,21 @@ fn compiled<'a>(environment: &'a Environment<'static>) -> minijinja::Template<'a
 }
 
 fn message_value(message: &Message) -> Value {
-    let Message { role, content, name } = message;
-    // Without a name there is no such key: templates ask `message.name is defined`.
+    let Message { role, content, name, tool_calls, tool_call_id } = message;
+    // What a message has not is no key of it: templates ask `message.name is defined`.
+    let mut shown: Map<String, serde_json::Value> = Map::new();
+    shown.insert("role".into(), role.as_str().into());
+    shown.insert("content".into(), content.as_str().into());
     if let Some(name) = name {
-        context! { role, content, name }
-    } else {
-        context! { role, content }
+        shown.insert("name".into(), name.as_str().into());
     }
+    if !tool_calls.is_empty() {
+        shown.insert("tool_calls".into(), tool_calls.clone().into());
+    }
+    if let Some(id) = tool_call_id {
+        shown.insert("tool_call_id".into(), id.as_str().into());
+    }
+    Value::from(Serde(&shown))
 }
 
 fn hash(parts: &[&str]) -> String {

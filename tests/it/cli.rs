@@ -13,7 +13,7 @@ fn a_job_of_requests_writes_one_outcome_per_row() {
         chat_line("good", "Say it again.", json!({})),
         chat_line("other-model", "x", json!({"model": "gpt-9"})),
         chat_line("by-alias", "Say hello.", json!({"model": "smollm2-135m-instruct"})),
-        chat_line("penalty", "x", json!({"presence_penalty": 1})),
+        chat_line("penalty", "x", json!({"modalities": ["audio"]})),
         chat_line("too-long", &"word ".repeat(9000), json!({})),
         chat_line("over", "x", json!({"max_tokens": 8192})),
     ];
@@ -50,7 +50,7 @@ fn a_job_of_requests_writes_one_outcome_per_row() {
         error(2, "invalid_json_line", None),
         error(3, "duplicate_custom_id", Some("custom_id")),
         error(4, "model_mismatch", Some("body.model")),
-        error(6, "unsupported_parameter", Some("body.presence_penalty")),
+        error(6, "unsupported_parameter", Some("body.modalities")),
         error(7, "context_length_exceeded", Some("body.messages")),
         error(8, "context_length_exceeded", Some("body.max_tokens")),
         error(9, "invalid_utf8", None),

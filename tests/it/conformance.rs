@@ -5,7 +5,7 @@ use crate::common::model_path;
 use crate::oracle;
 use half::{bf16, f16};
 use proptest::prelude::*;
-use valar::device::batch::{Batch, BatchSeq, Draw, HeadRow, StepOutput, Want};
+use valar::device::batch::{Batch, BatchSeq, Draw, HeadRow, Shaping, StepOutput, Want};
 use valar::device::cpu::{CpuDevice, Hidden, Isa};
 use valar::device::{Activation, Device, sample};
 use valar::gguf::Gguf;
@@ -348,14 +348,13 @@ fn the_head_draws_from_the_normed_rows_logits() {
     let (table, norm) = (Matrix::random(rng, DType::Q8_0, n_vocab, k), Matrix::random(rng, DType::F32, 1, k));
     let x = random_rows(rng, n_tokens * k);
     let mut batch = rows_batch(n_tokens);
-    let draw = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, choice: 0, position: 0, logprob: true };
+    let draw = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1, choice: 0, position: 0, logprob: true };
     batch.heads = (0..n_tokens as u32)
         .rev()
         .filter(|t| t % 7 != 3)
-        .map(|token_idx| HeadRow {
-            token_idx,
-            want: Want::Draw(Draw { temperature: (token_idx % 3) as f32, position: token_idx, ..draw }),
-            n_top: 4,
+        .map(|token_idx| {
+            let draw = Draw { temperature: (token_idx % 3) as f32, position: token_idx, ..draw };
+            HeadRow::new(token_idx, Want::Draw(draw), 4)
         })
         .collect();
     let mut truth = None;
@@ -371,7 +370,10 @@ fn the_head_draws_from_the_normed_rows_logits() {
         let want: Vec<_> = batch
             .heads
             .iter()
-            .map(|head| sample::draw(&logits.values()[head.token_idx as usize * n_vocab..][..n_vocab], head, &mut scratch))
+            .map(|head| {
+                let logits = &mut logits.values_mut()[head.token_idx as usize * n_vocab..][..n_vocab];
+                sample::draw(logits, head, Shaping::default(), &mut scratch)
+            })
             .collect();
         // As text: an alternative that was not asked for is NaN, which equals nothing.
         let (got, want) = (format!("{:?}", out.rows), format!("{want:?}"));

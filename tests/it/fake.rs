@@ -60,6 +60,10 @@ impl TokenTable for FakeTokens {
     fn is_special(&self, id: u32) -> bool {
         id < 3
     }
+
+    fn end_ids(&self) -> &[u32] {
+        &[0, 1]
+    }
 }
 
 /// A generator of test cases (splitmix64).
@@ -132,7 +136,7 @@ pub(crate) fn expected(id: u64, prompt: &[u32], params: &SeqParams, max_context:
             break (String::from_utf8_lossy(&bytes).into_owned(), FinishReason::Length);
         }
     };
-    Finished { id, tokens, text, finish_reason, logprobs, is_broken: false }
+    Finished { id, tokens, text, finish_reason, logprobs, broken: None }
 }
 
 /// The text before the stop string that is complete first, looking at every prefix of the characters complete so far.

@@ -14,6 +14,7 @@ mod kill;
 mod memory;
 mod model;
 mod oracle;
+mod parameters;
 mod policies;
 mod requests;
 mod resume;

@@ -88,7 +88,8 @@ impl TinyModel {
 
 /// The likeliest tokens after each token of some sequences, each run as one chunk of the same step.
 pub(crate) fn run_side_by_side(runner: &mut dyn Runner, seqs: &[&[u32]]) -> Vec<HeadOut> {
-    let want = Want::Draw(Draw { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, choice: 0, position: 0, logprob: true });
+    let want =
+        Want::Draw(Draw { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0, choice: 0, position: 0, logprob: true });
     let mut batch = Batch::default();
     for tokens in seqs {
         let (token_start, table_start) = (batch.tokens.len() as u32, batch.block_tables.len() as u32);
@@ -97,7 +98,7 @@ pub(crate) fn run_side_by_side(runner: &mut dyn Runner, seqs: &[&[u32]]) -> Vec<
         batch.tokens.extend(*tokens);
         batch.positions.extend(0..n_tokens);
         batch.block_tables.extend(table_start..table_start + n_blocks);
-        batch.heads.extend((0..n_tokens).map(|i| HeadRow { token_idx: token_start + i, want, n_top: 20 }));
+        batch.heads.extend((0..n_tokens).map(|i| HeadRow::new(token_start + i, want, 20)));
     }
     let mut out = StepOutput::default();
     runner.run(&batch, &mut out).unwrap();

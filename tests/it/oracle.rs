@@ -46,7 +46,8 @@ impl Seq {
 }
 
 /// Draws the likeliest token.
-const GREEDY: Want = Want::Draw(Draw { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, choice: 0, position: 0, logprob: false });
+const GREEDY: Want =
+    Want::Draw(Draw { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0, choice: 0, position: 0, logprob: false });
 
 fn reference() -> Box<dyn Runner> {
     let gguf = Gguf::open(&model_path()).unwrap();
@@ -69,7 +70,7 @@ fn push(batch: &mut Batch, seq: &Seq, range: Range<usize>, want: impl Fn(usize) 
     let token_start = batch.tokens.len() as u32;
     for position in range.clone() {
         if let Some((want, n_top)) = want(position) {
-            batch.heads.push(HeadRow { token_idx: batch.tokens.len() as u32, want, n_top });
+            batch.heads.push(HeadRow::new(batch.tokens.len() as u32, want, n_top));
         }
         batch.tokens.push(seq.tokens[position]);
         batch.positions.push(position as u32);

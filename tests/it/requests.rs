@@ -2,9 +2,10 @@
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use valar::format::openai::{Endpoint, parse_batch_line};
 use valar::outcome::ErrorCode;
-use valar::request::{Input, Params, Request};
+use valar::request::{AnswerFormat, Input, Params, Request, Truncate};
 
 #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
 fn chat(extra: Value) -> Value {
@@ -26,7 +27,8 @@ fn merge(body: &mut Value, extra: &Value) {
 
 fn accepted(line: &Value) -> (Endpoint, Request) {
     let parsed = parse_batch_line(7, &line.to_string(), &Params::default());
-    parsed.request.unwrap_or_else(|e| panic!("{line} was refused: {e}"))
+    let parsed = parsed.request.unwrap_or_else(|e| panic!("{line} was refused: {e}"));
+    (parsed.endpoint, parsed.request)
 }
 
 #[track_caller]
@@ -54,6 +56,7 @@ fn a_full_chat_request() {
         stop: vec!["x".into(), "y".into()],
         ignore_eos: true,
         logprobs: Some(3),
+        ..Params::default()
     };
     assert_eq!(request.params, expected);
 }
@@ -72,12 +75,12 @@ fn defaults_are_the_apis_own() {
 fn content_parts_and_token_prompts() {
     let parts =
         json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]});
-    match accepted(&chat(parts)).1.input {
+    match &accepted(&chat(parts)).1.inputs[0] {
         Input::Messages(messages) => assert_eq!(messages[0].content, "ab"),
         other => panic!("{other:?}"),
     }
-    assert_eq!(accepted(&text(json!({"prompt": [1, 2, 3]}))).1.input, Input::Tokens(vec![1, 2, 3]));
-    assert_eq!(accepted(&text(json!({"prompt": ["one"]}))).1.input, Input::Text("one".into()));
+    assert_eq!(accepted(&text(json!({"prompt": [1, 2, 3]}))).1.inputs, [Input::Tokens(vec![1, 2, 3])]);
+    assert_eq!(accepted(&text(json!({"prompt": ["one"]}))).1.inputs, [Input::Text("one".into())]);
 }
 
 #[test]
@@ -95,12 +98,12 @@ fn fields_at_their_off_value_are_accepted() {
 fn fields_with_meaning_are_refused_by_name() {
     use ErrorCode::UnsupportedParameter;
     for (extra, field) in [
-        (json!({"n": 2}), "body.n"),
+        (json!({"best_of": 2}), "body.best_of"),
         (json!({"stream": true}), "body.stream"),
-        (json!({"presence_penalty": 0.1}), "body.presence_penalty"),
-        (json!({"response_format": {"type": "json_object"}}), "body.response_format"),
-        (json!({"tools": [{"type": "function"}]}), "body.tools"),
-        (json!({"logit_bias": {"5": 1}}), "body.logit_bias"),
+        (json!({"echo": true}), "body.echo"),
+        (json!({"tools": [{"type": "web_search"}]}), "body.tools[0].type"),
+        (json!({"functions": [{"name": "f"}]}), "body.functions"),
+        (json!({"structured_outputs": {"xml": "x"}}), "body.structured_outputs.xml"),
         (json!({"something_new": 1}), "body.something_new"),
         (json!({"messages": [{"role": "user", "content": "x", "audio": {}}]}), "body.messages[0].audio"),
         (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "body.messages[0].content[0].type"),
@@ -112,8 +115,8 @@ fn fields_with_meaning_are_refused_by_name() {
     ] {
         refused(&chat(extra), UnsupportedParameter, field);
     }
-    refused(&text(json!({"echo": true})), UnsupportedParameter, "body.echo");
-    refused(&text(json!({"prompt": ["a", "b"]})), UnsupportedParameter, "body.prompt");
+    refused(&text(json!({"suffix": "x"})), UnsupportedParameter, "body.suffix");
+    refused(&text(json!({"tools": [{"type": "function"}]})), UnsupportedParameter, "body.tools");
     refused(&text(json!({"messages": []})), UnsupportedParameter, "body.messages");
 }
 
@@ -132,7 +135,20 @@ fn bad_values_name_field_and_limit() {
         (json!({"top_k": -2}), InvalidValue, "body.top_k"),
         (json!({"seed": 1.5}), InvalidType, "body.seed"),
         (json!({"stop": [""]}), InvalidValue, "body.stop[0]"),
-        (json!({"stop": vec!["x"; 17]}), InvalidValue, "body.stop"),
+        (json!({"stop": vec!["x"; 65]}), InvalidValue, "body.stop"),
+        (json!({"n": 129}), InvalidValue, "body.n"),
+        (json!({"presence_penalty": 2.5}), InvalidValue, "body.presence_penalty"),
+        (json!({"logit_bias": {"x": 1}}), InvalidValue, "body.logit_bias.x"),
+        (json!({"logit_bias": {"5": 101}}), InvalidValue, "body.logit_bias.5"),
+        (json!({"response_format": {"type": "xml"}}), InvalidValue, "body.response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), MissingField, "body.response_format.json_schema"),
+        (json!({"response_format": {"type": "json_object"}, "regex": "a"}), InvalidValue, "body.regex"),
+        (json!({"regex": "a", "ignore_eos": true}), InvalidValue, "body.ignore_eos"),
+        (json!({"tools": [{"type": "function"}]}), MissingField, "body.tools[0].function"),
+        (json!({"tool_choice": "required"}), InvalidValue, "body.tool_choice"),
+        (json!({"tool_choice": {"type": "function", "function": {"name": "g"}}}), InvalidValue, "body.tool_choice"),
+        (json!({"add_generation_prompt": false}), InvalidValue, "body.add_generation_prompt"),
+        (json!({"truncate_prompt_tokens": 0}), InvalidValue, "body.truncate_prompt_tokens"),
         (json!({"stop": [1]}), InvalidType, "body.stop[0]"),
         (json!({"logprobs": true, "top_logprobs": 21}), InvalidValue, "body.top_logprobs"),
         (json!({"top_logprobs": 2}), InvalidValue, "body.top_logprobs"),
@@ -144,6 +160,86 @@ fn bad_values_name_field_and_limit() {
         (json!({"model": 3}), InvalidType, "body.model"),
     ] {
         refused(&chat(extra), code, field);
+    }
+}
+
+#[test]
+fn parameters_are_read_under_all_their_names() {
+    let params = |extra| accepted(&chat(extra)).1.params;
+    let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
+    let wanted = AnswerFormat::JsonSchema(Arc::new(schema.clone()));
+    for extra in [
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}}}),
+        json!({"guided_json": schema}),
+        json!({"guided_json": schema.to_string()}),
+        json!({"structured_outputs": {"json": schema}}),
+    ] {
+        assert_eq!(params(extra.clone()).format, wanted, "{extra}");
+    }
+    assert_eq!(params(json!({"guided_choice": ["a.b", "c"]})).format, AnswerFormat::Regex("a\\.b|c".into()));
+    let all = params(json!({"n": 3, "min_p": 0.1, "presence_penalty": -1, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
+                            "logit_bias": {"7": -100, "5": 2}, "min_tokens": 4, "stop_token_ids": [9], "stop": [null, "x"]}));
+    let expected = Params {
+        n: 3,
+        min_p: 0.1,
+        presence_penalty: -1.0,
+        frequency_penalty: 0.5,
+        repetition_penalty: 1.1,
+        logit_bias: vec![(5, 2.0), (7, -100.0)],
+        min_tokens: 4,
+        stop_tokens: vec![9],
+        stop: vec!["x".into()],
+        ..Params::default()
+    };
+    assert_eq!(all, expected);
+    let several = accepted(&text(json!({"prompt": ["a", [1, 2]], "max_tokens": 0, "echo": true, "logprobs": 1}))).1;
+    assert_eq!(several.inputs, [Input::Text("a".into()), Input::Tokens(vec![1, 2])]);
+    assert_eq!((several.params.max_tokens, several.params.echo), (Some(0), true));
+}
+
+#[test]
+fn response_items_become_turns() {
+    let mut line = chat(json!({}));
+    line["url"] = "/v1/responses".into();
+    line["body"] = json!({
+        "instructions": "Be brief.", "max_output_tokens": 9, "include": ["message.output_text.logprobs"], "top_logprobs": 2,
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}, "truncation": "auto",
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}], "metadata": {"k": "v"},
+        "input": [
+            {"role": "user", "content": "Hi"},
+            {"type": "message", "id": "m", "status": "completed", "role": "assistant", "content": [{"type": "output_text", "text": "Ho", "annotations": []}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{\"x\": 1}"},
+            {"type": "function_call_output", "call_id": "c", "output": "2"},
+            {"type": "reasoning", "summary": []},
+        ],
+    });
+    let parsed = parse_batch_line(7, &line.to_string(), &Params::default()).request.unwrap();
+    let request = parsed.request;
+    let Input::Messages(messages) = &request.inputs[0] else { panic!("no messages") };
+    let turns: Vec<_> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str(), m.tool_calls.len())).collect();
+    assert_eq!(turns, [("system", "Be brief.", 0), ("user", "Hi", 0), ("assistant", "Ho", 1), ("tool", "2", 0)]);
+    assert_eq!(messages[2].tool_calls[0]["function"], json!({"name": "f", "arguments": {"x": 1}}));
+    assert_eq!(
+        (request.params.max_tokens, request.params.logprobs, request.truncate),
+        (Some(9), Some(2), Truncate::DropMessages)
+    );
+    let echo = parsed.echo.unwrap();
+    assert_eq!(
+        (&echo["metadata"], &echo["truncation"], &echo["tools"][0]["name"]),
+        (&json!({"k": "v"}), &json!("auto"), &json!("f"))
+    );
+    for (key, value, field) in [
+        ("input", json!([]), "body.input"),
+        ("input", json!([{"type": "item_reference", "id": "x"}]), "body.input[0].type"),
+        ("max_tokens", json!(3), "body.max_tokens"),
+        ("previous_response_id", json!("resp_1"), "body.previous_response_id"),
+        ("tools", json!([{"type": "mcp"}]), "body.tools[0].type"),
+        ("include", json!(["file_search_call.results"]), "body.include"),
+    ] {
+        let mut bad = line.clone();
+        bad["body"][key] = value;
+        let error = parse_batch_line(7, &bad.to_string(), &Params::default()).request.unwrap_err();
+        assert_eq!(error.field.as_deref(), Some(field), "{error}");
     }
 }
 

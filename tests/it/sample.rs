@@ -3,13 +3,18 @@
 #![expect(clippy::unwrap_used, clippy::float_cmp, reason = "tests panic on purpose, print what they measured and compare bits")]
 
 use proptest::prelude::*;
-use valar::device::batch::{Draw, HeadOut, HeadRow, Want};
-use valar::device::sample::{Scratch, draw};
+use valar::device::batch::{Draw, HeadOut, HeadRow, LogitEdit, Shaping, Want};
+use valar::device::sample::{self, Scratch};
 
-const DRAW: Draw = Draw { temperature: 1.0, top_p: 1.0, top_k: 0, seed: 1, choice: 0, position: 0, logprob: true };
+const DRAW: Draw = Draw { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1, choice: 0, position: 0, logprob: true };
 
 fn head(draw: Draw) -> HeadRow {
-    HeadRow { token_idx: 0, want: Want::Draw(draw), n_top: 0 }
+    HeadRow::new(0, Want::Draw(draw), 0)
+}
+
+/// Draws from logits as they are.
+fn draw(logits: &[f32], row: &HeadRow, scratch: &mut Scratch) -> HeadOut {
+    sample::draw(&mut logits.to_vec(), row, Shaping::default(), scratch)
 }
 
 fn draw_once(logits: &[f32], params: Draw) -> HeadOut {
@@ -64,7 +69,7 @@ proptest! {
     #[test]
     fn log_probabilities_and_likeliest_agree_with_sorting(logits in logits(), n_top in 0u8..=20, pick in any::<u32>()) {
         let token = pick % logits.len() as u32;
-        let row = HeadRow { token_idx: 0, want: Want::Score { token }, n_top };
+        let row = HeadRow::new(0, Want::Score { token }, n_top);
         let out = draw(&logits, &row, &mut Scratch::new(logits.len()));
         let p = softmax(&logits, 1.0);
         prop_assert_eq!(out.token, token);
@@ -98,6 +103,43 @@ proptest! {
         for position in 0..20 {
             let token = draw_once(&logits, Draw { position, ..params }).token;
             prop_assert!(allowed[token as usize] > 0.0, "token {} of logit {}", token, logits[token as usize]);
+        }
+    }
+
+    /// Shaped logits are drawn from like logits that were so from the start; what is reported is of the model's own.
+    #[test]
+    fn shaping_is_seen_by_the_draw_alone(
+        logits in logits(), seed in any::<u64>(), temperature in prop_oneof![Just(0.0f32), 0.3f32..2.0], min_p in prop_oneof![Just(0.0f32), 0.01f32..1.0],
+        edits in proptest::collection::btree_map(any::<u32>(), (0.5f32..2.0, -3.0f32..3.0), 0..20), mask_seed in any::<u64>(), masked in any::<bool>(),
+    ) {
+        let n = logits.len();
+        let edits: std::collections::BTreeMap<u32, (f32, f32)> = edits.into_iter().map(|(t, e)| (t % n as u32, e)).collect();
+        let edits: Vec<LogitEdit> = edits.into_iter().map(|(token, (penalty, bias))| LogitEdit { token, penalty, bias }).collect();
+        let mut mask: Vec<u32> = (0..n.div_ceil(32) as u64).map(|i| (mask_seed.wrapping_mul(i * 2 + 3) >> 20) as u32).collect();
+        mask[0] |= 1;
+        let shaping = Shaping { edits: &edits, mask: masked.then_some(&mask[..]) };
+        let mut shaped = logits.clone();
+        for edit in &edits {
+            let x = shaped[edit.token as usize];
+            shaped[edit.token as usize] = if x > 0.0 { x / edit.penalty } else { x * edit.penalty } + edit.bias;
+        }
+        for (i, x) in shaped.iter_mut().enumerate() {
+            if masked && mask[i / 32] >> (i % 32) & 1 == 0 {
+                *x = f32::NEG_INFINITY;
+            }
+        }
+        let row = HeadRow { n_top: 5, ..head(Draw { seed, temperature, min_p, ..DRAW }) };
+        let mut scratch = Scratch::new(n);
+        let got = sample::draw(&mut logits.clone(), &row, shaping, &mut scratch);
+        prop_assert_eq!(got.token, draw(&shaped, &row, &mut scratch).token);
+        prop_assert!(!masked || mask[got.token as usize / 32] >> (got.token % 32) & 1 == 1);
+        let own = draw(&logits, &HeadRow::new(0, Want::Score { token: got.token }, 5), &mut scratch);
+        prop_assert_eq!(got.logprob.to_bits(), own.logprob.to_bits());
+        prop_assert_eq!(&got.top[..5.min(n)], &own.top[..5.min(n)]);
+        if temperature > 0.0 && min_p > 0.0 {
+            let p = softmax(&shaped, temperature);
+            let largest = p.iter().copied().fold(0.0, f64::max);
+            prop_assert!(p[got.token as usize] >= largest * f64::from(min_p) * (1.0 - 1e-5));
         }
     }
 
@@ -165,7 +207,7 @@ fn unusable_logits_are_reported() {
     for (idx, value) in [(0, f32::NAN), (1499, f32::NAN), (700, f32::INFINITY)] {
         let before = std::mem::replace(&mut logits[idx], value);
         for want in [Want::Draw(DRAW), Want::Draw(Draw { temperature: 0.0, logprob: false, ..DRAW }), Want::Score { token: 5 }] {
-            let out = draw(&logits, &HeadRow { token_idx: 0, want, n_top: 2 }, &mut Scratch::new(1500));
+            let out = draw(&logits, &HeadRow::new(0, want, 2), &mut Scratch::new(1500));
             assert!(out.is_broken(), "{value} at {idx}");
         }
         logits[idx] = before;
@@ -183,7 +225,7 @@ fn impossible_tokens_are_never_drawn() {
             assert_eq!(token % 700, 699, "top_k {top_k} top_p {top_p} position {position}");
         }
     }
-    let row = HeadRow { token_idx: 0, want: Want::Score { token: 0 }, n_top: 4 };
+    let row = HeadRow::new(0, Want::Score { token: 0 }, 4);
     let out = draw(&logits, &row, &mut Scratch::new(logits.len()));
     assert_eq!((out.logprob, out.top[3]), (f32::NEG_INFINITY, (0, f32::NEG_INFINITY)));
 }

@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use valar::engine::stop::StopText;
 use valar::gguf::Gguf;
 use valar::outcome::{ErrorCode, RowError};
-use valar::request::Message;
+use valar::request::{ChatOptions, Message};
 use valar::text::template::{ChatTemplate, RowTemplate};
 use valar::text::tokenizer::Tokenizer;
 
@@ -31,7 +31,7 @@ fn ids(value: &Value) -> Vec<u32> {
 
 fn messages(value: &Value) -> Vec<Message> {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let turn = |turn: &Value| Message { role: text(&turn["role"]), content: text(&turn["content"]), name: None };
+    let turn = |turn: &Value| Message { role: text(&turn["role"]), content: text(&turn["content"]), ..Message::default() };
     value.as_array().unwrap().iter().map(turn).collect()
 }
 
@@ -68,7 +68,7 @@ fn prompts_of_the_greedy_reference() {
     assert_eq!((requests.len(), references.len()), (20, 20));
     for (request, reference) in requests.iter().zip(&references) {
         assert_eq!(request["custom_id"], reference["custom_id"]);
-        let prompt = template.render(&messages(&request["body"]["messages"]), true).unwrap();
+        let prompt = template.render(&messages(&request["body"]["messages"]), true, &ChatOptions::default()).unwrap();
         assert_eq!(TOKENIZER.encode(&prompt), ids(&reference["prompt_ids"]), "{prompt}");
         assert_eq!(TOKENIZER.decode(&ids(&reference["token_ids"])), reference["text"].as_str().unwrap());
     }
@@ -253,7 +253,11 @@ fn chats_render_as_in_transformers() {
     assert!(rows.len() > 100);
     for row in rows {
         for (i, add_generation_prompt) in [(1, false), (2, true)] {
-            assert_rendered(template.render(&messages(&row[0]), add_generation_prompt), &row[i], &row[0].to_string());
+            assert_rendered(
+                template.render(&messages(&row[0]), add_generation_prompt, &ChatOptions::default()),
+                &row[i],
+                &row[0].to_string(),
+            );
         }
     }
 }
@@ -265,7 +269,7 @@ fn template_features_are_those_of_transformers() {
         let template = ChatTemplate::new(row[0].as_str().unwrap(), &specials);
         for (i, add_generation_prompt) in [(2, false), (3, true)] {
             let about = format!("{} with {}", row[0], row[1]);
-            assert_rendered(template.render(&messages(&row[1]), add_generation_prompt), &row[i], &about);
+            assert_rendered(template.render(&messages(&row[1]), add_generation_prompt, &ChatOptions::default()), &row[i], &about);
         }
     }
 }
@@ -275,7 +279,7 @@ fn a_model_without_a_template_still_loads() {
     let turns = messages(&json!([{"role": "user", "content": "hi"}]));
     let check = |source: Option<&str>, expected: &str| {
         let gguf = edited_gguf(&[("tokenizer.chat_template", source.map(|source| Meta::String(source.into())))]);
-        let error = ChatTemplate::from_gguf(&gguf).unwrap().render(&turns, true).unwrap_err();
+        let error = ChatTemplate::from_gguf(&gguf).unwrap().render(&turns, true, &ChatOptions::default()).unwrap_err();
         assert_eq!(error.code, ErrorCode::TemplateError);
         assert!(error.message.contains(expected), "{error}");
     };
@@ -293,7 +297,7 @@ fn chat_templates_see_names_but_no_clock() {
     let template = ChatTemplate::new(source, &BTreeMap::new());
     let mut turns = messages(&json!([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]));
     turns[1].name = Some("Ann".into());
-    assert_eq!(template.render(&turns, false).unwrap(), "no clock  Ann");
+    assert_eq!(template.render(&turns, false, &ChatOptions::default()).unwrap(), "no clock  Ann");
 }
 
 #[test]

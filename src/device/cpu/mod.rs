@@ -314,10 +314,12 @@ impl Device for CpuDevice {
             let logits = Out::Values(Shared::new(&mut memory.logits), n_vocab);
             let (act, n_rows) = (&memory.act, heads.len());
             gemm::multiply(team, &Product { isa: *isa, act, weight, n_rows, epilogue: Epilogue::Store, out: logits });
-            let out = Shared::new(out);
+            let (logits, out) = (Shared::new(&mut memory.logits), Shared::new(out));
             team.run(heads.len(), &|scratch, row| {
                 let draw = scratch.draw.get_or_insert_with(|| sample::Scratch::new(n_vocab));
-                let result = sample::draw(&memory.logits[row * n_vocab..][..n_vocab], &heads[row], draw);
+                // SAFETY: each row is one tile.
+                let logits = unsafe { logits.part(row * n_vocab, n_vocab) };
+                let result = sample::draw(logits, &heads[row], batch.shaping(&heads[row], n_vocab), draw);
                 // SAFETY: each row is one tile.
                 unsafe { out.write(row, result) };
             });

@@ -1,0 +1,84 @@
+//! The thread that prepares later steps of dataset rows: when a row's earlier steps have given what a step needs, its
+//! prompt is made and submitted, whatever the other rows are at. Invariant: a step is announced to the collector before
+//! it is submitted.
+
+use super::answer::PromptMeta;
+use super::collect::Event;
+use super::window::{draw_number, n_computed, submission};
+use crate::engine::handle::EngineHandle;
+use crate::outcome::RowError;
+use crate::prepare::{Preparer, StepAnswer};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+/// A step that can be run.
+pub(super) struct StepTask {
+    pub(super) row_idx: u64,
+    pub(super) step: usize,
+    /// The row's own columns.
+    pub(super) columns: Arc<str>,
+    /// What its steps have given so far.
+    pub(super) answers: Vec<Option<StepAnswer>>,
+}
+
+/// A step that was prepared.
+pub(super) struct PreparedStep {
+    pub(super) row_idx: u64,
+    /// Its prompt and the names of its sequences, or the row's error.
+    pub(super) prompt: Result<(PromptMeta, Vec<u64>), RowError>,
+}
+
+/// What the thread owns.
+pub(super) struct Stepper {
+    pub(super) preparer: Arc<Preparer>,
+    pub(super) engine: Arc<EngineHandle>,
+    pub(super) tasks: Receiver<StepTask>,
+    pub(super) events: Sender<Event>,
+    pub(super) job_seed: u64,
+}
+
+/// Sequences of later steps are named from here on; a window's never get so far.
+const FIRST_ID: u64 = 1 << 62;
+
+impl Stepper {
+    /// Works until there is nobody left to give it tasks.
+    pub(super) fn run(self) {
+        let mut next_id = FIRST_ID;
+        let mut last: Vec<Arc<[u32]>> = Vec::new(); // each step's last prompt
+        for task in &self.tasks {
+            let StepTask { row_idx, step, columns, answers } = task;
+            let prompt = match self.preparer.prepare_step(row_idx, &columns, step, &answers) {
+                Ok(prompt) => prompt,
+                Err(error) => {
+                    if self.tell(PreparedStep { row_idx, prompt: Err(error) }).is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            let ids: Vec<u64> = (next_id..).take(n_computed(&prompt)).collect();
+            next_id += ids.len() as u64;
+            let meta = PromptMeta::new(&prompt, self.job_seed, row_idx);
+            let seed = meta.seed;
+            if self.tell(PreparedStep { row_idx, prompt: Ok((meta, ids.clone())) }).is_err() {
+                return;
+            }
+            // What it shares with the last one, the next one is likely to share too.
+            last.resize(last.len().max(step + 1), Arc::default());
+            let keep_tokens = last[step].iter().zip(prompt.tokens.iter()).take_while(|(a, b)| a == b).count() as u32;
+            last[step] = Arc::clone(&prompt.tokens);
+            for (choice, &id) in ids.iter().enumerate() {
+                let keep_tokens = if choice + 1 < ids.len() { prompt.tokens.len() as u32 } else { keep_tokens };
+                let draw = (seed, draw_number(&prompt, 0, choice));
+                // Refused only by an engine that has stopped; then the collector hears of it.
+                if self.engine.submit(submission(id, &prompt, draw, keep_tokens)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn tell(&self, step: PreparedStep) -> Result<(), ()> {
+        self.events.send(Event::Prepared(step)).map_err(drop)
+    }
+}

@@ -1,0 +1,167 @@
+//! How models write function calls: found out from the chat template, read back from completions, and turned into a
+//! grammar where a call is required. Knows nothing of the wire. Invariant: text that is no well-formed call of a known
+//! form stays text.
+
+use crate::outcome::ToolCall;
+use crate::request::ToolChoice;
+use serde_json::{Map, Value, json};
+
+/// The form of a model's calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallFormat {
+    /// `<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>`, once per call (Hermes, Qwen 2.5 and 3).
+    Tagged,
+    /// `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]` (Mistral).
+    List,
+    /// `{"name": …, "parameters": {…}}` as the whole answer, perhaps after `<|python_tag|>` (Llama 3.1 and later).
+    Bare,
+}
+
+const OPEN: &str = "<tool_call>";
+const CLOSE: &str = "</tool_call>";
+const LIST: &str = "[TOOL_CALLS]";
+const PYTHON: &str = "<|python_tag|>";
+
+impl CallFormat {
+    /// The form that a chat template teaches; `None` if it teaches none that is known.
+    pub fn of_template(source: &str) -> Option<Self> {
+        if source.contains(OPEN) {
+            Some(Self::Tagged)
+        } else if source.contains(LIST) {
+            Some(Self::List)
+        } else if source.contains("\"parameters\":") && source.contains("tools") {
+            Some(Self::Bare)
+        } else {
+            None
+        }
+    }
+
+    /// Splits a completion into text and calls.
+    pub fn parse(self, text: &str) -> (String, Vec<ToolCall>) {
+        let found = match self {
+            Self::Tagged => parse_tagged(text),
+            Self::List => parse_list(text),
+            Self::Bare => parse_bare(text),
+        };
+        found.unwrap_or_else(|| (text.to_owned(), Vec::new()))
+    }
+
+    /// A Lark grammar of one call of these functions (`{"type": "function", "function": {…}}`); `None` if none need be
+    /// made.
+    pub fn required(self, tools: &[Value], choice: &ToolChoice) -> Option<String> {
+        let wanted = match choice {
+            ToolChoice::Required => None,
+            ToolChoice::Named(name) => Some(name.as_str()),
+            ToolChoice::Auto | ToolChoice::None => return None,
+        };
+        let arguments = if self == Self::Bare { "parameters" } else { "arguments" };
+        let calls = tools.iter().map(|tool| &tool["function"]).filter(|f| wanted.is_none_or(|name| f["name"] == name));
+        let calls: Vec<Value> = calls
+            .map(|function| {
+                json!({
+                    "type": "object",
+                    "properties": {"name": {"const": function["name"]}, arguments: function["parameters"]},
+                    "required": ["name", arguments],
+                    "additionalProperties": false,
+                })
+            })
+            .collect();
+        let style = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
+        let schema = json!({"x-guidance": style, "anyOf": calls});
+        let (before, after) = match self {
+            Self::Tagged => (format!("\"{OPEN}\\n\" "), format!(" \"\\n{CLOSE}\"")),
+            Self::List => (format!("\"{LIST}[\" "), " \"]\"".to_owned()),
+            Self::Bare => (String::new(), String::new()),
+        };
+        Some(format!("start: {before}call{after}\ncall: %json {schema}\n"))
+    }
+}
+
+fn parse_tagged(text: &str) -> Option<(String, Vec<ToolCall>)> {
+    let (before, mut rest) = text.split_once(OPEN)?;
+    let mut calls = Vec::new();
+    loop {
+        // The last closing tag may be missing where generation stopped at it.
+        let (inside, after) = rest.split_once(CLOSE).unwrap_or((rest, ""));
+        calls.push(call(&serde_json::from_str(inside.trim()).ok()?)?);
+        match after.split_once(OPEN) {
+            Some((_, next)) => rest = next,
+            None => return Some((before.trim_end().to_owned(), calls)),
+        }
+    }
+}
+
+fn parse_list(text: &str) -> Option<(String, Vec<ToolCall>)> {
+    let (before, rest) = text.split_once(LIST)?;
+    let items: Vec<Map<String, Value>> = serde_json::from_str(rest.trim()).ok()?;
+    let calls = items.iter().map(call).collect::<Option<Vec<_>>>()?;
+    (!calls.is_empty()).then(|| (before.trim_end().to_owned(), calls))
+}
+
+fn parse_bare(text: &str) -> Option<(String, Vec<ToolCall>)> {
+    let text = text.trim();
+    let object: Map<String, Value> = serde_json::from_str(text.strip_prefix(PYTHON).unwrap_or(text)).ok()?;
+    Some((String::new(), vec![call(&object)?]))
+}
+
+fn call(object: &Map<String, Value>) -> Option<ToolCall> {
+    let name = object.get("name")?.as_str()?.to_owned();
+    let arguments = object.get("arguments").or_else(|| object.get("parameters"))?;
+    let arguments = match arguments {
+        Value::Object(_) => arguments.to_string(),
+        Value::String(text) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
+        _ => return None,
+    };
+    Some(ToolCall { name, arguments })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tool_call(name: &str, arguments: &str) -> ToolCall {
+        ToolCall { name: name.into(), arguments: arguments.into() }
+    }
+
+    #[test]
+    fn calls_are_read_in_every_form() {
+        let cases = [
+            (
+                CallFormat::Tagged,
+                "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call>\n<tool_call>{\"name\":\"g\",\"arguments\":{}}</tool_call>",
+                "Let me see.",
+                vec![tool_call("f", "{\"x\":1}"), tool_call("g", "{}")],
+            ),
+            (CallFormat::Tagged, "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n", "", vec![tool_call("f", "{}")]),
+            (
+                CallFormat::List,
+                "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"x\": [1, 2]}}]",
+                "",
+                vec![tool_call("f", "{\"x\":[1,2]}")],
+            ),
+            (
+                CallFormat::Bare,
+                "<|python_tag|>{\"name\": \"f\", \"parameters\": {\"q\": \"a\"}}",
+                "",
+                vec![tool_call("f", "{\"q\":\"a\"}")],
+            ),
+        ];
+        for (format, text, content, calls) in cases {
+            assert_eq!(format.parse(text), (content.to_owned(), calls), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_call_stays_text() {
+        for (format, text) in [
+            (CallFormat::Tagged, "<tool_call>{\"name\": \"f\"}</tool_call>"),
+            (CallFormat::Tagged, "<tool_call>{\"name\": \"f\", \"arguments\": {"),
+            (CallFormat::List, "[TOOL_CALLS] none"),
+            (CallFormat::List, "[TOOL_CALLS][]"),
+            (CallFormat::Bare, "{\"answer\": 3}"),
+            (CallFormat::Bare, "The name is 3."),
+        ] {
+            assert_eq!(format.parse(text), (text.to_owned(), Vec::new()));
+        }
+    }
+}
