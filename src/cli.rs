@@ -1,6 +1,6 @@
 //! What the user typed; nothing derived.
 
-use crate::pipeline::spec::parse_override;
+use crate::pipeline::spec::{EngineKind, parse_override};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use toml::Value;
@@ -22,15 +22,33 @@ pub enum Command {
     /// Run a job: read rows, complete them, write one outcome per row
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
+    /// Read a job's input and say what the run would take, running nothing
+    #[command(after_help = PLAN_HELP)]
+    Plan(PlanArgs),
     /// Run a workload file and print tokens per second, peak memory and the share of time spent computing
     Bench(BenchArgs),
     /// Fetch a model by name into the cache
     Pull {
-        /// A name from `valar models`
+        /// A name from `valar models`, or org/name (org/name@revision) on the hub that `HF_ENDPOINT` names
         name: String,
     },
     /// List the models that can be fetched by name
     Models,
+    /// Show what a model file holds and the memory it needs
+    Inspect {
+        /// A name from `valar models` or a path to a .gguf file
+        model: String,
+        /// Print one JSON object instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a shell's completions: for bash, `valar completions bash > ~/.local/share/bash-completion/completions/valar`
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff): `valar man | man -l -`
+    Man,
 }
 
 const RUN_HELP: &str = "\
@@ -42,6 +60,37 @@ Examples:
 Writes, for --output out.jsonl (or .parquet): out.jsonl (results, in input order), out.errors.jsonl (rows that failed),
 out.report.json, and out.job/ (manifest and journal) while the job runs. Killed at any moment, the same command goes on
 where it was.";
+
+const PLAN_HELP: &str = "\
+Examples:
+  valar plan pipelines/quickstart.toml
+  valar plan --input requests.jsonl --price-hour 0.8 --calibrate
+
+Invalid rows by line and reason, prompt lengths, duplicates, what sharing prefixes saves, and what the run will need:
+steps, KV cache, time and money, from short completions to the longest that rows allow.";
+
+/// `valar plan`
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The job, as for `valar run`
+    #[command(flatten)]
+    pub job: RunArgs,
+    /// Measure the model's speed here first; otherwise earlier runs of it on this machine say
+    #[arg(long)]
+    pub calibrate: bool,
+    /// Price of a million prompt tokens
+    #[arg(long, value_name = "PRICE")]
+    pub price_input: Option<f64>,
+    /// Price of a million generated tokens
+    #[arg(long, value_name = "PRICE")]
+    pub price_output: Option<f64>,
+    /// Price of an hour of this machine
+    #[arg(long, value_name = "PRICE")]
+    pub price_hour: Option<f64>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// `valar run`
 #[derive(Debug, Args)]
@@ -105,6 +154,9 @@ pub struct EngineArgs {
     /// Threads that compute
     #[arg(long)]
     pub threads: Option<usize>,
+    /// null: every row gets its last prompt token back at once, to see how fast everything but the model is
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineKind>,
 }
 
 impl EngineArgs {
@@ -112,7 +164,8 @@ impl EngineArgs {
         let text = |key: &str, value: &Option<String>| value.clone().map(|v| (key.to_owned(), Value::String(v)));
         let threads = self.threads.map(|n| ("engine.threads".to_owned(), Value::Integer(n as i64)));
         let texts = [text("model.name", &self.model), text("model.device", &self.device), text("engine.memory", &self.memory)];
-        texts.into_iter().flatten().chain(threads).collect()
+        let kind = self.engine.map(|kind| ("engine.kind".to_owned(), Value::String(kind.as_str().to_owned())));
+        texts.into_iter().flatten().chain(threads).chain(kind).collect()
     }
 }
 
@@ -127,6 +180,21 @@ impl RunArgs {
         overrides.extend(self.output.clone().map(|file| ("output.file".into(), Value::String(file))));
         overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
         overrides.extend(self.set.iter().cloned());
+        overrides
+    }
+}
+
+impl PlanArgs {
+    /// The pipeline keys that flags stand for. A plan writes nothing, so it needs no output.
+    pub fn overrides(&self) -> Vec<(String, Value)> {
+        let mut overrides = Vec::new();
+        if self.job.pipeline.is_none() {
+            overrides.push(("output.file".into(), Value::String("out.jsonl".into())));
+        }
+        overrides.extend(self.job.overrides());
+        for (key, price) in [("input", self.price_input), ("output", self.price_output), ("hour", self.price_hour)] {
+            overrides.extend(price.map(|price| (format!("prices.{key}"), Value::Float(price))));
+        }
         overrides
     }
 }

@@ -1,6 +1,7 @@
 //! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
 //! of the program is here or in the pipeline file, with its unit in its name.
 
+use crate::hub::remote::Remote;
 use crate::pipeline::spec::{FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,8 @@ pub struct Config {
     pub n_threads: usize,
     /// Where models are kept.
     pub cache: PathBuf,
+    /// Where models called `org/name` come from.
+    pub hub: Option<Remote>,
     /// `created` of the job's answers, unix seconds, if it starts now.
     pub created: u64,
     /// Throw away what an earlier run of this job left.
@@ -44,12 +47,26 @@ impl Config {
             bail!("input.files: at least one file is needed");
         }
         check_prompts(&spec)?;
+        if let Some(columns) = &spec.output.columns {
+            if !spec.is_dataset() {
+                bail!("output.columns: request rows have no columns to keep; give a [prompt]");
+            }
+            if let Some(name) = (1..columns.len()).find_map(|i| columns[..i].contains(&columns[i]).then_some(&columns[i])) {
+                bail!("output.columns: {name:?} stands there twice");
+            }
+        }
         let defaults = sampling_params(&spec.sampling, spec.is_dataset())?;
         at_least("input.max_line_bytes", spec.input.max_line_bytes, 1024)?;
         at_least("engine.budget_tokens", spec.engine.budget_tokens, 16)?;
         at_least("engine.max_running", spec.engine.max_running, 1)?;
         at_least("job.window_rows", spec.job.window_rows, 1)?;
         at_least("job.window_bytes", spec.job.window_bytes, 1024)?;
+        let prices = &spec.prices;
+        for (name, price) in [("input", prices.input), ("output", prices.output), ("hour", prices.hour)] {
+            if price.is_some_and(|price| !price.is_finite() || price < 0.0) {
+                bail!("prices.{name}: must be a number of at least 0");
+            }
+        }
         let n_threads = match spec.engine.threads {
             None => std::thread::available_parallelism().map_or(1, usize::from),
             Some(n) if (1..=1024).contains(&n) => n,
@@ -64,6 +81,7 @@ impl Config {
             memory_bytes,
             n_threads,
             cache: cache_folder()?,
+            hub: hub(),
             created: now_or_source_date_epoch()?,
             restart,
             quiet,
@@ -101,21 +119,30 @@ fn check_prompts(spec: &PipelineSpec) -> Result<()> {
 }
 
 fn check_prompt(prompt: &PromptSpec) -> Result<()> {
-    let forms = [prompt.text.is_some(), prompt.user.is_some(), !prompt.messages.is_empty(), prompt.messages_column.is_some()];
+    let forms = [
+        prompt.text.is_some(),
+        prompt.user.is_some(),
+        !prompt.messages.is_empty(),
+        prompt.messages_column.is_some(),
+        prompt.tokens.is_some(),
+    ];
     let takes_system = prompt.user.is_some() || prompt.messages_column.is_some();
     if forms.iter().filter(|&&given| given).count() != 1 || (prompt.system.is_some() && !takes_system) {
-        bail!("give one of text, user or messages_column (with an optional system), or messages");
+        bail!("give one of text, user or messages_column (with an optional system), messages, or tokens");
     }
     if let Some(m) = prompt.messages.iter().find(|m| !["system", "user", "assistant"].contains(&m.role.as_str())) {
         bail!("messages: role {:?} is not one of system, user, assistant", m.role);
     }
     if let Some(few_shot) = &prompt.few_shot {
-        if prompt.text.is_some() {
+        if prompt.text.is_some() || prompt.tokens.is_some() {
             bail!("few_shot: needs a chat; with text, write the examples into it");
         }
         if few_shot.user.is_none() && prompt.user.is_none() {
             bail!("few_shot.user: is required where the prompt has no user");
         }
+    }
+    if prompt.tokens.is_some() && (prompt.prefill.is_some() || prompt.continuation.is_some()) {
+        bail!("tokens: can't be combined with prefill or continuation");
     }
     if prompt.prefill.is_some() && prompt.continuation.is_some() {
         bail!("prefill and continuation: give one of them");
@@ -239,6 +266,13 @@ pub fn cache_folder() -> Result<PathBuf> {
         .or_else(|| var("XDG_CACHE_HOME").map(|p| p.join("valar")))
         .or_else(|| var("HOME").map(|p| p.join(".cache/valar")))
         .context("neither VALAR_CACHE, XDG_CACHE_HOME nor HOME is set: no place to keep models")
+}
+
+/// The model hub that `HF_ENDPOINT` names, with the token in `HF_TOKEN`.
+pub fn hub() -> Option<Remote> {
+    let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let endpoint = var("HF_ENDPOINT")?.trim_end_matches('/').to_owned();
+    Some(Remote { endpoint, token: var("HF_TOKEN") })
 }
 
 /// `SOURCE_DATE_EPOCH` (reproducible-builds.org) makes two runs comparable byte for byte.

@@ -31,9 +31,13 @@ impl fmt::Display for Fingerprint {
     }
 }
 
-/// BLAKE3 of some bytes, 64 hexadecimal digits. About 1 GB/s: 0.1 s for a small model's file.
-pub fn content_hash(bytes: &[u8]) -> String {
-    blake3::hash(bytes).to_hex().to_string()
+/// BLAKE3 of some bytes, given in parts, 64 hexadecimal digits. About 1 GB/s: 0.1 s for a small model's file.
+pub fn content_hash(parts: &[&[u8]]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(part);
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 #[cfg(test)]

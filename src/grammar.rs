@@ -138,7 +138,8 @@ impl fmt::Debug for CompiledFormat {
 
 impl Grammar for CompiledFormat {
     fn start(&self) -> Box<dyn Constraint> {
-        let matcher = self.start.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // A plain clone would share the lexer, its limits and its errors: what one row does could end another.
+        let matcher = self.start.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
         Box::new(Progress { matcher, end_ids: self.end_ids.clone() })
     }
 }

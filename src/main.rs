@@ -1,14 +1,14 @@
 //! The command line: maps errors to exit codes; one match on the subcommand.
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
 use valar::cli::{Cli, Command};
-use valar::config::{Config, cache_folder};
+use valar::config::{self, Config, cache_folder};
 use valar::hub;
 use valar::pipeline::progress::say;
-use valar::pipeline::{self, JobEnd, bench, spec};
+use valar::pipeline::{self, JobEnd, bench, explain, inspect, spec};
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -33,6 +33,13 @@ fn run(cli: Cli) -> Result<u8> {
             };
             Ok(exit_code(&pipeline::run(&config)?))
         }
+        Command::Plan(args) => {
+            let spec = spec::load(args.job.pipeline.as_deref(), &args.overrides());
+            match spec.and_then(|spec| Config::new(spec, false, args.job.quiet)) {
+                Ok(config) => explain::show(&config, args.calibrate, args.json).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
         Command::Bench(args) => {
             let workload = match bench::Workload::new(args.overrides(), args.output) {
                 Ok(workload) => workload,
@@ -42,6 +49,14 @@ fn run(cli: Cli) -> Result<u8> {
         }
         Command::Pull { name } => pull(&name),
         Command::Models => models(),
+        Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "valar", &mut script);
+            std::io::stdout().write_all(&script)?;
+            Ok(0)
+        }
+        Command::Man => manual().map(|()| 0),
     }
 }
 
@@ -59,12 +74,30 @@ fn exit_code(end: &JobEnd) -> u8 {
     }
 }
 
+/// One page: the program's own part, then one for each command.
+fn manual() -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let program = Cli::command();
+    clap_mangen::Man::new(program.clone()).render(&mut out)?;
+    for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
+        let title = format!("valar {}", command.get_name());
+        writeln!(out, ".SH \"{}\"", title.to_uppercase())?;
+        let man = clap_mangen::Man::new(command.clone().bin_name(title));
+        man.render_synopsis_section(&mut out)?;
+        man.render_description_section(&mut out)?;
+        man.render_options_section(&mut out)?;
+        if command.get_after_help().is_some() {
+            man.render_extra_section(&mut out)?;
+        }
+    }
+    Ok(())
+}
+
 fn pull(name: &str) -> Result<u8> {
-    let Some(entry) = hub::find(name) else {
-        let known: Vec<_> = hub::CATALOG.iter().map(|e| e.name).collect();
-        return Ok(usage(&anyhow::anyhow!("model {name:?} is not known; known: {}", known.join(", "))));
-    };
-    let path = hub::pull(entry, &cache_folder()?, &mut say)?;
+    if let Err(error) = hub::check_name(name) {
+        return Ok(usage(&error));
+    }
+    let path = hub::update(name, &cache_folder()?, config::hub().as_ref(), &mut say)?;
     writeln!(std::io::stdout(), "{}", path.display())?;
     Ok(0)
 }

@@ -75,6 +75,7 @@ pub struct Usage {
 
 impl Usage {
     /// The sum of two.
+    #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
             prompt_tokens: self.prompt_tokens + other.prompt_tokens,

@@ -65,6 +65,8 @@ pub struct ChatOptions {
     pub tools: Vec<Value>,
     /// Whether it must.
     pub tool_choice: ToolChoice,
+    /// Of several calls only the first is kept.
+    pub one_call: bool,
     /// The last message is the beginning of the answer: it is gone on with, not answered.
     pub continue_final: bool,
     /// More variables for the template.

@@ -22,7 +22,7 @@ pub const BLOCK_TOKENS: usize = 16;
 pub enum RopeStyle {
     /// Elements 2i and 2i+1 (GGUF files of the llama family, whose q and k rows were permuted for it).
     Interleaved,
-    /// Elements i and i + `head_dim`/2 (Hugging Face's layout).
+    /// Elements i and i + n, n being the number of rotated pairs (Hugging Face's layout).
     Halves,
 }
 
@@ -37,10 +37,36 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Multiplier of q·k before softmax (`1/sqrt(head_dim)` in most models).
     pub scale: f32,
+    /// Scaled scores s become cap · tanh(s / cap) before they are masked.
+    pub soft_cap: Option<f32>,
+    /// Positions that a token sees, its own included (at least 1); `None` sees all before it.
+    pub window: Option<usize>,
     /// How rotary embeddings pair elements.
     pub rope_style: RopeStyle,
     /// Angle per position of each rotated pair: `[rope_dim / 2]`, in radians (theta^(-2i/rope_dim), scaling included).
     pub rope_freqs: Vec<f32>,
+    /// Multiplier of the rotated elements (1 in most models).
+    pub rope_scale: f32,
+}
+
+/// What happens to a token's q, k and v between their projection and their rotation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QkvExtra<V> {
+    /// Added to q, k and v, `[(n_heads + 2 · n_kv_heads) · head_dim]`.
+    pub bias: Option<V>,
+    /// Then applied to each head of q and of k.
+    pub norms: Option<HeadNorms<V>>,
+}
+
+/// Root-mean-square norms of single heads, each `[head_dim]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadNorms<V> {
+    /// Of the query heads.
+    pub q: V,
+    /// Of the key heads.
+    pub k: V,
+    /// Added to the mean square.
+    pub eps: f32,
 }
 
 /// Elementwise function of the gate.
@@ -48,6 +74,50 @@ pub struct AttentionSpec {
 pub enum Activation {
     /// x · sigmoid(x)
     Silu,
+    /// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
+    GeluTanh,
+}
+
+/// How the head makes logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HeadSpec {
+    /// Added to the mean square in the final norm.
+    pub eps: f32,
+    /// Logits x become cap · tanh(x / cap).
+    pub soft_cap: Option<f32>,
+}
+
+/// A feed-forward layer of which each token uses a few parts.
+#[derive(Debug)]
+pub struct Experts<W> {
+    /// `[n_experts, width]`, of a float type.
+    pub router: W,
+    /// All experts.
+    pub experts: Vec<Expert<W>>,
+    /// Experts that a token uses: those with the largest softmax of its router logits, ties to the lower number.
+    pub n_used: usize,
+    /// Whether the weights of the experts used are divided by their sum.
+    pub renormalise: bool,
+}
+
+/// One expert.
+#[derive(Debug)]
+pub struct Expert<W> {
+    /// As [`Device::load_gate_up`] makes it.
+    pub gate_up: W,
+    /// `[width, n]`
+    pub down: W,
+}
+
+/// Sizes of a model's [`Experts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertSizes {
+    /// Experts of a layer.
+    pub n_experts: usize,
+    /// Experts that a token uses.
+    pub n_used: usize,
+    /// Elements between an expert's projections.
+    pub ffn_width: usize,
 }
 
 /// How large a step can get: what working memory is made for.
@@ -63,8 +133,10 @@ pub struct StepSizes<'a> {
     pub n_vocab: usize,
     /// Elements of the residual stream.
     pub width: usize,
-    /// The attention of every layer.
-    pub attention: &'a AttentionSpec,
+    /// The attention of each layer.
+    pub attention: &'a [AttentionSpec],
+    /// Of layers that have them.
+    pub experts: Option<ExpertSizes>,
 }
 
 /// A device: where weights and the KV cache live and the arithmetic is done.
@@ -92,8 +164,10 @@ pub trait Device: Send {
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Weight>;
     /// Loads the gate and up projections, each `[n, k]`, for [`Device::gate_up`].
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Self::Weight>;
-    /// Loads a vector.
-    fn load_vector(&self, tensor: &Tensor<'_>) -> anyhow::Result<Self::Vector>;
+    /// Loads a vector; several tensors are put one after the other.
+    fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Vector>;
+    /// Bytes that a tensor takes once it is loaded.
+    fn tensor_bytes(&self, tensor: &Tensor<'_>) -> usize;
     /// Bytes that one layer's cache takes per block.
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize;
     /// Makes one layer's cache.
@@ -107,21 +181,30 @@ pub trait Device: Send {
     /// without it, they do so at first use. (The reference device, which is no production device, always allocates.)
     fn reserve(&mut self, sizes: &StepSizes<'_>);
 
-    /// x[t] = row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
-    fn embed(&self, table: &Self::Weight, batch: &Batch, x: &mut Self::Hidden);
+    /// x[t] = scale · row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
+    fn embed(&self, table: &Self::Weight, scale: f32, batch: &Batch, x: &mut Self::Hidden);
     /// act[t] = x[t] / rms(x[t]) · weight, in the form `next` wants.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
     fn norm(&self, x: &Self::Hidden, weight: &Self::Vector, eps: f32, next: &Self::Weight, batch: &Batch, act: &mut Self::Act);
+    /// x[t] += y[t] / rms(y[t]) · weight.
+    fn norm_add(&self, y: &Self::Hidden, weight: &Self::Vector, eps: f32, batch: &Batch, x: &mut Self::Hidden);
     /// out[t] = weight · act[t].
     fn linear(&self, act: &Self::Act, weight: &Self::Weight, batch: &Batch, out: &mut Self::Hidden);
     /// x[t] += weight · act[t].
     fn linear_add(&self, act: &Self::Act, weight: &Self::Weight, batch: &Batch, x: &mut Self::Hidden);
-    /// For `qkv[t]` = (q heads, k heads, v heads): rotates q and k by the token's position, stores k and v in the cache
-    /// slots the block tables name, then does `batch.copies` in order (after all stores: a copy may read what this
-    /// step has stored).
-    fn finish_qkv(&self, qkv: &mut Self::Hidden, spec: &AttentionSpec, batch: &Batch, cache: &mut Self::Cache);
-    /// Causal attention of each token's rotated q over positions 0..=its own of its sequence, from the cache;
-    /// act[t] = `[n_heads · head_dim]` in the form `next` wants.
+    /// For `qkv[t]` = (q heads, k heads, v heads): adds the bias, norms the heads of q and k, rotates them by the token's
+    /// position, stores k and v in the cache slots the block tables name, then does `batch.copies` in order (after all
+    /// stores: a copy may read what this step has stored).
+    fn finish_qkv(
+        &self,
+        qkv: &mut Self::Hidden,
+        extra: &QkvExtra<Self::Vector>,
+        spec: &AttentionSpec,
+        batch: &Batch,
+        cache: &mut Self::Cache,
+    );
+    /// Causal attention of each token's rotated q over the positions that it sees of its sequence, from the cache: those
+    /// up to its own, and no more of them than the window has; act[t] = `[n_heads · head_dim]` in the form `next` wants.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
     fn attention(
         &self,
@@ -144,8 +227,19 @@ pub trait Device: Send {
         scratch: &mut Self::Hidden,
         out: &mut Self::Act,
     );
+    /// x[t] += Σ weight · down(activation(gate · act[t]) · (up · act[t])) over the experts that the token uses, in the order
+    /// of their numbers. `act` has the form that the first expert's `gate_up` wants. No token is dropped.
+    fn experts(&self, act: &Self::Act, experts: &Experts<Self::Weight>, f: Activation, batch: &Batch, x: &mut Self::Hidden);
     /// For each of `batch.heads`: final norm, vocabulary logits, then the draw or the score it asks for
     /// (`sample::draw`), written to `out.rows` in the same order. The head weight is `[vocab, width]`.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
-    fn head(&self, x: &Self::Hidden, norm: &Self::Vector, eps: f32, weight: &Self::Weight, batch: &Batch, out: &mut StepOutput);
+    fn head(
+        &self,
+        x: &Self::Hidden,
+        norm: &Self::Vector,
+        weight: &Self::Weight,
+        spec: &HeadSpec,
+        batch: &Batch,
+        out: &mut StepOutput,
+    );
 }

@@ -6,11 +6,9 @@
 
 use super::batch::{Batch, BatchSeq, StepOutput};
 use super::sample::{self, Scratch};
-use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, RopeStyle, StepSizes};
-use crate::tensor::{DType, Tensor as FileTensor};
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, Experts, HeadSpec, QkvExtra, RopeStyle, StepSizes};
+use crate::tensor::Tensor as FileTensor;
 use candle_core::{D, DType as CandleType, Device as CandleDevice, Result, Tensor};
-use std::borrow::Cow;
 
 /// Why a candle operation can't fail where [`done`] is used.
 const SHAPES_HOLD: &str = "shapes were checked when the model was loaded, and the batch by Batch::check";
@@ -65,8 +63,12 @@ impl Device for Reference {
         self.load_weight(&[gate.clone(), up.clone()])
     }
 
-    fn load_vector(&self, tensor: &FileTensor<'_>) -> anyhow::Result<Tensor> {
-        Ok(load(tensor)?)
+    fn load_vector(&self, parts: &[FileTensor<'_>]) -> anyhow::Result<Tensor> {
+        self.load_weight(parts)
+    }
+
+    fn tensor_bytes(&self, tensor: &FileTensor<'_>) -> usize {
+        tensor.shape.iter().product::<usize>() * size_of::<f32>()
     }
 
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
@@ -90,12 +92,16 @@ impl Device for Reference {
 
     fn reserve(&mut self, _sizes: &StepSizes<'_>) {}
 
-    fn embed(&self, table: &Tensor, batch: &Batch, x: &mut Tensor) {
-        *x = done(select_rows(table, batch.tokens.iter().copied()));
+    fn embed(&self, table: &Tensor, scale: f32, batch: &Batch, x: &mut Tensor) {
+        *x = done(select_rows(table, batch.tokens.iter().copied()).and_then(|rows| rows * f64::from(scale)));
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor, eps: f32, _next: &Tensor, _batch: &Batch, act: &mut Tensor) {
         *act = done(rms_norm(x, weight, eps));
+    }
+
+    fn norm_add(&self, y: &Tensor, weight: &Tensor, eps: f32, _batch: &Batch, x: &mut Tensor) {
+        *x = done(rms_norm(y, weight, eps).and_then(|y| &*x + y));
     }
 
     fn linear(&self, act: &Tensor, weight: &Tensor, _batch: &Batch, out: &mut Tensor) {
@@ -106,8 +112,8 @@ impl Device for Reference {
         *x = done(product(act, weight).and_then(|y| &*x + y));
     }
 
-    fn finish_qkv(&self, qkv: &mut Tensor, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
-        let mut rows = done(qkv.to_vec2::<f32>());
+    fn finish_qkv(&self, qkv: &mut Tensor, extra: &QkvExtra<Tensor>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
+        let mut rows = done(finished(qkv, extra, spec).and_then(|qkv| qkv.to_vec2::<f32>()));
         let q_width = spec.n_heads * spec.head_dim;
         for (row, &position) in rows.iter_mut().zip(&batch.positions) {
             for head in row[..q_width + cache.width].chunks_mut(spec.head_dim) {
@@ -148,20 +154,21 @@ impl Device for Reference {
         out: &mut Tensor,
     ) {
         *scratch = done(product(act, weight));
-        let halves = done(scratch.chunk(2, 1));
-        let gate = match f {
-            Activation::Silu => halves[0].silu(),
-        };
-        *out = done(gate.and_then(|gate| gate * &halves[1]));
+        *out = done(gated(scratch, f));
     }
 
-    fn head(&self, x: &Tensor, norm: &Tensor, eps: f32, weight: &Tensor, batch: &Batch, out: &mut StepOutput) {
+    fn experts(&self, act: &Tensor, experts: &Experts<Tensor>, f: Activation, _batch: &Batch, x: &mut Tensor) {
+        *x = done(add_experts(act, experts, f, x));
+    }
+
+    fn head(&self, x: &Tensor, norm: &Tensor, weight: &Tensor, spec: &HeadSpec, batch: &Batch, out: &mut StepOutput) {
         out.rows.clear();
         if batch.heads.is_empty() {
             return;
         }
         let rows = select_rows(x, batch.heads.iter().map(|row| row.token_idx));
-        let mut logits = done(rows.and_then(|x| product(&rms_norm(&x, norm, eps)?, weight)?.to_vec2::<f32>()));
+        let logits = rows.and_then(|x| product(&rms_norm(&x, norm, spec.eps)?, weight));
+        let mut logits = done(logits.and_then(|logits| soft_capped(logits, spec.soft_cap)?.to_vec2::<f32>()));
         let mut scratch = Scratch::new(weight.dims()[0]);
         out.rows.extend(logits.iter_mut().zip(&batch.heads).map(|(logits, row)| {
             let shaping = batch.shaping(row, logits.len());
@@ -177,16 +184,9 @@ fn done<T>(result: Result<T>) -> T {
 
 /// Dequantises a tensor of the file.
 fn load(tensor: &FileTensor<'_>) -> Result<Tensor> {
-    let dtype = match tensor.dtype {
-        DType::F32 => GgmlDType::F32,
-        DType::F16 => GgmlDType::F16,
-        DType::Bf16 => GgmlDType::BF16,
-        DType::Q4_0 => GgmlDType::Q4_0,
-        DType::Q4_1 => GgmlDType::Q4_1,
-        DType::Q8_0 => GgmlDType::Q8_0,
-    };
-    let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes), &CandleDevice::Cpu, dtype)?;
-    QTensor::new(storage, tensor.shape.as_slice())?.dequantize(&CandleDevice::Cpu)
+    let mut values = vec![0.0; tensor.shape.iter().product()];
+    tensor.dtype.dequantise(tensor.bytes, &mut values);
+    Tensor::from_vec(values, tensor.shape.as_slice(), &CandleDevice::Cpu)
 }
 
 /// The rows of `table` that `indexes` name.
@@ -205,6 +205,59 @@ fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     x.broadcast_div(&rms)?.broadcast_mul(weight)
 }
 
+/// cap · tanh(x / cap), if there is a cap.
+fn soft_capped(x: Tensor, cap: Option<f32>) -> Result<Tensor> {
+    cap.map_or(Ok(x.clone()), |cap| (x / f64::from(cap))?.tanh()? * f64::from(cap))
+}
+
+/// activation(gate) · up of rows that are both.
+fn gated(gate_up: &Tensor, f: Activation) -> Result<Tensor> {
+    let halves = gate_up.chunk(2, 1)?;
+    let gate = match f {
+        Activation::Silu => halves[0].silu()?,
+        Activation::GeluTanh => halves[0].gelu()?,
+    };
+    gate * &halves[1]
+}
+
+/// q, k and v with their bias, the heads of q and k normed.
+fn finished(qkv: &Tensor, extra: &QkvExtra<Tensor>, spec: &AttentionSpec) -> Result<Tensor> {
+    let qkv = extra.bias.as_ref().map_or(Ok(qkv.clone()), |bias| qkv.broadcast_add(bias))?;
+    let Some(norms) = &extra.norms else { return Ok(qkv) };
+    let heads = qkv.reshape(((), spec.n_heads + 2 * spec.n_kv_heads, spec.head_dim))?;
+    let q = rms_norm(&heads.narrow(1, 0, spec.n_heads)?, &norms.q, norms.eps)?;
+    let k = rms_norm(&heads.narrow(1, spec.n_heads, spec.n_kv_heads)?, &norms.k, norms.eps)?;
+    let v = heads.narrow(1, spec.n_heads + spec.n_kv_heads, spec.n_kv_heads)?;
+    Tensor::cat(&[q, k, v], 1)?.flatten_from(1)
+}
+
+/// x + Σ weight · expert(act) over all experts, those that a token does not use with weight 0.
+fn add_experts(act: &Tensor, experts: &Experts<Tensor>, f: Activation, x: &Tensor) -> Result<Tensor> {
+    let logits = product(act, &experts.router)?;
+    let p = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?.exp()?;
+    let mut weights = p.broadcast_div(&p.sum_keepdim(D::Minus1)?)?.to_vec2::<f32>()?;
+    for row in &mut weights {
+        let mut order: Vec<usize> = (0..row.len()).collect();
+        // A stable sort: ties stay in the order of the experts' numbers.
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        let (used, unused) = order.split_at(experts.n_used);
+        let total: f32 = if experts.renormalise { used.iter().map(|&e| row[e]).sum() } else { 1.0 };
+        for &e in used {
+            row[e] /= total;
+        }
+        for &e in unused {
+            row[e] = 0.0;
+        }
+    }
+    let weights = Tensor::new(weights, &CandleDevice::Cpu)?;
+    let mut x = x.clone();
+    for (e, expert) in experts.experts.iter().enumerate() {
+        let y = product(&gated(&product(act, &expert.gate_up)?, f)?, &expert.down)?;
+        x = (x + y.broadcast_mul(&weights.narrow(1, e, 1)?)?)?;
+    }
+    Ok(x)
+}
+
 /// Rotary embedding of one head: each pair turns by position · frequency. Elements past the last pair stay.
 fn rotate(head: &mut [f32], position: u32, spec: &AttentionSpec) {
     let n_pairs = spec.rope_freqs.len();
@@ -214,6 +267,7 @@ fn rotate(head: &mut [f32], position: u32, spec: &AttentionSpec) {
             RopeStyle::Halves => (i, i + n_pairs),
         };
         let (sin, cos) = f64::from(position as f32 * freq).sin_cos();
+        let (sin, cos) = (sin * f64::from(spec.rope_scale), cos * f64::from(spec.rope_scale));
         let (x, y) = (f64::from(head[a]), f64::from(head[b]));
         head[a] = (x * cos - y * sin) as f32;
         head[b] = (x * sin + y * cos) as f32;
@@ -232,8 +286,10 @@ fn attend(qkv: &Tensor, spec: &AttentionSpec, cache: &Cache, batch: &Batch, seq:
     let q = qkv.narrow(0, seq.token_start as usize, n)?.narrow(1, 0, spec.n_heads * dim)?;
     let q = q.reshape((n, n_kv, group, dim))?.permute((1, 2, 0, 3))?.reshape((n_kv, group * n, dim))?;
     let scores = (q.matmul(&k.t()?)? * f64::from(spec.scale))?.reshape((n_kv, group, n, n_keys))?;
-    let mask: Vec<f32> =
-        (0..n).flat_map(|i| (0..n_keys).map(move |key| if key <= first + i { 0.0 } else { f32::NEG_INFINITY })).collect();
+    let scores = soft_capped(scores, spec.soft_cap)?;
+    let sees = |position: usize, key: usize| key <= position && spec.window.is_none_or(|window| position - key < window);
+    let mask = |i| (0..n_keys).map(move |key| if sees(first + i, key) { 0.0 } else { f32::NEG_INFINITY });
+    let mask: Vec<f32> = (0..n).flat_map(mask).collect();
     let scores = scores.broadcast_add(&Tensor::from_vec(mask, (n, n_keys), &CandleDevice::Cpu)?)?;
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;

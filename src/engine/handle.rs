@@ -61,6 +61,7 @@ impl EngineHandle {
     ///
     /// # Panics
     /// If it could never run: see [`Submission::check`].
+    #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.limits);
         if !self.gate.enter(submission.class) {

@@ -198,6 +198,7 @@ impl Engine {
     ///
     /// # Panics
     /// If it could never run: see [`Submission::check`].
+    #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.scheduler.limits);
         let queued = self.scheduler.submit(submission);
@@ -335,7 +336,8 @@ impl Submission {
         assert!(self.prompt.iter().all(|&t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
         assert!(self.params.max_tokens > 0 || self.params.score_from.is_some(), "row {id}: nothing to do");
         if let Some(first) = self.params.score_from {
-            assert!(first > 0 && self.params.logprobs.is_some(), "row {id}: scores from {first} on");
+            let is_known = self.params.logprobs.is_some() || first as usize >= n_prompt;
+            assert!(first > 0 && is_known, "row {id}: scores from {first} on");
         }
         let edited = self.params.logit_bias.iter().map(|&(token, _)| token).chain(self.params.stop_tokens.iter().copied());
         assert!(edited.into_iter().all(|t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);

@@ -75,6 +75,7 @@ impl Scheduler {
     }
 
     /// Queues a row, unless its class's queue is full.
+    #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub(super) fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
         let class = submission.class as usize;
         if self.n_queued[class] >= self.config.max_waiting {
@@ -314,6 +315,7 @@ impl Scheduler {
         let is_new = !row.is_admitted;
         if is_new {
             row.is_admitted = true;
+            row.constraint = row.params.grammar.as_ref().map(|grammar| grammar.start());
             self.n_queued[class as usize] -= 1;
         }
         row.n_shared_blocks = n_shared / BLOCK_TOKENS;

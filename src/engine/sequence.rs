@@ -77,7 +77,7 @@ pub(super) struct Sequence {
     pub(super) buffers: Buffers,
     /// What its tokens do to the next logits, if anything.
     pub(super) history: Option<Box<LogitHistory>>,
-    /// Where it stands in its grammar, if it has one.
+    /// Where it stands in its grammar, if it has one; made when it is admitted, for it takes memory.
     pub(super) constraint: Option<Box<dyn Constraint>>,
     /// Leading entries of the table that are another sequence's full blocks: never written by this one.
     pub(super) n_shared_blocks: usize,
@@ -98,7 +98,6 @@ impl Sequence {
     pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
         let buffers = Buffers::new(&submission, max_context);
         let history = LogitHistory::new(&submission.params, &submission.prompt);
-        let constraint = submission.params.grammar.as_ref().map(|grammar| grammar.start());
         Self {
             id: submission.id,
             keep_tokens: (submission.keep_tokens as usize).min(submission.prompt.len()),
@@ -108,7 +107,7 @@ impl Sequence {
             stream_idx,
             buffers,
             history,
-            constraint,
+            constraint: None,
             n_shared_blocks: 0,
             computed: 0,
             high_water: 0,

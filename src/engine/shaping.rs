@@ -54,7 +54,8 @@ impl LogitHistory {
             history.counts[place].0 += bias;
             history.edits[place].bias = history.counts[place].0;
         }
-        if repetition != 1.0 {
+        let penalises = (repetition - 1.0).abs() > 0.0;
+        if penalises {
             for &token in prompt {
                 let place = history.place(token);
                 history.edits[place].penalty = repetition;

@@ -45,9 +45,22 @@ impl SchemaInference {
     /// The schema of all records observed: a column per field, in order of first appearance, all nullable. Booleans, 64-bit
     /// integers, 64-bit floats (integers and floats mixed), strings; lists and structs of these; a column that was
     /// always null is a string column; anything mixed is a string column of JSON texts (strings in quotes).
-    pub fn finish(&self) -> SchemaRef {
-        Arc::new(Schema::new(fields_of(&self.columns)))
+    /// Columns of `known` have the types given there, whatever was observed, and are there in any case.
+    pub fn finish(&self, known: &[Field]) -> SchemaRef {
+        let mut fields: Vec<FieldRef> = fields_of(&self.columns).iter().cloned().collect();
+        for known in known {
+            match fields.iter_mut().find(|field| field.name() == known.name()) {
+                Some(field) => *field = Arc::new(known.clone()),
+                None => fields.push(Arc::new(known.clone())),
+            }
+        }
+        Arc::new(Schema::new(fields))
     }
+}
+
+/// A string column that holds JSON texts.
+pub fn json_field(name: &str) -> Field {
+    Field::new(name, DataType::Utf8, true).with_metadata([json_extension()])
 }
 
 /// Whether a column holds JSON texts.
@@ -131,7 +144,7 @@ impl Kind {
             Self::List(item) => DataType::List(Arc::new(item.field("element"))),
             Self::Struct(fields) if !fields.is_empty() => DataType::Struct(fields_of(fields)),
             // A struct without fields can't be written.
-            Self::Struct(_) | Self::Json => return Field::new(name, DataType::Utf8, true).with_metadata([json_extension()]),
+            Self::Struct(_) | Self::Json => return json_field(name),
         };
         Field::new(name, data_type, true)
     }
@@ -175,7 +188,7 @@ mod tests {
         for record in records {
             inference.observe(record).unwrap();
         }
-        inference.finish()
+        inference.finish(&[])
     }
 
     #[track_caller]

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 
+use super::compressed::Chunks;
 use super::{FileRow, Limits};
 use crate::outcome::{ErrorCode, RowError};
-use crate::storage::Object;
 
 /// What some editors put before the first line of a UTF-8 file.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -17,8 +17,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Reads the rows of one file.
 #[derive(Debug)]
 pub(super) struct JsonlReader {
-    object: Object,
-    offset: u64,
+    chunks: Chunks,
     chunk: Bytes,
     lines: LineSplitter,
     limits: Limits,
@@ -26,13 +25,13 @@ pub(super) struct JsonlReader {
 }
 
 impl JsonlReader {
-    pub(super) fn new(object: Object, limits: Limits) -> Self {
+    pub(super) fn new(chunks: Chunks, limits: Limits) -> Self {
         let lines = LineSplitter::new(limits.max_row_bytes);
-        Self { object, offset: 0, chunk: Bytes::new(), lines, limits, at_end: false }
+        Self { chunks, chunk: Bytes::new(), lines, limits, at_end: false }
     }
 
     pub(super) fn url(&self) -> &Arc<str> {
-        self.object.url()
+        self.chunks.object().url()
     }
 
     pub(super) fn next_row(&mut self) -> Result<Option<FileRow>> {
@@ -57,9 +56,8 @@ impl JsonlReader {
             if line.is_some() {
                 return Ok(line);
             }
-            let read = self.object.chunk(self.offset);
+            let read = self.chunks.next_chunk();
             self.chunk = read.with_context(|| format!("{}, line {}", self.url(), self.lines.number + 1))?;
-            self.offset += self.chunk.len() as u64;
             self.at_end = self.chunk.is_empty();
         }
         Ok(self.lines.last_line())

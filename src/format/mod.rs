@@ -2,13 +2,15 @@
 //! written to a file. Knows nothing of what rows mean. Invariants: rows are numbered without gaps over all files in
 //! the given order, the same at every reading; memory does not grow with the input.
 
+mod compressed;
 mod infer;
 mod jsonl;
 pub mod openai;
 mod parquet;
 mod parquet_sink;
 
-pub use infer::SchemaInference;
+pub use compressed::{Compression, Packer};
+pub use infer::{SchemaInference, json_field};
 pub use jsonl::{Line, LineSplitter};
 pub use parquet::schema_of;
 pub use parquet_sink::check_schema;
@@ -21,7 +23,8 @@ use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::SchemaRef;
 
 use crate::outcome::{ErrorCode, RowError};
-use crate::storage::{Location, Storage, Upload};
+use crate::storage::{Location, Storage};
+use compressed::Chunks;
 use jsonl::JsonlReader;
 use parquet::ParquetReader;
 use parquet_sink::ParquetSink;
@@ -29,8 +32,8 @@ use parquet_sink::ParquetSink;
 /// How a file holds its rows; its extension decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// One JSON text per line (`.jsonl`, `.ndjson`).
-    Jsonl,
+    /// One JSON text per line (`.jsonl`, `.ndjson`), perhaps packed (`.jsonl.gz`, `.jsonl.zst`).
+    Jsonl(Compression),
     /// Columns (`.parquet`).
     Parquet,
 }
@@ -38,11 +41,20 @@ pub enum Format {
 impl Format {
     /// The format of the file at `at`; an error that names the known extensions if its name has none of them.
     pub fn of(at: &Location) -> Result<Self> {
-        match at.path.extension().map(str::to_ascii_lowercase).as_deref() {
-            Some("jsonl" | "ndjson") => Ok(Self::Jsonl),
-            Some("parquet") => Ok(Self::Parquet),
-            Some("json") => bail!("{}: a .json file may be one array; if it has one row per line, name it .jsonl", at.url),
-            _ => bail!("{}: can't tell the format; files end in .jsonl, .ndjson or .parquet", at.url),
+        let name = at.path.filename().unwrap_or_default().to_ascii_lowercase();
+        let (name, compression) = match name.rsplit_once('.') {
+            Some((inner, "gz")) => (inner, Compression::Gzip),
+            Some((inner, "zst")) => (inner, Compression::Zstd),
+            _ => (&*name, Compression::None),
+        };
+        match (name.rsplit_once('.').map(|(_, extension)| extension), compression) {
+            (Some("jsonl" | "ndjson"), compression) => Ok(Self::Jsonl(compression)),
+            (Some("parquet"), Compression::None) => Ok(Self::Parquet),
+            (Some("parquet"), _) => {
+                bail!("{}: a Parquet file is compressed inside; it can't be read from another archive", at.url)
+            }
+            (Some("json"), _) => bail!("{}: a .json file may be one array; if it has one row per line, name it .jsonl", at.url),
+            _ => bail!("{}: can't tell the format; files end in .jsonl, .ndjson (perhaps with .gz or .zst) or .parquet", at.url),
         }
     }
 }
@@ -90,6 +102,7 @@ pub struct Source {
     current: Option<Reader>,
     next_row_idx: u64,
     limits: Limits,
+    columns: Option<Vec<String>>,
 }
 
 impl Source {
@@ -98,7 +111,21 @@ impl Source {
         for file in files {
             Format::of(file)?;
         }
-        Ok(Self { storage: storage.clone(), files: files.iter().cloned().collect(), current: None, next_row_idx: 0, limits })
+        Ok(Self {
+            storage: storage.clone(),
+            files: files.iter().cloned().collect(),
+            current: None,
+            next_row_idx: 0,
+            limits,
+            columns: None,
+        })
+    }
+
+    /// Reads only these columns of Parquet files, as far as a file has them; `None` reads all. Other files have no columns
+    /// to leave out: their rows come whole.
+    #[must_use]
+    pub fn with_columns(self, columns: Option<Vec<String>>) -> Self {
+        Self { columns, ..self }
     }
 
     /// The next rows: at most `max_rows`, and no further row once they hold `max_bytes` of text. `None` at the end of
@@ -127,8 +154,10 @@ impl Source {
             let Some(file) = self.files.pop_front() else { return Ok(None) };
             let object = self.storage.open(&file)?;
             self.current = Some(match Format::of(&file)? {
-                Format::Jsonl => Reader::Jsonl(Box::new(JsonlReader::new(object, self.limits))),
-                Format::Parquet => Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits)?)),
+                Format::Jsonl(compression) => {
+                    Reader::Jsonl(Box::new(JsonlReader::new(Chunks::new(object, compression)?, self.limits)))
+                }
+                Format::Parquet => Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits, self.columns.as_deref())?)),
             });
         }
     }
@@ -170,14 +199,16 @@ pub struct Inspection {
     pub n_rows: u64,
 }
 
-/// Reads a file once, to know its content's hash and count its rows.
+/// Reads a file to know its content's hash and to count its rows; a packed one twice, as it is and unpacked.
+///
+/// # Errors
+/// A file that can't be read to its end: damaged, or cut off.
 pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
     let format = Format::of(at)?;
     let object = storage.open(at)?;
     let mut hasher = blake3::Hasher::new();
-    // No row needs keeping, only counting.
-    let mut lines = LineSplitter::new(0);
-    let (mut offset, mut n_rows) = (0, 0);
+    let mut lines = LineCounter::default();
+    let mut offset = 0;
     loop {
         let chunk = object.chunk(offset)?;
         if chunk.is_empty() {
@@ -185,16 +216,49 @@ pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
         }
         offset += chunk.len() as u64;
         hasher.update(&chunk);
-        let mut rest = &chunk[..];
-        while format == Format::Jsonl && lines.next_line(&mut rest).is_some() {
-            n_rows += 1;
+        if format == Format::Jsonl(Compression::None) {
+            lines.take(&chunk);
         }
     }
-    match format {
-        Format::Jsonl => n_rows += u64::from(lines.last_line().is_some()),
-        Format::Parquet => n_rows = parquet::count_rows(&object)?,
-    }
+    let n_rows = match format {
+        Format::Jsonl(Compression::None) => lines.finish(),
+        Format::Jsonl(compression) => {
+            let mut chunks = Chunks::new(object.clone(), compression)?;
+            loop {
+                let chunk = chunks.next_chunk()?;
+                if chunk.is_empty() {
+                    break lines.finish();
+                }
+                lines.take(&chunk);
+            }
+        }
+        Format::Parquet => parquet::count_rows(&object)?,
+    };
     Ok(Inspection { n_bytes: object.n_bytes(), blake3: hasher.finalize().to_hex().to_string(), n_rows })
+}
+
+/// Counts rows without keeping any.
+struct LineCounter {
+    lines: LineSplitter,
+    n_rows: u64,
+}
+
+impl Default for LineCounter {
+    fn default() -> Self {
+        Self { lines: LineSplitter::new(0), n_rows: 0 }
+    }
+}
+
+impl LineCounter {
+    fn take(&mut self, mut chunk: &[u8]) {
+        while self.lines.next_line(&mut chunk).is_some() {
+            self.n_rows += 1;
+        }
+    }
+
+    fn finish(mut self) -> u64 {
+        self.n_rows + u64::from(self.lines.last_line().is_some())
+    }
 }
 
 /// Refuses an output that can't be written: unknown extension, or a directory is in its place.
@@ -211,7 +275,7 @@ pub fn check_output(storage: &Storage, at: &Location) -> Result<Format> {
 #[derive(Debug)]
 pub enum Sink {
     /// The texts as they are, a newline after each.
-    Jsonl(Upload),
+    Jsonl(Box<Packer>),
     /// Columns; see [`SchemaInference`] and [`check_schema`].
     Parquet(Box<ParquetSink>),
 }
@@ -221,7 +285,7 @@ impl Sink {
     pub fn create(storage: &Storage, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
         let upload = storage.upload(at);
         match (Format::of(at)?, schema) {
-            (Format::Jsonl, _) => Ok(Self::Jsonl(upload)),
+            (Format::Jsonl(compression), _) => Ok(Self::Jsonl(Box::new(Packer::new(upload, compression)?))),
             (Format::Parquet, Some(schema)) => Ok(Self::Parquet(Box::new(ParquetSink::new(upload, schema, at.url.clone())?))),
             (Format::Parquet, None) => bail!("{}: a Parquet file needs a schema", at.url),
         }
@@ -230,8 +294,8 @@ impl Sink {
     /// Writes one record. An error if the file can't be written, or the record does not fit the schema.
     pub fn write(&mut self, record: &str) -> Result<()> {
         match self {
-            Self::Jsonl(upload) => {
-                upload.write_all(record.as_bytes()).and_then(|()| upload.write_all(b"\n")).context("can't write a record")
+            Self::Jsonl(packer) => {
+                packer.write_all(record.as_bytes()).and_then(|()| packer.write_all(b"\n")).context("can't write a record")
             }
             Self::Parquet(sink) => sink.write(record),
         }
@@ -240,7 +304,7 @@ impl Sink {
     /// Makes the file appear under its name.
     pub fn publish(self) -> Result<()> {
         match self {
-            Self::Jsonl(upload) => upload.publish(),
+            Self::Jsonl(packer) => packer.publish(),
             Self::Parquet(sink) => sink.publish(),
         }
     }

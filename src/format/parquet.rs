@@ -16,6 +16,7 @@ use arrow::array::{Array, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema};
 use arrow::json::writer::{EncoderOptions, make_encoder};
 use bytes::Bytes;
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
@@ -52,9 +53,19 @@ pub(super) struct ParquetReader {
 }
 
 impl ParquetReader {
-    /// Reads the footer. Fails if it is damaged or a column has a type that can't be read.
-    pub(super) fn open(object: &Object, limits: Limits) -> Result<Self> {
+    /// Reads the footer; of rows, `columns` will be read, or all. Fails if it is damaged or a column has a type that can't
+    /// be read.
+    pub(super) fn open(object: &Object, limits: Limits, columns: Option<&[String]>) -> Result<Self> {
         let builder = open_file(object)?;
+        let builder = match columns {
+            None => builder,
+            Some(columns) => {
+                let there = builder.schema().fields().iter().enumerate();
+                let wanted: Vec<usize> = there.filter(|(_, f)| columns.contains(f.name())).map(|(i, _)| i).collect();
+                let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
+                builder.with_projection(mask)
+            }
+        };
         let url = object.url().clone();
         let schema = builder.schema().clone();
         encode_rows(&RecordBatch::new_empty(schema), limits).with_context(|| format!("{url}: a column can't be read"))?;

@@ -8,7 +8,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
+use arrow::array::RecordBatch;
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 use arrow::json::ReaderBuilder;
 use arrow::json::reader::Decoder;
 use parquet::arrow::ArrowWriter;
@@ -34,7 +36,9 @@ const BATCH_BYTES: usize = 4 << 20;
 
 /// Refuses a schema with a type that records (JSON texts) can't be turned into: before the work, not after it.
 pub fn check_schema(schema: &Schema) -> Result<()> {
-    ReaderBuilder::new(Arc::new(schema.clone())).build_decoder().context("a column of the output can't be written")?;
+    ReaderBuilder::new(Arc::new(without_dictionaries(schema)))
+        .build_decoder()
+        .context("a column of the output can't be written")?;
     Ok(())
 }
 
@@ -43,6 +47,7 @@ pub struct ParquetSink {
     url: Arc<str>,
     schema: SchemaRef,
     has_json: bool,
+    has_dictionaries: bool,
     decoder: Decoder,
     n_bytes: usize, // of text in the decoder
     text: Vec<u8>,  // one record, rewritten for the decoder
@@ -63,14 +68,16 @@ impl ParquetSink {
             .set_max_row_group_row_count(Some(GROUP_ROWS))
             .set_max_row_group_bytes(Some(GROUP_BYTES))
             .build();
-        // Without an embedded Arrow schema: Parquet's own says all there is to say of these types.
-        let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
+        let plain = Arc::new(without_dictionaries(&schema));
+        let has_dictionaries = plain != schema;
+        // Without an embedded Arrow schema: Parquet's own says all there is to say of these types, but of dictionaries.
+        let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(!has_dictionaries);
         let writer = ArrowWriter::try_new_with_options(upload, schema.clone(), options);
         let writer = writer.with_context(|| format!("can't write {url} with these columns"))?;
-        let decoder = ReaderBuilder::new(schema.clone()).with_batch_size(2 * BATCH_ROWS).with_strict_mode(true).build_decoder();
+        let decoder = ReaderBuilder::new(plain).with_batch_size(2 * BATCH_ROWS).with_strict_mode(true).build_decoder();
         let decoder = decoder.with_context(|| format!("can't write {url} with these columns"))?;
         let has_json = schema.fields().iter().any(|field| holds_json(field));
-        Ok(Self { url, schema, has_json, decoder, n_bytes: 0, text: Vec::new(), writer })
+        Ok(Self { url, schema, has_json, has_dictionaries, decoder, n_bytes: 0, text: Vec::new(), writer })
     }
 
     pub(super) fn write(&mut self, record: &str) -> Result<()> {
@@ -99,9 +106,27 @@ impl ParquetSink {
     fn write_batch(&mut self) -> Result<()> {
         self.n_bytes = 0;
         let batch = self.decoder.flush().with_context(|| format!("{}: a record does not fit the columns", self.url))?;
-        let Some(batch) = batch else { return Ok(()) };
+        let Some(mut batch) = batch else { return Ok(()) };
+        if self.has_dictionaries {
+            let columns = batch.columns().iter().zip(self.schema.fields()).map(|(column, field)| cast(column, field.data_type()));
+            batch = RecordBatch::try_new(self.schema.clone(), columns.collect::<Result<_, _>>()?)?;
+        }
         self.writer.write(&batch).with_context(|| format!("can't write {}", self.url))
     }
+}
+
+/// The schema with texts in place of dictionaries of texts, which JSON can't be turned into directly.
+fn without_dictionaries(schema: &Schema) -> Schema {
+    fn plain(field: &FieldRef) -> FieldRef {
+        let data_type = match field.data_type() {
+            DataType::Dictionary(_, value) => DataType::clone(value),
+            DataType::List(item) => DataType::List(plain(item)),
+            DataType::Struct(fields) => DataType::Struct(fields.iter().map(plain).collect()),
+            other => other.clone(),
+        };
+        Arc::new(Field::clone(field).with_data_type(data_type))
+    }
+    Schema::new(schema.fields().iter().map(plain).collect::<Fields>())
 }
 
 fn holds_json(field: &Field) -> bool {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{Field, SchemaRef};
 
 use super::{Journal, Place, Record, segment};
 use crate::format::{Format, SchemaInference, Sink};
@@ -26,6 +26,8 @@ pub struct Outputs {
     pub errors: Location,
     /// Columns of the results, if they are Parquet and the columns are known; otherwise found by reading the journal twice.
     pub schema: Option<SchemaRef>,
+    /// Columns of the results whose types are known in any case.
+    pub columns: Vec<Field>,
 }
 
 /// Commits the journal and writes both files, also if one has no rows. An error, before anything is written, if not
@@ -44,12 +46,12 @@ fn finalise_within(journal: &mut Journal, outputs: &Outputs, n_rows: u64, waitin
     let in_order = |each: &mut dyn FnMut(&Record) -> Result<()>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
 
     let schema = |at: &Location, ok: bool, known: Option<&SchemaRef>| match (Format::of(at)?, known) {
-        (Format::Jsonl, _) => Ok(None),
+        (Format::Jsonl(_), _) => Ok(None),
         (Format::Parquet, Some(schema)) => Ok(Some(Arc::clone(schema))),
         (Format::Parquet, None) => {
             let mut inference = SchemaInference::default();
             in_order(&mut |record| if record.ok == ok { inference.observe(record.line.get()) } else { Ok(()) })?;
-            anyhow::Ok(Some(inference.finish()))
+            anyhow::Ok(Some(inference.finish(if ok { &outputs.columns } else { &[] })))
         }
     };
     let mut results = Sink::create(storage, &outputs.results, schema(&outputs.results, true, outputs.schema.as_ref())?)?;
@@ -200,7 +202,7 @@ mod tests {
                 rest = after;
             }
             let (storage, at, mut journal) = journal_of(&segments);
-            let outputs = Outputs { results: at.clone(), errors: at.with_extension("errors.jsonl").unwrap(), schema: None };
+            let outputs = Outputs { results: at.clone(), errors: at.with_extension("errors.jsonl").unwrap(), schema: None, columns: Vec::new() };
             finalise_within(&mut journal, &outputs, rows.len() as u64, waiting_bytes).unwrap();
             let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.get().to_owned()).collect();
             prop_assert_eq!(storage.get(&at).unwrap().unwrap(), wanted.join("\n") + "\n");

@@ -3,17 +3,22 @@
 //!
 //! Invariant: all memory is made at load; [`Runner::run`] adds none of its own.
 
+pub mod family;
+mod file;
+mod gguf_facts;
+mod layer;
+pub mod rope;
 mod spec;
 mod workspace;
 
-pub use spec::{ARCHITECTURES, ModelSpec};
+pub use file::ModelFile;
+pub use spec::{ExpertSpec, Facts, ModelSpec, Rope};
 pub use workspace::{Sizing, Workspace, sizing};
 
 use crate::device::batch::{Batch, StepOutput};
-use crate::device::{BLOCK_TOKENS, Device, StepSizes};
-use crate::gguf::Gguf;
+use crate::device::{BLOCK_TOKENS, Device, HeadSpec, StepSizes};
 use anyhow::{Context, Result, ensure};
-use spec::layer_tensor;
+use layer::Layer;
 
 /// What a runner can take; the engine builds its batches within this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,37 +61,21 @@ pub struct Model<D: Device> {
     head: Option<D::Weight>,
 }
 
-/// Weights of one layer.
-struct Layer<D: Device> {
-    /// `[width]`
-    attn_norm: D::Vector,
-    /// `[(n_heads + 2 · n_kv_heads) · head_dim, width]`
-    qkv: D::Weight,
-    /// `[width, n_heads · head_dim]`
-    attn_output: D::Weight,
-    /// `[width]`
-    ffn_norm: D::Vector,
-    /// `[2 · ffn_width, width]`, in the device's order
-    gate_up: D::Weight,
-    /// `[width, ffn_width]`
-    down: D::Weight,
-}
-
 impl<D: Device> Model<D> {
     /// Loads the weights onto a device.
     ///
     /// # Errors
-    /// As [`ModelSpec::from_gguf`]; a tensor that the device can't take.
-    pub fn load(dev: &D, gguf: &Gguf) -> Result<Self> {
-        let spec = ModelSpec::from_gguf(gguf)?;
-        let layers = (0..spec.n_layers)
-            .map(|layer| Layer::load(dev, gguf, layer).with_context(|| format!("cannot load layer {layer}")))
+    /// As [`ModelFile::spec`]; a tensor that the device can't take.
+    pub fn load(dev: &D, file: &dyn ModelFile) -> Result<Self> {
+        let spec = file.spec()?;
+        let layers = (0..spec.n_layers())
+            .map(|layer| Layer::load(dev, &spec, file, layer).with_context(|| format!("cannot load layer {layer}")))
             .collect::<Result<_>>()?;
-        let head = if spec.tied_head { None } else { Some(dev.load_weight(&[gguf.tensor("output.weight")?])?) };
+        let head = if spec.tied_head { None } else { Some(dev.load_weight(&[file.tensor("output.weight")?])?) };
         Ok(Self {
-            embed: dev.load_weight(&[gguf.tensor("token_embd.weight")?])?,
+            embed: dev.load_weight(&[file.tensor("token_embd.weight")?])?,
             layers,
-            norm: dev.load_vector(&gguf.tensor("output_norm.weight")?)?,
+            norm: dev.load_vector(&[file.tensor("output_norm.weight")?])?,
             head,
             spec,
         })
@@ -95,33 +84,12 @@ impl<D: Device> Model<D> {
     /// One step. `caches` are one per layer.
     pub fn forward(&self, dev: &D, batch: &Batch, caches: &mut [D::Cache], ws: &mut Workspace<D>, out: &mut StepOutput) {
         let spec = &self.spec;
-        let (eps, attention) = (spec.norm_eps, &spec.attention);
-        dev.embed(&self.embed, batch, &mut ws.x);
-        for (layer, cache) in self.layers.iter().zip(caches) {
-            dev.norm(&ws.x, &layer.attn_norm, eps, &layer.qkv, batch, &mut ws.normed);
-            dev.linear(&ws.normed, &layer.qkv, batch, &mut ws.qkv);
-            dev.finish_qkv(&mut ws.qkv, attention, batch, cache);
-            dev.attention(&ws.qkv, attention, cache, &layer.attn_output, batch, &mut ws.attended);
-            dev.linear_add(&ws.attended, &layer.attn_output, batch, &mut ws.x);
-            dev.norm(&ws.x, &layer.ffn_norm, eps, &layer.gate_up, batch, &mut ws.normed);
-            dev.gate_up(&ws.normed, &layer.gate_up, spec.activation, &layer.down, batch, &mut ws.gate_up, &mut ws.gated);
-            dev.linear_add(&ws.gated, &layer.down, batch, &mut ws.x);
+        dev.embed(&self.embed, spec.embed_scale, batch, &mut ws.x);
+        for ((layer, attention), cache) in self.layers.iter().zip(&spec.attention).zip(caches) {
+            layer.forward(dev, spec, attention, batch, cache, ws);
         }
-        dev.head(&ws.x, &self.norm, eps, self.head.as_ref().unwrap_or(&self.embed), batch, out);
-    }
-}
-
-impl<D: Device> Layer<D> {
-    fn load(dev: &D, gguf: &Gguf, layer: usize) -> Result<Self> {
-        let tensor = |part| gguf.tensor(&layer_tensor(layer, part));
-        Ok(Self {
-            attn_norm: dev.load_vector(&tensor("attn_norm")?)?,
-            qkv: dev.load_weight(&[tensor("attn_q")?, tensor("attn_k")?, tensor("attn_v")?])?,
-            attn_output: dev.load_weight(&[tensor("attn_output")?])?,
-            ffn_norm: dev.load_vector(&tensor("ffn_norm")?)?,
-            gate_up: dev.load_gate_up(&tensor("ffn_gate")?, &tensor("ffn_up")?)?,
-            down: dev.load_weight(&[tensor("ffn_down")?])?,
-        })
+        let head = HeadSpec { eps: spec.norm_eps, soft_cap: spec.logit_cap };
+        dev.head(&ws.x, &self.norm, self.head.as_ref().unwrap_or(&self.embed), &head, batch, out);
     }
 }
 
@@ -140,12 +108,12 @@ impl<D: Device> ModelRunner<D> {
     ///
     /// # Errors
     /// As [`Model::load`]; a pool or a step of size 0.
-    pub fn load(mut dev: D, gguf: &Gguf, n_blocks: usize, max_step_tokens: usize) -> Result<Self> {
+    pub fn load(mut dev: D, file: &dyn ModelFile, n_blocks: usize, max_step_tokens: usize) -> Result<Self> {
         ensure!(
             n_blocks > 0 && max_step_tokens > 0,
             "{n_blocks} KV blocks, steps of {max_step_tokens} tokens: both must be at least 1"
         );
-        let model = Model::load(&dev, gguf)?;
+        let model = Model::load(&dev, file)?;
         let spec = &model.spec;
         let limits = RunnerLimits {
             n_blocks,
@@ -162,8 +130,9 @@ impl<D: Device> ModelRunner<D> {
             n_vocab: spec.n_vocab,
             width: spec.width,
             attention: &spec.attention,
+            experts: spec.experts.map(|experts| experts.sizes),
         });
-        let caches = (0..spec.n_layers).map(|_| dev.new_cache(&spec.attention, n_blocks)).collect();
+        let caches = spec.attention.iter().map(|attention| dev.new_cache(attention, n_blocks)).collect();
         let workspace = Workspace::new(&dev, spec, max_step_tokens);
         Ok(Self { dev, model, caches, workspace, limits })
     }

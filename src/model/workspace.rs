@@ -1,7 +1,7 @@
 //! The buffers of a forward pass and the KV caches: made once, before the first step. Knows their sizes, nothing of what
 //! is computed in them.
 
-use super::ModelSpec;
+use super::{ExpertSpec, ModelFile, ModelSpec};
 use crate::device::Device;
 
 /// Every buffer that a step writes, for up to `max_step_tokens` tokens.
@@ -18,40 +18,51 @@ pub struct Workspace<D: Device> {
     pub attended: D::Act,
     /// What the gate gives, `[T, ffn_width]`.
     pub gated: D::Act,
+    /// What is normed before it is added to `x`, `[T, width]`; `[T, 0]` in models that do not do so.
+    pub branch: D::Hidden,
 }
 
 impl<D: Device> Workspace<D> {
     /// Makes the buffers.
     pub fn new(dev: &D, spec: &ModelSpec, max_step_tokens: usize) -> Self {
+        // Experts have memory of their own (`Device::reserve`).
+        let ffn_width = if spec.experts.is_some() { 0 } else { spec.ffn_width };
         Self {
             x: dev.new_hidden(max_step_tokens, spec.width),
             qkv: dev.new_hidden(max_step_tokens, spec.qkv_width()),
-            gate_up: dev.new_hidden(max_step_tokens, 2 * spec.ffn_width),
+            gate_up: dev.new_hidden(max_step_tokens, 2 * ffn_width),
             normed: dev.new_act(max_step_tokens, spec.width),
             attended: dev.new_act(max_step_tokens, spec.q_width()),
-            gated: dev.new_act(max_step_tokens, spec.ffn_width),
+            gated: dev.new_act(max_step_tokens, ffn_width),
+            branch: dev.new_hidden(max_step_tokens, if spec.post_norms { spec.width } else { 0 }),
         }
     }
 }
 
-/// How much memory a model needs beside its weights; what `n_blocks` is derived from.
+/// How much memory a model needs; what `n_blocks` is derived from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizing {
     /// Bytes of one KV block over all layers (it holds `BLOCK_TOKENS` tokens).
     pub kv_block_bytes: usize,
     /// Bytes of a [`Workspace`] if every element is an f32 and no buffer is left out: what a device needs is near this.
     pub workspace_bytes: usize,
-    /// Bytes of the weights as the file holds them; a device's own layout may differ.
-    pub weights_file_bytes: usize,
+    /// Bytes of the weights in the device's own layout.
+    pub weights_bytes: usize,
 }
 
 /// Sizes a model on a device, before anything is allocated.
-pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, gguf: &crate::gguf::Gguf, max_step_tokens: usize) -> Sizing {
-    let row_elements = 2 * spec.width + spec.qkv_width() + spec.q_width() + 3 * spec.ffn_width;
-    let tensors = gguf.tensor_names().into_iter().filter_map(|name| gguf.find_tensor(name));
+pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, file: &dyn ModelFile, max_step_tokens: usize) -> Sizing {
+    let ffn_elements = match spec.experts {
+        None => 3 * spec.ffn_width,
+        // A use is (expert, token, weight).
+        Some(ExpertSpec { sizes, .. }) => sizes.n_experts + 3 * sizes.n_used + 2 * spec.width + sizes.ffn_width,
+    };
+    let branch_elements = if spec.post_norms { spec.width } else { 0 };
+    let row_elements = 2 * spec.width + spec.qkv_width() + spec.q_width() + ffn_elements + branch_elements;
+    let tensors = file.tensor_names().into_iter().filter_map(|name| file.find_tensor(name));
     Sizing {
-        kv_block_bytes: spec.n_layers * dev.cache_block_bytes(&spec.attention),
+        kv_block_bytes: spec.attention.iter().map(|attention| dev.cache_block_bytes(attention)).sum(),
         workspace_bytes: max_step_tokens * row_elements * size_of::<f32>(),
-        weights_file_bytes: tensors.map(|tensor| tensor.bytes.len()).sum(),
+        weights_bytes: tensors.map(|tensor| dev.tensor_bytes(&tensor)).sum(),
     }
 }

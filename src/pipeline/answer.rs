@@ -29,6 +29,7 @@ pub(super) struct RowMeta {
 }
 
 /// What is known of one prompt of a row.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts of a request")]
 #[derive(Debug, Clone)]
 pub(super) struct PromptMeta {
     pub(super) step: usize,
@@ -41,6 +42,7 @@ pub(super) struct PromptMeta {
     n_choices: usize,
     logprobs: bool,
     call_format: Option<CallFormat>,
+    one_call: bool,
     /// Whether the answer begins with the prompt.
     echo: bool,
     /// The prompt's tokens from this one on are scored.
@@ -61,6 +63,7 @@ impl PromptMeta {
             n_choices: prompt.params.n as usize,
             logprobs: prompt.params.logprobs.is_some(),
             call_format: prompt.call_format,
+            one_call: prompt.one_call,
             echo: prompt.params.echo,
             score_from: prompt.score_from.map(|first| first as usize),
             tokens: prompt.params.echo.then(|| Arc::clone(&prompt.tokens)),
@@ -97,14 +100,13 @@ pub(super) struct Answers {
     pub(super) tokenizer: Arc<Tokenizer>,
     /// What is added to dataset rows.
     pub(super) columns: ResultColumns,
+    /// Columns of its own that a dataset row's outcome carries, in this order; `None` for all, as they are.
+    pub(super) kept_columns: Option<Vec<String>>,
 }
 
 impl Answers {
-    /// The record of a row whose prompts are all completed: `results` are each prompt's completions.
+    /// The record of a row whose prompts are all completed, none of them broken: `results` are each prompt's completions.
     pub(super) fn finished(&self, row: &RowMeta, results: &[Vec<Finished>]) -> Record {
-        if let Some(error) = broken(results.iter().flatten()) {
-            return self.failed(row, &error);
-        }
         let per_prompt = row.prompts.iter().zip(results);
         match &row.origin {
             Origin::Request { custom_id, endpoint, echo } => {
@@ -113,8 +115,9 @@ impl Answers {
                 let seed = row.prompts.iter().find_map(|prompt| prompt.seed);
                 let completion = Completion { choices, usage, seed };
                 let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
-                let line = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
-                record(row, true, usage, raw(line.to_string()))
+                let plain = self.stamp.plain_output_line(row.row_idx, custom_id, *endpoint, &completion);
+                let any = || self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion).to_string();
+                record(row, true, usage, raw(plain.unwrap_or_else(any)))
             }
             Origin::Dataset { columns } => {
                 let mut steps: Vec<(usize, StepResult)> =
@@ -123,7 +126,7 @@ impl Answers {
                 let steps: Vec<StepResult> = steps.into_iter().map(|(_, result)| result).collect();
                 let usage = steps.iter().fold(Usage::default(), |sum, step| sum.plus(step.usage));
                 let values = self.columns.values(place(row), Ok(&steps));
-                record(row, true, usage, raw(columns::line(columns.as_deref(), values)))
+                record(row, true, usage, raw(self.line(columns.as_deref(), values)))
             }
         }
     }
@@ -132,7 +135,7 @@ impl Answers {
     pub(super) fn failed(&self, row: &RowMeta, error: &RowError) -> Record {
         let line = match &row.origin {
             Origin::Request { custom_id, .. } => self.stamp.error_line(place(row), custom_id.as_deref(), error).to_string(),
-            Origin::Dataset { columns } => columns::line(columns.as_deref(), self.columns.values(place(row), Err(error))),
+            Origin::Dataset { columns } => self.line(columns.as_deref(), self.columns.values(place(row), Err(error))),
         };
         record(row, false, Usage::default(), raw(line))
     }
@@ -162,16 +165,18 @@ impl Answers {
                         usage["cached_tokens"] = usage["prompt_tokens"].clone();
                     }
                 }
-                columns::line(columns.as_deref(), columns::values_of(&self.columns, &line))
+                self.line(columns.as_deref(), columns::values_of(&self.columns, &line))
             }
         };
         Ok((Record { row: row.row_idx, key: None, cached_tokens, line: raw(line), ..*first }, None))
     }
 
-    /// What later steps may use of a completed one.
-    pub(super) fn step_answer(&self, choices: &[Finished]) -> StepAnswer {
-        let text = choices.first().map(|choice| choice.text.clone()).unwrap_or_default();
-        StepAnswer { parsed: columns::parsed(&text), text }
+    /// A dataset row's line: its own columns that are kept, and these.
+    fn line(&self, columns: Option<&str>, values: Vec<(&str, Value)>) -> String {
+        match (&self.kept_columns, columns) {
+            (Some(kept), Some(own)) => columns::line(Some(&columns::kept(own, kept)), values),
+            (_, own) => columns::line(own, values),
+        }
     }
 
     fn step_result(&self, prompt: &PromptMeta, choices: &[Finished]) -> StepResult {
@@ -193,6 +198,7 @@ impl Answers {
         let mut tool_calls = Vec::new();
         if let Some(format) = prompt.call_format {
             (text, tool_calls) = format.parse(&text);
+            tool_calls.truncate(if prompt.one_call { 1 } else { usize::MAX });
             if !tool_calls.is_empty() && finish_reason == FinishReason::Stop {
                 finish_reason = FinishReason::ToolCalls;
             }
@@ -221,6 +227,12 @@ impl Answers {
     fn bytes(&self, id: u32) -> Vec<u8> {
         self.tokenizer.token_bytes(id).to_vec()
     }
+}
+
+/// What later steps may use of a completed one.
+pub(super) fn step_answer(choices: &[Finished]) -> StepAnswer {
+    let text = choices.first().map(|choice| choice.text.clone()).unwrap_or_default();
+    StepAnswer { parsed: columns::parsed(&text), text }
 }
 
 /// Why one of these completions is none.

@@ -1,7 +1,7 @@
 //! The collecting side of a job, on the main thread: finished rows become records, records are committed in groups.
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
-use super::answer::{Answers, PromptMeta, RowMeta, broken};
+use super::answer::{Answers, PromptMeta, RowMeta, broken, step_answer};
 use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
 use super::stepper::{PreparedStep, StepTask};
@@ -47,7 +47,14 @@ pub(super) struct Counts {
     /// Sum over time of the rows waiting: divided by the rows, their mean wait (Little's law).
     pub(super) waiting_row_seconds: f64,
     pub(super) submitted: u64,
-    pub(super) write: Duration,
+    /// Putting output lines together.
+    pub(super) answer: Duration,
+    /// Appending and committing.
+    pub(super) journal: Duration,
+    /// Writing the final files.
+    pub(super) finalise: Duration,
+    /// Most KV blocks in use at a time.
+    pub(super) peak_blocks: usize,
     /// Rows that an earlier run had finished.
     pub(super) resumed: u64,
 }
@@ -103,7 +110,8 @@ struct Flight {
     answers: Vec<Option<StepAnswer>>,
     /// By step: whether it is being prepared or was.
     is_started: Vec<bool>,
-    error: Option<RowError>,
+    /// Of the first prompt, in order of steps, that has one.
+    error: Option<(usize, RowError)>,
 }
 
 impl Flight {
@@ -123,6 +131,13 @@ impl Flight {
         }
     }
 
+    /// A step can't be done. Which error the row gets must not depend on which step was the first to fail.
+    fn fail(&mut self, step: usize, error: RowError) {
+        if self.error.as_ref().is_none_or(|(first, _)| step < *first) {
+            self.error = Some((step, error));
+        }
+    }
+
     /// Another row gets the same.
     fn follow(&mut self, number: u64, mut row: RowMeta) {
         let later = &self.rows[0].1.prompts[row.prompts.len()..];
@@ -139,8 +154,7 @@ impl Collector {
         answers: Answers,
         progress: Progress,
         n_rows: u64,
-        finished_windows: Sender<()>,
-        stop: Arc<AtomicBool>,
+        (finished_windows, stop): (Sender<()>, Arc<AtomicBool>),
     ) -> Self {
         let now = Instant::now();
         let counts = Counts { resumed: journal.done_rows().len(), ..Counts::default() };
@@ -236,7 +250,7 @@ impl Collector {
 
     /// Gives a row the completion of row `first`, which has its record.
     fn copy(&mut self, first: u64, meta: &RowMeta) -> Result<()> {
-        self.index.add_places(&std::mem::take(&mut self.places))?;
+        self.index.add_places(std::mem::take(&mut self.places))?;
         let place = self.index.place(first)?;
         let place = place.with_context(|| format!("row {} waits for row {first}, which nobody computes", meta.row_idx))?;
         let (record, error) = self.answers.copied(meta, &self.journal.record(place)?)?;
@@ -257,12 +271,13 @@ impl Collector {
         self.counts.waiting_row_seconds += stats.waiting as f64 * (now - self.last_step).as_secs_f64();
         self.last_step = now;
         self.counts.stats = stats;
+        self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
         for sequence in finished {
             let (leader, prompt, choice) = self.sequences.remove(&sequence.id).expect("every submission was announced");
             let flight = self.in_flight.get_mut(&leader).expect("its row is in flight");
             flight.n_left -= 1;
             flight.results[prompt][choice] = Some(sequence);
-            if flight.error.is_none() && flight.results[prompt].iter().all(Option::is_some) {
+            if flight.results[prompt].iter().all(Option::is_some) {
                 self.advance(leader, prompt);
             }
             self.land_if_complete(leader)?;
@@ -274,12 +289,15 @@ impl Collector {
     fn advance(&mut self, leader: u64, prompt: usize) {
         let flight = self.in_flight.get_mut(&leader).expect("the caller looked");
         let results: Vec<Finished> = flight.results[prompt].iter().flatten().cloned().collect();
-        flight.error = broken(results.iter());
-        if flight.error.is_some() || self.needs.len() < 2 {
+        let step = flight.rows[0].1.prompts[prompt].step;
+        if let Some(error) = broken(results.iter()) {
+            return flight.fail(step, error);
+        }
+        if self.needs.len() < 2 {
             return;
         }
+        flight.answers[step] = Some(step_answer(&results));
         let (_, row) = &flight.rows[0];
-        flight.answers[row.prompts[prompt].step] = Some(self.answers.step_answer(&results));
         let Origin::Dataset { columns: Some(columns) } = &row.origin else { return };
         for (step, needs) in self.needs.iter().enumerate() {
             let is_ready = needs.iter().all(|&need| flight.answers[need].is_some());
@@ -299,7 +317,7 @@ impl Collector {
         let flight = self.in_flight.get_mut(&leader).expect("it waits for its step");
         flight.n_left -= 1;
         match step.prompt {
-            Err(error) => flight.error = flight.error.take().or(Some(error)),
+            Err(error) => flight.fail(step.step, error),
             Ok((meta, ids)) => {
                 let prompt = flight.results.len();
                 flight.n_left += ids.len();
@@ -322,12 +340,13 @@ impl Collector {
         let flight = self.in_flight.remove(&leader).expect("the row is in flight");
         let results: Vec<Vec<Finished>> = flight.results.into_iter().map(|all| all.into_iter().flatten().collect()).collect();
         for (number, row) in &flight.rows {
-            match &flight.error {
-                Some(error) => self.fail(row, error)?,
-                None => {
-                    let record = self.answers.finished(row, &results);
-                    self.append(&record)?;
-                }
+            if let Some((_, error)) = &flight.error {
+                self.fail(row, error)?;
+            } else {
+                let start = Instant::now();
+                let record = self.answers.finished(row, &results);
+                self.counts.answer += start.elapsed();
+                self.append(&record)?;
             }
             *self.open_windows.get_mut(number).expect("its window is open") -= 1;
             self.close_window_if_finished(*number);
@@ -350,7 +369,7 @@ impl Collector {
         if record.key.is_some() {
             self.places.extend(place.map(|place| (record.row, place)));
         }
-        self.counts.write += start.elapsed();
+        self.counts.journal += start.elapsed();
         Ok(())
     }
 
@@ -361,9 +380,9 @@ impl Collector {
     fn commit(&mut self) -> Result<()> {
         let start = Instant::now();
         self.journal.commit()?;
-        self.index.add_places(&std::mem::take(&mut self.places))?;
+        self.index.add_places(std::mem::take(&mut self.places))?;
         self.last_commit = Instant::now();
-        self.counts.write += start.elapsed();
+        self.counts.journal += start.elapsed();
         Ok(())
     }
 

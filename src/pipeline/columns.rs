@@ -1,12 +1,16 @@
 //! The columns that a job adds to its dataset rows: their names, their types where the results are Parquet, and their
 //! values. Invariant: names and types depend on the pipeline alone, never on a row.
 
+use crate::format::json_field;
 use crate::format::openai::answer::{Place, chat_logprob};
 use crate::outcome::{Choice, RowError, Usage};
-use crate::prepare::Step;
+use crate::prepare::{RowForm, Step};
 use crate::request::AnswerFormat;
 use arrow::datatypes::{DataType, Field};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// What a column says of a step.
@@ -29,6 +33,8 @@ struct Column {
     kind: Kind,
     /// Whether there are several completions, and the column is a list.
     is_list: bool,
+    /// Of one completion.
+    field: Field,
 }
 
 /// See the module.
@@ -59,14 +65,20 @@ pub(super) struct Score {
 
 impl ResultColumns {
     /// The columns of a job; `prefix` is put before all names.
-    pub(super) fn new(steps: &[Step], prefix: &str) -> Self {
+    pub(super) fn of(form: &RowForm, prefix: &str) -> Self {
+        let steps: &[Step] = match form {
+            RowForm::Requests => &[],
+            RowForm::Dataset(steps) => steps,
+        };
         let mut columns = Vec::new();
         for (i, step) in steps.iter().enumerate() {
             let own = if step.name.is_empty() { prefix.to_owned() } else { format!("{prefix}{}_", step.name) };
             let is_list = step.params.n > 1;
             let mut add = |name: &str, kind: Kind| {
                 let is_list = is_list && kind != Kind::Usage;
-                columns.push(Column { name: format!("{own}{name}"), step: i, kind, is_list });
+                let name = format!("{own}{name}");
+                let field = kind.field(&name);
+                columns.push(Column { name, step: i, kind, is_list, field });
             };
             if step.template.continuation.is_some() {
                 add("score", Kind::Score);
@@ -118,7 +130,11 @@ impl ResultColumns {
 
     /// The columns as Parquet has them.
     pub(super) fn fields(&self) -> Vec<Field> {
-        let mut fields: Vec<Field> = self.columns.iter().map(|c| Field::new(&c.name, c.data_type(), true)).collect();
+        let as_column = |column: &Column| {
+            let field = column.field.clone();
+            if column.is_list { Field::new(&column.name, list(field.with_name("item")), true) } else { field }
+        };
+        let mut fields: Vec<Field> = self.columns.iter().map(as_column).collect();
         let text = |name: &str| Field::new(name, DataType::Utf8, true);
         let error = vec![text("code"), text("message"), text("param"), text("file"), Field::new("line", DataType::Int64, true)];
         fields.push(Field::new(&self.error, DataType::Struct(error.into()), true));
@@ -135,7 +151,9 @@ impl Column {
         match &self.kind {
             Kind::Completion => each(&|choice| choice.text.as_str().into()),
             Kind::FinishReason => each(&|choice| choice.finish_reason.as_str().into()),
-            Kind::Parsed(_) => each(&|choice| parsed(&choice.text).unwrap_or_default()),
+            Kind::Parsed(_) => {
+                each(&|choice| parsed(&choice.text).filter(|value| fits(value, self.field.data_type())).unwrap_or_default())
+            }
             Kind::Logprobs => each(&|choice| choice.logprobs.iter().flatten().map(chat_logprob).collect()),
             Kind::Usage => json!({
                 "prompt_tokens": result.usage.prompt_tokens,
@@ -149,21 +167,24 @@ impl Column {
             ),
         }
     }
+}
 
-    fn data_type(&self) -> DataType {
-        let one = match &self.kind {
-            Kind::Completion | Kind::FinishReason => DataType::Utf8,
-            Kind::Parsed(schema) => schema_type(schema, schema, 0),
-            Kind::Logprobs => logprobs_type(),
-            Kind::Usage => {
+impl Kind {
+    /// The column of one completion.
+    fn field(&self, name: &str) -> Field {
+        let data_type = match self {
+            Self::Completion | Self::FinishReason => DataType::Utf8,
+            Self::Parsed(schema) => return schema_field(name, schema, schema, 0),
+            Self::Logprobs => logprobs_type(),
+            Self::Usage => {
                 let names = ["prompt_tokens", "completion_tokens", "cached_tokens", "seed"];
                 structure(names.map(|name| (name, DataType::Int64)))
             }
-            Kind::Score => {
+            Self::Score => {
                 structure([("logprob", DataType::Float64), ("n_tokens", DataType::Int64), ("is_greedy", DataType::Boolean)])
             }
         };
-        if self.is_list { list(one) } else { one }
+        Field::new(name, data_type, true)
     }
 }
 
@@ -176,68 +197,91 @@ fn structure<const N: usize>(fields: [(&str, DataType); N]) -> DataType {
     DataType::Struct(fields.map(|(name, data_type)| Field::new(name, data_type, true)).to_vec().into())
 }
 
-fn list(item: DataType) -> DataType {
-    DataType::List(Arc::new(Field::new("item", item, true)))
+fn list(item: Field) -> DataType {
+    DataType::List(Arc::new(item))
+}
+
+fn item(data_type: DataType) -> Field {
+    Field::new("item", data_type, true)
 }
 
 fn logprobs_type() -> DataType {
-    let token = || vec![("token", DataType::Utf8), ("logprob", DataType::Float64), ("bytes", list(DataType::Int64))];
-    let fields =
-        |fields: Vec<(&str, DataType)>| DataType::Struct(fields.into_iter().map(|(name, t)| Field::new(name, t, true)).collect());
+    let bytes = || Field::new("bytes", list(item(DataType::Int64)), true);
+    let token = || vec![Field::new("token", DataType::Utf8, true), Field::new("logprob", DataType::Float64, true), bytes()];
     let mut with_top = token();
-    with_top.push(("top_logprobs", list(fields(token()))));
-    list(fields(with_top))
+    with_top.push(Field::new("top_logprobs", list(item(DataType::Struct(token().into()))), true));
+    list(item(DataType::Struct(with_top.into())))
 }
 
 /// Deepest nesting of a schema that becomes typed columns.
 const MAX_DEPTH: usize = 32;
 
-/// The Arrow type of what a JSON schema allows: objects with known properties are structs, arrays lists, texts out of a
-/// fixed set dictionaries. What has no one such type (free objects, unions) is JSON text.
-fn schema_type(schema: &Value, root: &Value, depth: usize) -> DataType {
-    let text = DataType::Utf8;
+/// The column of what a JSON schema allows: objects with known properties are structs, arrays lists, texts out of a fixed
+/// set dictionaries. What has no one such type (free objects, unions) is JSON text.
+fn schema_field(name: &str, schema: &Value, root: &Value, depth: usize) -> Field {
+    let json = || json_field(name);
+    let typed = |data_type: DataType| Field::new(name, data_type, true);
     if depth > MAX_DEPTH {
-        return text;
+        return json();
     }
     if let Some(target) = schema.get("$ref").and_then(Value::as_str) {
         let target = target.strip_prefix('#').and_then(|pointer| root.pointer(pointer));
-        return target.map_or(text, |target| schema_type(target, root, depth + 1));
+        return target.map_or_else(json, |target| schema_field(name, target, root, depth + 1));
     }
     if let Some(options) = schema.get("enum").and_then(Value::as_array) {
-        return match options.iter().all(|option| option.is_string() || option.is_null()) {
-            true => DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8)),
-            false => type_of_values(options),
-        };
+        let are_texts = options.iter().all(|option| option.is_string() || option.is_null());
+        let labels = || typed(DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8)));
+        return if are_texts { labels() } else { type_of_values(options).map_or_else(json, typed) };
     }
     if let Some(value) = schema.get("const") {
-        return type_of_values(std::slice::from_ref(value));
+        return type_of_values(std::slice::from_ref(value)).map_or_else(json, typed);
     }
     if let Some(options) = schema.get("anyOf").or_else(|| schema.get("oneOf")).and_then(Value::as_array) {
-        let mut types = options.iter().filter(|option| option["type"] != "null").map(|o| schema_type(o, root, depth + 1));
-        return match (types.next(), types.next()) {
-            (Some(only), None) => only,
-            _ => text,
+        let mut others = options.iter().filter(|option| option["type"] != "null");
+        return match (others.next(), others.next()) {
+            (Some(only), None) => schema_field(name, only, root, depth + 1),
+            _ => json(),
         };
     }
-    let names: Vec<&str> = match schema.get("type") {
+    let types: Vec<&str> = match schema.get("type") {
         Some(Value::String(name)) => vec![name],
         Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).filter(|name| *name != "null").collect(),
         _ => Vec::new(),
     };
-    match names.as_slice() {
-        ["string"] => DataType::Utf8,
-        ["integer"] => DataType::Int64,
-        ["number"] => DataType::Float64,
-        ["boolean"] => DataType::Boolean,
-        ["array"] => schema.get("items").map_or(text, |items| list(schema_type(items, root, depth + 1))),
+    match types.as_slice() {
+        ["string"] => typed(DataType::Utf8),
+        ["integer"] => typed(DataType::Int64),
+        ["number"] => typed(DataType::Float64),
+        ["boolean"] => typed(DataType::Boolean),
+        ["array"] => match schema.get("items") {
+            Some(items @ Value::Object(_)) => typed(list(schema_field("item", items, root, depth + 1))),
+            _ => json(),
+        },
         ["object"] => match schema.get("properties").and_then(Value::as_object).filter(|p| !p.is_empty()) {
             Some(properties) if closed(schema) => {
-                let fields = properties.iter().map(|(name, s)| Field::new(name, schema_type(s, root, depth + 1), true));
-                DataType::Struct(fields.collect())
+                let fields = properties.iter().map(|(name, s)| schema_field(name, s, root, depth + 1));
+                typed(DataType::Struct(fields.collect()))
             }
-            _ => text,
+            _ => json(),
         },
-        _ => text,
+        _ => json(),
+    }
+}
+
+/// Whether a column of the type can hold the value: a schema may allow integers that no column can.
+fn fits(value: &Value, data_type: &DataType) -> bool {
+    match (value, data_type) {
+        (Value::Null, _)
+        | (_, DataType::Utf8)
+        | (Value::Bool(_), DataType::Boolean)
+        | (Value::String(_), DataType::Dictionary(..)) => true,
+        (Value::Number(n), DataType::Int64) => n.as_i64().is_some(),
+        (Value::Number(n), DataType::Float64) => n.as_f64().is_some_and(f64::is_finite),
+        (Value::Array(values), DataType::List(item)) => values.iter().all(|value| fits(value, item.data_type())),
+        (Value::Object(object), DataType::Struct(fields)) => {
+            object.iter().all(|(name, value)| fields.find(name).is_some_and(|(_, field)| fits(value, field.data_type())))
+        }
+        _ => false,
     }
 }
 
@@ -248,16 +292,17 @@ fn closed(schema: &Value) -> bool {
     !allows("additionalProperties") && !allows("patternProperties")
 }
 
-fn type_of_values(values: &[Value]) -> DataType {
+/// The one type of some values, if they have one.
+fn type_of_values(values: &[Value]) -> Option<DataType> {
     let all = |is: fn(&Value) -> bool| values.iter().all(|value| is(value) || value.is_null());
     if all(Value::is_i64) {
-        DataType::Int64
+        Some(DataType::Int64)
     } else if all(Value::is_number) {
-        DataType::Float64
+        Some(DataType::Float64)
     } else if all(Value::is_boolean) {
-        DataType::Boolean
+        Some(DataType::Boolean)
     } else {
-        DataType::Utf8
+        all(Value::is_string).then_some(DataType::Utf8)
     }
 }
 
@@ -274,6 +319,22 @@ pub(super) fn line(own: Option<&str>, values: Vec<(&str, Value)>) -> String {
         line.push_str(&Value::String(name.to_owned()).to_string());
         line.push(':');
         line.push_str(&value.to_string());
+    }
+    line.push('}');
+    line
+}
+
+/// Some of a row's own columns, the values as they were written.
+pub(super) fn kept(own: &str, names: &[String]) -> String {
+    let columns: HashMap<Cow<'_, str>, &RawValue> = serde_json::from_str(own).unwrap_or_default();
+    let mut line = String::from("{");
+    for name in names {
+        if let Some(value) = columns.get(name.as_str()) {
+            line.push_str(if line.len() > 1 { "," } else { "" });
+            line.push_str(&Value::from(name.as_str()).to_string());
+            line.push(':');
+            line.push_str(value.get());
+        }
     }
     line.push('}');
     line
@@ -305,19 +366,29 @@ mod tests {
         });
         let field = |name: &str, t: DataType| Field::new(name, t, true);
         let tag = DataType::Struct(vec![field("ok", DataType::Boolean)].into());
+        let label = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
         let wanted = DataType::Struct(
             vec![
-                field("label", DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))),
+                field("label", label),
                 field("n", DataType::Int64),
-                field("tags", list(tag)),
-                field("free", DataType::Utf8),
-                field("one_of_two", DataType::Utf8),
+                field("tags", list(item(tag))),
+                json_field("free"),
+                json_field("one_of_two"),
                 field("maybe", DataType::Float64),
             ]
             .into(),
         );
-        assert_eq!(schema_type(&schema, &schema, 0), wanted);
+        assert_eq!(schema_field("x", &schema, &schema, 0), field("x", wanted.clone()));
         let endless = json!({"$ref": "#"});
-        assert_eq!(schema_type(&endless, &endless, 0), DataType::Utf8);
+        assert_eq!(schema_field("x", &endless, &endless, 0), json_field("x"));
+        for (value, is_good) in [
+            (json!({"label": "a", "n": 5, "tags": [{"ok": true}], "free": {"x": 1}, "maybe": null}), true),
+            (json!({"n": 1e30}), false),
+            (json!({"n": 18_446_744_073_709_551_615_u64}), false),
+            (json!({"tags": [{"other": 1}]}), false),
+            (json!([1]), false),
+        ] {
+            assert_eq!(fits(&value, &wanted), is_good, "{value}");
+        }
     }
 }

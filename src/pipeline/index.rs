@@ -1,20 +1,24 @@
 //! What a job of any size must remember of its rows: who used a `custom_id` first, which row was the first of its content,
-//! and where that row's outcome is. Disk-backed tables with a small fixed cache, in an unnamed file that vanishes with the
-//! process; a resumed job fills them again from its journal. Invariant: memory does not grow with the number of rows.
+//! and where that row's outcome is. Disk-backed tables with a small fixed cache, and a file of places by row, both unnamed
+//! and gone with the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the
+//! number of rows.
 
 use crate::journal::{Place, Record};
 use anyhow::{Context, Result};
 use redb::backends::FileBackend;
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, Durability, TableDefinition, WriteTransaction};
 use serde::Deserialize;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 /// Hash of a thing (128 bits of BLAKE3: collisions are out of reach) -> the lowest row known to have it.
 type FirstRows = TableDefinition<'static, u128, u64>;
 const FIRST_OF_ID: FirstRows = TableDefinition::new("first_of_id");
 const FIRST_OF_CONTENT: FirstRows = TableDefinition::new("first_of_content");
-/// Row -> (segment, first byte, bytes) of its record.
-const PLACES: TableDefinition<'_, u64, (u32, u64, u64)> = TableDefinition::new("places");
+/// Segment, first byte and length of a record, each of 8 bytes; a segment's number is never 0.
+const PLACE_BYTES: usize = 24;
 const CACHE_BYTES: usize = 16 << 20;
 /// Records that are noted in one transaction.
 const BATCH: usize = 4096;
@@ -22,17 +26,19 @@ const BATCH: usize = 4096;
 /// See the module.
 pub(super) struct JobIndex {
     db: Database,
+    /// At row · [`PLACE_BYTES`]: where the row's record is; zeros where it has none.
+    places: File,
 }
 
 impl JobIndex {
     /// An empty index whose file lives in `folder`.
     pub(super) fn new(folder: &Path) -> Result<Self> {
         let file =
-            tempfile::tempfile_in(folder).with_context(|| format!("cannot make a temporary file in {}", folder.display()))?;
-        let db = FileBackend::new(file)
+            || tempfile::tempfile_in(folder).with_context(|| format!("cannot make a temporary file in {}", folder.display()));
+        let db = FileBackend::new(file()?)
             .and_then(|backend| Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend));
         let db = db.context("cannot make the index of the job's rows")?;
-        Ok(Self { db })
+        Ok(Self { db, places: file()? })
     }
 
     /// Notes `custom_id`s and their rows; for each, the lowest row known to use it.
@@ -47,15 +53,33 @@ impl JobIndex {
     }
 
     /// Notes where rows' records are.
-    pub(super) fn add_places(&self, places: &[(u64, Place)]) -> Result<()> {
-        self.write(|transaction| note_places(transaction, places))
+    pub(super) fn add_places(&self, mut places: Vec<(u64, Place)>) -> Result<()> {
+        places.sort_unstable_by_key(|(row, _)| *row);
+        let mut bytes = Vec::with_capacity(places.len() * PLACE_BYTES);
+        // One write for each run of rows without a gap.
+        for run in places.chunk_by(|(row, _), (next, _)| row + 1 == *next) {
+            bytes.clear();
+            for (_, Place { segment, start, n_bytes }) in run {
+                bytes.extend([u64::from(*segment), *start, *n_bytes].into_iter().flat_map(u64::to_le_bytes));
+            }
+            self.places
+                .write_all_at(&bytes, run[0].0 * PLACE_BYTES as u64)
+                .context("cannot write the index of the job's rows")?;
+        }
+        Ok(())
     }
 
     /// Where a row's record is; `None` if it has none yet.
     pub(super) fn place(&self, row: u64) -> Result<Option<Place>> {
-        let table = self.db.begin_read()?.open_table(PLACES)?;
-        let place = table.get(row)?.map(|place| place.value());
-        Ok(place.map(|(segment, start, n_bytes)| Place { segment, start, n_bytes }))
+        let mut bytes = [0; PLACE_BYTES];
+        match self.places.read_exact_at(&mut bytes, row * PLACE_BYTES as u64) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(error).context("cannot read the index of the job's rows"),
+        }
+        let (numbers, _) = bytes.as_chunks::<8>();
+        let [segment, start, n_bytes] = [0, 1, 2].map(|i| u64::from_le_bytes(numbers[i]));
+        Ok((segment > 0).then_some(Place { segment: segment as u32, start, n_bytes }))
     }
 
     /// The changes are for this process alone: they need not survive it.
@@ -102,13 +126,11 @@ impl<'a> Replay<'a> {
     pub(super) fn flush(&mut self) -> Result<()> {
         self.index.write(|transaction| {
             note_first(transaction, FIRST_OF_ID, &self.ids)?;
-            note_first(transaction, FIRST_OF_CONTENT, &self.contents)?;
-            note_places(transaction, &self.places)
+            note_first(transaction, FIRST_OF_CONTENT, &self.contents)
         })?;
         self.ids.clear();
         self.contents.clear();
-        self.places.clear();
-        Ok(())
+        self.index.add_places(std::mem::take(&mut self.places))
     }
 }
 
@@ -137,21 +159,14 @@ fn note_first(transaction: &WriteTransaction, table: FirstRows, uses: &[(u64, u1
     let mut first = vec![0; uses.len()];
     for i in order {
         let (row, key) = uses[i];
-        let known = table.get(key)?.map(|row| row.value());
+        // Most keys are new: one walk down the tree, and another only to take back what was wrong to write.
+        let known = table.insert(key, row)?.map(|row| row.value());
         first[i] = known.map_or(row, |known| known.min(row));
-        if known != Some(first[i]) {
+        if first[i] != row {
             table.insert(key, first[i])?;
         }
     }
     Ok(first)
-}
-
-fn note_places(transaction: &WriteTransaction, places: &[(u64, Place)]) -> Result<()> {
-    let mut table = transaction.open_table(PLACES)?;
-    for (row, place) in places {
-        table.insert(row, (place.segment, place.start, place.n_bytes))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -175,6 +190,17 @@ mod tests {
         assert_eq!(index.first_of_contents(&[(9, 5)]).unwrap(), [9]);
         assert_eq!(index.first_of_contents(&[(2, 5), (1, 5)]).unwrap(), [1, 1]);
         assert_eq!(index.first_of_contents(&[(12, 5)]).unwrap(), [1]);
+    }
+
+    #[test]
+    fn places_are_found_by_row() {
+        let index = index();
+        let place = |row: u64| Place { segment: 1 + row as u32, start: 10 * row, n_bytes: 1 << 40 };
+        index.add_places([9, 3, 4, 5, 0].map(|row| (row, place(row))).to_vec()).unwrap();
+        for row in 0..20 {
+            let wanted = [0, 3, 4, 5, 9].contains(&row).then(|| place(row));
+            assert_eq!(index.place(row).unwrap(), wanted, "row {row}");
+        }
     }
 
     #[test]

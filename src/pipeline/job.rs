@@ -8,7 +8,7 @@ use super::report::Report;
 use crate::config::Config;
 use crate::format::{self, Format, Limits};
 use crate::journal::{Input, JobDir, Journal, Manifest};
-use crate::pipeline::spec::{EngineSpec, PipelineSpec};
+use crate::pipeline::spec::{EngineSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, bail};
 use arrow::datatypes::{FieldRef, Schema, SchemaRef};
@@ -71,7 +71,11 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
         let found = format::inspect(storage, file).with_context(|| format!("input {}", file.url))?;
         if Format::of(file)? == Format::Parquet {
             // Columns that can't be read should stop the job now.
-            format::schema_of(storage, file)?;
+            let schema = format::schema_of(storage, file)?;
+            let missing = spec.output.columns.iter().flatten().find(|name| schema.fields().find(name).is_none());
+            if let Some(name) = missing {
+                bail!("output.columns: {} has no column {name:?}", file.url);
+            }
         }
         n_rows += found.n_rows;
         described.push(Input { url: file.url.to_string(), n_bytes: found.n_bytes, blake3: found.blake3, n_rows: found.n_rows });
@@ -93,17 +97,17 @@ fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<(
 /// What makes two runs the same job: everything that the results depend on. Resources and the output's place do not.
 pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model: &OpenModel) -> Result<Manifest> {
     let mut spec = config.spec.clone();
-    spec.engine = EngineSpec::default();
+    spec.engine = EngineSpec { kind: spec.engine.kind, ..EngineSpec::default() };
     spec.output.file = String::new();
+    spec.prices = PriceSpec::default();
     spec.model.name.clone_from(&model.local.name);
     let fingerprint = &model.fingerprint;
     let pipeline = toml::to_string(&spec).context("cannot write down the pipeline")?;
     // With little memory, rows can't be as long as the model allows: then that is part of what the results depend on.
-    let mut pipeline = format!("{pipeline}\n[memory]\nmax_context = {}\n", model.memory.max_context);
-    if !files_hash.is_empty() {
-        // Examples, schemas and labels that the prompts were made with.
-        pipeline += &format!("\n[files]\nblake3 = {files_hash:?}\n");
-    }
+    let max_context = model.memory.max_context;
+    // Examples, schemas and labels that the prompts were made with.
+    let files = if files_hash.is_empty() { String::new() } else { format!("\n[files]\nblake3 = {files_hash:?}\n") };
+    let pipeline = format!("{pipeline}\n[memory]\nmax_context = {max_context}\n{files}");
     let mut hasher = blake3::Hasher::new();
     hasher.update(pipeline.as_bytes()).update(fingerprint.to_string().as_bytes());
     for input in &inputs.described {
@@ -200,7 +204,11 @@ pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs, column
             bail!("{} and {} have different columns; a Parquet output needs them alike", first.url, file.url);
         }
     }
-    let mut fields: Vec<FieldRef> = schema.fields().iter().cloned().collect();
+    let mut fields: Vec<FieldRef> = match &spec.output.columns {
+        None => schema.fields().iter().cloned().collect(),
+        // All are there: `inspect_inputs` has looked.
+        Some(kept) => kept.iter().filter_map(|name| schema.fields().find(name).map(|(_, field)| Arc::clone(field))).collect(),
+    };
     for field in columns.fields() {
         if fields.iter().any(|f| f.name() == field.name()) {
             bail!("{} has a column {}, as the results would have; set output.prefix", first.url, field.name());

@@ -2,7 +2,9 @@
 //! can't run says so before it costs anything. Decides how memory is shared out.
 
 use super::meter::{Meter, MeteredRunner};
+use super::null::NullRunner;
 use super::progress::say;
+use super::spec::EngineKind;
 use crate::config::Config;
 use crate::device::cpu::{CpuDevice, Isa};
 use crate::device::reference::Reference;
@@ -10,17 +12,21 @@ use crate::device::{BLOCK_TOKENS, Device};
 use crate::engine::TokenTable;
 use crate::fingerprint::{Fingerprint, content_hash};
 use crate::gguf::Gguf;
+use crate::hf::HfFolder;
 use crate::hub::{self, LocalModel};
-use crate::model::{ModelRunner, ModelSpec, Runner, sizing};
+use crate::model::{ModelFile, ModelRunner, ModelSpec, Runner, sizing};
+use crate::plan::estimate::{Interval, Setting};
+use crate::text::hf::HfFiles;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use anyhow::{Context, Result, bail, ensure};
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 /// A model that is known but not in memory yet.
 pub(super) struct OpenModel {
     pub(super) local: LocalModel,
-    pub(super) gguf: Gguf,
+    pub(super) file: Box<dyn ModelFile>,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) template: ChatTemplate,
     pub(super) fingerprint: Fingerprint,
@@ -31,6 +37,8 @@ pub(super) struct OpenModel {
 enum AnyDevice {
     Cpu(Box<CpuDevice>),
     Reference(Reference),
+    /// No device: see [`NullRunner`].
+    Null(NullRunner),
 }
 
 /// How the memory is shared out; part of what a job is, as it limits how long a row can be.
@@ -41,12 +49,26 @@ pub(super) struct MemoryPlan {
     pub(super) max_context: usize,
     /// What sets that limit.
     pub(super) max_context_reason: &'static str,
+    /// KV memory of a token, bytes.
+    pub(super) kv_token_bytes: usize,
 }
 
 impl MemoryPlan {
     /// Size of the KV cache, in tokens.
     pub(super) fn kv_tokens(&self) -> u64 {
         (self.n_blocks * BLOCK_TOKENS) as u64
+    }
+
+    /// What an estimate must know of the engine.
+    pub(super) fn setting(&self, config: &Config, output_share: Interval) -> Setting {
+        let engine = &config.spec.engine;
+        Setting {
+            budget_tokens: engine.budget_tokens,
+            max_running: engine.max_running,
+            kv_tokens: self.kv_tokens(),
+            max_context: self.max_context,
+            output_share,
+        }
     }
 }
 
@@ -61,11 +83,8 @@ pub(super) fn open(config: &Config) -> Result<OpenModel> {
             say(line);
         }
     };
-    let local = hub::resolve(&config.spec.model.name, &config.cache, &mut tell)?;
-    let gguf = Gguf::open(&local.path)?;
-    let spec = ModelSpec::from_gguf(&gguf)?;
-    let tokenizer = Tokenizer::from_gguf(&gguf).with_context(|| format!("tokenizer of {}", local.path.display()))?;
-    let template = ChatTemplate::from_gguf(&gguf).with_context(|| format!("chat template of {}", local.path.display()))?;
+    let local = hub::resolve(&config.spec.model.name, &config.cache, config.hub.as_ref(), &mut tell)?;
+    let Opened { file, spec, tokenizer, template } = open_files(&local)?;
     ensure!(
         tokenizer.n_vocab() == spec.n_vocab,
         "{}: the tokenizer has {} tokens, the embedding {}",
@@ -74,34 +93,90 @@ pub(super) fn open(config: &Config) -> Result<OpenModel> {
         spec.n_vocab
     );
     let (device, device_fingerprint, memory) = match config.spec.model.device.as_str() {
+        _ if config.spec.engine.kind == EngineKind::Null => {
+            let max_seqs = config.spec.engine.max_running;
+            let runner = NullRunner::new(spec.n_vocab, spec.max_context, max_seqs, tokenizer.end_ids().first().copied());
+            let n_blocks = runner.limits().n_blocks;
+            let memory = MemoryPlan {
+                n_blocks,
+                max_context: spec.max_context,
+                max_context_reason: "the model's context",
+                kv_token_bytes: 0,
+            };
+            (AnyDevice::Null(runner), "null".to_owned(), memory)
+        }
         "cpu" => {
             let device = CpuDevice::new(Isa::detect(), config.n_threads);
-            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &gguf, &spec, config)?);
+            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &*file, &spec, config)?);
             (AnyDevice::Cpu(Box::new(device)), fingerprint, memory)
         }
         "reference" => {
             let device = Reference;
-            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &gguf, &spec, config)?);
+            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &*file, &spec, config)?);
             (AnyDevice::Reference(device), fingerprint, memory)
         }
         other => bail!("model.device: {other:?} is not one of cpu, reference"),
     };
     let fingerprint = Fingerprint {
-        weights: content_hash(gguf.bytes()),
+        weights: content_hash(&file.content()),
         tokenizer: tokenizer.hash().to_owned(),
         template: template.hash().to_owned(),
         device: device_fingerprint,
     };
-    Ok(OpenModel { local, gguf, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
+    Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
+}
+
+/// What a model's files say.
+pub(super) struct Opened {
+    pub(super) file: Box<dyn ModelFile>,
+    pub(super) spec: ModelSpec,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) template: ChatTemplate,
+}
+
+/// Opens a GGUF file, or a folder in Hugging Face's form.
+///
+/// # Errors
+/// A file that is missing, damaged, or of a kind that is not supported.
+pub(super) fn open_files(local: &LocalModel) -> Result<Opened> {
+    let path = local.path.display();
+    if local.path.is_dir() {
+        let folder = HfFolder::open(&local.path)?;
+        let spec = folder.spec()?;
+        let text = |name: &str| match std::fs::read_to_string(local.path.join(name)) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot read {path}/{name}")),
+        };
+        let tokenizer = text("tokenizer.json")?.with_context(|| format!("model folder {path} has no tokenizer.json"))?;
+        let (config, chat_template) = (text("tokenizer_config.json")?, text("chat_template.jinja")?);
+        let generation_config = text("generation_config.json")?;
+        let files = HfFiles {
+            tokenizer: &tokenizer,
+            tokenizer_config: config.as_deref(),
+            chat_template: chat_template.as_deref(),
+            generation_config: generation_config.as_deref(),
+            n_vocab: spec.n_vocab,
+        };
+        let tokenizer = Tokenizer::from_hf(&files).with_context(|| format!("{path}"))?;
+        let template = ChatTemplate::from_hf(&files).with_context(|| format!("{path}"))?;
+        return Ok(Opened { file: Box::new(folder), spec, tokenizer, template });
+    }
+    let gguf = Gguf::open(&local.path)?;
+    let spec = gguf.spec()?;
+    let tokenizer = Tokenizer::from_gguf(&gguf).with_context(|| format!("tokenizer of {path}"))?;
+    let template = ChatTemplate::from_gguf(&gguf).with_context(|| format!("chat template of {path}"))?;
+    Ok(Opened { file: Box::new(gguf), spec, tokenizer, template })
 }
 
 /// Puts the model and its KV cache into memory. Steps are timed by `meter`.
 pub(super) fn load(open: OpenModel, config: &Config, meter: &Arc<Meter>) -> Result<(Box<dyn Runner>, ChatTemplate)> {
-    let OpenModel { gguf, device, template, memory, .. } = open;
+    let OpenModel { file, device, template, memory, .. } = open;
     let budget_tokens = config.spec.engine.budget_tokens;
     let runner: Box<dyn Runner> = match device {
-        AnyDevice::Cpu(device) => Box::new(ModelRunner::load(*device, &gguf, memory.n_blocks, budget_tokens)?),
-        AnyDevice::Reference(device) => Box::new(ModelRunner::load(device, &gguf, memory.n_blocks, budget_tokens)?),
+        AnyDevice::Cpu(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),
+        AnyDevice::Reference(device) => Box::new(ModelRunner::load(device, &*file, memory.n_blocks, budget_tokens)?),
+        AnyDevice::Null(runner) => Box::new(runner),
     };
     Ok((Box::new(MeteredRunner::new(runner, Arc::clone(meter))), template))
 }
@@ -109,11 +184,11 @@ pub(super) fn load(open: OpenModel, config: &Config, meter: &Arc<Meter>) -> Resu
 /// A KV cache of fewer tokens is not worth starting with.
 const MIN_KV_TOKENS: usize = 256;
 
-fn plan_memory<D: Device>(device: &D, gguf: &Gguf, spec: &ModelSpec, config: &Config) -> Result<MemoryPlan> {
-    let sizes = sizing(device, spec, gguf, config.spec.engine.budget_tokens);
+fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, config: &Config) -> Result<MemoryPlan> {
+    let sizes = sizing(device, spec, file, config.spec.engine.budget_tokens);
     // Logits of the rows of a step, made at the first one.
     let logits_bytes = config.spec.engine.max_running.min(64) * spec.n_vocab * size_of::<f32>();
-    let fixed_bytes = (sizes.weights_file_bytes + sizes.workspace_bytes + logits_bytes) as u64;
+    let fixed_bytes = (sizes.weights_bytes + sizes.workspace_bytes + logits_bytes) as u64;
     let kv_bytes = config.memory_bytes.saturating_sub(fixed_bytes);
     // More than every running row at full length can't be used.
     let useful = config.spec.engine.max_running * spec.max_context.div_ceil(BLOCK_TOKENS);
@@ -125,7 +200,7 @@ fn plan_memory<D: Device>(device: &D, gguf: &Gguf, spec: &ModelSpec, config: &Co
             "not enough memory for the model: {} MiB allowed, at least {} MiB needed (weights {}, a step {}, KV cache); raise --memory",
             config.memory_bytes >> 20,
             (need >> 20) + 1,
-            sizes.weights_file_bytes >> 20,
+            sizes.weights_bytes >> 20,
             (sizes.workspace_bytes + logits_bytes) >> 20,
         );
     }
@@ -133,7 +208,7 @@ fn plan_memory<D: Device>(device: &D, gguf: &Gguf, spec: &ModelSpec, config: &Co
         limit if limit <= pool_tokens => (limit, "the model's context"),
         _ => (pool_tokens, "the KV cache; raise --memory"),
     };
-    Ok(MemoryPlan { n_blocks, max_context, max_context_reason })
+    Ok(MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: sizes.kv_block_bytes / BLOCK_TOKENS })
 }
 
 impl TokenTable for Tokenizer {

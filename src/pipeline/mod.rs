@@ -3,47 +3,58 @@
 
 mod answer;
 pub mod bench;
+mod calibrate;
 mod collect;
 mod columns;
+mod estimate;
+pub mod explain;
 mod feed;
 mod index;
+pub mod inspect;
 mod job;
 mod load;
 pub mod meter;
+mod null;
 pub mod progress;
 pub mod report;
+mod rows;
 mod signals;
 pub mod spec;
 mod stepper;
 mod steps;
+mod summary;
 mod window;
 
 use crate::config::Config;
 use crate::engine::handle::{EngineHandle, panic_message};
 use crate::engine::{Engine, EngineConfig, TokenTable};
 use crate::format::openai::answer::Stamp;
-use crate::format::{Format, Source};
+use crate::format::{Compression, Format, Source};
 use crate::grammar::Grammars;
+use crate::hub::LocalModel;
 use crate::journal::{self, Journal, Manifest, Outputs};
 use crate::model::Runner;
 use crate::prepare::{Preparer, RowForm};
 use crate::storage::Storage;
+use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use answer::Answers;
 use anyhow::{Context, Result};
 use collect::{Collector, End, Event};
 use columns::ResultColumns;
-use feed::{Feed, FeedTimes};
+use estimate::{History, JobEstimator};
+use feed::Feed;
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
-use load::OpenModel;
+use load::{MemoryPlan, OpenModel};
 use meter::Meter;
 use progress::{Progress, say};
 use report::Report;
+use rows::{FeedTimes, WindowReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use stepper::Stepper;
 use window::WindowSettings;
@@ -98,7 +109,7 @@ const SHOWN_BYTES: u64 = 1500;
 
 /// The beginning of the first result, for people; `None` if there is none or it is not text.
 fn first_line(storage: &Storage, files: &JobFiles) -> Result<Option<String>> {
-    if Format::of(&files.results)? != Format::Jsonl {
+    if Format::of(&files.results)? != Format::Jsonl(Compression::None) {
         return Ok(None);
     }
     let n_bytes = storage.open(&files.results)?.n_bytes().min(SHOWN_BYTES);
@@ -135,14 +146,13 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let inputs = job::inspect_inputs(storage, &config.spec, files)?;
     let inspect = start.elapsed();
     let form = steps::read(config, storage)?;
-    let columns = match &form.rows {
-        RowForm::Requests => ResultColumns::new(&[], &config.spec.output.prefix),
-        RowForm::Dataset(steps) => ResultColumns::new(steps, &config.spec.output.prefix),
-    };
+    let columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
     let schema = job::schema(storage, config, &inputs, &columns)?;
-    let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema };
+    let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema, columns: columns.fields() };
     let load_start = Instant::now();
     let open = load::open(config)?;
+    let grammars = Grammars::new(Arc::clone(&open.tokenizer));
+    steps::check_formats(&form.rows, &grammars)?;
     let manifest = job::manifest(config, &inputs, &form.files_hash, &open)?;
     let requests = matches!(form.rows, RowForm::Requests);
     let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, config.restart)? {
@@ -153,6 +163,8 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         say(&format!("warning: {warning}"));
     }
     let meter = Arc::new(Meter::default());
+    let history = History::of(config, &open.fingerprint);
+    let setting = open.memory.setting(config, history.output_share());
     let measured = Measured {
         model: open.local.name.clone(),
         device: open.fingerprint.device.clone(),
@@ -162,9 +174,74 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         feed: Arc::new(FeedTimes::default()),
         meter,
         kv_tokens: open.memory.kv_tokens(),
+        estimator: Arc::new(Mutex::new(JobEstimator::new(setting))),
+        history,
     };
     let run = Run { config, storage, files, inputs, outputs, manifest };
-    run.work(open, (form.rows, columns), (journal, index), measured, load_start)
+    run.work(open, (form.rows, columns, grammars), (journal, index), measured, load_start)
+}
+
+/// What a job's rows are prepared with.
+fn preparer(
+    config: &Config,
+    form: RowForm,
+    grammars: Grammars,
+    columns: &ResultColumns,
+    (model, tokenizer, template): (LocalModel, Arc<Tokenizer>, ChatTemplate),
+    memory: MemoryPlan,
+) -> Preparer {
+    Preparer {
+        form,
+        tokenizer,
+        template,
+        grammars,
+        model,
+        result_columns: columns.names(),
+        kept_columns: config.spec.output.columns.clone(),
+        defaults: config.defaults.clone(),
+        max_context: memory.max_context,
+        max_context_reason: memory.max_context_reason,
+    }
+}
+
+/// The columns that a job must read, besides `more`; `None` for all.
+fn needed_columns(form: &RowForm, more: Option<&[String]>) -> Option<Vec<String>> {
+    let (RowForm::Dataset(steps), Some(more)) = (form, more) else { return None };
+    let mut columns: Vec<String> = steps.iter().flat_map(|step| step.template.columns()).collect();
+    columns.extend(more.iter().cloned());
+    Some(columns)
+}
+
+/// Reads a job's windows.
+fn window_reader(
+    config: &Config,
+    source: Source,
+    preparer: Arc<Preparer>,
+    index: Arc<JobIndex>,
+    times: Arc<FeedTimes>,
+) -> WindowReader {
+    let job = &config.spec.job;
+    WindowReader {
+        source,
+        settings: window_settings(config, &preparer.form),
+        preparer,
+        index,
+        window_rows: job.window_rows,
+        window_bytes: job.window_bytes,
+        rows_left: config.spec.input.limit.unwrap_or(u64::MAX),
+        next_row: 0,
+        times,
+    }
+}
+
+fn window_settings(config: &Config, form: &RowForm) -> WindowSettings {
+    let (has_steps, all_deterministic) = match form {
+        RowForm::Requests => (false, true),
+        RowForm::Dataset(steps) => (steps.iter().any(|s| !s.needs.is_empty()), steps.iter().all(|s| s.params.is_deterministic())),
+    };
+    // Which rows are identical must be known before later steps are.
+    let dedup = config.spec.job.dedup && (!has_steps || all_deterministic);
+    WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps }
 }
 
 /// A job that is under way.
@@ -188,6 +265,10 @@ struct Measured {
     feed: Arc<FeedTimes>,
     meter: Arc<Meter>,
     kv_tokens: u64,
+    /// Reckons what the rows of this run should take.
+    estimator: Arc<Mutex<JobEstimator>>,
+    /// How fast the model was before this run.
+    history: History,
 }
 
 /// The job's threads, once they run.
@@ -202,7 +283,7 @@ impl Run<'_> {
     fn work(
         &self,
         open: OpenModel,
-        (form, columns): (RowForm, ResultColumns),
+        (form, columns, grammars): (RowForm, ResultColumns, Grammars),
         (journal, index): (Journal, JobIndex),
         mut measured: Measured,
         load_start: Instant,
@@ -210,7 +291,7 @@ impl Run<'_> {
         if journal.done_rows().len() == self.inputs.n_rows {
             // An earlier run was killed while it wrote the final files.
             let counts = collect::Counts { resumed: journal.done_rows().len(), ..collect::Counts::default() };
-            return self.finish(self.inputs.n_rows, journal, counts, &measured);
+            return self.finish(self.inputs.n_rows, journal, counts, measured);
         }
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         let (runner, template) = load::load(open, self.config, &measured.meter)?;
@@ -219,19 +300,8 @@ impl Run<'_> {
             RowForm::Requests => Vec::new(),
             RowForm::Dataset(steps) => steps.iter().map(|step| step.needs.clone()).collect(),
         };
-        let settings = self.window_settings(&form);
-        let preparer = Arc::new(Preparer {
-            form,
-            tokenizer: Arc::clone(&tokenizer),
-            template,
-            grammars: Grammars::new(Arc::clone(&tokenizer)),
-            model: local.clone(),
-            result_columns: columns.names(),
-            defaults: self.config.defaults.clone(),
-            max_context: memory.max_context,
-            max_context_reason: memory.max_context_reason,
-        });
-        preparer.check_formats()?;
+        let model = (local.clone(), Arc::clone(&tokenizer), template);
+        let preparer = Arc::new(preparer(self.config, form, grammars, &columns, model, memory));
         let (step_tasks, tasks) = channel();
         let (window_finished, finished_windows) = channel();
         let stop = Arc::new(AtomicBool::new(false));
@@ -241,25 +311,21 @@ impl Run<'_> {
         let indexed = (journal, Arc::clone(&index));
         let n_rows = self.inputs.n_rows;
         let mut collector =
-            Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, window_finished, Arc::clone(&stop));
-        let stepper = Arc::clone(&preparer);
+            Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
+        let needed = needed_columns(&preparer.form, self.config.spec.output.columns.as_deref());
+        let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
         let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
-            let job_seed = self.manifest.job_seed;
-            let stepper = Stepper { preparer: stepper, engine: Arc::clone(&engine), tasks, events: events.clone(), job_seed };
+            let (job_seed, engine_too) = (self.manifest.job_seed, Arc::clone(&engine));
+            let stepper =
+                Stepper { preparer: Arc::clone(&preparer), engine: engine_too, tasks, events: events.clone(), job_seed };
             let feed = Feed {
-                source: Source::open(self.storage, &self.inputs.files, self.inputs.limits)?,
-                preparer,
-                index: Arc::clone(&index),
-                settings,
-                window_rows: self.config.spec.job.window_rows,
-                window_bytes: self.config.spec.job.window_bytes,
-                limit: self.config.spec.input.limit.unwrap_or(u64::MAX),
+                reader: window_reader(self.config, source, preparer, index, Arc::clone(&measured.feed)),
                 done,
                 engine,
                 events,
                 finished_windows,
                 stop,
-                times: Arc::clone(&measured.feed),
+                estimator: Arc::clone(&measured.estimator),
             };
             Ok((feed, stepper))
         };
@@ -268,7 +334,7 @@ impl Run<'_> {
         let (journal, counts) = collector.into_parts();
         let stopped = threads.end();
         match end? {
-            End::Complete(n_rows) => stopped.and_then(|()| self.finish(n_rows, journal, counts, &measured)),
+            End::Complete(n_rows) => stopped.and_then(|()| self.finish(n_rows, journal, counts, measured)),
             End::Stopped(signal) => stopped.map(|()| Ended::Stopped(signal)),
             End::EngineEnded => match stopped {
                 Ok(()) => anyhow::bail!("the engine stopped before the job was done"),
@@ -293,7 +359,14 @@ impl Run<'_> {
         let deliver = Box::new(move |finished: &mut Vec<_>, stats: &_| to_collector.step(std::mem::take(finished), *stats));
         let engine = Arc::new(EngineHandle::start(engine, deliver)?);
         let (feed, stepper) = feed(Arc::clone(&engine), sender.clone())?;
-        let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || stepper.run());
+        let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || {
+            let events = stepper.events.clone();
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| stepper.run())) {
+                let error = anyhow::anyhow!("preparing a later step panicked: {}", panic_message(&*panic));
+                // The collector may be gone already, after a signal.
+                let _nobody_listens = events.send(Event::FeedEnded(Err(error)));
+            }
+        });
         let stepper = stepper.context("cannot start the thread of later steps")?;
         signals::listen(sender.clone())?;
         let thread = std::thread::Builder::new().name("feed".into()).spawn(move || {
@@ -307,7 +380,7 @@ impl Run<'_> {
     }
 
     /// Writes the final files and the report, then removes the journal.
-    fn finish(&self, n_rows: u64, mut journal: Journal, mut counts: collect::Counts, measured: &Measured) -> Result<Ended> {
+    fn finish(&self, n_rows: u64, mut journal: Journal, mut counts: collect::Counts, measured: Measured) -> Result<Ended> {
         anyhow::ensure!(
             n_rows == self.inputs.n_rows,
             "the inputs had {} rows when the job began, {n_rows} when they were read: they changed meanwhile",
@@ -315,65 +388,15 @@ impl Run<'_> {
         );
         let start = Instant::now();
         journal::finalise(&mut journal, &self.outputs, n_rows)?;
-        counts.write += start.elapsed();
-        let report = self.report(n_rows, &journal, &counts, measured);
+        counts.finalise += start.elapsed();
+        let report = summary::report(self, n_rows, &journal, &counts, &measured);
         let mut text = serde_json::to_string_pretty(&report).context("cannot write down the report")?;
         text.push('\n');
         self.storage.sweep(&self.files.report)?;
         self.storage.put(&self.files.report, text.into())?;
         journal.remove()?;
+        summary::remember(measured, &counts);
         Ok(Ended::Now(Box::new(report)))
-    }
-
-    fn report(&self, n_rows: u64, journal: &Journal, counts: &collect::Counts, measured: &Measured) -> Report {
-        let (totals, stats, meter) = (journal.totals(), &counts.stats, measured.meter.read());
-        let (read, prepare) = measured.feed.read();
-        let total = measured.start.elapsed().saturating_sub(measured.load).as_secs_f64();
-        let seconds = report::Seconds {
-            total,
-            load: measured.load.as_secs_f64(),
-            read: (measured.inspect + read).as_secs_f64(),
-            prepare: prepare.as_secs_f64(),
-            queue: report::ratio(counts.waiting_row_seconds, counts.submitted as f64),
-            prefill: meter.prefill.as_secs_f64(),
-            decode: meter.decode.as_secs_f64(),
-            write: counts.write.as_secs_f64(),
-        };
-        let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
-        Report {
-            job_fingerprint: self.manifest.job_fingerprint.clone(),
-            system_fingerprint: self.manifest.model_fingerprint.clone(),
-            model: measured.model.clone(),
-            device: measured.device.clone(),
-            created: self.manifest.created_unix_s,
-            rows: report::RowCounts {
-                total: n_rows,
-                completed: totals.n_ok,
-                failed: totals.n_failed,
-                errors: counts.errors.clone(),
-                resumed: counts.resumed,
-                deduplicated: counts.duplicates,
-            },
-            tokens: report::TokenCounts {
-                prompt: totals.prompt_tokens,
-                completion: totals.completion_tokens,
-                cached: totals.cached_tokens,
-                prefilled: stats.prefill_tokens,
-                prefill_minimum: counts.trie_tokens,
-                prefill_ratio: report::ratio(stats.prefill_tokens as f64, counts.trie_tokens as f64),
-                cache_hits: stats.shared_tokens,
-                recomputed: stats.recomputed_tokens,
-            },
-            rates: report::Rates {
-                prefill_tokens_per_s: report::ratio(stats.prefill_tokens as f64, seconds.prefill),
-                decode_tokens_per_s: report::ratio(stats.decode_tokens as f64, seconds.decode),
-                total_tokens_per_s: report::ratio(computed, total),
-                busy_share: report::ratio(seconds.prefill + seconds.decode, total),
-            },
-            seconds,
-            peak_memory_bytes: report::peak_memory_bytes(),
-            kv_tokens: measured.kv_tokens,
-        }
     }
 
     fn answers(&self, model: &str, tokenizer: &Arc<Tokenizer>, columns: ResultColumns) -> Answers {
@@ -383,19 +406,7 @@ impl Run<'_> {
             model: model.to_owned(),
             system_fingerprint: self.manifest.model_fingerprint.clone(),
         };
-        Answers { stamp, tokenizer: Arc::clone(tokenizer), columns }
-    }
-
-    fn window_settings(&self, form: &RowForm) -> WindowSettings {
-        let (has_steps, all_deterministic) = match form {
-            RowForm::Requests => (false, true),
-            RowForm::Dataset(steps) => {
-                (steps.iter().any(|s| !s.needs.is_empty()), steps.iter().all(|s| s.params.is_deterministic()))
-            }
-        };
-        // Which rows are identical must be known before later steps are.
-        let dedup = self.config.spec.job.dedup && (!has_steps || all_deterministic);
-        WindowSettings { job_seed: self.manifest.job_seed, dedup, has_steps }
+        Answers { stamp, tokenizer: Arc::clone(tokenizer), columns, kept_columns: self.config.spec.output.columns.clone() }
     }
 }
 

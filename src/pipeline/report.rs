@@ -2,6 +2,7 @@
 //! Invariant: every number was counted or measured in this run; what came from an earlier run of the same job is
 //! counted apart.
 
+use crate::plan::estimate::Interval;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -30,6 +31,41 @@ pub struct Report {
     pub peak_memory_bytes: u64,
     /// Size of the KV cache, in tokens.
     pub kv_tokens: u64,
+    /// What was expected of this run before it ran, and what it took; absent if it computed nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
+}
+
+/// What was expected of a run, as `valar plan` says it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Prompt tokens to compute.
+    pub prefill_tokens: u64,
+    /// Tokens to generate.
+    pub output_tokens: Interval,
+    /// Steps of the engine.
+    pub steps: Interval,
+    /// Most KV cache used at a time.
+    pub kv_peak_tokens: Interval,
+    /// Seconds of the engine's steps; `None` if the machine's speed was not known.
+    pub seconds: Option<Interval>,
+    /// What it took.
+    pub actual: Actual,
+}
+
+/// What a run took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Actual {
+    /// Prompt tokens computed.
+    pub prefill_tokens: u64,
+    /// Tokens generated.
+    pub output_tokens: u64,
+    /// Steps of the engine.
+    pub steps: u64,
+    /// Most KV cache used at a time, in whole blocks.
+    pub kv_peak_tokens: u64,
+    /// Seconds of the engine's steps.
+    pub seconds: f64,
 }
 
 /// Row counts.
@@ -79,16 +115,29 @@ pub struct Seconds {
     pub load: f64,
     /// Input read.
     pub read: f64,
-    /// Rows parsed, rendered, tokenized and planned.
+    /// Rows parsed, rendered and tokenized.
     pub prepare: f64,
+    /// Rows' ids and contents looked up among all earlier ones.
+    #[serde(default)]
+    pub index: f64,
+    /// Windows ordered.
+    #[serde(default)]
+    pub plan: f64,
     /// Mean wait of a row in the engine's queue.
     pub queue: f64,
     /// Engine steps, shared out by tokens between prefill and decode.
     pub prefill: f64,
     /// Likewise.
     pub decode: f64,
-    /// Journal commits and the final files.
-    pub write: f64,
+    /// Outcomes written as output lines.
+    #[serde(default)]
+    pub answer: f64,
+    /// Journal written and synced.
+    #[serde(default)]
+    pub journal: f64,
+    /// Final files put together from the journal and synced.
+    #[serde(default)]
+    pub finalise: f64,
 }
 
 /// Rates.
@@ -137,8 +186,15 @@ impl Report {
         line("prefill", format!("{:.2} s", seconds.prefill), format!("{:.0} tokens/s", rates.prefill_tokens_per_s));
         line("decode", format!("{:.2} s", seconds.decode), format!("{:.0} tokens/s", rates.decode_tokens_per_s));
         let note = format!(
-            "read {:.2}, prepare {:.2}, write {:.2}, mean queue {:.2}",
-            seconds.read, seconds.prepare, seconds.write, seconds.queue
+            "read {:.2}, prepare {:.2}, index {:.2}, plan {:.2}, answer {:.2}, journal {:.2}, final files {:.2}, mean queue {:.2}",
+            seconds.read,
+            seconds.prepare,
+            seconds.index,
+            seconds.plan,
+            seconds.answer,
+            seconds.journal,
+            seconds.finalise,
+            seconds.queue
         );
         line("beside it", String::new(), note);
         let note = format!(
@@ -148,6 +204,11 @@ impl Report {
             seconds.load
         );
         line("total", format!("{:.2} s", seconds.total), note);
+        if let Some(Estimate { seconds: Some(expected), actual, .. }) = &self.estimate {
+            let note =
+                format!("computing took {:.1} s; {:.1} to {:.1} s were expected", actual.seconds, expected.low, expected.high);
+            line("estimate", if expected.holds(actual.seconds) { "held" } else { "missed" }.into(), note);
+        }
         line("peak memory", format!("{} MiB", self.peak_memory_bytes >> 20), format!("KV cache of {} tokens", self.kv_tokens));
         table
     }

@@ -33,6 +33,9 @@ pub struct PipelineSpec {
     /// What makes this job itself.
     #[serde(default)]
     pub job: JobSpec,
+    /// What things cost.
+    #[serde(default, skip_serializing_if = "PriceSpec::is_empty")]
+    pub prices: PriceSpec,
 }
 
 /// `[input]`
@@ -68,7 +71,7 @@ pub struct StepSpec {
 }
 
 /// `[prompt]`: templates (minijinja) over a row's columns. Either `text`, or `user` with an optional `system`, or
-/// `messages`, or `messages_column`.
+/// `messages`, or `messages_column`; or `tokens`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptSpec {
@@ -84,6 +87,9 @@ pub struct PromptSpec {
     /// Any chat.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<MessageSpec>,
+    /// The column that holds the prompt's token ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<String>,
     /// A column that holds a chat: a list of `{role, content}`. `system` may stand before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages_column: Option<String>,
@@ -166,6 +172,9 @@ pub struct OutputSpec {
     /// Put before the names of the columns that are added to a dataset row.
     #[serde(default)]
     pub prefix: String,
+    /// The only columns of its own that a dataset row keeps, in this order; without it, all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Vec<String>>,
 }
 
 /// `[model]`
@@ -235,10 +244,39 @@ pub struct SamplingSpec {
     pub logprobs: Option<u8>,
 }
 
-/// `[engine]`: resources; none of these changes a result.
+/// What computes a job's tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// The model.
+    #[default]
+    Model,
+    /// Nothing: every row gets its last prompt token back. Shows how fast the pipeline itself is.
+    Null,
+}
+
+impl EngineKind {
+    /// As written in a pipeline.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Null => "null",
+        }
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it")]
+    fn is_default(&self) -> bool {
+        *self == Self::Model
+    }
+}
+
+/// `[engine]`: resources; none of these changes a result, but for `kind`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineSpec {
+    /// What computes.
+    #[serde(skip_serializing_if = "EngineKind::is_default")]
+    pub kind: EngineKind,
     /// Memory for weights, KV cache and workspace, such as "4GiB"; without it, half of what is free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
@@ -253,7 +291,7 @@ pub struct EngineSpec {
 
 impl Default for EngineSpec {
     fn default() -> Self {
-        Self { memory: None, threads: None, budget_tokens: 1024, max_running: 256 }
+        Self { kind: EngineKind::Model, memory: None, threads: None, budget_tokens: 1024, max_running: 256 }
     }
 }
 
@@ -279,6 +317,7 @@ impl Default for JobSpec {
 
 impl SamplingSpec {
     /// These settings, and `base` where they say nothing.
+    #[must_use]
     pub fn over(&self, base: &Self) -> Self {
         let own = self.clone();
         Self {
@@ -305,6 +344,27 @@ impl PipelineSpec {
     /// Whether rows are dataset rows rather than requests.
     pub fn is_dataset(&self) -> bool {
         self.prompt.is_some() || !self.step.is_empty()
+    }
+}
+
+/// `[prices]`: for the money in a plan; no result depends on them.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PriceSpec {
+    /// Of a million prompt tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input: Option<f64>,
+    /// Of a million generated tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<f64>,
+    /// Of an hour of this machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hour: Option<f64>,
+}
+
+impl PriceSpec {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }
 

@@ -24,6 +24,7 @@ pub(super) struct StepTask {
 /// A step that was prepared.
 pub(super) struct PreparedStep {
     pub(super) row_idx: u64,
+    pub(super) step: usize,
     /// Its prompt and the names of its sequences, or the row's error.
     pub(super) prompt: Result<(PromptMeta, Vec<u64>), RowError>,
 }
@@ -50,7 +51,7 @@ impl Stepper {
             let prompt = match self.preparer.prepare_step(row_idx, &columns, step, &answers) {
                 Ok(prompt) => prompt,
                 Err(error) => {
-                    if self.tell(PreparedStep { row_idx, prompt: Err(error) }).is_err() {
+                    if self.tell(PreparedStep { row_idx, step, prompt: Err(error) }).is_err() {
                         return;
                     }
                     continue;
@@ -60,7 +61,7 @@ impl Stepper {
             next_id += ids.len() as u64;
             let meta = PromptMeta::new(&prompt, self.job_seed, row_idx);
             let seed = meta.seed;
-            if self.tell(PreparedStep { row_idx, prompt: Ok((meta, ids.clone())) }).is_err() {
+            if self.tell(PreparedStep { row_idx, step, prompt: Ok((meta, ids.clone())) }).is_err() {
                 return;
             }
             // What it shares with the last one, the next one is likely to share too.

@@ -4,6 +4,7 @@
 use super::spec::{Choices, FewShotSpec, FormatSpec, PromptSpec};
 use crate::config::{Config, sampling_params};
 use crate::format::openai::one_of;
+use crate::grammar::Grammars;
 use crate::prepare::{PromptTemplate, RowForm, Step, Turn};
 use crate::request::{AnswerFormat, Message, Params};
 use crate::storage::{Location, Storage};
@@ -39,8 +40,23 @@ pub(super) fn read(config: &Config, storage: &Storage) -> Result<Form> {
     if steps.is_empty() {
         return Ok(Form { rows: RowForm::Requests, files_hash });
     }
-    find_needs(&mut steps)?;
+    if !spec.step.is_empty() {
+        find_needs(&mut steps)?;
+    }
     Ok(Form { rows: RowForm::Dataset(steps), files_hash })
+}
+
+/// Compiles the formats of the steps: a wrong one should stop the job, not be every row's error.
+///
+/// # Errors
+/// A format that can't be compiled.
+pub(super) fn check_formats(form: &RowForm, grammars: &Grammars) -> Result<()> {
+    let RowForm::Dataset(steps) = form else { return Ok(()) };
+    for step in steps {
+        let name = if step.name.is_empty() { "prompt".to_owned() } else { format!("step {}", step.name) };
+        grammars.compile(&step.params.format).map_err(|why| anyhow::anyhow!("{name}: format: {why}"))?;
+    }
+    Ok(())
 }
 
 /// The files that prompts are made with.
@@ -94,7 +110,12 @@ fn step(name: String, prompt: &PromptSpec, mut params: Params, files: &mut Files
         params.format = answer_format(format, files).context("format")?;
         ensure!(!params.ignore_eos && params.min_tokens == 0, "format: can't be combined with ignore_eos or min_tokens");
     }
-    Ok(Step { name, template: PromptTemplate { turns, prefill, continuation }, params, needs: Vec::new() })
+    Ok(Step {
+        name,
+        template: PromptTemplate { tokens: prompt.tokens.clone(), turns, prefill, continuation },
+        params,
+        needs: Vec::new(),
+    })
 }
 
 /// The turns of worked examples.
@@ -149,16 +170,19 @@ fn answer_format(format: &FormatSpec, files: &mut Files<'_>) -> Result<AnswerFor
 /// Finds what each step waits for; steps may stand in any order.
 fn find_needs(steps: &mut [Step]) -> Result<()> {
     let names: Vec<String> = steps.iter().map(|step| step.name.clone()).collect();
+    let only_scored: Vec<bool> = steps.iter().map(|step| step.template.continuation.is_some()).collect();
     for step in steps.iter_mut() {
         let mut needs = Vec::new();
         for template in step.template.templates() {
             let used = template.names_under("steps");
-            if used.is_empty() && template.uses("steps") {
+            if used.is_empty() && template.columns().iter().any(|column| column == "steps") {
                 bail!("step {}: name the step: steps.NAME.completion or steps.NAME.parsed", step.name);
             }
             for name in used {
                 let place = names.iter().position(|known| *known == name);
-                needs.push(place.with_context(|| format!("step {}: there is no step {name}", step.name))?);
+                let place = place.with_context(|| format!("step {}: there is no step {name}", step.name))?;
+                ensure!(!only_scored[place], "step {}: step {name} scores a text, and has no answer to use", step.name);
+                needs.push(place);
             }
         }
         needs.sort_unstable();

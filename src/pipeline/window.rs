@@ -14,6 +14,7 @@ use crate::request::MAX_CHOICES;
 use crate::window::Class;
 use anyhow::Result;
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::sync::Arc;
 
 /// Output length that an unfinished row is expected to have at most, for the order only.
@@ -307,26 +308,21 @@ fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
 /// Hash of all that a row's completions and their form depend on, besides the model: 128 bits of BLAKE3, collisions are
 /// out of reach. Where later prompts are made of the row's columns, of all of them.
 fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
-    let mut hasher = blake3::Hasher::new();
+    let n_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+    let mut content = Vec::with_capacity(512 + 4 * n_tokens);
+    let mut add = |text: std::fmt::Arguments<'_>| content.write_fmt(text).expect("memory takes text");
     match origin {
-        Origin::Request { endpoint, echo, .. } => {
-            hasher.update(format!("{endpoint:?}{echo:?}").as_bytes());
-        }
-        Origin::Dataset { columns } if has_steps => {
-            hasher.update(columns.as_deref().unwrap_or_default().as_bytes());
-        }
+        Origin::Request { endpoint, echo, .. } => add(format_args!("{endpoint:?}{echo:?}")),
+        Origin::Dataset { columns } if has_steps => add(format_args!("{columns:?}")),
         Origin::Dataset { .. } => {}
     }
     for prompt in prompts {
-        hasher.update(&(prompt.tokens.len() as u64).to_le_bytes());
-        for id in prompt.tokens.iter() {
-            hasher.update(&id.to_le_bytes());
-        }
-        hasher.update(
-            format!("{:?}/{}/{:?}/{:?}", prompt.params, prompt.max_tokens, prompt.score_from, prompt.call_format).as_bytes(),
-        );
+        let Prompt { step, tokens, params, max_tokens, score_from, call_format, one_call, .. } = prompt;
+        let head = format!("{step}/{}/{params:?}/{max_tokens}/{score_from:?}/{call_format:?}/{one_call}", tokens.len());
+        content.extend_from_slice(head.as_bytes());
+        content.extend(tokens.iter().flat_map(|id| id.to_le_bytes()));
     }
-    let hash = hasher.finalize();
+    let hash = blake3::hash(&content);
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     u128::from_le_bytes(*key)
 }

@@ -5,6 +5,8 @@
 //! perfect hits and knows exactly when a prefix was used for the last time. Among the children of a node the one with
 //! the most work in a single row goes first, so that long rows are not left for the tail.
 
+pub mod estimate;
+
 /// A row to be ordered.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanRow<'a> {

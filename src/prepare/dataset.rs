@@ -1,7 +1,7 @@
 //! Dataset rows: columns to prompts through the templates of a job's steps. A step whose templates use what another step
 //! gave (`steps.NAME.completion`, `steps.NAME.parsed`) waits for it; the others can run at once.
 
-use super::{Preparer, Prompt};
+use super::{Preparer, Prompt, RowForm};
 use crate::format::openai;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Input, Message, Params, Request, Truncate};
@@ -22,6 +22,8 @@ pub struct Step {
 
 /// A dataset row's templates.
 pub struct PromptTemplate {
+    /// The column that holds the prompt's token ids, if it is not made of turns.
+    pub tokens: Option<String>,
     /// The prompt's turns; one of role "" is a prompt as it is, without the model's chat template.
     pub turns: Vec<Turn>,
     /// Text that the answer begins with.
@@ -49,14 +51,14 @@ pub struct StepAnswer {
     pub parsed: Option<Value>,
 }
 
-impl Step {
-    /// What messages call its settings.
-    pub(super) fn field(&self) -> String {
-        if self.name.is_empty() { "prompt.".to_owned() } else { format!("step {}: ", self.name) }
-    }
-}
-
 impl PromptTemplate {
+    /// The columns that it reads.
+    pub fn columns(&self) -> Vec<String> {
+        let whole = self.turns.iter().filter_map(|turn| if let Turn::Column(column) = turn { Some(column) } else { None });
+        let rendered = self.templates().flat_map(RowTemplate::columns);
+        rendered.chain(whole).chain(&self.tokens).cloned().collect()
+    }
+
     /// Its templates.
     pub fn templates(&self) -> impl Iterator<Item = &RowTemplate> {
         let turns =
@@ -83,11 +85,20 @@ impl Preparer {
     /// The row's own columns.
     pub(super) fn read_columns(&self, text: &str) -> Result<Map<String, Value>, RowError> {
         let columns = openai::parse_object(text)?;
-        if let Some(name) = self.result_columns.iter().find(|name| columns.contains_key(*name)) {
+        let is_kept = |name: &String| self.kept_columns.as_ref().is_none_or(|kept| kept.contains(name));
+        if let Some(name) = self.result_columns.iter().find(|name| columns.contains_key(*name) && is_kept(name)) {
             let message = "the row has a column of the same name as a result column; set output.prefix";
             return Err(RowError::field(ErrorCode::InvalidValue, name, message));
         }
+        if self.has_steps() && columns.contains_key("steps") {
+            let message = "a column of this name is hidden by the steps' answers; rename it";
+            return Err(RowError::field(ErrorCode::InvalidValue, "steps", message));
+        }
         Ok(columns)
+    }
+
+    fn has_steps(&self) -> bool {
+        matches!(&self.form, RowForm::Dataset(steps) if steps.iter().any(|step| !step.needs.is_empty()))
     }
 
     /// The prompt of one step.
@@ -100,6 +111,19 @@ impl Preparer {
     ) -> Result<Prompt, RowError> {
         let Step { template, params, name, .. } = &steps[step];
         let field = if name.is_empty() { "prompt".to_owned() } else { format!("step {name}") };
+        let mut request = Request {
+            row_idx,
+            model: None,
+            inputs: Vec::new(),
+            params: params.clone(),
+            chat: ChatOptions::default(),
+            truncate: Truncate::Never,
+        };
+        if let Some(column) = &template.tokens {
+            let input = Input::Tokens(column_tokens(columns, column)?);
+            let prompt = self.prompt(&request, &input, &field)?;
+            return Ok(Prompt { step, ..prompt });
+        }
         let mut messages = Vec::new();
         for turn in &template.turns {
             match turn {
@@ -119,35 +143,39 @@ impl Preparer {
                 Input::Messages(messages)
             }
         };
-        let continue_final = matches!(input, Input::Messages(_)) && template.prefill.is_some();
-        let mut request = Request {
-            row_idx,
-            model: None,
-            inputs: Vec::new(),
-            params: params.clone(),
-            chat: ChatOptions { continue_final, ..ChatOptions::default() },
-            truncate: Truncate::Never,
-        };
+        request.chat.continue_final = matches!(input, Input::Messages(_)) && template.prefill.is_some();
         let Some(continuation) = &template.continuation else {
             let prompt = self.prompt(&request, &input, &field)?;
             return Ok(Prompt { step, ..prompt });
         };
-        let before = match &input {
-            Input::Messages(messages) => self.template.render_chat(messages, &request.chat)?,
-            Input::Text(text) => text.clone(),
+        // A chat's template writes the tokens that a text begins with; nothing is put after either, it goes on.
+        let (prefix, before): (&[u32], String) = match &input {
+            Input::Messages(messages) => (&[], self.template.render_chat(messages, &request.chat)?),
+            Input::Text(text) => (self.tokenizer.prefix(), text.clone()),
             Input::Tokens(_) => unreachable!("templates make text"),
         };
-        let whole = before.clone() + &continuation.render(columns)?;
-        request.params = Params { max_tokens: Some(0), logprobs: Some(1), ..request.params };
-        let prompt = self.prompt(&request, &Input::Text(whole), &field)?;
+        let encode = |text: &str| [prefix, &self.tokenizer.encode(text)[..]].concat();
+        let whole = encode(&(before.clone() + &continuation.render(columns)?));
         // Where the two texts' tokens part; a token over the border belongs to what is scored.
-        let before = self.tokenizer.encode(&before);
-        let n_before = before.iter().zip(prompt.tokens.iter()).take_while(|(a, b)| a == b).count();
-        if n_before == prompt.tokens.len() {
-            return Err(RowError::field(ErrorCode::InvalidValue, field, "the continuation has no tokens"));
+        let n_before = encode(&before).iter().zip(&whole).take_while(|(a, b)| a == b).count();
+        if n_before == 0 || n_before == whole.len() {
+            let what = if n_before == 0 { "the text before the continuation" } else { "the continuation" };
+            return Err(RowError::field(ErrorCode::InvalidValue, field, format!("{what} has no tokens")));
         }
-        Ok(Prompt { step, score_from: Some(n_before.max(1) as u32), ..prompt })
+        // Nothing is drawn: one score, always the same.
+        request.params = Params { max_tokens: Some(0), n: 1, temperature: 0.0, logprobs: Some(1), ..request.params };
+        let prompt = self.prompt(&request, &Input::Tokens(whole), &field)?;
+        Ok(Prompt { step, score_from: Some(n_before as u32), ..prompt })
     }
+}
+
+/// The token ids that a column holds.
+fn column_tokens(columns: &Map<String, Value>, column: &str) -> Result<Vec<u32>, RowError> {
+    let Some(value) = columns.get(column) else {
+        return Err(RowError::field(ErrorCode::MissingField, column, "the row has no such column"));
+    };
+    let ids = value.as_array().map(|ids| ids.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect::<Option<Vec<u32>>>());
+    ids.flatten().ok_or_else(|| RowError::field(ErrorCode::InvalidType, column, "must be a list of token ids"))
 }
 
 /// The messages that a column holds.

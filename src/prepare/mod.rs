@@ -63,6 +63,8 @@ pub struct Prompt {
     pub score_from: Option<u32>,
     /// How function calls are written, if the model was offered any.
     pub call_format: Option<CallFormat>,
+    /// Of several calls only the first is kept.
+    pub one_call: bool,
 }
 
 /// How rows are read.
@@ -87,6 +89,8 @@ pub struct Preparer {
     pub model: crate::hub::LocalModel,
     /// Names of the columns that dataset rows are given; a row may not have them already.
     pub result_columns: Vec<String>,
+    /// Columns of its own that a dataset row's outcome carries; `None` for all.
+    pub kept_columns: Option<Vec<String>>,
     /// Sampling parameters where a request row says nothing.
     pub defaults: Params,
     /// Most tokens of prompt and completion together.
@@ -120,18 +124,6 @@ impl Preparer {
             self.step_prompt(row_idx, steps, step, &values)
         };
         catch_unwind(AssertUnwindSafe(prepare)).unwrap_or_else(|_| Err(panicked()))
-    }
-
-    /// Compiles the formats that the job's steps ask for: a wrong one should stop the job, not be every row's error.
-    ///
-    /// # Errors
-    /// A format that can't be compiled.
-    pub fn check_formats(&self) -> anyhow::Result<()> {
-        let RowForm::Dataset(steps) = &self.form else { return Ok(()) };
-        for step in steps {
-            self.grammars.compile(&step.params.format).map_err(|why| anyhow::anyhow!("{}format: {why}", step.field()))?;
-        }
-        Ok(())
     }
 
     /// What is known of a row that could not be read.
@@ -193,6 +185,11 @@ impl Preparer {
             Some(lark) => AnswerFormat::Lark(lark),
             None => params.format.clone(),
         };
+        if format != AnswerFormat::Text && (params.min_tokens > 0 || params.ignore_eos) {
+            let name = if params.ignore_eos { "ignore_eos" } else { "min_tokens" };
+            let message = "can't be combined with a required format or call";
+            return Err(RowError::field(ErrorCode::InvalidValue, format!("body.{name}"), message));
+        }
         let grammar = self.grammars.compile(&format).map_err(|why| {
             let field = if call_format.is_some() { "body.tools" } else { self.format_field() };
             RowError::field(ErrorCode::InvalidValue, field, why)
@@ -203,9 +200,23 @@ impl Preparer {
             return Err(RowError::field(ErrorCode::InvalidValue, field, "has no tokens"));
         }
         let max_tokens = self.max_tokens(field, tokens.len(), params.max_tokens)?;
-        let score_from = (params.echo && params.logprobs.is_some()).then_some(1);
+        let score_from = match (params.echo, params.logprobs) {
+            (true, Some(_)) => Some(1),
+            // Nothing to score, and nothing to generate: the prompt alone.
+            _ if max_tokens == 0 => Some(tokens.len() as u32),
+            _ => None,
+        };
         let params = Params { format, ..params.clone() };
-        Ok(Prompt { step: 0, tokens: tokens.into(), params, max_tokens, grammar, score_from, call_format })
+        Ok(Prompt {
+            step: 0,
+            tokens: tokens.into(),
+            params,
+            max_tokens,
+            grammar,
+            score_from,
+            call_format,
+            one_call: request.chat.one_call,
+        })
     }
 
     fn format_field(&self) -> &'static str {
@@ -239,11 +250,11 @@ impl Preparer {
     fn tokens(&self, request: &Request, input: &Input, field: &str) -> Result<Vec<u32>, RowError> {
         let room = self.max_context.saturating_sub(request.params.max_tokens.unwrap_or(1) as usize);
         if let (Input::Messages(messages), Truncate::DropMessages) = (input, request.truncate) {
-            return self.drop_messages(messages.clone(), request, room);
+            return self.drop_messages(messages, request, room);
         }
         let mut tokens = match input {
             Input::Messages(messages) => self.tokenizer.encode(&self.template.render_chat(messages, &request.chat)?),
-            Input::Text(text) => self.tokenizer.encode(text),
+            Input::Text(text) => self.tokenizer.encode_prompt(text),
             Input::Tokens(tokens) => self.check_ids(tokens, field)?,
         };
         let kept = match request.truncate {
@@ -255,16 +266,24 @@ impl Preparer {
         Ok(tokens)
     }
 
-    /// Leaves out the oldest messages but system ones until the rest fits.
-    fn drop_messages(&self, mut messages: Vec<Message>, request: &Request, room: usize) -> Result<Vec<u32>, RowError> {
-        loop {
-            let tokens = self.tokenizer.encode(&self.template.render_chat(&messages, &request.chat)?);
-            let oldest = messages.iter().position(|m| m.role != "system" && m.role != "developer");
-            match oldest {
-                Some(oldest) if tokens.len() > room && oldest + 1 < messages.len() => messages.remove(oldest),
-                _ => return Ok(tokens),
-            };
+    /// Leaves out the oldest turns, up to the next of the user's, as few as will make the rest fit; system messages stay.
+    fn drop_messages(&self, messages: &[Message], request: &Request, room: usize) -> Result<Vec<u32>, RowError> {
+        let is_system = |m: &Message| m.role == "system" || m.role == "developer";
+        let without = |start: usize| {
+            let kept = messages.iter().enumerate().filter(|(i, m)| *i >= start || is_system(m));
+            let kept: Vec<Message> = kept.map(|(_, m)| m.clone()).collect();
+            self.template.render_chat(&kept, &request.chat).map(|text| self.tokenizer.encode(&text))
+        };
+        let whole = without(0)?;
+        // Where what is left begins with a user's turn.
+        let starts: Vec<usize> = (1..messages.len()).filter(|&i| messages[i].role == "user").collect();
+        if whole.len() <= room || starts.is_empty() {
+            return Ok(whole);
         }
+        // Less is left the later it begins: the first start that fits.
+        let fits = |start: &usize| without(*start).is_ok_and(|tokens| tokens.len() <= room);
+        let place = starts.partition_point(|start| !fits(start)).min(starts.len() - 1);
+        without(starts[place])
     }
 
     fn check_ids(&self, tokens: &[u32], field: &str) -> Result<Vec<u32>, RowError> {

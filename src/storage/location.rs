@@ -57,11 +57,12 @@ impl Location {
         Ok(Self { store: self.store.clone(), path, url: url.into(), local: self.local.as_ref().map(|dir| dir.join(name)) })
     }
 
-    /// The place beside this one whose name has `extension` instead of its last one: `a/out.jsonl` with `job` is
-    /// `a/out.job`.
+    /// The place beside this one whose name has `extension` instead of its last one (and of a `.gz` or `.zst` behind
+    /// it): `a/out.jsonl` with `job` is `a/out.job`, and so is `a/out.jsonl.gz`.
     pub fn with_extension(&self, extension: &str) -> Result<Self> {
         let Some(name) = self.path.filename() else { bail!("{} names no file", self.url) };
-        let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+        let unpacked = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name);
+        let stem = unpacked.rsplit_once('.').map_or(unpacked, |(stem, _)| stem);
         let beside = format!("{stem}.{extension}");
         let parent = self.path.as_ref().strip_suffix(name).expect("a path ends with its file name");
         let typed = self.url.rfind('/').map_or("", |slash| &self.url[..=slash]);
@@ -134,6 +135,7 @@ mod tests {
         let child = job.child("manifest.json").unwrap();
         assert_eq!(&*child.url, "out/a.b.job/manifest.json");
         assert!(child.local.unwrap().ends_with("out/a.b.job/manifest.json"));
+        assert_eq!(&*Location::parse("out.jsonl.gz").unwrap().with_extension("job").unwrap().url, "out.job");
         assert_eq!(&*Location::parse("out").unwrap().with_extension("errors.jsonl").unwrap().url, "out.errors.jsonl");
     }
 }

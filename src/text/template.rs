@@ -2,6 +2,7 @@
 //! ([`RowTemplate`]). Knows nothing of tokens or files. Invariant: a chat renders to the very text that `transformers`
 //! renders (golden files in `tests/golden`), and to the same text at any time: templates see no clock.
 
+use super::hf::{HfConfig, HfFiles};
 use crate::gguf::Gguf;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Message, ToolChoice};
@@ -20,6 +21,7 @@ use std::io;
 pub struct ChatTemplate {
     /// The compiled template, or why this model can render no messages.
     environment: Result<Environment<'static>, String>,
+    source: Option<String>,
     call_format: Option<CallFormat>,
     hash: String,
 }
@@ -41,13 +43,25 @@ impl ChatTemplate {
                 specials.insert(name, *token);
             }
         }
-        Ok(match gguf.str("tokenizer.chat_template") {
-            Some(source) => Self::new(source, &specials),
-            None => {
-                let environment = Err("the model has no chat template: give it raw prompts".to_owned());
-                Self { environment, call_format: None, hash: hash(&[]) }
-            }
-        })
+        Ok(Self::from_source(gguf.str("tokenizer.chat_template"), &specials))
+    }
+
+    /// The template of a Hugging Face model directory, on the same terms as [`Self::from_gguf`].
+    ///
+    /// # Errors
+    /// `tokenizer_config.json` or `generation_config.json` is not what it should be.
+    pub fn from_hf(files: &HfFiles<'_>) -> Result<Self> {
+        let config = HfConfig::read(files)?;
+        let specials = config.specials.iter().map(|(name, token)| (name.as_str(), token.as_str())).collect();
+        Ok(Self::from_source(config.chat_template.as_deref(), &specials))
+    }
+
+    fn from_source(source: Option<&str>, specials: &BTreeMap<&str, &str>) -> Self {
+        let none = || {
+            let environment = Err("the model has no chat template: give it raw prompts".to_owned());
+            Self { environment, source: None, call_format: None, hash: hash(&[]) }
+        };
+        source.map_or_else(none, |source| Self::new(source, specials))
     }
 
     /// A template with the special tokens it may name (`bos_token`, `eos_token`, …).
@@ -66,7 +80,12 @@ impl ChatTemplate {
             Ok(()) => Ok(environment),
             Err(error) => Err(format!("the model's chat template does not compile: {error}")),
         };
-        Self { environment, call_format: CallFormat::of_template(source), hash: hash(&parts) }
+        Self { environment, source: Some(source.to_owned()), call_format: CallFormat::of_template(source), hash: hash(&parts) }
+    }
+
+    /// The template as its authors wrote it, if there is one.
+    pub fn source(&self) -> Option<&str> {
+        self.source.as_deref()
     }
 
     /// How the model writes function calls; `None` if its template does not teach it.
@@ -86,14 +105,19 @@ impl ChatTemplate {
         let Some(last) = messages.last().filter(|last| last.role == "assistant") else {
             return refuse("only a last message of the assistant's can be gone on with");
         };
-        let text = self.render(messages, false, chat)?;
-        // The template closes the turn after its text.
-        match last.content.trim() {
-            "" => refuse("the assistant's message to go on with is empty"),
-            content => match text.rfind(content) {
-                Some(start) => Ok(text[..start + content.len()].to_owned()),
-                None => refuse("the model's chat template changes the assistant's message: it can't be gone on with"),
-            },
+        let content = last.content.trim();
+        if content.is_empty() {
+            return refuse("the assistant's message to go on with is empty");
+        }
+        // The template closes the turn after its text: the chat ends where a text stands that nothing else has.
+        let mut marked = messages.to_vec();
+        if let Some(last) = marked.last_mut() {
+            MARK.clone_into(&mut last.content);
+        }
+        let text = self.render(&marked, false, chat)?;
+        match text.rfind(MARK) {
+            Some(start) => Ok(text[..start].to_owned() + content),
+            None => refuse("the model's chat template changes the assistant's message: it can't be gone on with"),
         }
     }
 
@@ -160,9 +184,9 @@ impl RowTemplate {
         names
     }
 
-    /// Whether the template takes `name` from the row.
-    pub fn uses(&self, name: &str) -> bool {
-        self.columns.iter().any(|column| column == name)
+    /// The names that the template takes from the row, sorted.
+    pub fn columns(&self) -> &[String] {
+        &self.columns
     }
 
     /// Renders one row.
@@ -181,6 +205,9 @@ impl RowTemplate {
         })
     }
 }
+
+/// Stands in for a message's text; no text has it (a private-use character, twice).
+const MARK: &str = "\u{f8ff}answer\u{f8ff}";
 
 /// An environment holds one template; messages call it this.
 const NAME: &str = "template";

@@ -56,24 +56,25 @@ impl CallFormat {
         };
         let arguments = if self == Self::Bare { "parameters" } else { "arguments" };
         let calls = tools.iter().map(|tool| &tool["function"]).filter(|f| wanted.is_none_or(|name| f["name"] == name));
-        let calls: Vec<Value> = calls
-            .map(|function| {
-                json!({
-                    "type": "object",
-                    "properties": {"name": {"const": function["name"]}, arguments: function["parameters"]},
-                    "required": ["name", arguments],
-                    "additionalProperties": false,
-                })
-            })
-            .collect();
+        // Each function's parameters are a schema of their own, so that what they refer to by `#/…` is found.
         let style = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
-        let schema = json!({"x-guidance": style, "anyOf": calls});
+        let (mut rules, mut names) = (Vec::new(), Vec::new());
+        for (i, function) in calls.enumerate() {
+            let mut schema = function["parameters"].clone();
+            if let Some(schema) = schema.as_object_mut() {
+                schema.entry("x-guidance").or_insert_with(|| style.clone());
+            }
+            // Two texts in one: the call as JSON, and that as a literal of the grammar.
+            let head = format!("{{\"name\": {}, \"{arguments}\": ", function["name"]);
+            rules.push(format!("call{i}: {} args{i} \"}}\"\nargs{i}: %json {schema}\n", Value::String(head)));
+            names.push(format!("call{i}"));
+        }
         let (before, after) = match self {
             Self::Tagged => (format!("\"{OPEN}\\n\" "), format!(" \"\\n{CLOSE}\"")),
             Self::List => (format!("\"{LIST}[\" "), " \"]\"".to_owned()),
             Self::Bare => (String::new(), String::new()),
         };
-        Some(format!("start: {before}call{after}\ncall: %json {schema}\n"))
+        Some(format!("start: {before}call{after}\ncall: {}\n{}", names.join(" | "), rules.concat()))
     }
 }
 
@@ -92,7 +93,8 @@ fn parse_tagged(text: &str) -> Option<(String, Vec<ToolCall>)> {
 }
 
 fn parse_list(text: &str) -> Option<(String, Vec<ToolCall>)> {
-    let (before, rest) = text.split_once(LIST)?;
+    // Where the mark is a control token it is no part of the text.
+    let (before, rest) = text.split_once(LIST).unwrap_or(("", text));
     let items: Vec<Map<String, Value>> = serde_json::from_str(rest.trim()).ok()?;
     let calls = items.iter().map(call).collect::<Option<Vec<_>>>()?;
     (!calls.is_empty()).then(|| (before.trim_end().to_owned(), calls))

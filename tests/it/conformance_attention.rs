@@ -6,15 +6,20 @@ use half::f16;
 use proptest::prelude::*;
 use std::ops::Range;
 use valar::device::batch::{Batch, BatchSeq, BlockCopy};
-use valar::device::cpu::CpuDevice;
-use valar::device::{AttentionSpec, BLOCK_TOKENS, Device, RopeStyle};
+use valar::device::cpu::{CpuDevice, Vector};
+use valar::device::{AttentionSpec, BLOCK_TOKENS, Device, HeadNorms, QkvExtra, RopeStyle};
 use valar::tensor::DType;
 
 const N_BLOCKS: usize = 64;
+const EPS: f32 = 1e-5;
 
 /// Sequences of random q, k and v.
 struct Case {
     spec: AttentionSpec,
+    /// Of q, k and v.
+    bias: Option<Matrix>,
+    /// Of the heads of q and of k.
+    norms: Option<[Matrix; 2]>,
     /// Per sequence, `[positions][q, k, v]`
     seqs: Vec<Vec<Vec<f32>>>,
     /// Consumes the attention's integers (or floats), so that a test sees both forms.
@@ -36,20 +41,46 @@ struct Trace {
 impl Case {
     fn random(rng: &mut Random, n_kv_heads: usize, group: usize, head_dim: usize, lengths: &[usize]) -> Self {
         let n_heads = n_kv_heads * group;
+        // Now and then only a part of a head is rotated.
+        let n_pairs = if rng.below(3) == 0 { head_dim.div_ceil(4) } else { head_dim / 2 };
         let spec = AttentionSpec {
             n_heads,
             n_kv_heads,
             head_dim,
             scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap: [None, None, Some(3.0)][rng.below(3)],
+            window: [None, Some(1 + rng.below(20)), Some(1 + rng.below(150))][rng.below(3)],
             rope_style: [RopeStyle::Interleaved, RopeStyle::Halves][rng.below(2)],
-            rope_freqs: (0..head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect(),
+            rope_freqs: (0..n_pairs).map(|i| 10000f32.powf(-(i as f32) / n_pairs as f32)).collect(),
+            rope_scale: [1.0, 1.0, 1.2][rng.below(3)],
         };
         let width = (n_heads + 2 * n_kv_heads) * head_dim;
         let mut row = |_| (0..width).map(|_| rng.float() * 3.0).collect();
         let seqs = lengths.iter().map(|&n| (0..n).map(&mut row).collect()).collect();
         let k = n_heads * head_dim;
         let next = Matrix::random(rng, if k.is_multiple_of(32) { DType::Q8_0 } else { DType::F32 }, 3, k);
-        Self { spec, seqs, next }
+        let bias = (rng.below(2) == 0).then(|| Matrix::random(rng, DType::F32, 1, width));
+        let norms = (rng.below(2) == 0).then(|| [(); 2].map(|()| Matrix::random(rng, DType::F32, 1, head_dim)));
+        Self { spec, bias, norms, seqs, next }
+    }
+
+    /// What is done to q, k and v, on a device.
+    fn extra(&self, dev: &CpuDevice) -> QkvExtra<Vector> {
+        let vector = |m: &Matrix| dev.load_vector(&[m.tensor()]).expect("a plain vector");
+        let norms = self.norms.as_ref().map(|[q, k]| HeadNorms { q: vector(q), k: vector(k), eps: EPS });
+        QkvExtra { bias: self.bias.as_ref().map(vector), norms }
+    }
+
+    /// A head with its bias and norm, in f64. `head` counts the heads of q, then k, then v.
+    fn finished(&self, seq: usize, position: usize, head: usize) -> Vec<f64> {
+        let AttentionSpec { n_heads, n_kv_heads, head_dim, .. } = self.spec;
+        let row = &self.seqs[seq][position];
+        let with_bias = |i: usize| f64::from(row[i]) + self.bias.as_ref().map_or(0.0, |bias| f64::from(bias.value(0, i)));
+        let values: Vec<f64> = (head * head_dim..(head + 1) * head_dim).map(with_bias).collect();
+        let Some(norms) = self.norms.as_ref().filter(|_| head < n_heads + n_kv_heads) else { return values };
+        let norm = &norms[usize::from(head >= n_heads)];
+        let mean = values.iter().map(|x| x * x).sum::<f64>() / head_dim as f64;
+        (0..head_dim).map(|i| values[i] / (mean + f64::from(EPS)).sqrt() * f64::from(norm.value(0, i))).collect()
     }
 
     fn row_width(&self) -> usize {
@@ -58,17 +89,18 @@ impl Case {
 
     /// The rows of one position in f64: rotated q per head, and k and v per kv head as the cache keeps them.
     fn stored(&self, seq: usize, position: usize) -> [Vec<Vec<f64>>; 3] {
-        let AttentionSpec { n_heads, n_kv_heads, head_dim, .. } = self.spec;
-        let heads: Vec<Vec<f64>> =
-            self.seqs[seq][position].chunks(head_dim).map(|head| head.iter().map(|&x| x.into()).collect()).collect();
+        let AttentionSpec { n_heads, n_kv_heads, rope_scale, .. } = self.spec;
+        let n_pairs = self.spec.rope_freqs.len();
+        let heads: Vec<Vec<f64>> = (0..n_heads + 2 * n_kv_heads).map(|head| self.finished(seq, position, head)).collect();
         let rotate = |head: &Vec<f64>| {
             let mut out = head.clone();
             for (i, &freq) in self.spec.rope_freqs.iter().enumerate() {
                 let (a, b) = match self.spec.rope_style {
                     RopeStyle::Interleaved => (2 * i, 2 * i + 1),
-                    RopeStyle::Halves => (i, i + head_dim / 2),
+                    RopeStyle::Halves => (i, i + n_pairs),
                 };
                 let (sin, cos) = (position as f64 * f64::from(freq)).sin_cos();
+                let (sin, cos) = (sin * f64::from(rope_scale), cos * f64::from(rope_scale));
                 (out[a], out[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
             }
             out
@@ -88,12 +120,15 @@ impl Case {
             for head in 0..n_heads {
                 let kv_head = head / (n_heads / n_kv_heads);
                 let dot = |k: &[f64]| stored[position][0][head].iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
-                let scores: Vec<f64> = stored[..=position].iter().map(|s| dot(&s[1][kv_head]) * f64::from(scale)).collect();
+                let cap = |score: f64| self.spec.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                let first = self.spec.window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let seen = &stored[first..=position];
+                let scores: Vec<f64> = seen.iter().map(|s| cap(dot(&s[1][kv_head]) * f64::from(scale))).collect();
                 let largest = scores.iter().copied().fold(f64::MIN, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 row.extend(
-                    (0..head_dim).map(|i| weights.iter().zip(&stored).map(|(w, s)| w * s[2][kv_head][i]).sum::<f64>() / total),
+                    (0..head_dim).map(|i| weights.iter().zip(seen).map(|(w, s)| w * s[2][kv_head][i]).sum::<f64>() / total),
                 );
             }
             row
@@ -137,7 +172,7 @@ impl Case {
             let mut qkv = dev.new_hidden(n_tokens, width);
             qkv.values_mut().copy_from_slice(&values);
             let (mut act, mut out) = (dev.new_act(n_tokens, n_heads * head_dim), dev.new_hidden(n_tokens, 3));
-            dev.finish_qkv(&mut qkv, &self.spec, &batch, &mut cache);
+            dev.finish_qkv(&mut qkv, &self.extra(dev), &self.spec, &batch, &mut cache);
             dev.attention(&qkv, &self.spec, &cache, &next, &batch, &mut act);
             dev.linear(&act, &next, &batch, &mut out);
             let rows = act.values().chunks(n_heads * head_dim).zip(out.values().chunks(3));
@@ -275,6 +310,8 @@ fn attention_is_exact_to_f32_where_the_cache_rounds_nothing() {
     let rng = &mut Random(3);
     let mut case = Case::random(rng, 2, 3, 64, &[150]);
     case.spec.rope_freqs.fill(0.0);
+    case.spec.rope_scale = 1.0;
+    (case.bias, case.norms) = (None, None);
     for x in case.seqs[0].iter_mut().flatten() {
         *x = f16::from_f32(*x).to_f32();
     }

@@ -246,9 +246,9 @@ proptest! {
         for record in &records {
             inference.observe(record).unwrap();
         }
-        let content = files.write("x.parquet", &records, Some(inference.finish())).unwrap();
-        prop_assert_eq!(&content, &files.write("y.parquet", &records, Some(inference.finish())).unwrap());
-        if inference.finish().fields().is_empty() {
+        let content = files.write("x.parquet", &records, Some(inference.finish(&[]))).unwrap();
+        prop_assert_eq!(&content, &files.write("y.parquet", &records, Some(inference.finish(&[]))).unwrap());
+        if inference.finish(&[]).fields().is_empty() {
             return Ok(());
         }
         let rows = files.rows(&[files.at("x.parquet")], Limits::default());
@@ -446,7 +446,7 @@ fn large_outputs_go_up_in_parts_and_in_row_groups() {
     for record in &records {
         inference.observe(record).unwrap();
     }
-    let content = files.write("x.parquet", &records, Some(inference.finish())).unwrap();
+    let content = files.write("x.parquet", &records, Some(inference.finish(&[]))).unwrap();
     let metadata = ParquetRecordBatchReaderBuilder::try_new(content).unwrap().metadata().clone();
     assert_eq!(metadata.row_groups().iter().map(RowGroupMetaData::num_rows).collect::<Vec<_>>(), [100_000, 20_000]);
     assert_eq!(metadata.file_metadata().created_by(), Some("valar"));

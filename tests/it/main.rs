@@ -3,13 +3,22 @@
 
 mod architecture;
 mod cli;
+mod columns;
 mod common;
+mod compressed;
 mod conformance;
 mod conformance_attention;
+mod conformance_families;
+mod dataset_rows;
 mod dying;
+mod explain;
 mod fake;
+mod families;
+mod families_gguf;
 mod formats;
+mod grammar;
 mod handle;
+mod hub;
 mod kill;
 mod memory;
 mod model;
@@ -22,3 +31,5 @@ mod same_bits;
 mod sample;
 mod simulation;
 mod text;
+mod tokenizers;
+mod weights;

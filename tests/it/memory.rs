@@ -2,6 +2,7 @@
 //! get it back have the bits of rows that never did.
 
 use crate::fake::FakeTokens;
+use crate::families;
 use crate::model::TinyModel;
 use candle_core::quantized::GgmlDType;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use valar::device::cpu::{CpuDevice, Isa};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Engine, EngineConfig, Finished, Submission};
-use valar::model::{ModelRunner, Runner as _};
+use valar::model::{ModelFile, ModelRunner, Runner as _};
 use valar::window::Class;
 
 /// The system's allocator, counting each thread's calls.
@@ -40,9 +41,9 @@ static ALLOCATOR: Counting = Counting;
 
 /// Rows of all kinds: prompts that share a beginning, greedy and drawn, with alternatives.
 fn submissions(logprobs: bool) -> Vec<Submission> {
-    let prompt = |i: u32| (0..20 + 7 * i % 60).map(|t| if t < 9 + i % 5 { t * t % 97 } else { (t * 31 + i) % 97 }).collect();
+    let prompt = |i: u32| (0..20 + 7 * i % 60).map(|t| if t < 9 + i % 5 { t * t % 61 } else { (t * 31 + i) % 61 }).collect();
     let params = |i: u32| SeqParams {
-        max_tokens: 5 + 11 * i % 50,
+        max_tokens: 5 + 11 * i % 40,
         temperature: if i.is_multiple_of(3) { 0.0 } else { 0.9 },
         top_p: if i.is_multiple_of(2) { 1.0 } else { 0.8 },
         top_k: if i % 5 == 1 { 7 } else { 0 },
@@ -63,16 +64,26 @@ fn submissions(logprobs: bool) -> Vec<Submission> {
     (0..40).map(submission).collect()
 }
 
-fn engine(n_blocks: usize, cold_output_tokens: u32) -> Engine {
-    let gguf = TinyModel::new(GgmlDType::Q4_0).write();
-    let runner = ModelRunner::load(CpuDevice::new(Isa::detect(), 1), &gguf, n_blocks, 64).unwrap();
+fn engine(file: &dyn ModelFile, n_blocks: usize, cold_output_tokens: u32) -> Engine {
+    let runner = ModelRunner::load(CpuDevice::new(Isa::detect(), 1), file, n_blocks, 64).unwrap();
     let config = EngineConfig { max_running: 16, cold_output_tokens, ..EngineConfig::for_runner(&runner.limits()) };
     Engine::new(config, Box::new(runner), Arc::new(FakeTokens)).unwrap()
 }
 
 #[test]
 fn a_step_allocates_nothing() {
-    let mut engine = engine(200, 64);
+    steps_allocate_nothing("tiny", &TinyModel::new(GgmlDType::Q4_0).write());
+}
+
+#[test]
+fn a_step_of_any_family_allocates_nothing() {
+    for name in families::MODELS {
+        steps_allocate_nothing(name, &families::open(name));
+    }
+}
+
+fn steps_allocate_nothing(name: &str, file: &dyn ModelFile) {
+    let mut engine = engine(file, 200, 64);
     for submission in submissions(false) {
         engine.submit(submission).unwrap();
     }
@@ -81,7 +92,7 @@ fn a_step_allocates_nothing() {
         let before = N_ALLOCATIONS.get();
         engine.step(&mut finished).unwrap();
         let n = N_ALLOCATIONS.get() - before;
-        assert_eq!(n, 0, "allocations in step {}, {} rows finished", engine.stats().steps, finished.len());
+        assert_eq!(n, 0, "{name}: allocations in step {}, {} rows finished", engine.stats().steps, finished.len());
     }
     assert_eq!(finished.len(), 40);
     assert!(engine.stats().steps > 20);
@@ -91,7 +102,7 @@ fn a_step_allocates_nothing() {
 fn rows_that_were_preempted_have_the_same_bits() {
     let run = |n_blocks: usize| {
         // Rows are thought to be short, so that too many are let in.
-        let mut engine = engine(n_blocks, 1);
+        let mut engine = engine(&TinyModel::new(GgmlDType::Q4_0).write(), n_blocks, 1);
         for mut submission in submissions(true) {
             submission.params.ignore_eos = false;
             submission.params.max_tokens = 40 + submission.id as u32;

@@ -16,6 +16,7 @@ fn answers(lines: &[String], settings: &[&str]) -> BTreeMap<String, Value> {
     rows.map(|row| (row["custom_id"].as_str().unwrap().to_owned(), row["response"]["body"].clone())).collect()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
 fn line(custom_id: &str, url: &str, body: Value) -> String {
     json!({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).to_string()
 }
@@ -208,12 +209,27 @@ fn prompts_are_continued_truncated_and_refused_as_asked() {
                 "/v1/responses",
                 json!({"input": long, "instructions": "Be brief.", "truncation": "auto", "temperature": 0, "max_output_tokens": 4}),
             ),
+            line("alone", "/v1/completions", json!({"prompt": "hi", "max_tokens": 0, "echo": true})),
+            line("forced", chat, json!({"messages": turns, "regex": "a", "ignore_eos": true})),
+            line(
+                "bracket",
+                chat,
+                json!({"messages": [turns[0], {"role": "assistant", "content": "<"}], "continue_final_message": true, "temperature": 0, "max_tokens": 1}),
+            ),
             line("tools", chat, json!({"messages": turns, "tools": tool})),
         ],
         &[],
     );
     assert_eq!(content(&answers["prefill"]), answers["raw"]["choices"][0]["text"].as_str().unwrap());
     assert_eq!(answers["kept"]["usage"]["prompt_tokens"], 3);
+    let alone = &answers["alone"];
+    assert_eq!(
+        (&alone["choices"][0]["text"], &alone["choices"][0]["finish_reason"], &alone["usage"]["completion_tokens"]),
+        (&json!("hi"), &json!("length"), &json!(0))
+    );
+    assert_eq!(answers["forced"]["error"]["param"], "body.ignore_eos");
+    let n_tokens = |id: &str| answers[id]["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(n_tokens("bracket") < n_tokens("prefill"), "a prefill that also stands in the template's marks");
     assert_eq!(answers["too long"]["error"]["code"], "context_length_exceeded");
     let kept = answers["dropped"]["usage"]["input_tokens"].as_u64().unwrap();
     assert!((8000..8192).contains(&kept), "{kept}");

@@ -131,7 +131,7 @@ fn bad_values_name_field_and_limit() {
         (json!({"max_tokens": 5, "max_completion_tokens": 6}), InvalidValue, "body.max_completion_tokens"),
         (json!({"temperature": 2.1}), InvalidValue, "body.temperature"),
         (json!({"temperature": true}), InvalidType, "body.temperature"),
-        (json!({"top_p": 0}), InvalidValue, "body.top_p"),
+        (json!({"top_p": 1.5}), InvalidValue, "body.top_p"),
         (json!({"top_k": -2}), InvalidValue, "body.top_k"),
         (json!({"seed": 1.5}), InvalidType, "body.seed"),
         (json!({"stop": [""]}), InvalidValue, "body.stop[0]"),
@@ -143,7 +143,7 @@ fn bad_values_name_field_and_limit() {
         (json!({"response_format": {"type": "xml"}}), InvalidValue, "body.response_format.type"),
         (json!({"response_format": {"type": "json_schema"}}), MissingField, "body.response_format.json_schema"),
         (json!({"response_format": {"type": "json_object"}, "regex": "a"}), InvalidValue, "body.regex"),
-        (json!({"regex": "a", "ignore_eos": true}), InvalidValue, "body.ignore_eos"),
+        (json!({"stop_token_ids": vec![1; 257]}), InvalidValue, "body.stop_token_ids"),
         (json!({"tools": [{"type": "function"}]}), MissingField, "body.tools[0].function"),
         (json!({"tool_choice": "required"}), InvalidValue, "body.tool_choice"),
         (json!({"tool_choice": {"type": "function", "function": {"name": "g"}}}), InvalidValue, "body.tool_choice"),
@@ -235,6 +235,8 @@ fn response_items_become_turns() {
         ("previous_response_id", json!("resp_1"), "body.previous_response_id"),
         ("tools", json!([{"type": "mcp"}]), "body.tools[0].type"),
         ("include", json!(["file_search_call.results"]), "body.include"),
+        ("include", json!([]), "body.top_logprobs"),
+        ("regex", json!("a"), "body.text.format"),
     ] {
         let mut bad = line.clone();
         bad["body"][key] = value;

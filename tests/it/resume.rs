@@ -65,7 +65,7 @@ impl Places {
     fn new(store: &Arc<dyn ObjectStore>, output: &str) -> Self {
         let results = Location::new(store.clone(), Path::from(output), output);
         let beside = |extension| results.with_extension(extension).unwrap();
-        let outputs = Outputs { results: results.clone(), errors: beside("errors.jsonl"), schema: None };
+        let outputs = Outputs { results: results.clone(), errors: beside("errors.jsonl"), schema: None, columns: Vec::new() };
         Self { dir: beside("job"), outputs, report: beside("report.json") }
     }
 }
@@ -215,7 +215,7 @@ fn local_files_survive_any_death_and_no_litter_stays() {
         run(&storage, &Places::new(&dying, "x.jsonl"), 1, &mut Life::default()).unwrap_err();
 
         let at = |name: &str| Location::parse(&format!("{dir}/{name}")).unwrap();
-        let outputs = Outputs { results: at("x.jsonl"), errors: at("x.errors.jsonl"), schema: None };
+        let outputs = Outputs { results: at("x.jsonl"), errors: at("x.errors.jsonl"), schema: None, columns: Vec::new() };
         let places = Places { dir: at("x.job"), outputs, report: at("x.report.json") };
         run(&storage, &places, 2, &mut Life::default()).unwrap();
         let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();

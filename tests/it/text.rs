@@ -161,10 +161,9 @@ fn unknown_tokenizers_are_refused_by_name() {
         assert!(format!("{error:#}").contains(expected), "{error:#}");
     };
     let text = |text: &str| Some(Meta::String(text.into()));
-    check("tokenizer.ggml.model", text("llama"), "\"llama\"");
+    check("tokenizer.ggml.model", text("rwkv"), "\"rwkv\"");
     check("tokenizer.ggml.model", None, "tokenizer.ggml.model is missing");
-    check("tokenizer.ggml.pre", text("tekken"), "\"tekken\" is not supported");
-    check("tokenizer.ggml.pre", text("default"), "\"default\" is not supported");
+    check("tokenizer.ggml.pre", text("kimi-k2"), "\"kimi-k2\" is not supported");
     check("tokenizer.ggml.pre", None, "tokenizer.ggml.pre is missing");
     check("tokenizer.ggml.tokens", None, "tokenizer.ggml.tokens is missing");
     check("tokenizer.ggml.merges", Some(Meta::Array(vec![Meta::String("a".into())])), "merge \"a\"");

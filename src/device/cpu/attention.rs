@@ -134,23 +134,41 @@ fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut
     scratch.sum[..n_rows * LANES].fill(0.0);
     scratch.largest[..n_rows].fill(f32::NEG_INFINITY);
 
+    // The first key that a position sees.
+    let first_key = |position: usize| spec.window.map_or(0, |window| (position + 1).saturating_sub(window));
     let n_keys = position(n_rows - 1) + 1;
-    for start in (0..n_keys).step_by(TILE_KEYS) {
+    for start in (first_key(position(0)) / TILE_KEYS * TILE_KEYS..n_keys).step_by(TILE_KEYS) {
         let tile_keys = TILE_KEYS.min(n_keys - start);
         load_tile(s, attention, seq, (item.kv_head as usize, start, tile_keys), scratch);
         for row in (0..n_rows).step_by(GROUP) {
             let rows = GROUP.min(n_rows - row);
-            let mut n_valid = [0; GROUP];
-            for (r, n) in n_valid[..rows].iter_mut().enumerate() {
-                *n = (position(row + r) + 1).saturating_sub(start).min(TILE_KEYS);
+            let mut seen = [Seen::default(); GROUP];
+            for (r, seen) in seen[..rows].iter_mut().enumerate() {
+                let position = position(row + r);
+                seen.first = first_key(position).saturating_sub(start).min(TILE_KEYS);
+                seen.end = (position + 1).saturating_sub(start).min(TILE_KEYS);
             }
-            if n_valid[rows - 1] > 0 {
-                fold_tile(s, spec, row, &n_valid[..rows], scratch);
+            if seen[..rows].iter().any(Seen::any) {
+                fold_tile(s, spec, row, &seen[..rows], scratch);
             }
         }
     }
     for r in 0..n_rows {
         write_row(s, attention, place(r), r, scratch);
+    }
+}
+
+/// The keys of a tile that a row sees: `first..end`.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    first: usize,
+    end: usize,
+}
+
+impl Seen {
+    /// Whether there are any.
+    fn any(&self) -> bool {
+        self.first < self.end
     }
 }
 
@@ -185,37 +203,46 @@ fn load_tile<S: Simd>(
     }
 }
 
-/// Folds the loaded tile into rows `row..`, of which row r sees the first `n_valid[r]` keys (not decreasing).
+/// Folds the loaded tile into rows `row..`, of which row r sees the keys `seen[r]` (both ends not decreasing).
 #[inline(always)]
-fn fold_tile<S: Simd>(s: S, spec: &AttentionSpec, row: usize, n_valid: &[usize], scratch: &mut AttentionScratch) {
-    let n_blocks = n_valid[n_valid.len() - 1].div_ceil(BLOCK_TOKENS);
+fn fold_tile<S: Simd>(s: S, spec: &AttentionSpec, row: usize, seen: &[Seen], scratch: &mut AttentionScratch) {
+    let n_blocks = seen[seen.len() - 1].end.div_ceil(BLOCK_TOKENS);
     let mut p = [[0.0; TILE_KEYS]; GROUP];
-    let q = &scratch.q[row * spec.head_dim..][..n_valid.len() * spec.head_dim];
-    scores(s, spec.head_dim, q, &scratch.k, n_blocks, &mut p[..n_valid.len()]);
+    let q = &scratch.q[row * spec.head_dim..][..seen.len() * spec.head_dim];
+    scores(s, spec.head_dim, q, &scratch.k, n_blocks, &mut p[..seen.len()]);
     let padded = spec.head_dim.next_multiple_of(LANES);
-    for (r, &n) in n_valid.iter().enumerate().filter(|&(_, &n)| n > 0) {
+    for (r, &seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
         let sum = &mut scratch.sum[(row + r) * LANES..][..LANES];
-        let decay = softmax_step(s, (spec.scale, n), &mut p[r], &mut scratch.largest[row + r], sum);
+        let decay = softmax_step(s, spec, seen, &mut p[r], &mut scratch.largest[row + r], sum);
         let out = &mut scratch.out[(row + r) * padded..][..padded];
         for out in out.chunks_exact_mut(LANES) {
             // SAFETY: a chunk has 16 elements.
             unsafe { s.store(out.as_mut_ptr(), s.mul(s.load(out.as_ptr()), s.splat(decay))) };
         }
     }
-    let out = &mut scratch.out[row * padded..][..n_valid.len() * padded];
-    let common = n_valid[0];
+    let out = &mut scratch.out[row * padded..][..seen.len() * padded];
+    // What all rows see is added for all at once, the rest row by row: each row's sum runs over its keys in order.
+    let windowed = seen[seen.len() - 1].first > 0;
+    let common = if windowed { 0 } else { seen[0].end };
     if common > 0 {
-        weighted_sum(s, padded, &p[..n_valid.len()], 0..common, &scratch.v, out);
+        weighted_sum(s, padded, &p[..seen.len()], 0..common, &scratch.v, out);
     }
-    for (r, &n) in n_valid.iter().enumerate().filter(|&(_, &n)| n > common) {
-        weighted_sum(s, padded, &p[r..=r], common..n, &scratch.v, &mut out[r * padded..][..padded]);
+    for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any() && seen.end > common) {
+        weighted_sum(s, padded, &p[r..=r], seen.first.max(common)..seen.end, &scratch.v, &mut out[r * padded..][..padded]);
     }
 }
 
-/// Turns a row's scores of a tile into exponentials over its `n` first keys (0 for the rest), updates the largest score
-/// and the sums, and gives the factor for what was summed before.
+/// Turns a row's scores of a tile into exponentials over the keys it sees (0 for the rest), updates the largest score and
+/// the sums, and gives the factor for what was summed before.
 #[inline(always)]
-fn softmax_step<S: Simd>(s: S, (scale, n): (f32, usize), p: &mut [f32; TILE_KEYS], largest: &mut f32, sum: &mut [f32]) -> f32 {
+fn softmax_step<S: Simd>(
+    s: S,
+    spec: &AttentionSpec,
+    seen: Seen,
+    p: &mut [f32; TILE_KEYS],
+    largest: &mut f32,
+    sum: &mut [f32],
+) -> f32 {
     assert_eq!(sum.len(), LANES);
     let minus_infinity = s.splat(f32::NEG_INFINITY);
     let zero = s.splat(0.0);
@@ -223,8 +250,14 @@ fn softmax_step<S: Simd>(s: S, (scale, n): (f32, usize), p: &mut [f32; TILE_KEYS
     unsafe {
         let mut x = [minus_infinity; TILE_BLOCKS];
         for (b, x) in x.iter_mut().enumerate() {
-            let scaled = s.mul(s.load(p.as_ptr().add(b * LANES)), s.splat(scale));
-            *x = s.first(n.saturating_sub(b * LANES), scaled, minus_infinity);
+            let mut score = s.mul(s.load(p.as_ptr().add(b * LANES)), s.splat(spec.scale));
+            if let Some(cap) = spec.soft_cap {
+                score = s.soft_cap(score, cap);
+            }
+            *x = s.first(seen.end.saturating_sub(b * LANES), score, minus_infinity);
+            if seen.first > 0 {
+                *x = s.first(seen.first.saturating_sub(b * LANES), minus_infinity, *x);
+            }
         }
         let here = s.largest(s.max(s.max(x[0], x[1]), s.max(x[2], x[3])));
         let before = *largest;
@@ -234,7 +267,10 @@ fn softmax_step<S: Simd>(s: S, (scale, n): (f32, usize), p: &mut [f32; TILE_KEYS
         s.store(decay.as_mut_ptr(), s.exp(s.sub(s.splat(before), most)));
         let mut e = [zero; TILE_BLOCKS];
         for (b, e) in e.iter_mut().enumerate() {
-            *e = s.first(n.saturating_sub(b * LANES), s.exp(s.sub(x[b], most)), zero);
+            *e = s.first(seen.end.saturating_sub(b * LANES), s.exp(s.sub(x[b], most)), zero);
+            if seen.first > 0 {
+                *e = s.first(seen.first.saturating_sub(b * LANES), zero, *e);
+            }
             s.store(p.as_mut_ptr().add(b * LANES), *e);
         }
         let total = s.add(s.add(e[0], e[1]), s.add(e[2], e[3]));

@@ -136,15 +136,22 @@ fn to_half_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
 /// Cosines and sines of the angles of positions; grows as they are needed.
 pub(super) struct RopeTable {
     /// Angle per position of each pair.
-    pub(super) freqs: Vec<f32>,
+    freqs: Vec<f32>,
+    /// What cosines and sines are multiplied by.
+    scale: f32,
     /// `[positions][pairs]` of (cos, sin)
     turns: Vec<(f32, f32)>,
 }
 
 impl RopeTable {
     /// An empty table.
-    pub(super) fn new(freqs: &[f32]) -> Self {
-        Self { freqs: freqs.to_vec(), turns: Vec::new() }
+    pub(super) fn new(spec: &AttentionSpec) -> Self {
+        Self { freqs: spec.rope_freqs.clone(), scale: spec.rope_scale, turns: Vec::new() }
+    }
+
+    /// Whether these are the turns of that layer.
+    pub(super) fn is_of(&self, spec: &AttentionSpec) -> bool {
+        self.freqs == spec.rope_freqs && self.scale.to_bits() == spec.rope_scale.to_bits()
     }
 
     /// Makes the table reach positions 0..n.
@@ -158,7 +165,7 @@ impl RopeTable {
                 // Not the system's functions, whose last bits differ from machine to machine. In f64 and rounded once: an
                 // f32 angle of thousands of radians has few correct digits left.
                 let (sin, cos) = libm::sincos(position as f64 * f64::from(freq));
-                (cos as f32, sin as f32)
+                ((cos * f64::from(self.scale)) as f32, (sin * f64::from(self.scale)) as f32)
             }));
         }
     }
@@ -184,7 +191,7 @@ fn rotate_body<S: Simd>(_: S, head: &mut [f32], turns: &[(f32, f32)], style: Rop
             }
         }
         RopeStyle::Halves => {
-            let (low, high) = head.split_at_mut(head.len() / 2);
+            let (low, high) = head[..2 * turns.len()].split_at_mut(turns.len());
             for ((a, b), &t) in low.iter_mut().zip(high).zip(turns) {
                 (*a, *b) = turn(*a, *b, t);
             }

@@ -6,10 +6,11 @@ use super::buffer::{Aligned, Shared};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
 use super::quant::{Act, ActWriter};
-use super::simd::{Format, LANES, Q40, Q41, Q80, Simd};
+use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
 use super::weights::{BLOCK, PANEL, Part, Weight};
 use super::{Scratch, gemm_f, gemm_q};
+use crate::device::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
 
@@ -29,8 +30,8 @@ pub(super) enum Epilogue {
     Store,
     /// out += y
     Add,
-    /// out = silu(gate) · up, for a gated weight.
-    SiluMul,
+    /// out = activation(gate) · up, for a gated weight.
+    Gate(Activation),
 }
 
 /// One matrix product.
@@ -78,7 +79,7 @@ struct Tile<'a> {
 
 /// Makes a worker's memory for products of up to `max_rows` rows.
 pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
-    scratch.panel.reserve(PIECE_BLOCKS * gemm_q::UNPACKED_BLOCK);
+    scratch.panel.reserve(PIECE_BLOCKS * gemm_q::MAX_UNPACKED_BLOCK);
     scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS) * PANEL);
 }
 
@@ -86,7 +87,7 @@ pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
 pub(super) fn multiply(team: &Team, product: &Product<'_>) {
     let Product { act, weight, n_rows, .. } = *product;
     assert_eq!(act.k, weight.k, "activations of width {} for a weight of {}", act.k, weight.k);
-    assert_eq!(weight.gated, product.epilogue == Epilogue::SiluMul);
+    assert_eq!(weight.gated, matches!(product.epilogue, Epilogue::Gate(_)));
     for part in &weight.parts {
         let (rows_step, panels_step) = tile_shape(team.n_threads(), n_rows, act.k, part.n_panels);
         let row_tiles = n_rows.div_ceil(rows_step);
@@ -122,7 +123,11 @@ fn tile_body<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
             DType::Q4_0 => quantised::<S, Q40>(s, tile, panel, scratch),
             DType::Q4_1 => quantised::<S, Q41>(s, tile, panel, scratch),
             DType::Q8_0 => quantised::<S, Q80>(s, tile, panel, scratch),
-            dtype => floats(s, tile, panel, dtype, scratch),
+            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => quantised::<S, Spread<false, false>>(s, tile, panel, scratch),
+            DType::Q5_1 | DType::Q4K | DType::Q5K => quantised::<S, Spread<true, false>>(s, tile, panel, scratch),
+            DType::Q3K | DType::Q6K => quantised::<S, Spread<false, true>>(s, tile, panel, scratch),
+            DType::Q2K => quantised::<S, Spread<true, true>>(s, tile, panel, scratch),
+            dtype @ (DType::F32 | DType::F16 | DType::Bf16) => floats(s, tile, panel, dtype, scratch),
         }
     }
     if let Out::Act(act) = &tile.product.out {
@@ -140,13 +145,15 @@ fn tile_body<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
 fn quantised<S: Simd, F: Format>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
     let act = &tile.product.act;
     let n_blocks = act.k / BLOCK;
-    let unpacks = tile.rows.len() > 2 * S::ROWS;
-    let piece = if unpacks { n_blocks.div_ceil(n_blocks.div_ceil(PIECE_BLOCKS)) } else { n_blocks };
+    let in_pieces = tile.rows.len() > 2 * S::ROWS;
+    let piece = if in_pieces { n_blocks.div_ceil(n_blocks.div_ceil(PIECE_BLOCKS)) } else { n_blocks };
     let sums = sums_of(&mut scratch.sums, tile.rows.len());
     let packed = tile.part.panel(panel).chunks(piece * tile.part.panel(panel).len() / n_blocks);
     for (i, packed) in packed.enumerate() {
         let blocks = i * piece..n_blocks.min((i + 1) * piece);
-        let source = if unpacks {
+        let source = if F::SPREAD {
+            Panel::Unpacked(packed)
+        } else if in_pieces {
             Panel::Unpacked(gemm_q::unpack::<S, F>(s, packed, blocks.len(), &mut scratch.panel))
         } else {
             Panel::Packed(packed)
@@ -199,12 +206,16 @@ fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, sums: &[[f32; PANEL]]) {
         match product.epilogue {
             Epilogue::Store => out.copy_from_slice(&y[..out.len()]),
             Epilogue::Add => out.iter_mut().zip(y).for_each(|(out, y)| *out += y),
-            Epilogue::SiluMul => {
+            Epilogue::Gate(f) => {
                 let mut values = [0.0; LANES];
                 // SAFETY: a panel's row is 32 values; `values` holds 16.
                 unsafe {
                     let (gate, up) = (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES)));
-                    s.store(values.as_mut_ptr(), silu_mul(s, gate, up));
+                    let gate = match f {
+                        Activation::Silu => silu(s, gate),
+                        Activation::GeluTanh => gelu(s, gate),
+                    };
+                    s.store(values.as_mut_ptr(), s.mul(gate, up));
                 }
                 out.copy_from_slice(&values[..out.len()]);
             }
@@ -212,9 +223,23 @@ fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, sums: &[[f32; PANEL]]) {
     }
 }
 
-/// gate / (1 + e^−gate) · up
+/// x / (1 + e^−x)
 #[inline(always)]
-fn silu_mul<S: Simd>(s: S, gate: S::V, up: S::V) -> S::V {
-    let e = s.exp(s.sub(s.splat(0.0), gate));
-    s.mul(s.div(gate, s.add(s.splat(1.0), e)), up)
+fn silu<S: Simd>(s: S, x: S::V) -> S::V {
+    divided_by_logistic(s, x, x)
+}
+
+/// x/2 · (1 + tanh(u)) with u = √(2/π) · (x + 0.044715 x³): the same as x / (1 + e^−2u).
+#[inline(always)]
+fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
+    // 2 · √(2/π)
+    const SCALE: f32 = 1.595_769_2;
+    let cubed = s.mul(s.mul(x, x), x);
+    divided_by_logistic(s, x, s.mul(s.splat(SCALE), s.fma(s.splat(0.044_715), cubed, x)))
+}
+
+/// x / (1 + e^−u)
+#[inline(always)]
+fn divided_by_logistic<S: Simd>(s: S, x: S::V, u: S::V) -> S::V {
+    s.div(x, s.add(s.splat(1.0), s.exp(s.sub(s.splat(0.0), u))))
 }

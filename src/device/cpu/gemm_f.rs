@@ -12,7 +12,7 @@ pub(super) fn rows<S: Simd>(s: S, dtype: DType, panel: &[u8], act: &[f32], out: 
         DType::F32 => sized::<S, F32>(s, panel, act, out),
         DType::F16 => sized::<S, F16>(s, panel, act, out),
         DType::Bf16 => sized::<S, Bf16>(s, panel, act, out),
-        DType::Q4_0 | DType::Q4_1 | DType::Q8_0 => unreachable!("{dtype:?} weights are integers"),
+        _ => unreachable!("{dtype} weights are integers"),
     }
 }
 

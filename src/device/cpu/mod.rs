@@ -14,6 +14,8 @@
 mod attention;
 mod buffer;
 mod cache;
+mod cap;
+mod experts;
 mod gemm;
 mod gemm_f;
 mod gemm_q;
@@ -32,11 +34,12 @@ pub use quant::Act;
 pub use weights::Weight;
 
 use super::batch::{Batch, HeadOut, StepOutput};
-use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, StepSizes, sample};
+use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes, sample};
 use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
 use buffer::{Aligned, Shared};
 use cache::{Layout, RopeTable};
+use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
 use std::cell::RefCell;
 use team::Team;
@@ -59,6 +62,7 @@ struct Memory {
     /// The work list of attention.
     items: Vec<Item>,
     head: Option<HeadMemory>,
+    experts: Option<ExpertMemory>,
 }
 
 /// What `head` needs between its passes.
@@ -83,7 +87,7 @@ struct Scratch {
 impl Scratch {
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
         gemm::reserve(self, sizes.max_tokens);
-        self.attention.reserve(sizes.attention.head_dim);
+        sizes.attention.iter().for_each(|spec| self.attention.reserve(spec.head_dim));
         self.draw.get_or_insert_with(|| sample::Scratch::new(sizes.n_vocab));
     }
 }
@@ -171,8 +175,12 @@ impl Device for CpuDevice {
         Weight::gated(&self.team, gate, up)
     }
 
-    fn load_vector(&self, tensor: &Tensor<'_>) -> anyhow::Result<Vector> {
-        weights::vector(tensor).map(Vector)
+    fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Vector> {
+        weights::vectors(parts).map(Vector)
+    }
+
+    fn tensor_bytes(&self, tensor: &Tensor<'_>) -> usize {
+        weights::tensor_bytes(tensor)
     }
 
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
@@ -194,20 +202,27 @@ impl Device for CpuDevice {
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
         let memory = self.memory.get_mut();
-        rope_table(&mut memory.rope, sizes.attention, sizes.max_context);
-        memory.items.reserve(attention::max_items(sizes.attention, sizes.max_tokens));
+        for spec in sizes.attention {
+            rope_table(&mut memory.rope, spec, sizes.max_context);
+            memory.items.reserve(attention::max_items(spec, sizes.max_tokens));
+        }
         memory.head.get_or_insert_with(|| HeadMemory::new(sizes.width, sizes.n_vocab));
+        memory.experts = sizes.experts.map(|experts| ExpertMemory::new(experts, sizes.width, sizes.max_tokens));
         self.team.each_scratch(|scratch| scratch.reserve(sizes));
     }
 
-    fn embed(&self, table: &Weight, batch: &Batch, x: &mut Hidden) {
+    fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {
         let width = x.width;
         assert!(table.k == width && !table.gated);
         let x = x.shared(batch.tokens.len());
         self.team.run_rows(batch.tokens.len(), &|_, rows| {
             for row in rows {
                 // SAFETY: each row is in one range.
-                table.row(batch.tokens[row] as usize, unsafe { x.part(row * width, width) });
+                let x = unsafe { x.part(row * width, width) };
+                table.row(batch.tokens[row] as usize, x);
+                for x in x {
+                    *x *= scale;
+                }
             }
         });
     }
@@ -227,6 +242,18 @@ impl Device for CpuDevice {
         });
     }
 
+    fn norm_add(&self, y: &Hidden, weight: &Vector, eps: f32, batch: &Batch, x: &mut Hidden) {
+        let (isa, width, n_tokens) = (self.isa, x.width, batch.tokens.len());
+        let (y, x) = (y.rows(n_tokens), x.shared(n_tokens));
+        self.team.run_rows(n_tokens, &|_, rows| {
+            for row in rows {
+                // SAFETY: each row is in one range.
+                let x = unsafe { x.part(row * width, width) };
+                norm::rms_norm_add(isa, &y[row * width..][..width], &weight.0, eps, x);
+            }
+        });
+    }
+
     fn linear(&self, act: &Act, weight: &Weight, batch: &Batch, out: &mut Hidden) {
         self.product(act, weight, batch, Epilogue::Store, out);
     }
@@ -235,7 +262,7 @@ impl Device for CpuDevice {
         self.product(act, weight, batch, Epilogue::Add, x);
     }
 
-    fn finish_qkv(&self, qkv: &mut Hidden, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
+    fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
         let memory = &mut *self.memory.borrow_mut();
         let n_positions = batch.positions.iter().max().map_or(0, |&position| position as usize + 1);
         let table = rope_table(&mut memory.rope, spec, n_positions);
@@ -250,6 +277,7 @@ impl Device for CpuDevice {
                 let place = (batch.block_table(seq)[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
                 // SAFETY: each token is in one range.
                 let row = unsafe { qkv.part(token * width, width) };
+                apply(isa, extra, (n_heads, n_kv_heads, hd), row);
                 let (qk, v) = row.split_at_mut((n_heads + n_kv_heads) * hd);
                 for head in qk.chunks_exact_mut(hd) {
                     cache::rotate(isa, head, table.at(position), spec.rope_style);
@@ -284,15 +312,25 @@ impl Device for CpuDevice {
         _scratch: &mut Hidden,
         out: &mut Act,
     ) {
-        let epilogue = match f {
-            Activation::Silu => Epilogue::SiluMul,
-        };
-        let n_rows = batch.tokens.len();
+        let (n_rows, epilogue) = (batch.tokens.len(), Epilogue::Gate(f));
         let out = Out::Act(out.writer(self.isa, next));
         gemm::multiply(&self.team, &Product { isa: self.isa, act, weight, n_rows, epilogue, out });
     }
 
-    fn head(&self, x: &Hidden, norm: &Vector, eps: f32, weight: &Weight, batch: &Batch, out: &mut StepOutput) {
+    fn experts(&self, act: &Act, experts: &Experts<Weight>, f: Activation, batch: &Batch, x: &mut Hidden) {
+        let n_tokens = batch.tokens.len();
+        assert!(!experts.router.wants_integers(), "a router has float weights (checked when it was loaded)");
+        let ffn_width = experts.experts[0].down.k;
+        let sizes = ExpertSizes { n_experts: experts.experts.len(), n_used: experts.n_used, ffn_width };
+        let memory = &mut self.memory.borrow_mut().experts;
+        if memory.as_ref().is_none_or(|memory| !memory.is_for(sizes, n_tokens)) {
+            *memory = Some(ExpertMemory::new(sizes, x.width, n_tokens));
+        }
+        let memory = memory.as_mut().expect("made just now if it was not there");
+        experts::add((&self.team, self.isa), memory, (act, n_tokens), experts, f, &mut x.values);
+    }
+
+    fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, out: &mut StepOutput) {
         let Self { isa, team, .. } = self;
         let (n_vocab, width) = (weight.n, x.width);
         let mut memory = self.memory.borrow_mut();
@@ -306,7 +344,7 @@ impl Device for CpuDevice {
                     let x = &x.values[heads[row].token_idx as usize * width..][..width];
                     // SAFETY: each row is in one range.
                     unsafe {
-                        norm::rms_norm(*isa, x, &norm.0, eps, act.values(row, 0, width));
+                        norm::rms_norm(*isa, x, &norm.0, spec.eps, act.values(row, 0, width));
                         act.seal(row, 0, width);
                     }
                 }
@@ -319,6 +357,9 @@ impl Device for CpuDevice {
                 let draw = scratch.draw.get_or_insert_with(|| sample::Scratch::new(n_vocab));
                 // SAFETY: each row is one tile.
                 let logits = unsafe { logits.part(row * n_vocab, n_vocab) };
+                if let Some(cap) = spec.soft_cap {
+                    cap::soft_cap(*isa, logits, cap);
+                }
                 let result = sample::draw(logits, &heads[row], batch.shaping(&heads[row], n_vocab), draw);
                 // SAFETY: each row is one tile.
                 unsafe { out.write(row, result) };
@@ -327,10 +368,24 @@ impl Device for CpuDevice {
     }
 }
 
+/// Adds the bias to a token's q, k and v and norms the heads of q and k.
+fn apply(isa: Isa, extra: &QkvExtra<Vector>, (n_heads, n_kv_heads, head_dim): (usize, usize, usize), row: &mut [f32]) {
+    if let Some(Vector(bias)) = &extra.bias {
+        assert_eq!(bias.len(), (n_heads + 2 * n_kv_heads) * head_dim);
+        row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+    }
+    if let Some(norms) = &extra.norms {
+        let (q, rest) = row.split_at_mut(n_heads * head_dim);
+        q.chunks_exact_mut(head_dim).for_each(|head| norm::rms_norm_in_place(isa, head, &norms.q.0, norms.eps));
+        let k = rest[..n_kv_heads * head_dim].chunks_exact_mut(head_dim);
+        k.for_each(|head| norm::rms_norm_in_place(isa, head, &norms.k.0, norms.eps));
+    }
+}
+
 /// The table of a layer's frequencies, reaching positions `0..n_positions`.
 fn rope_table<'a>(tables: &'a mut Vec<RopeTable>, spec: &AttentionSpec, n_positions: usize) -> &'a RopeTable {
-    let i = tables.iter().position(|table| table.freqs == spec.rope_freqs).unwrap_or_else(|| {
-        tables.push(RopeTable::new(&spec.rope_freqs));
+    let i = tables.iter().position(|table| table.is_of(spec)).unwrap_or_else(|| {
+        tables.push(RopeTable::new(spec));
         tables.len() - 1
     });
     tables[i].reach(n_positions);

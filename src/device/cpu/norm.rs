@@ -9,9 +9,46 @@ per_isa! {
     pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body;
 }
 
+per_isa! {
+    /// x = x / sqrt(mean(x²) + eps) · weight
+    pub(super) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = in_place_body;
+}
+
+per_isa! {
+    /// out += x / sqrt(mean(x²) + eps) · weight
+    pub(super) fn rms_norm_add(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = add_body;
+}
+
 #[inline(always)]
 fn rms_norm_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert!(weight.len() == x.len() && out.len() == x.len(), "a norm of {} weights over {} values", weight.len(), x.len());
+    let inverse = inverse_rms(s, x, weight, eps);
+    assert_eq!(out.len(), x.len());
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * inverse * weight;
+    }
+}
+
+#[inline(always)]
+fn in_place_body<S: Simd>(s: S, x: &mut [f32], weight: &[f32], eps: f32) {
+    let inverse = inverse_rms(s, x, weight, eps);
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = *x * inverse * weight;
+    }
+}
+
+#[inline(always)]
+fn add_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let inverse = inverse_rms(s, x, weight, eps);
+    assert_eq!(out.len(), x.len());
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out += x * inverse * weight;
+    }
+}
+
+/// 1 / sqrt(mean(x²) + eps)
+#[inline(always)]
+fn inverse_rms<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32) -> f32 {
+    assert_eq!(weight.len(), x.len(), "a norm of {} weights over {} values", weight.len(), x.len());
     let mut squares = s.splat(0.0);
     for chunk in x.chunks(LANES) {
         let mut values = [0.0; LANES];
@@ -20,8 +57,5 @@ fn rms_norm_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [
         let values = unsafe { s.load(values.as_ptr()) };
         squares = s.fma(values, values, squares);
     }
-    let inverse = 1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * inverse * weight;
-    }
+    1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt()
 }

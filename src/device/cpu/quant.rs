@@ -4,6 +4,7 @@
 use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, per_isa};
 use super::simd::Simd;
+use super::team::Team;
 use super::weights::{BLOCK, Weight};
 
 /// Activations of up to `max_tokens` tokens, `[max_tokens, k]`: as f32, and as integers where the consumer wants them.
@@ -25,6 +26,8 @@ pub(super) struct Integers<Q, S, T> {
     pub(super) scaled_sum: S,
     /// Σ q over the block. `[tokens, k / 32]`
     pub(super) sum: T,
+    /// Σ q over the first half of the block. `[tokens, k / 32]`
+    pub(super) first_sum: T,
 }
 
 impl Act {
@@ -35,6 +38,7 @@ impl Act {
             scale: Aligned::zeroed(n_blocks),
             scaled_sum: Aligned::zeroed(n_blocks),
             sum: Aligned::zeroed(n_blocks),
+            first_sum: Aligned::zeroed(n_blocks),
         };
         Self { k, f: Aligned::zeroed(max_tokens * k), ints }
     }
@@ -44,10 +48,35 @@ impl Act {
         &self.f
     }
 
+    /// Takes rows of another one, in every form they have there: row i becomes its row `rows(i)`.
+    pub(super) fn gather(&mut self, team: &Team, from: &Self, n_rows: usize, rows: &(dyn Fn(usize) -> usize + Sync)) {
+        assert_eq!(self.k, from.k);
+        let n_blocks = self.k / BLOCK;
+        let Integers { q, scale, scaled_sum, sum, first_sum } = &mut self.ints;
+        let f = (Shared::new(&mut self.f), self.k);
+        let (q, scale) = ((Shared::new(q), n_blocks * BLOCK), (Shared::new(scale), n_blocks));
+        let (scaled_sum, sum) = ((Shared::new(scaled_sum), n_blocks), (Shared::new(sum), n_blocks));
+        let first_sum = (Shared::new(first_sum), n_blocks);
+        team.run_rows(n_rows, &|_, range| {
+            for i in range {
+                let row = rows(i);
+                // SAFETY: each row is in one range.
+                unsafe {
+                    copy_row(&f, i, &from.f, row);
+                    copy_row(&q, i, &from.ints.q, row);
+                    copy_row(&scale, i, &from.ints.scale, row);
+                    copy_row(&scaled_sum, i, &from.ints.scaled_sum, row);
+                    copy_row(&sum, i, &from.ints.sum, row);
+                    copy_row(&first_sum, i, &from.ints.first_sum, row);
+                }
+            }
+        });
+    }
+
     /// Shared writing in the form that `next` reads.
     pub(super) fn writer(&mut self, isa: Isa, next: &Weight) -> ActWriter<'_> {
         assert_eq!(self.k, next.k, "the activations' width and the next weight's");
-        let Integers { q, scale, scaled_sum, sum } = &mut self.ints;
+        let Integers { q, scale, scaled_sum, sum, first_sum } = &mut self.ints;
         ActWriter {
             isa,
             k: self.k,
@@ -58,9 +87,19 @@ impl Act {
                 scale: Shared::new(scale),
                 scaled_sum: Shared::new(scaled_sum),
                 sum: Shared::new(sum),
+                first_sum: Shared::new(first_sum),
             },
         }
     }
+}
+
+/// Copies row `row` of `from` to row `i`, rows being as long as the pair says.
+///
+/// # Safety
+/// Nobody else may touch that row of the target at the same time.
+unsafe fn copy_row<T: Copy>((to, len): &(Shared<'_, T>, usize), i: usize, from: &[T], row: usize) {
+    // SAFETY: passed on.
+    unsafe { to.part(i * len, *len) }.copy_from_slice(&from[row * len..][..*len]);
 }
 
 /// Writes an [`Act`] from several workers at once.
@@ -104,6 +143,7 @@ impl ActWriter<'_> {
                     scale: self.ints.scale.part(first, n_blocks),
                     scaled_sum: self.ints.scaled_sum.part(first, n_blocks),
                     sum: self.ints.sum.part(first, n_blocks),
+                    first_sum: self.ints.first_sum.part(first, n_blocks),
                 }
             };
             // SAFETY: passed on.
@@ -123,8 +163,8 @@ fn quantise_body<S: Simd>(_: S, x: &[f32], out: &mut Integers<&mut [i8], &mut [f
     // Adding 1.5 · 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
     const SHIFT: f32 = 12_582_912.0;
     let blocks = x.chunks_exact(BLOCK).zip(out.q.chunks_exact_mut(BLOCK));
-    let scales = out.scale.iter_mut().zip(out.scaled_sum.iter_mut()).zip(out.sum.iter_mut());
-    for ((x, q), ((scale, scaled_sum), sum)) in blocks.zip(scales) {
+    let scales = out.scale.iter_mut().zip(out.scaled_sum.iter_mut()).zip(out.sum.iter_mut()).zip(out.first_sum.iter_mut());
+    for ((x, q), (((scale, scaled_sum), sum), first_sum)) in blocks.zip(scales) {
         // As integers, magnitudes order like floats, infinity above all numbers and NaN above infinity.
         let amax = f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)));
         // Below that (and for NaN) the inverse would be no number; such a block counts as zeros (or NaN, by its scale).
@@ -137,6 +177,7 @@ fn quantise_body<S: Simd>(_: S, x: &[f32], out: &mut Integers<&mut [i8], &mut [f
         }
         *scale = amax / 127.0;
         *sum = total;
+        *first_sum = q[..BLOCK / 2].iter().map(|&q| i32::from(q)).sum();
         *scaled_sum = *scale * total as f32;
     }
 }

@@ -17,6 +17,10 @@ pub(super) trait Format {
     const ZERO: i32;
     /// Whether a minimum is added: d·q + m.
     const MIN: bool;
+    /// Whether weights lie in memory with f32 scales and 8-bit integers, so that nothing is left to unpack.
+    const SPREAD: bool;
+    /// Whether the halves of a block have scales (and minimums) of their own.
+    const HALVES: bool;
 }
 
 /// d·(q − 8), q of 4 bits.
@@ -25,21 +29,36 @@ pub(super) struct Q40;
 pub(super) struct Q41;
 /// d·(q − 128), q of 8 bits.
 pub(super) struct Q80;
+/// d·(q − 128), + m if `MIN`, q of 8 bits; one (d, m) per half of a block if `HALVES`.
+pub(super) struct Spread<const MIN: bool, const HALVES: bool>;
 
 impl Format for Q40 {
     const NIBBLES: bool = true;
     const ZERO: i32 = 8;
     const MIN: bool = false;
+    const SPREAD: bool = false;
+    const HALVES: bool = false;
 }
 impl Format for Q41 {
     const NIBBLES: bool = true;
     const ZERO: i32 = 0;
     const MIN: bool = true;
+    const SPREAD: bool = false;
+    const HALVES: bool = false;
 }
 impl Format for Q80 {
     const NIBBLES: bool = false;
     const ZERO: i32 = 128;
     const MIN: bool = false;
+    const SPREAD: bool = false;
+    const HALVES: bool = false;
+}
+impl<const WITH_MIN: bool, const BY_HALF: bool> Format for Spread<WITH_MIN, BY_HALF> {
+    const NIBBLES: bool = false;
+    const ZERO: i32 = 128;
+    const MIN: bool = WITH_MIN;
+    const SPREAD: bool = true;
+    const HALVES: bool = BY_HALF;
 }
 
 /// One instruction set. A value of an implementing type is the proof that its instructions may be used.
@@ -150,6 +169,20 @@ pub(super) trait Simd: Copy {
         let y = self.add(self.fma(q, self.mul(r, r), r), self.splat(1.0));
         let (a, b) = self.powers_of_two(shifted);
         self.mul(self.mul(y, a), b)
+    }
+
+    /// 1 − 2 / (e^2x + 1): tanh to within a few 2^-24 (absolute, so small results have fewer correct digits).
+    #[inline(always)]
+    fn tanh(self, x: Self::V) -> Self::V {
+        let one = self.splat(1.0);
+        let e = self.exp(self.add(x, x));
+        self.sub(one, self.div(self.splat(2.0), self.add(e, one)))
+    }
+
+    /// cap · tanh(x / cap).
+    #[inline(always)]
+    fn soft_cap(self, x: Self::V, cap: f32) -> Self::V {
+        self.mul(self.tanh(self.div(x, self.splat(cap))), self.splat(cap))
     }
 }
 

@@ -1,12 +1,16 @@
 //! Weights in the layout the kernels stream: panels of 32 columns (rows of the file's tensor), everything of a panel
-//! contiguous, 4-bit weights kept at 4 bits. Knows nothing of activations. Invariant: the integers, scales and minimums
-//! are the file's own, moved and never rounded again.
+//! contiguous. Knows nothing of activations. Invariant: the integers, scales and minimums are the file's own, moved and
+//! never rounded again.
 //!
 //! A panel of quantised weights is a run of blocks (32 elements of k for all 32 columns), each:
-//! `d: [32] f16`, then (formats with a minimum) `m: [32] f16`, then the integers. These come in groups of 4 consecutive
+//! `d: [32]`, then (formats with a minimum) `m: [32]`, then the integers. These come in groups of 4 consecutive
 //! elements of k for 16 columns: `[column][4]`, 64 bytes. For pair p in 0..4 and vector c in 0..2 of 16 columns, 4-bit
 //! formats hold one 64-byte line with group p in the low and group p + 4 in the high nibbles (so a block's 16 bytes move
 //! as they stand in the file); 8-bit ones hold two lines. A panel of floats is `[k][32]` in the file's type.
+//!
+//! `Q4_0`, `Q4_1` and `Q8_0` keep their f16 scales and their 4 or 8 bits. All other types are *spread*: f32 scales (what a
+//! group's scale and its superblock's multiply to) and 8-bit integers, 1.125 to 1.5 bytes per weight. Where the halves of
+//! 32 elements have scales of their own, `d` and `m` are `[2][32]`.
 
 use super::buffer::{Aligned, Shared};
 use super::team::Team;
@@ -116,11 +120,7 @@ impl Part {
         (n_start, n, n_panels): (usize, usize, usize),
         row: &(dyn Fn(usize, usize) -> Option<&'a [u8]> + Sync),
     ) -> Self {
-        let panel_bytes = if dtype.block_elements() == 1 {
-            (k * PANEL * dtype.block_bytes()).next_multiple_of(64)
-        } else {
-            k / BLOCK * block_bytes(dtype)
-        };
+        let panel_bytes = panel_bytes(dtype, k);
         let mut bytes = Aligned::zeroed(n_panels * panel_bytes);
         let shared = Shared::new(&mut bytes);
         team.run(n_panels, &|_, panel| {
@@ -129,11 +129,13 @@ impl Part {
             for column in 0..PANEL {
                 let Some(row) = row(panel, column) else { continue };
                 for (i, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
-                    if dtype.block_elements() == 1 {
-                        out[(i * PANEL + column) * block.len()..][..block.len()].copy_from_slice(block);
-                    } else {
+                    if dtype.is_quantised() {
                         let stride = block_bytes(dtype);
-                        pack_block(dtype, block, column, &mut out[i * stride..][..stride]);
+                        let n_groups = dtype.block_elements() / BLOCK;
+                        let outs = out[i * n_groups * stride..].chunks_exact_mut(stride).take(n_groups);
+                        outs.enumerate().for_each(|(part, out)| pack_block(dtype, block, part, column, out));
+                    } else {
+                        out[(i * PANEL + column) * block.len()..][..block.len()].copy_from_slice(block);
                     }
                 }
             }
@@ -148,7 +150,7 @@ impl Part {
 
     /// Whether it is made of blocks of integers.
     pub(super) fn is_quantised(&self) -> bool {
-        self.dtype.block_elements() > 1
+        self.dtype.is_quantised()
     }
 }
 
@@ -176,9 +178,14 @@ fn f32_bytes(team: &Team, tensor: &Tensor<'_>) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// All values of a vector (or of any tensor, in order).
-pub(super) fn vector(tensor: &Tensor<'_>) -> Result<Vec<f32>> {
-    ensure!(tensor.dtype.block_elements() == 1, "{}: a vector of type {:?} is not supported", tensor.name, tensor.dtype);
+/// All values of vectors (or of any tensors, in order), one after the other.
+pub(super) fn vectors(parts: &[Tensor<'_>]) -> Result<Vec<f32>> {
+    Ok(parts.iter().map(vector).collect::<Result<Vec<_>>>()?.concat())
+}
+
+/// All values of a tensor.
+fn vector(tensor: &Tensor<'_>) -> Result<Vec<f32>> {
+    ensure!(!tensor.dtype.is_quantised(), "{}: a vector of type {} is not supported", tensor.name, tensor.dtype);
     let values: Vec<_> = tensor.bytes.chunks_exact(tensor.dtype.block_bytes()).map(|b| float(tensor.dtype, b)).collect();
     ensure!(
         values.len() == tensor.shape.iter().product::<usize>(),
@@ -196,7 +203,7 @@ fn float(dtype: DType, b: &[u8]) -> f32 {
         DType::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
         DType::F16 => half_float(b),
         DType::Bf16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-        DType::Q4_0 | DType::Q4_1 | DType::Q8_0 => unreachable!("{dtype:?} is no plain float"),
+        _ => unreachable!("{dtype} is no plain float"),
     }
 }
 
@@ -204,15 +211,47 @@ fn half_float(b: &[u8]) -> f32 {
     f16::from_le_bytes([b[0], b[1]]).to_f32()
 }
 
+/// Whether a type has f32 scales and 8-bit integers in memory, whatever it has in the file.
+fn is_spread(dtype: DType) -> bool {
+    dtype.is_quantised() && !matches!(dtype, DType::Q4_0 | DType::Q4_1 | DType::Q8_0)
+}
+
+/// Scales of a column and block.
+fn n_scales(dtype: DType) -> usize {
+    if dtype.has_half_scales() { 2 } else { 1 }
+}
+
+/// Bytes of a scale.
+fn scale_bytes(dtype: DType) -> usize {
+    if is_spread(dtype) { size_of::<f32>() } else { size_of::<f16>() }
+}
+
 /// Bytes before the integers of a packed block: the scales, and the minimums.
-pub(super) fn header_bytes(dtype: DType) -> usize {
-    if dtype == DType::Q4_1 { 4 * PANEL } else { 2 * PANEL }
+fn header_bytes(dtype: DType) -> usize {
+    (1 + usize::from(dtype.has_minimum())) * n_scales(dtype) * scale_bytes(dtype) * PANEL
+}
+
+/// Whether integers have 4 bits in memory.
+fn is_nibbles(dtype: DType) -> bool {
+    matches!(dtype, DType::Q4_0 | DType::Q4_1)
 }
 
 /// Bytes of a packed block: 32 elements of k for 32 columns.
-pub(super) fn block_bytes(dtype: DType) -> usize {
-    let bits = if dtype == DType::Q8_0 { 8 } else { 4 };
-    header_bytes(dtype) + BLOCK * PANEL * bits / 8
+fn block_bytes(dtype: DType) -> usize {
+    header_bytes(dtype) + if is_nibbles(dtype) { BLOCK * PANEL / 2 } else { BLOCK * PANEL }
+}
+
+/// Bytes of a panel of rows of k elements.
+fn panel_bytes(dtype: DType, k: usize) -> usize {
+    if dtype.is_quantised() { k / BLOCK * block_bytes(dtype) } else { (k * PANEL * dtype.block_bytes()).next_multiple_of(64) }
+}
+
+/// Bytes that a tensor takes as a weight by itself (beside others a little less: they share a last panel), or as a vector.
+pub(super) fn tensor_bytes(tensor: &Tensor<'_>) -> usize {
+    match tensor.shape.as_slice() {
+        &[n, k] => n.div_ceil(PANEL) * panel_bytes(tensor.dtype, k),
+        shape => shape.iter().product::<usize>() * size_of::<f32>(),
+    }
 }
 
 /// Where a column's 4 bytes of line `line` of a pair stand among the integers; `lines` is 1 (4 bits) or 2 (8 bits).
@@ -221,41 +260,59 @@ fn word_offset(pair: usize, line: usize, lines: usize, column: usize) -> usize {
     ((pair * lines + line) * 2 + column / 16) * 64 + column % 16 * 4
 }
 
-/// Packs one block of the file into its column.
-fn pack_block(dtype: DType, block: &[u8], column: usize, out: &mut [u8]) {
+/// Packs 32 elements, group `part` of a block of the file, into their column.
+fn pack_block(dtype: DType, block: &[u8], part: usize, column: usize, out: &mut [u8]) {
     let (header, integers) = out.split_at_mut(header_bytes(dtype));
-    header[2 * column..][..2].copy_from_slice(&block[..2]);
-    if dtype == DType::Q4_1 {
-        header[2 * (PANEL + column)..][..2].copy_from_slice(&block[2..4]);
-    }
-    for pair in 0..4 {
-        if dtype == DType::Q8_0 {
-            for line in 0..2 {
-                let word = &block[2 + 4 * (pair + 4 * line)..][..4];
-                let out = &mut integers[word_offset(pair, line, 2, column)..][..4];
-                out.iter_mut().zip(word).for_each(|(out, q)| *out = q ^ 0x80);
-            }
-        } else {
-            let start = dtype.block_bytes() - 16;
+    if is_nibbles(dtype) {
+        pack_file_scales(dtype, block, column, header);
+        let start = dtype.block_bytes() - BLOCK / 2;
+        for pair in 0..4 {
             integers[word_offset(pair, 0, 1, column)..][..4].copy_from_slice(&block[start + 4 * pair..][..4]);
         }
+        return;
+    }
+    let group = dtype.group(block, part);
+    if is_spread(dtype) {
+        let n = n_scales(dtype);
+        let scales = group.d[..n].iter().chain(group.m[..n].iter().filter(|_| dtype.has_minimum()));
+        for (i, scale) in scales.enumerate() {
+            header[4 * (i * PANEL + column)..][..4].copy_from_slice(&scale.to_le_bytes());
+        }
+    } else {
+        pack_file_scales(dtype, block, column, header);
+    }
+    for (pair, line) in (0..4).flat_map(|pair| [(pair, 0), (pair, 1)]) {
+        let out = &mut integers[word_offset(pair, line, 2, column)..][..4];
+        out.iter_mut().zip(&group.q[4 * (pair + 4 * line)..]).for_each(|(out, &q)| *out = q as u8 ^ 0x80);
     }
 }
 
-/// One column of a packed block as f32, in the formats' own arithmetic: d·(q − zero), or d·q + m.
+/// The f16 scale and minimum that a block of the file begins with.
+fn pack_file_scales(dtype: DType, block: &[u8], column: usize, header: &mut [u8]) {
+    header[2 * column..][..2].copy_from_slice(&block[..2]);
+    if dtype.has_minimum() {
+        header[2 * (PANEL + column)..][..2].copy_from_slice(&block[2..4]);
+    }
+}
+
+/// One column of a packed block as f32, in the formats' own arithmetic: d·q, then + m.
 fn unpack_block(dtype: DType, packed: &[u8], column: usize, out: &mut [f32]) {
     let (header, integers) = packed.split_at(header_bytes(dtype));
-    let d = half_float(&header[2 * column..]);
+    let scale = |i: usize| {
+        let at = &header[scale_bytes(dtype) * (i * PANEL + column)..];
+        if is_spread(dtype) { float(DType::F32, at) } else { half_float(at) }
+    };
     for (i, out) in out.iter_mut().enumerate() {
         let (pair, line, byte) = (i / 4 % 4, i / 16, i % 4);
         let q = match dtype {
-            DType::Q8_0 => i32::from(integers[word_offset(pair, line, 2, column) + byte]) - 128,
-            _ => i32::from(integers[word_offset(pair, 0, 1, column) + byte] >> (4 * line) & 15),
+            DType::Q4_0 => i32::from(integers[word_offset(pair, 0, 1, column) + byte] >> (4 * line) & 15) - 8,
+            DType::Q4_1 => i32::from(integers[word_offset(pair, 0, 1, column) + byte] >> (4 * line) & 15),
+            _ => i32::from(integers[word_offset(pair, line, 2, column) + byte]) - 128,
         };
-        *out = match dtype {
-            DType::Q4_0 => d * (q - 8) as f32,
-            DType::Q4_1 => d * q as f32 + half_float(&header[2 * (PANEL + column)..]),
-            _ => d * q as f32,
-        };
+        let half = if dtype.has_half_scales() { line } else { 0 };
+        *out = scale(half) * q as f32;
+        if dtype.has_minimum() {
+            *out += scale(n_scales(dtype) + half);
+        }
     }
 }

@@ -110,13 +110,13 @@ impl Stamp {
             if !choice.tool_calls.is_empty() {
                 let calls = choice.tool_calls.iter().enumerate().map(|(k, call)| {
                     let function = json!({"name": call.name, "arguments": call.arguments});
-                    json!({"id": format!("call_{i}{k}_{id}"), "type": "function", "function": function})
+                    json!({"id": format!("call_{i}_{k}_{id}"), "type": "function", "function": function})
                 });
                 message["tool_calls"] = calls.collect();
             }
             json!({"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason.as_str()})
         });
-        self.body(&format!("chatcmpl-{id}"), "chat.completion", choices.collect(), completion)
+        self.body(&format!("chatcmpl-{id}"), "chat.completion", &choices.collect(), completion)
     }
 
     fn text_completion(&self, id: &str, completion: &Completion) -> Value {
@@ -128,10 +128,10 @@ impl Stamp {
                 "finish_reason": choice.finish_reason.as_str(),
             })
         });
-        self.body(&format!("cmpl-{id}"), "text_completion", choices.collect(), completion)
+        self.body(&format!("cmpl-{id}"), "text_completion", &choices.collect(), completion)
     }
 
-    fn body(&self, id: &str, object: &str, choices: Value, completion: &Completion) -> Value {
+    fn body(&self, id: &str, object: &str, choices: &Value, completion: &Completion) -> Value {
         let mut body = json!({
             "id": id,
             "object": object,
@@ -139,6 +139,7 @@ impl Stamp {
             "model": self.model,
             "choices": choices,
             "usage": usage(completion),
+            "service_tier": "default",
             "system_fingerprint": self.system_fingerprint,
         });
         Self::add_seed(&mut body, completion);
@@ -159,8 +160,8 @@ impl Stamp {
             );
         }
         for (k, call) in choice.tool_calls.iter().enumerate() {
-            output.push(json!({"type": "function_call", "id": format!("fc_{k}_{id}"), "call_id": format!("call_0{k}_{id}"),
-                               "name": call.name, "arguments": call.arguments, "status": "completed"}));
+            output.push(json!({"type": "function_call", "id": format!("fc_{k}_{id}"), "call_id": format!("call_0_{k}_{id}"),
+                               "name": call.name, "arguments": call.arguments, "status": status}));
         }
         let usage = completion.usage;
         let mut body = json!({
@@ -225,7 +226,7 @@ fn usage(completion: &Completion) -> Value {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     })
 }
@@ -272,7 +273,7 @@ fn text_logprobs(tokens: &[TokenLogprob]) -> Value {
     // that is part of a character goes by its bytes.
     let name = |bytes: &[u8]| match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),
-        Err(_) => format!("bytes:{}", bytes.iter().map(|b| format!("\\x{b:02x}")).collect::<String>()),
+        Err(_) => format!("bytes:{}", bytes.escape_ascii()),
     };
     let top = |t: &TokenLogprob| {
         let logprob = t.logprob?;

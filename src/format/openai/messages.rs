@@ -83,11 +83,15 @@ fn parse_call(path: &str, call: &Value) -> Result<Value, RowError> {
     };
     let name = required_str(function, "name", &function_path)?;
     let arguments = function.get("arguments").unwrap_or(&Value::Null);
-    Ok(call_value(string(object, "id", path)?, name, &parse_arguments(arguments, &format!("{function_path}.arguments"))?))
+    Ok(call_value(
+        string(object, "id", path)?.as_deref(),
+        name,
+        &parse_arguments(arguments, &format!("{function_path}.arguments"))?,
+    ))
 }
 
 /// A call as templates see it.
-pub(super) fn call_value(id: Option<String>, name: &str, arguments: &Value) -> Value {
+pub(super) fn call_value(id: Option<&str>, name: &str, arguments: &Value) -> Value {
     json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
@@ -135,8 +139,15 @@ fn parse_text_part<'a>(path: &str, part: &'a Value) -> Result<&'a str, RowError>
 }
 
 /// Fields that [`parse_chat_options`] reads.
-pub(super) const CHAT_OPTIONS: &[&str] =
-    &["tools", "tool_choice", "continue_final_message", "add_generation_prompt", "chat_template_kwargs", "reasoning_effort"];
+pub(super) const CHAT_OPTIONS: &[&str] = &[
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "continue_final_message",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "reasoning_effort",
+];
 
 /// Tools and what the template is told; chat completions' form.
 pub(super) fn parse_chat_options(body: &Map<String, Value>) -> Result<ChatOptions, RowError> {
@@ -162,7 +173,8 @@ pub(super) fn parse_chat_options(body: &Map<String, Value>) -> Result<ChatOption
     if let Some(effort) = string(body, "reasoning_effort", "body")? {
         template_kwargs.entry("reasoning_effort").or_insert(effort.into());
     }
-    Ok(ChatOptions { tools, tool_choice, continue_final, template_kwargs })
+    let one_call = optional_bool(body, "parallel_tool_calls")? == Some(false);
+    Ok(ChatOptions { tools, tool_choice, one_call, continue_final, template_kwargs })
 }
 
 fn parse_tool(path: &str, tool: &Value) -> Result<Value, RowError> {

@@ -7,9 +7,11 @@
 
 pub mod answer;
 mod fields;
+mod line;
 mod messages;
 mod params;
 mod responses;
+mod tokens;
 
 pub use params::one_of;
 
@@ -17,6 +19,7 @@ use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Input, MAX_TOP_LOGPROBS, Params, Request, Truncate};
 use fields::{kind, optional_bool, optional_str, optional_u64, required_str, shorten, wrong_type};
 use serde_json::{Map, Value};
+use tokens::split_tokens;
 
 /// Longest `custom_id`, in characters (`OpenAI`'s limit).
 pub const MAX_CUSTOM_ID_CHARS: usize = 512;
@@ -24,6 +27,9 @@ pub const MAX_CUSTOM_ID_CHARS: usize = 512;
 const MAX_COMPLETION_LOGPROBS: u64 = 20;
 /// Most prompts of one row.
 const MAX_PROMPTS: usize = 2048;
+
+/// Lines without this text have no ids for a prompt; most have it near their beginning.
+const COMPLETIONS_URL: &str = "\"/v1/completions\"";
 
 /// The endpoints that rows of a job may name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +77,16 @@ pub struct BatchRequest {
 
 /// Parses one Batch input line. `defaults` are the sampling settings that hold where the row says nothing.
 pub fn parse_batch_line(row_idx: u64, line: &str, defaults: &Params) -> BatchLine {
+    if let Some((object, tokens)) = line.contains(COMPLETIONS_URL).then(|| split_tokens(line)).flatten() {
+        let custom_id = object.get("custom_id").and_then(Value::as_str).map(str::to_owned);
+        // What is wrong with a line is for the general parser to say, which sees the ids.
+        if let Ok(mut found) = parse_envelope(row_idx, &object, defaults)
+            && matches!(found.request.inputs.as_slice(), [Input::Tokens(_)])
+        {
+            found.request.inputs = vec![Input::Tokens(tokens)];
+            return BatchLine { custom_id, request: Ok(found) };
+        }
+    }
     let object = match parse_object(line) {
         Ok(object) => object,
         Err(error) => return BatchLine { custom_id: None, request: Err(error) },
@@ -173,7 +189,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
-    "parallel_tool_calls",
     "stream_options",
     "service_tier",
     "verbosity",

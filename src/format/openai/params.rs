@@ -37,6 +37,11 @@ pub(super) const READ: &[&str] = &[
     "structured_outputs",
 ];
 
+/// Most `stop_token_ids`.
+const MAX_STOP_TOKENS: usize = 256;
+/// Most entries of `logit_bias` (the `OpenAI` limit).
+const MAX_LOGIT_BIASES: usize = 1024;
+
 /// Reads all of them. `defaults` hold where the body says nothing.
 pub(super) fn parse(body: &Map<String, Value>, defaults: &Params) -> Result<Params, RowError> {
     let n = optional_u64(body, "n", 1, MAX_CHOICES.into())?.map_or(defaults.n, |n| n as u32);
@@ -48,19 +53,13 @@ pub(super) fn parse(body: &Map<String, Value>, defaults: &Params) -> Result<Para
     }
     let min_tokens = optional_u64(body, "min_tokens", 0, u32::MAX.into())?.map_or(defaults.min_tokens, |n| n as u32);
     let format = parse_format(body)?.unwrap_or_else(|| defaults.format.clone());
-    if format != AnswerFormat::Text && min_tokens > 0 {
-        return Err(RowError::field(ErrorCode::InvalidValue, "body.min_tokens", "can't be combined with a required format"));
-    }
     let ignore_eos = optional_bool(body, "ignore_eos")?.unwrap_or(defaults.ignore_eos);
-    if format != AnswerFormat::Text && ignore_eos {
-        return Err(RowError::field(ErrorCode::InvalidValue, "body.ignore_eos", "can't be combined with a required format"));
-    }
     Ok(Params {
         max_tokens: parse_max_tokens(body)?.or(defaults.max_tokens),
         min_tokens,
         n,
         temperature: optional_f32(body, "temperature", 0.0, 2.0)?.unwrap_or(defaults.temperature),
-        top_p: optional_f32(body, "top_p", f32::MIN_POSITIVE, 1.0)?.unwrap_or(defaults.top_p),
+        top_p: optional_f32(body, "top_p", 0.0, 1.0)?.unwrap_or(defaults.top_p),
         top_k: parse_top_k(body)?.unwrap_or(defaults.top_k),
         min_p: optional_f32(body, "min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
         presence_penalty: optional_f32(body, "presence_penalty", -2.0, 2.0)?.unwrap_or(defaults.presence_penalty),
@@ -142,6 +141,10 @@ fn parse_stop_tokens(body: &Map<String, Value>) -> Result<Option<Vec<u32>>, RowE
     match body.get("stop_token_ids") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Array(items)) => {
+            if items.len() > MAX_STOP_TOKENS {
+                let message = format!("at most {MAX_STOP_TOKENS} are allowed, {} given", items.len());
+                return Err(RowError::field(ErrorCode::InvalidValue, path, message));
+            }
             let ids = items.iter().enumerate().map(|(i, v)| integer(v, &format!("{path}[{i}]"), 0, u32::MAX.into()));
             Ok(Some(ids.map(|id| id.map(|id| id as u32)).collect::<Result<_, _>>()?))
         }
@@ -152,6 +155,10 @@ fn parse_stop_tokens(body: &Map<String, Value>) -> Result<Option<Vec<u32>>, RowE
 /// An object of token ids, as text, to −100 to 100.
 fn parse_logit_bias(body: &Map<String, Value>) -> Result<Option<Vec<(u32, f32)>>, RowError> {
     let Some(object) = optional_object(body, "logit_bias")? else { return Ok(None) };
+    if object.len() > MAX_LOGIT_BIASES {
+        let message = format!("at most {MAX_LOGIT_BIASES} tokens are allowed, {} given", object.len());
+        return Err(RowError::field(ErrorCode::InvalidValue, "body.logit_bias", message));
+    }
     let mut biases = Vec::with_capacity(object.len());
     for (key, value) in object {
         let path = format!("body.logit_bias.{key}");

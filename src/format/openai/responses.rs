@@ -1,9 +1,7 @@
 //! `/v1/responses` bodies: items to chat messages, and the settings that the response object repeats.
 
 use super::fields::{optional_bool, optional_object, optional_str, optional_u64, required_str, shorten, wrong_type};
-use super::messages::{
-    call_value, check_role, check_tool_type, parse_arguments, parse_content, parse_tool_choice, string, tool_value,
-};
+use super::messages::{call_value, check_role, check_tool_type, parse_arguments, parse_content, parse_tool_choice, tool_value};
 use super::{check_known, params};
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{AnswerFormat, ChatOptions, Input, MAX_TOP_LOGPROBS, Message, Params, Request, Truncate};
@@ -20,6 +18,7 @@ const READ: &[&str] = &[
     "include",
     "tools",
     "tool_choice",
+    "parallel_tool_calls",
     "reasoning",
     "truncation",
     "max_tool_calls",
@@ -64,12 +63,13 @@ pub(super) fn parse(row_idx: u64, body: &Map<String, Value>, defaults: &Params) 
     if let Some(effort) = effort {
         template_kwargs.entry("reasoning_effort").or_insert(effort.clone());
     }
+    let parallel_tool_calls = optional_bool(body, "parallel_tool_calls")?.unwrap_or(true);
     let echo = json!({
         "instructions": instructions,
         "metadata": body.get("metadata").filter(|v| !v.is_null()).cloned().unwrap_or_else(|| json!({})),
         "tools": shown_tools,
         "tool_choice": body.get("tool_choice").filter(|v| !v.is_null()).cloned().unwrap_or_else(|| "auto".into()),
-        "parallel_tool_calls": optional_bool(body, "parallel_tool_calls")?.unwrap_or(true),
+        "parallel_tool_calls": parallel_tool_calls,
         "text": {"format": text_format},
         "temperature": f64::from(params.temperature),
         "top_p": f64::from(params.top_p),
@@ -85,7 +85,7 @@ pub(super) fn parse(row_idx: u64, body: &Map<String, Value>, defaults: &Params) 
         "prompt_cache_key": body.get("prompt_cache_key").cloned(),
         "user": body.get("user").cloned(),
     });
-    let chat = ChatOptions { tools, tool_choice, continue_final: false, template_kwargs };
+    let chat = ChatOptions { tools, tool_choice, one_call: !parallel_tool_calls, continue_final: false, template_kwargs };
     let model = optional_str(body, "model")?.map(str::to_owned);
     Ok((Request { row_idx, model, inputs: vec![Input::Messages(messages)], params, chat, truncate }, echo))
 }
@@ -103,6 +103,10 @@ fn parse_logprobs(body: &Map<String, Value>) -> Result<Option<u8>, RowError> {
         }
         Some(other) => return Err(wrong_type("body.include", "an array", other)),
     };
+    if n_top.is_some_and(|n| n > 0) && !wanted {
+        let message = format!("needs body.include to hold {LOGPROBS:?}");
+        return Err(RowError::field(ErrorCode::InvalidValue, "body.top_logprobs", message));
+    }
     Ok(wanted.then(|| n_top.unwrap_or(0) as u8))
 }
 
@@ -114,6 +118,9 @@ fn parse_text_format(body: &Map<String, Value>, params: &mut Params) -> Result<V
     };
     let path = "body.text.format";
     let object = format.as_object().ok_or_else(|| wrong_type(path, "an object", format))?;
+    if params.format != AnswerFormat::Text {
+        return Err(RowError::field(ErrorCode::InvalidValue, path, "can't be combined with another required format"));
+    }
     params.format = match required_str(object, "type", path)? {
         "text" => return Ok(plain),
         "json_object" => AnswerFormat::JsonObject,
@@ -177,7 +184,7 @@ fn parse_item(path: &str, item: &Value, messages: &mut Vec<Message>) -> Result<(
         "function_call" => {
             let name = required_str(object, "name", path)?;
             let arguments = parse_arguments(object.get("arguments").unwrap_or(&Value::Null), &format!("{path}.arguments"))?;
-            let call = call_value(Some(required_str(object, "call_id", path)?.to_owned()), name, &arguments);
+            let call = call_value(Some(required_str(object, "call_id", path)?), name, &arguments);
             // Calls of one turn stand side by side.
             match messages.last_mut().filter(|last| last.role == "assistant") {
                 Some(turn) => turn.tool_calls.push(call),
@@ -186,7 +193,7 @@ fn parse_item(path: &str, item: &Value, messages: &mut Vec<Message>) -> Result<(
         }
         "function_call_output" => {
             let content = parse_content(&format!("{path}.output"), object.get("output").unwrap_or(&Value::Null))?;
-            let tool_call_id = string(object, "call_id", path)?;
+            let tool_call_id = Some(required_str(object, "call_id", path)?.to_owned());
             messages.push(Message { role: "tool".into(), content, tool_call_id, ..Message::default() });
         }
         "reasoning" => {}

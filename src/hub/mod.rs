@@ -1,8 +1,12 @@
-//! Model name -> local file. Knows where models come from (a path, a package of the Python registry) and how to check
-//! what arrived; knows nothing of what is in them. Invariant: a file under the cache folder is complete and has the
-//! size and SHA-256 of the catalogue, since it is checked before it is renamed into place.
+//! Model name -> local file or folder. Knows where models come from (a path, a package of the Python registry, a model
+//! hub) and how to check what arrived; knows nothing of what is in them. Invariant: what is under the cache folder is
+//! complete and has the size and SHA-256 of the catalogue (or of the hub), since it is checked before it is renamed into
+//! place.
 
-use anyhow::{Context, Result, bail};
+pub mod remote;
+
+use anyhow::{Context, Result, bail, ensure};
+use remote::{Remote, Repo};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::Read;
@@ -45,11 +49,11 @@ pub const CATALOG: &[CatalogEntry] = &[CatalogEntry {
 /// A model on the local disk.
 #[derive(Debug, Clone)]
 pub struct LocalModel {
-    /// The canonical name: the catalogue's, or the file's stem.
+    /// The canonical name: the catalogue's, the hub's, or the file's stem.
     pub name: String,
     /// Every name a row may call it by.
     pub names: Vec<String>,
-    /// The weights.
+    /// The weights: a GGUF file, or a folder in Hugging Face's form.
     pub path: PathBuf,
 }
 
@@ -78,11 +82,12 @@ impl CatalogEntry {
     }
 }
 
-/// The file for a path or a catalogue name, fetched if it is not here yet. `say` is told before anything slow.
+/// The model for a path, a catalogue name or a hub's `org/name`, fetched if it is not here yet. `say` is told before
+/// anything slow.
 ///
 /// # Errors
-/// An unknown name (the message lists the known ones), a missing file, no pip client, a wrong hash.
-pub fn resolve(name_or_path: &str, cache: &Path, say: &mut dyn FnMut(&str)) -> Result<LocalModel> {
+/// An unknown name (the message lists the known ones), a missing file, no pip client, no hub, a wrong hash.
+pub fn resolve(name_or_path: &str, cache: &Path, hub: Option<&Remote>, say: &mut dyn FnMut(&str)) -> Result<LocalModel> {
     let path = Path::new(name_or_path);
     if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && (path.is_file() || find(name_or_path).is_none()) {
         if !path.is_file() {
@@ -95,12 +100,56 @@ pub fn resolve(name_or_path: &str, cache: &Path, say: &mut dyn FnMut(&str)) -> R
         names.extend(find(&stem).into_iter().flat_map(catalog_names));
         return Ok(LocalModel { name: stem, names, path: path.to_owned() });
     }
-    let entry = find(name_or_path).with_context(|| {
-        let known: Vec<_> = CATALOG.iter().map(|e| e.name).collect();
-        format!("model {name_or_path:?} is not known; give a path to a .gguf file or one of: {}", known.join(", "))
-    })?;
+    if path.is_dir() && find(name_or_path).is_none() {
+        ensure!(path.join("config.json").is_file(), "model folder {name_or_path} has no config.json");
+        let whole = path.canonicalize().with_context(|| format!("cannot find {name_or_path}"))?;
+        let name = whole.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        return Ok(LocalModel { names: vec![name.clone(), name_or_path.to_owned()], name, path: path.to_owned() });
+    }
+    let Some(entry) = find(name_or_path) else {
+        let repo = Repo::parse(name_or_path).with_context(|| unknown(name_or_path))?;
+        return match repo.cached(cache) {
+            Some(local) => Ok(local),
+            None => remote::fetch(&repo, hub.with_context(|| no_hub(name_or_path))?, cache, say),
+        };
+    };
     let path = pull(entry, cache, say)?;
     Ok(LocalModel { name: entry.name.to_owned(), names: catalog_names(entry).collect(), path })
+}
+
+/// Fails on a name that nothing can be fetched by.
+///
+/// # Errors
+/// It is neither in the catalogue nor an `org/name`; the message lists what is known.
+pub fn check_name(name: &str) -> Result<()> {
+    ensure!(find(name).is_some() || Repo::parse(name).is_some(), unknown(name));
+    Ok(())
+}
+
+/// Fetches a catalogue model, or the newest commit of a hub's; where it is then.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn update(name: &str, cache: &Path, hub: Option<&Remote>, say: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+    if let Some(entry) = find(name) {
+        return pull(entry, cache, say);
+    }
+    let repo = Repo::parse(name).with_context(|| unknown(name))?;
+    Ok(remote::fetch(&repo, hub.with_context(|| no_hub(name))?, cache, say)?.path)
+}
+
+fn unknown(name: &str) -> String {
+    let known: Vec<_> = CATALOG.iter().map(|e| e.name).collect();
+    format!(
+        "model {name:?} is not known; give a path to a .gguf file or a model folder, a hub's org/name, or one of: {}",
+        known.join(", ")
+    )
+}
+
+fn no_hub(name: &str) -> String {
+    format!(
+        "model {name:?} is no file, no folder and not in the catalogue; to fetch it from a model hub, set HF_ENDPOINT to the hub's URL"
+    )
 }
 
 fn catalog_names(entry: &CatalogEntry) -> impl Iterator<Item = String> {
@@ -116,9 +165,7 @@ pub fn pull(entry: &CatalogEntry, cache: &Path, say: &mut dyn FnMut(&str)) -> Re
     }
     let folder = cache.join("models");
     fs::create_dir_all(&folder).with_context(|| format!("cannot create the model cache {}", folder.display()))?;
-    let lock_path = folder.join(".lock");
-    let lock = File::create(&lock_path).with_context(|| format!("cannot create {}", lock_path.display()))?;
-    lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
+    let _lock = Lock::take(&folder)?;
     if entry.is_cached(cache) {
         return Ok(target);
     }
@@ -136,6 +183,19 @@ pub fn pull(entry: &CatalogEntry, cache: &Path, say: &mut dyn FnMut(&str)) -> Re
     });
     let cleared = fs::remove_dir_all(&staging).with_context(|| format!("cannot clear {}", staging.display()));
     published.and(cleared).map(|()| target)
+}
+
+/// Held while a folder of the cache is changed.
+struct Lock(#[expect(dead_code, reason = "the lock is released when the file is closed")] File);
+
+impl Lock {
+    /// Waits for other processes.
+    fn take(folder: &Path) -> Result<Self> {
+        let path = folder.join(".lock");
+        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        Ok(Self(file))
+    }
 }
 
 /// Downloads the package with the machine's own pip and unpacks the one file. The package's code is never run.
@@ -178,7 +238,16 @@ fn run_python(args: &[&str], rest: &[&str], folder: &Path) -> Result<()> {
 }
 
 fn check(entry: &CatalogEntry, file: &Path) -> Result<()> {
-    let mut reader = File::open(file).with_context(|| format!("the package holds no {}", entry.member))?;
+    let found = sha256_of(file).with_context(|| format!("the package holds no {}", entry.member))?;
+    if found != entry.sha256 {
+        bail!("{}: SHA-256 is {found}, expected {}; the file was not kept", entry.name, entry.sha256);
+    }
+    Ok(())
+}
+
+/// The SHA-256 of a file, in hex.
+fn sha256_of(file: &Path) -> Result<String> {
+    let mut reader = File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; 1 << 20];
     loop {
@@ -188,11 +257,7 @@ fn check(entry: &CatalogEntry, file: &Path) -> Result<()> {
         }
         hasher.update(&chunk[..n]);
     }
-    let found = hasher.finalize().iter().fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"));
-    if found != entry.sha256 {
-        bail!("{}: SHA-256 is {found}, expected {}; the file was not kept", entry.name, entry.sha256);
-    }
-    Ok(())
+    Ok(hasher.finalize().iter().fold(String::new(), |hex, byte| format!("{hex}{byte:02x}")))
 }
 
 #[cfg(test)]
@@ -218,9 +283,9 @@ mod tests {
 
     #[test]
     fn unknown_names_list_the_known_ones() {
-        let error = resolve("gpt-9", Path::new("/nonexistent"), &mut |_| {}).unwrap_err().to_string();
+        let error = resolve("gpt-9", Path::new("/nonexistent"), None, &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains("gpt-9") && error.contains("SmolLM2-135M-Instruct"), "{error}");
-        let error = resolve("nowhere/m.gguf", Path::new("/nonexistent"), &mut |_| {}).unwrap_err().to_string();
+        let error = resolve("nowhere/m.gguf", Path::new("/nonexistent"), None, &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains("does not exist"), "{error}");
     }
 }

@@ -1,0 +1,103 @@
+//! What a run comes to: its report, with what was expected of it beside what it took. Knows nothing of how the numbers
+//! were counted.
+
+use super::collect::Counts;
+use super::estimate::{self, seconds};
+use super::progress::say;
+use super::report::{self, Actual, Estimate, Report};
+use super::{Measured, Run};
+use crate::device::BLOCK_TOKENS;
+use crate::journal::Journal;
+
+/// The report of a job that has finished now.
+pub(super) fn report(run: &Run<'_>, n_rows: u64, journal: &Journal, counts: &Counts, measured: &Measured) -> Report {
+    let (totals, stats, meter) = (journal.totals(), &counts.stats, measured.meter.read());
+    let feed = measured.feed.read();
+    let total = measured.start.elapsed().saturating_sub(measured.load).as_secs_f64();
+    let seconds = report::Seconds {
+        total,
+        load: measured.load.as_secs_f64(),
+        read: (measured.inspect + feed.read).as_secs_f64(),
+        prepare: feed.prepare.as_secs_f64(),
+        index: feed.index.as_secs_f64(),
+        plan: feed.plan.as_secs_f64(),
+        queue: report::ratio(counts.waiting_row_seconds, counts.submitted as f64),
+        prefill: meter.prefill.as_secs_f64(),
+        decode: meter.decode.as_secs_f64(),
+        answer: counts.answer.as_secs_f64(),
+        journal: counts.journal.as_secs_f64(),
+        finalise: counts.finalise.as_secs_f64(),
+    };
+    let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
+    Report {
+        job_fingerprint: run.manifest.job_fingerprint.clone(),
+        system_fingerprint: run.manifest.model_fingerprint.clone(),
+        model: measured.model.clone(),
+        device: measured.device.clone(),
+        created: run.manifest.created_unix_s,
+        rows: report::RowCounts {
+            total: n_rows,
+            completed: totals.n_ok,
+            failed: totals.n_failed,
+            errors: counts.errors.clone(),
+            resumed: counts.resumed,
+            deduplicated: counts.duplicates,
+        },
+        tokens: report::TokenCounts {
+            prompt: totals.prompt_tokens,
+            completion: totals.completion_tokens,
+            cached: totals.cached_tokens,
+            prefilled: stats.prefill_tokens,
+            prefill_minimum: counts.trie_tokens,
+            prefill_ratio: report::ratio(stats.prefill_tokens as f64, counts.trie_tokens as f64),
+            cache_hits: stats.shared_tokens,
+            recomputed: stats.recomputed_tokens,
+        },
+        rates: report::Rates {
+            prefill_tokens_per_s: report::ratio(stats.prefill_tokens as f64, seconds.prefill),
+            decode_tokens_per_s: report::ratio(stats.decode_tokens as f64, seconds.decode),
+            total_tokens_per_s: report::ratio(computed, total),
+            busy_share: report::ratio(seconds.prefill + seconds.decode, total),
+        },
+        peak_memory_bytes: report::peak_memory_bytes(),
+        kv_tokens: measured.kv_tokens,
+        estimate: estimate(counts, measured, &seconds),
+        seconds,
+    }
+}
+
+/// What was expected of this run; `None` if it ran nothing.
+fn estimate(counts: &Counts, measured: &Measured, took: &report::Seconds) -> Option<Estimate> {
+    let totals = measured.estimator.lock().expect("an estimator does not panic").totals();
+    (totals.n_computed > 0).then(|| Estimate {
+        prefill_tokens: totals.prefill_tokens,
+        output_tokens: totals.output_tokens,
+        steps: totals.steps,
+        kv_peak_tokens: totals.kv_peak_tokens,
+        seconds: seconds(&totals, measured.history.speeds()),
+        actual: Actual {
+            prefill_tokens: counts.stats.prefill_tokens,
+            output_tokens: counts.stats.generated_tokens,
+            steps: counts.stats.steps,
+            kv_peak_tokens: (counts.peak_blocks * BLOCK_TOKENS) as u64,
+            seconds: took.prefill + took.decode,
+        },
+    })
+}
+
+/// Keeps the run's speed for later estimates. A cache that can't be written is no reason to fail a job.
+pub(super) fn remember(mut measured: Measured, counts: &Counts) {
+    let totals = measured.estimator.lock().expect("an estimator does not panic").totals();
+    let (stats, meter) = (&counts.stats, measured.meter.read());
+    let run = estimate::Run {
+        prefill_tokens: stats.prefill_tokens,
+        prefill_seconds: meter.prefill.as_secs_f64(),
+        decode_tokens: stats.decode_tokens,
+        decode_seconds: meter.decode.as_secs_f64(),
+        output_tokens: stats.generated_tokens.saturating_sub(totals.fixed_tokens),
+        max_tokens: totals.open_tokens,
+    };
+    if let Err(error) = measured.history.add(run) {
+        say(&format!("warning: cannot keep this run's speed for later plans: {error:#}"));
+    }
+}
