@@ -34,11 +34,15 @@ impl JobEstimator {
         Self { estimator: Estimator::new(setting), last: None }
     }
 
-    /// The next window of the job.
-    pub(super) fn observe(&mut self, window: &PlannedWindow) {
-        for row in &window.submissions {
+    /// The next window of the job; how many of its tokens the windows before have computed for it.
+    pub(super) fn observe(&mut self, window: &PlannedWindow) -> u32 {
+        let mut from_before = 0;
+        for (i, row) in window.submissions.iter().enumerate() {
             let shared = self.last.as_ref().map_or(0, |(prompt, kept)| common_prefix(prompt, &row.prompt).min(*kept));
             let prompt_tokens = row.prompt.len() as u32;
+            if i == 0 {
+                from_before = shared.min(prompt_tokens - 1);
+            }
             self.estimator.compute(EstimateRow {
                 prompt_tokens,
                 // The last prompt token is always computed.
@@ -52,6 +56,7 @@ impl JobEstimator {
         for row in copies.chain(window.followers.iter().map(|(_, row)| row)) {
             self.estimator.copy(row.prompts.iter().map(|prompt| prompt.n_tokens).sum());
         }
+        from_before
     }
 
     pub(super) fn totals(&self) -> Totals {

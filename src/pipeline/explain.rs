@@ -165,7 +165,7 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let (mut rows, mut tree_tokens, mut next_id) = (Rows::default(), 0, 0);
     while let Some(window) = reader.read()? {
         let window = plan_window(reader.prepare(window)?, reader.settings, &mut next_id, |_| false);
-        estimator.observe(&window);
+        let _from_before = estimator.observe(&window);
         tree_tokens += window.trie_tokens;
         rows.count(window);
     }

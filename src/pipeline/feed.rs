@@ -59,8 +59,9 @@ impl Feed {
         }
         let rows = self.reader.prepare(rows)?;
         let start = Instant::now();
-        let window = plan_window(rows, self.reader.settings, next_id, |row_idx| self.done.contains(row_idx));
-        self.estimator.lock().expect("an estimator does not panic").observe(&window);
+        let mut window = plan_window(rows, self.reader.settings, next_id, |row_idx| self.done.contains(row_idx));
+        let from_before = self.estimator.lock().expect("an estimator does not panic").observe(&window);
+        window.trie_tokens -= u64::from(from_before);
         self.reader.times.planned(start.elapsed());
         Ok(Some(window))
     }

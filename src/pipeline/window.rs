@@ -45,7 +45,7 @@ pub(super) struct PlannedWindow {
     pub(super) followers: Vec<(u64, RowMeta)>,
     /// Rows that get another row's completion.
     pub(super) n_duplicates: u64,
-    /// The fewest tokens that any engine must prefill for them.
+    /// The fewest tokens that any engine must prefill for them, given what the window before leaves.
     pub(super) trie_tokens: u64,
 }
 
