@@ -16,6 +16,12 @@ use crate::window::Class;
 /// Cancels and ends of streams that may be on their way to the engine before their senders wait.
 const CONTROL_COMMANDS: usize = 64;
 
+/// Most prompts that are sent to the engine at a time.
+const GROUP: usize = 256;
+
+/// Steps after which an idle engine's books are audited again: that takes as long as many small steps.
+const AUDIT_STEPS: u64 = 1024;
+
 /// Called on the engine's thread after each step, with what it finished (to be drained, perhaps nothing) and the
 /// counters. The engine waits for it: it should hand on and return, and must not call the handle.
 pub type Deliver = Box<dyn FnMut(&mut Vec<Finished>, &EngineStats) + Send>;
@@ -30,6 +36,7 @@ pub struct EngineHandle {
 
 enum Command {
     Submit(Submission),
+    SubmitAll(Vec<Submission>),
     Cancel(u64),
     EndStream(u32),
     Abort,
@@ -64,13 +71,36 @@ impl EngineHandle {
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.limits);
-        if !self.gate.enter(submission.class) {
+        if self.gate.enter(submission.class, 1) == 0 {
             return Err(submission);
         }
         self.commands.send(Command::Submit(submission)).map_err(|refused| match refused.0 {
             Command::Submit(submission) => submission,
             _ => unreachable!("what was sent comes back"),
         })
+    }
+
+    /// Queues prompts, in this order; waits while their class's queue is full. Takes far fewer turns with the engine's
+    /// thread than one [`EngineHandle::submit`] for each. False if the engine has stopped: what was not taken is lost.
+    ///
+    /// # Panics
+    /// If one could never run: see [`Submission::check`].
+    #[must_use]
+    pub fn submit_all(&self, submissions: impl Iterator<Item = Submission>) -> bool {
+        let mut rest = submissions.peekable();
+        while let Some(class) = rest.peek().map(|next| next.class) {
+            let n_places = self.gate.enter(class, GROUP);
+            if n_places == 0 {
+                return false;
+            }
+            let same = std::iter::from_fn(|| rest.next_if(|next| next.class == class));
+            let group: Vec<Submission> = same.take(n_places).inspect(|next| next.check(&self.limits)).collect();
+            self.gate.leave(class, n_places - group.len());
+            if self.commands.send(Command::SubmitAll(group)).is_err() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Forgets a sequence, unless it has finished by then.
@@ -119,19 +149,29 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
     let mut finished = Vec::new();
     let mut n_known = [0; Class::ALL.len()]; // rows that hold a place in the gate and have reached the engine
     let mut is_open = true;
+    let mut audit_at = 0; // steps
     loop {
         while is_open {
             // With nothing to do, wait for a command; else take those that are there.
             let command = if engine.has_work() {
                 inbox.try_recv()
             } else {
-                engine.check();
+                if engine.stats().steps >= audit_at {
+                    engine.check();
+                    audit_at = engine.stats().steps + AUDIT_STEPS;
+                }
                 inbox.recv().map_err(|_| TryRecvError::Disconnected)
             };
             match command {
                 Ok(Command::Submit(submission)) => {
                     n_known[submission.class as usize] += 1;
                     engine.submit(submission).expect("the gate let it through");
+                }
+                Ok(Command::SubmitAll(group)) => {
+                    for submission in group {
+                        n_known[submission.class as usize] += 1;
+                        engine.submit(submission).expect("the gate let it through");
+                    }
                 }
                 Ok(Command::Cancel(id)) => drop(engine.cancel(id)),
                 Ok(Command::EndStream(stream)) => engine.end_stream(stream),
@@ -142,6 +182,7 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
             leave(&engine, &mut n_known, gate);
         }
         if !engine.has_work() {
+            engine.check();
             return Ok(*engine.stats());
         }
         engine.step(&mut finished)?;
@@ -186,15 +227,23 @@ impl Gate {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place, when there is one; false if the gate is closed.
-    fn enter(&self, class: Class) -> bool {
+    /// Takes up to `n_wanted` places, when there are some; none if the gate is closed.
+    fn enter(&self, class: Class, n_wanted: usize) -> usize {
         let is_full = |p: &mut Places| p.n_taken[class as usize] >= self.max_waiting && !p.is_closed;
         let mut places = self.changed.wait_while(self.lock(), is_full).unwrap_or_else(PoisonError::into_inner);
-        places.n_taken[class as usize] += usize::from(!places.is_closed);
-        !places.is_closed
+        if places.is_closed {
+            return 0;
+        }
+        let n_taken = &mut places.n_taken[class as usize];
+        let n_places = n_wanted.min(self.max_waiting - *n_taken);
+        *n_taken += n_places;
+        n_places
     }
 
     fn leave(&self, class: Class, n: usize) {
+        if n == 0 {
+            return;
+        }
         self.lock().n_taken[class as usize] -= n;
         self.changed.notify_all();
     }

@@ -333,7 +333,8 @@ impl Submission {
     pub fn check(&self, limits: &RunnerLimits) {
         let (id, n_prompt) = (self.id, self.prompt.len());
         assert!((1..limits.max_context).contains(&n_prompt), "row {id}: {n_prompt} tokens of {}", limits.max_context);
-        assert!(self.prompt.iter().all(|&t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
+        let largest = self.prompt.iter().copied().fold(0, u32::max);
+        assert!((largest as usize) < limits.n_vocab, "row {id}: a token id over {}", limits.n_vocab);
         assert!(self.params.max_tokens > 0 || self.params.score_from.is_some(), "row {id}: nothing to do");
         if let Some(first) = self.params.score_from {
             let is_known = self.params.logprobs.is_some() || first as usize >= n_prompt;

@@ -158,12 +158,13 @@ impl Scheduler {
                 }
                 Phase::Finished => {
                     self.release_blocks(idx);
-                    let row = self.running.remove(idx);
-                    self.streams[row.stream_idx].n_live -= 1;
+                    self.streams[self.running[idx].stream_idx].n_live -= 1;
                     self.n_running -= 1;
                 }
             }
         }
+        // All at once: many finish in one step, and each would move all that stand behind it.
+        self.running.retain(|row| row.phase == Phase::Live);
         self.held.drain(..).for_each(|block| self.blocks.release(block));
     }
 
@@ -197,12 +198,16 @@ impl Scheduler {
                 self.take_chunk(idx);
             }
         }
+        // Reckoned once, then with each admitted row, which are many in a step.
+        let mut growth = None;
         while self.has_room() && !self.waiting[class as usize].is_empty() {
-            if !self.can_admit(class) {
+            if !self.can_admit(class, &mut growth) {
                 self.is_tight = true; // or smaller rows of lower classes would overtake it for ever
                 break;
             }
             self.admit(class);
+            let row = &self.running[self.running.len() - 1];
+            growth = growth.map(|growth| growth + self.growth_of(row));
             self.take_chunk(self.running.len() - 1);
         }
     }
@@ -240,11 +245,17 @@ impl Scheduler {
     }
 
     /// Whether the first row of the class's queue gets in; makes room for it as far as its class allows.
-    fn can_admit(&mut self, class: Class) -> bool {
+    /// `growth` is what [`Scheduler::growth`] gives, once it is known.
+    fn can_admit(&mut self, class: Class, growth: &mut Option<usize>) -> bool {
         let has_place = self.n_running < self.config.max_running;
         match class {
             Class::Asap => self.asap_fits() && (has_place || self.preempt_below_asap()) && self.make_room_for_asap(),
-            Class::Standard | Class::Batch => has_place && !self.is_tight && self.forecast_fits(class),
+            Class::Standard | Class::Batch => {
+                has_place && !self.is_tight && {
+                    let growth = *growth.get_or_insert_with(|| self.growth());
+                    self.forecast_fits(class, growth)
+                }
+            }
         }
     }
 
@@ -263,25 +274,35 @@ impl Scheduler {
         row.final_blocks(estimate, self.limits.max_context)
     }
 
-    /// Blocks in use once the running rows and the first of the queue have grown to their predicted lengths.
-    fn forecast(&self, class: Class) -> usize {
-        let live = self.running.iter().filter(|r| r.phase == Phase::Live);
-        let growth: usize = live.map(|r| self.final_blocks(r).saturating_sub(r.buffers.table.len())).sum();
+    /// Blocks that a running row will need besides those it has.
+    fn growth_of(&self, row: &Sequence) -> usize {
+        self.final_blocks(row).saturating_sub(row.buffers.table.len())
+    }
+
+    /// Blocks that the running rows will need besides those they have.
+    fn growth(&self) -> usize {
+        self.running.iter().filter(|r| r.phase == Phase::Live).map(|r| self.growth_of(r)).sum()
+    }
+
+    /// Blocks in use once the running rows, which need `growth` more, and the first of the queue have grown to their
+    /// predicted lengths.
+    fn forecast(&self, class: Class, growth: usize) -> usize {
         let new = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
         self.blocks.n_used() + growth + new
     }
 
     /// Whether the forecast with the first row of the queue fits the pool; frees trunks for it as far as that is right.
-    fn forecast_fits(&mut self, class: Class) -> bool {
+    fn forecast_fits(&mut self, class: Class, growth: usize) -> bool {
         let n_total = self.blocks.n_total();
-        if self.forecast(class) <= n_total || (self.drop_idle_trunks() && self.forecast(class) <= n_total) {
+        let fits = |own: &Self| own.forecast(class, growth) <= n_total;
+        if fits(self) || (self.drop_idle_trunks() && fits(self)) {
             return true;
         }
         if self.n_running > 0 {
             return false;
         }
         self.drop_trunks();
-        assert!(self.forecast(class) <= n_total, "a row alone doesn't fit the pool");
+        assert!(fits(self), "a row alone doesn't fit the pool");
         true
     }
 

@@ -73,6 +73,6 @@ impl Feed {
             return false;
         }
         // A refused submission means that the engine has stopped; whoever owns it knows why.
-        submissions.into_iter().all(|submission| self.engine.submit(submission).is_ok() && !self.stop.load(Relaxed))
+        self.engine.submit_all(submissions.into_iter().take_while(|_| !self.stop.load(Relaxed))) && !self.stop.load(Relaxed)
     }
 }
