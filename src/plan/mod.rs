@@ -40,8 +40,12 @@ struct Node {
 /// Orders a window of rows; O(n log n) comparisons of prompts. Ties keep the input's order, so the plan is a function
 /// of the rows alone.
 pub fn plan(rows: &[PlanRow<'_>]) -> Plan {
-    let mut sorted: Vec<u32> = (0..rows.len() as u32).collect();
-    sorted.sort_by(|&a, &b| rows[a as usize].tokens.cmp(rows[b as usize].tokens).then(a.cmp(&b)));
+    // Most comparisons are decided by what stands beside the index, without a look at the prompts.
+    let mut keyed: Vec<(u64, u32)> = rows.iter().zip(0..).map(|(row, i)| (leading(row.tokens), i)).collect();
+    keyed.sort_unstable_by(|&(x, a), &(y, b)| {
+        x.cmp(&y).then_with(|| rows[a as usize].tokens.cmp(rows[b as usize].tokens)).then(a.cmp(&b))
+    });
+    let sorted: Vec<u32> = keyed.into_iter().map(|(_, i)| i).collect();
     let shared_sorted = shared_with_previous(rows, &sorted);
     let trie_tokens =
         sorted.iter().zip(&shared_sorted).map(|(&i, &shared)| rows[i as usize].tokens.len() as u64 - u64::from(shared)).sum();
@@ -53,6 +57,12 @@ pub fn plan(rows: &[PlanRow<'_>]) -> Plan {
     let order = longest_first(rows, &sorted, &shared_sorted);
     let shared_tokens = shared_with_previous(rows, &order);
     Plan { order, shared_tokens, common_tokens, trie_tokens }
+}
+
+/// The first two tokens as a number that orders prompts as their tokens do, as far as it goes.
+fn leading(tokens: &[u32]) -> u64 {
+    let token = |i: usize| tokens.get(i).map_or(0, |&token| u64::from(token));
+    token(0) << 32 | token(1)
 }
 
 /// Length of the longest common prefix, in tokens.
@@ -84,15 +94,16 @@ fn longest_first(rows: &[PlanRow<'_>], sorted: &[u32], shared: &[u32]) -> Vec<u3
     }
     let mut order = Vec::with_capacity(sorted.len());
     let mut stack: Vec<usize> = nodes.len().checked_sub(1).into_iter().collect();
+    let mut children: Vec<usize> = Vec::new();
     while let Some(i) = stack.pop() {
         let node = &nodes[i];
         if node.children.is_empty() {
             order.extend_from_slice(&sorted[node.start..node.end]);
             continue;
         }
-        let mut children = node.children.clone();
-        children.sort_by_key(|&c| (std::cmp::Reverse(largest[c]), nodes[c].start));
-        stack.extend(children.into_iter().rev());
+        children.clone_from(&node.children);
+        children.sort_unstable_by_key(|&c| (std::cmp::Reverse(largest[c]), nodes[c].start));
+        stack.extend(children.drain(..).rev());
     }
     order
 }
