@@ -15,6 +15,7 @@ use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -247,22 +248,25 @@ impl Preparer {
     }
 
     /// The tokens of an input, truncated where that was asked for.
-    fn tokens(&self, request: &Request, input: &Input, field: &str) -> Result<Vec<u32>, RowError> {
+    fn tokens<'a>(&self, request: &Request, input: &'a Input, field: &str) -> Result<Cow<'a, [u32]>, RowError> {
         let room = self.max_context.saturating_sub(request.params.max_tokens.unwrap_or(1) as usize);
         if let (Input::Messages(messages), Truncate::DropMessages) = (input, request.truncate) {
-            return self.drop_messages(messages, request, room);
+            return self.drop_messages(messages, request, room).map(Cow::Owned);
         }
-        let mut tokens = match input {
-            Input::Messages(messages) => self.tokenizer.encode(&self.template.render_chat(messages, &request.chat)?),
-            Input::Text(text) => self.tokenizer.encode_prompt(text),
-            Input::Tokens(tokens) => self.check_ids(tokens, field)?,
+        let mut tokens: Cow<'_, [u32]> = match input {
+            Input::Messages(messages) => self.tokenizer.encode(&self.template.render_chat(messages, &request.chat)?).into(),
+            Input::Text(text) => self.tokenizer.encode_prompt(text).into(),
+            Input::Tokens(tokens) => self.check_ids(tokens, field)?.into(),
         };
         let kept = match request.truncate {
             Truncate::Never | Truncate::DropMessages => tokens.len(),
             Truncate::KeepLast(n) => n as usize,
             Truncate::KeepWhatFits => room.max(1),
         };
-        tokens.drain(..tokens.len().saturating_sub(kept));
+        let n_left_out = tokens.len().saturating_sub(kept);
+        if n_left_out > 0 {
+            tokens.to_mut().drain(..n_left_out);
+        }
         Ok(tokens)
     }
 
@@ -286,10 +290,10 @@ impl Preparer {
         without(starts[place])
     }
 
-    fn check_ids(&self, tokens: &[u32], field: &str) -> Result<Vec<u32>, RowError> {
+    fn check_ids<'a>(&self, tokens: &'a [u32], field: &str) -> Result<&'a [u32], RowError> {
         let n_vocab = self.tokenizer.n_vocab();
         match tokens.iter().position(|&id| id as usize >= n_vocab) {
-            None => Ok(tokens.to_vec()),
+            None => Ok(tokens),
             Some(i) => {
                 let message = format!("token id {} is outside the vocabulary of {n_vocab}", tokens[i]);
                 Err(RowError::field(ErrorCode::InvalidValue, format!("{field}[{i}]"), message))

@@ -10,8 +10,8 @@ mod fields;
 mod line;
 mod messages;
 mod params;
+mod plain;
 mod responses;
-mod tokens;
 
 pub use params::one_of;
 
@@ -19,7 +19,6 @@ use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Input, MAX_TOP_LOGPROBS, Params, Request, Truncate};
 use fields::{kind, optional_bool, optional_str, optional_u64, required_str, shorten, wrong_type};
 use serde_json::{Map, Value};
-use tokens::split_tokens;
 
 /// Longest `custom_id`, in characters (`OpenAI`'s limit).
 pub const MAX_CUSTOM_ID_CHARS: usize = 512;
@@ -28,7 +27,10 @@ const MAX_COMPLETION_LOGPROBS: u64 = 20;
 /// Most prompts of one row.
 const MAX_PROMPTS: usize = 2048;
 
-/// Lines without this text have no ids for a prompt; most have it near their beginning.
+/// Tokens to generate where a completion's row and the job say nothing, as the API has it; without it a completion would
+/// run to the end of the context.
+const COMPLETIONS_MAX_TOKENS: u32 = 16;
+/// Lines without this text are not plain; most have it near their beginning.
 const COMPLETIONS_URL: &str = "\"/v1/completions\"";
 
 /// The endpoints that rows of a job may name.
@@ -77,16 +79,16 @@ pub struct BatchRequest {
 
 /// Parses one Batch input line. `defaults` are the sampling settings that hold where the row says nothing.
 pub fn parse_batch_line(row_idx: u64, line: &str, defaults: &Params) -> BatchLine {
-    if let Some((object, tokens)) = line.contains(COMPLETIONS_URL).then(|| split_tokens(line)).flatten() {
-        let custom_id = object.get("custom_id").and_then(Value::as_str).map(str::to_owned);
-        // What is wrong with a line is for the general parser to say, which sees the ids.
-        if let Ok(mut found) = parse_envelope(row_idx, &object, defaults)
-            && matches!(found.request.inputs.as_slice(), [Input::Tokens(_)])
-        {
-            found.request.inputs = vec![Input::Tokens(tokens)];
-            return BatchLine { custom_id, request: Ok(found) };
-        }
+    if line.contains(COMPLETIONS_URL)
+        && let Some(found) = plain::parse(row_idx, line, defaults)
+    {
+        return found;
     }
+    parse_any_line(row_idx, line, defaults)
+}
+
+/// As [`parse_batch_line`], whatever the line is.
+fn parse_any_line(row_idx: u64, line: &str, defaults: &Params) -> BatchLine {
     let object = match parse_object(line) {
         Ok(object) => object,
         Err(error) => return BatchLine { custom_id: None, request: Err(error) },
@@ -164,8 +166,7 @@ fn parse_body_endpoint(
     } else {
         params.logprobs = optional_u64(body, "logprobs", 0, MAX_COMPLETION_LOGPROBS)?.map(|n| n as u8);
         params.echo = optional_bool(body, "echo")?.unwrap_or(false);
-        // The API's own default; without it a completion would run to the end of the context.
-        params.max_tokens = params.max_tokens.or(Some(16));
+        params.max_tokens = params.max_tokens.or(Some(COMPLETIONS_MAX_TOKENS));
         parse_prompts(body)?
     };
     let model = optional_str(body, "model")?.map(str::to_owned);
