@@ -43,22 +43,22 @@ fn finalise_within(journal: &mut Journal, outputs: &Outputs, n_rows: u64, waitin
     let storage = &journal.dir.storage;
     storage.sweep(&outputs.results)?;
     storage.sweep(&outputs.errors)?;
-    let in_order = |each: &mut dyn FnMut(&Record) -> Result<()>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
+    let in_order = |each: &mut dyn FnMut(u64, &Line) -> Result<()>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
 
     let schema = |at: &Location, ok: bool, known: Option<&SchemaRef>| match (Format::of(at)?, known) {
         (Format::Jsonl(_), _) => Ok(None),
         (Format::Parquet, Some(schema)) => Ok(Some(Arc::clone(schema))),
         (Format::Parquet, None) => {
             let mut inference = SchemaInference::default();
-            in_order(&mut |record| if record.ok == ok { inference.observe(record.line.get()) } else { Ok(()) })?;
+            in_order(&mut |_, line| if line.ok == ok { inference.observe(&line.text) } else { Ok(()) })?;
             anyhow::Ok(Some(inference.finish(if ok { &outputs.columns } else { &[] })))
         }
     };
     let mut results = Sink::create(storage, &outputs.results, schema(&outputs.results, true, outputs.schema.as_ref())?)?;
     let mut errors = Sink::create(storage, &outputs.errors, schema(&outputs.errors, false, None)?)?;
-    in_order(&mut |record| {
-        let sink = if record.ok { &mut results } else { &mut errors };
-        sink.write(record.line.get()).with_context(|| format!("the output of row {}", record.row))
+    in_order(&mut |row, line| {
+        let sink = if line.ok { &mut results } else { &mut errors };
+        sink.write(&line.text).with_context(|| format!("the output of row {row}"))
     })?;
     results.publish()?;
     errors.publish()
@@ -91,8 +91,20 @@ struct InOrder<'a> {
 
 /// A record whose turn has not come.
 enum Waiting {
-    Read(Record),
+    Read(Line),
     There(Place),
+}
+
+/// What a record has to say here.
+struct Line {
+    ok: bool,
+    text: Box<str>,
+}
+
+impl Line {
+    fn of(record: Record<'_>) -> Self {
+        Self { ok: record.ok, text: record.line.into() }
+    }
 }
 
 impl<'a> InOrder<'a> {
@@ -100,7 +112,7 @@ impl<'a> InOrder<'a> {
         Self { journal, next: 0, waiting: BTreeMap::new(), waiting_bytes: 0, max_waiting_bytes }
     }
 
-    fn run(mut self, n_rows: u64, each: &mut dyn FnMut(&Record) -> Result<()>) -> Result<()> {
+    fn run(mut self, n_rows: u64, each: &mut dyn FnMut(u64, &Line) -> Result<()>) -> Result<()> {
         for number in 1..self.journal.next_segment {
             let lines = self.journal.read(number)?;
             for entry in segment::entries(&lines)? {
@@ -112,35 +124,38 @@ impl<'a> InOrder<'a> {
         Ok(())
     }
 
-    fn take(&mut self, entry: segment::Entry, number: u32) {
+    fn take(&mut self, entry: segment::Entry<'_>, number: u32) {
         let segment::Entry { record, bytes } = entry;
         if record.row < self.next {
             return;
         }
         // The first committed outcome stays.
         if let MapEntry::Vacant(place) = self.waiting.entry(record.row) {
-            let line_bytes = record.line.get().len();
+            let line_bytes = record.line.len();
             // The next row is handed out at once, whatever its size.
             let fits = record.row == self.next || self.waiting_bytes + line_bytes <= self.max_waiting_bytes;
             self.waiting_bytes += if fits { line_bytes } else { 0 };
             let there = Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start };
-            place.insert(if fits { Waiting::Read(record) } else { Waiting::There(there) });
+            place.insert(if fits { Waiting::Read(Line::of(record)) } else { Waiting::There(there) });
         }
     }
 
-    fn drain(&mut self, each: &mut dyn FnMut(&Record) -> Result<()>) -> Result<()> {
+    fn drain(&mut self, each: &mut dyn FnMut(u64, &Line) -> Result<()>) -> Result<()> {
         while let Some(place) = self.waiting.first_entry()
             && *place.key() == self.next
         {
-            let record = match place.remove() {
-                Waiting::Read(record) => {
-                    self.waiting_bytes -= record.line.get().len();
-                    record
+            let line = match place.remove() {
+                Waiting::Read(line) => {
+                    self.waiting_bytes -= line.text.len();
+                    line
                 }
-                Waiting::There(place) => self.journal.record(place)?,
+                Waiting::There(place) => {
+                    let record = self.journal.record(place)?;
+                    assert_eq!(record.row, self.next, "the place of a waiting record");
+                    Line::of(record)
+                }
             };
-            assert_eq!(record.row, self.next, "the place of a waiting record");
-            each(&record)?;
+            each(self.next, &line)?;
             self.next += 1;
         }
         Ok(())
@@ -151,14 +166,13 @@ impl<'a> InOrder<'a> {
 mod tests {
     use object_store::memory::InMemory;
     use proptest::prelude::*;
-    use serde_json::value::RawValue;
 
     use super::*;
     use crate::journal::{JobDir, Manifest};
     use crate::storage::Storage;
 
-    fn record(row: u64) -> Record {
-        let line = RawValue::from_string(format!("{{\"row\":{row},\"pad\":\"{}\"}}", "x".repeat(row as usize % 40))).unwrap();
+    fn record(row: u64) -> Record<'static> {
+        let line = format!("{{\"row\":{row},\"pad\":\"{}\"}}", "x".repeat(row as usize % 40)).into();
         Record { row, ok: true, prompt_tokens: 0, completion_tokens: 0, cached_tokens: 0, key: None, line }
     }
 
@@ -204,7 +218,7 @@ mod tests {
             let (storage, at, mut journal) = journal_of(&segments);
             let outputs = Outputs { results: at.clone(), errors: at.with_extension("errors.jsonl").unwrap(), schema: None, columns: Vec::new() };
             finalise_within(&mut journal, &outputs, rows.len() as u64, waiting_bytes).unwrap();
-            let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.get().to_owned()).collect();
+            let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.into_owned()).collect();
             prop_assert_eq!(storage.get(&at).unwrap().unwrap(), wanted.join("\n") + "\n");
         }
     }
@@ -220,7 +234,7 @@ mod tests {
                 in_order.take(entry.unwrap(), number);
             }
             let held: usize =
-                in_order.waiting.values().map(|w| if let Waiting::Read(r) = w { r.line.get().len() } else { 0 }).sum();
+                in_order.waiting.values().map(|w| if let Waiting::Read(line) = w { line.text.len() } else { 0 }).sum();
             assert!(held == in_order.waiting_bytes && held <= 500, "{held} bytes held after {number} segments");
         }
         assert_eq!(in_order.waiting.len(), 99);

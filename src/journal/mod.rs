@@ -26,8 +26,9 @@ use bytes::Bytes;
 use crate::storage::{Location, Storage};
 use segment::Segment;
 
-/// Rows that make a segment full.
-const SEGMENT_ROWS: u64 = 512;
+/// Rows that make a segment full: each is a file that is synced, so that few of them cost less; how much work a crash
+/// may lose is for whoever calls [`Journal::commit`] in time.
+const SEGMENT_ROWS: u64 = 16_384;
 
 /// Text that makes a segment full, bytes.
 const SEGMENT_BYTES: usize = 8 << 20;
@@ -173,7 +174,7 @@ impl Journal {
     /// Goes on with the job of `dir`, whose manifest is `manifest`. Reads all segments once. A damaged last segment is
     /// dropped (its rows are not done), with a warning; a damaged or missing one before it is an error. `each` is shown
     /// every row's outcome and where it is.
-    pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Record, Place) -> Result<()>) -> Result<Self> {
+    pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<Self> {
         let mut journal = Self::empty(dir, manifest);
         let numbers = journal.dir.segments()?;
         for (i, &number) in numbers.iter().enumerate() {
@@ -197,7 +198,7 @@ impl Journal {
         Self { dir, job, next_segment: 1, pending, done, totals: Totals::default(), warnings: Vec::new() }
     }
 
-    fn count(&mut self, number: u32, each: &mut dyn FnMut(&Record, Place) -> Result<()>) -> Result<()> {
+    fn count(&mut self, number: u32, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
         let content = self.read(number)?;
         for entry in segment::entries(&content)? {
             let segment::Entry { record, bytes } = entry?;
@@ -218,7 +219,7 @@ impl Journal {
 
     /// Journals an outcome; durable once the next [`Journal::commit`] returns. Commits by itself when a segment is full.
     /// A row that is journaled already is left as it is; otherwise says where the record is.
-    pub fn append(&mut self, record: &Record) -> Result<Option<Place>> {
+    pub fn append(&mut self, record: &Record<'_>) -> Result<Option<Place>> {
         if !self.done.insert(record.row) {
             return Ok(None);
         }
@@ -232,7 +233,7 @@ impl Journal {
     }
 
     /// The record at a place, committed or not.
-    pub fn record(&self, place: Place) -> Result<Record> {
+    pub fn record(&self, place: Place) -> Result<Record<'static>> {
         let bytes = place.start..place.start + place.n_bytes;
         if place.segment == self.next_segment {
             return self.pending.record(bytes.start as usize..bytes.end as usize);
@@ -240,7 +241,7 @@ impl Journal {
         let at = self.dir.segment(place.segment)?;
         let line = self.dir.storage.get_range(&at, bytes)?;
         let record = std::str::from_utf8(&line).map_err(anyhow::Error::from).and_then(segment::parse_record);
-        record.with_context(|| format!("{} changed while it was being read", at.url))
+        record.map(Record::into_owned).with_context(|| format!("{} changed while it was being read", at.url))
     }
 
     /// Makes what was appended durable. Does nothing if nothing was. After an error it may be called again.
@@ -251,7 +252,7 @@ impl Journal {
         let at = self.dir.segment(self.next_segment)?;
         self.dir.storage.put(&at, self.pending.seal(&self.job))?;
         self.next_segment += 1;
-        self.pending = Segment::default();
+        self.pending.clear();
         Ok(())
     }
 
@@ -272,7 +273,7 @@ impl Journal {
 }
 
 impl Totals {
-    fn add(&mut self, record: &Record) {
+    fn add(&mut self, record: &Record<'_>) {
         self.n_ok += u64::from(record.ok);
         self.n_failed += u64::from(!record.ok);
         self.prompt_tokens += u64::from(record.prompt_tokens);

@@ -1,16 +1,19 @@
 //! One segment: lines of records and a last line that seals them. Knows nothing of stores. Invariant: what passes
 //! [`verify`] is byte for byte what was sealed, by the same job.
 
+use std::borrow::Cow;
+use std::fmt;
+use std::io::Write as _;
 use std::ops::Range;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
-/// What became of one row.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
+/// What became of one row. Written as one JSON object ([`fmt::Display`]), always in the same layout: a sealed line is one
+/// that this file has written, so that it is taken apart without reading the output line's JSON again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record<'a> {
     /// Index of the row over all input files.
     pub row: u64,
     /// Whether the line belongs to the results or to the errors.
@@ -21,11 +24,57 @@ pub struct Record {
     pub completion_tokens: u32,
     /// Prompt tokens shared with another row.
     pub cached_tokens: u32,
-    /// What identical rows are found by (32 hexadecimal digits); `None` if nobody shares this row's outcome.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key: Option<String>,
+    /// What identical rows are found by; `None` if nobody shares this row's outcome.
+    pub key: Option<u128>,
     /// The finished output line: one JSON object without line feeds.
-    pub line: Box<RawValue>,
+    pub line: Cow<'a, str>,
+}
+
+impl fmt::Display for Record<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
+        write!(f, r#"{{"row":{row},"ok":{ok},"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},"#)?;
+        write!(f, r#""cached_tokens":{cached_tokens}"#)?;
+        if let Some(key) = key {
+            write!(f, r#","key":"{key:032x}""#)?;
+        }
+        f.write_str(r#","line":"#)?;
+        f.write_str(line)?;
+        f.write_str("}")
+    }
+}
+
+impl<'a> Record<'a> {
+    /// Of a record's text; `None` if it has another layout.
+    fn parse(text: &'a str) -> Option<Self> {
+        let (row, rest) = text.strip_prefix(r#"{"row":"#)?.split_once(r#","ok":"#)?;
+        let (ok, rest) = rest.split_once(r#","prompt_tokens":"#)?;
+        let (prompt_tokens, rest) = rest.split_once(r#","completion_tokens":"#)?;
+        let (completion_tokens, rest) = rest.split_once(r#","cached_tokens":"#)?;
+        let (cached_tokens, mut rest) = rest.split_once(',')?;
+        let mut key = None;
+        if let Some(after) = rest.strip_prefix(r#""key":""#) {
+            let (digits, after) = after.split_once(r#"","#)?;
+            (key, rest) = (Some(u128::from_str_radix(digits, 16).ok()?), after);
+        }
+        let line = rest.strip_prefix(r#""line":"#)?.strip_suffix('}')?;
+        Some(Self {
+            row: row.parse().ok()?,
+            ok: ok.parse().ok()?,
+            prompt_tokens: prompt_tokens.parse().ok()?,
+            completion_tokens: completion_tokens.parse().ok()?,
+            cached_tokens: cached_tokens.parse().ok()?,
+            key,
+            line: Cow::Borrowed(line),
+        })
+    }
+
+    /// The record with a line of its own.
+    pub(super) fn into_owned(self) -> Record<'static> {
+        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
+        let line = Cow::Owned(line.into_owned());
+        Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line }
+    }
 }
 
 /// Where a record is in the journal.
@@ -72,18 +121,21 @@ impl Segment {
     }
 
     /// Adds a record; says which bytes it has.
-    pub(super) fn push(&mut self, record: &Record) -> Range<u64> {
+    pub(super) fn push(&mut self, record: &Record<'_>) -> Range<u64> {
         let start = self.lines.len() as u64;
-        assert!(!record.line.get().contains('\n'), "the output line of row {} has a line feed", record.row);
-        serde_json::to_writer(&mut self.lines, record).expect("a record is JSON and memory takes it");
-        self.lines.push(b'\n');
+        assert!(
+            record.line.bytes().filter(|&byte| byte == b'\n').count() == 0,
+            "the output line of row {} has a line feed",
+            record.row
+        );
+        writeln!(self.lines, "{record}").expect("memory takes it");
         self.n_rows += 1;
         start..self.lines.len() as u64
     }
 
     /// The record at these bytes.
-    pub(super) fn record(&self, bytes: Range<usize>) -> Result<Record> {
-        parse_record(std::str::from_utf8(&self.lines[bytes])?)
+    pub(super) fn record(&self, bytes: Range<usize>) -> Result<Record<'static>> {
+        parse_record(std::str::from_utf8(&self.lines[bytes])?).map(Record::into_owned)
     }
 
     /// The whole segment.
@@ -94,6 +146,12 @@ impl Segment {
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
         content.into()
+    }
+
+    /// Empties it; the memory stays for the next one.
+    pub(super) fn clear(&mut self) {
+        self.lines.clear();
+        self.n_rows = 0;
     }
 }
 
@@ -110,21 +168,26 @@ pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     if seal.job != job {
         return damaged(format!("it is of another job, {}", seal.job));
     }
-    let n_rows = lines.split_inclusive(|&byte| byte == b'\n').count() as u64;
+    let n_rows = line_feeds(&lines);
     if n_rows != seal.rows {
         return damaged(format!("it holds {n_rows} rows, not {}", seal.rows));
     }
     Ok(lines)
 }
 
+/// How many there are; a sum takes many bytes at a time, which a search that may end early does not.
+fn line_feeds(bytes: &[u8]) -> u64 {
+    bytes.iter().map(|&byte| u64::from(byte == b'\n')).sum()
+}
+
 /// A record and where it is in its segment.
-pub(super) struct Entry {
-    pub(super) record: Record,
+pub(super) struct Entry<'a> {
+    pub(super) record: Record<'a>,
     pub(super) bytes: Range<u64>,
 }
 
 /// The records of verified lines.
-pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry>>> {
+pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry<'_>>>> {
     let text = std::str::from_utf8(lines).context("a sealed segment is not UTF-8")?;
     let mut start = 0;
     Ok(text.split_inclusive('\n').map(move |line| {
@@ -135,8 +198,8 @@ pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry>
 }
 
 /// The record of one line.
-pub(super) fn parse_record(line: &str) -> Result<Record> {
-    serde_json::from_str(line).context("a sealed record is not readable")
+pub(super) fn parse_record(line: &str) -> Result<Record<'_>> {
+    Record::parse(line.trim_end_matches('\n')).context("a sealed record is not readable")
 }
 
 /// The name of segment `number`, from 1.
@@ -154,18 +217,19 @@ pub(super) fn number_of(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn any_flipped_bit_and_any_cut_is_found() {
         let mut segment = Segment::default();
         for row in 0..3 {
-            let line = RawValue::from_string(format!("{{\"x\": {row} }}")).unwrap();
+            let line = format!("{{\"x\": {row} }}").into();
             segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
         }
         let sealed = segment.seal("job");
         let lines = verify(&sealed, "job").unwrap();
-        let records: Vec<Record> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();
-        assert_eq!(records.iter().map(|r| r.line.get()).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
+        let records: Vec<Record<'_>> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();
+        assert_eq!(records.iter().map(|r| &*r.line).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
         assert!(verify(&sealed, "another").unwrap_err().is::<Damaged>());
         for cut in 0..sealed.len() {
             assert!(verify(&sealed.slice(..cut), "job").unwrap_err().is::<Damaged>(), "cut at {cut}");
@@ -175,6 +239,24 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             let error = verify(&flipped.into(), "job").map(|_| ()).expect_err("found");
             assert!(error.is::<Damaged>(), "bit {bit}: {error:#}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_is_json_and_is_read_as_it_was_written(
+            (row, ok, key) in (any::<u64>(), any::<bool>(), any::<Option<u128>>()),
+            [prompt_tokens, completion_tokens, cached_tokens] in any::<[u32; 3]>(),
+            text in any::<String>(),
+        ) {
+            let line = serde_json::json!({"line": text, "key": ["},"]}).to_string().into();
+            let record = Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line };
+            let written = record.to_string() + "\n";
+            prop_assert_eq!(parse_record(&written).unwrap(), record.clone());
+            let json: serde_json::Value = serde_json::from_str(&written).unwrap();
+            prop_assert_eq!(json["line"]["line"].as_str(), Some(text.as_str()));
+            prop_assert_eq!(json["key"].as_str().map(|key| u128::from_str_radix(key, 16).unwrap()), key);
+            prop_assert_eq!((json["row"].as_u64(), json["ok"].as_bool()), (Some(row), Some(ok)));
         }
     }
 

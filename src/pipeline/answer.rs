@@ -11,7 +11,6 @@ use crate::prepare::{Origin, Prompt, StepAnswer};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result};
-use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -106,7 +105,7 @@ pub(super) struct Answers {
 
 impl Answers {
     /// The record of a row whose prompts are all completed, none of them broken: `results` are each prompt's completions.
-    pub(super) fn finished(&self, row: &RowMeta, results: &[Vec<Finished>]) -> Record {
+    pub(super) fn finished(&self, row: &RowMeta, results: &[Vec<Finished>]) -> Record<'static> {
         let per_prompt = row.prompts.iter().zip(results);
         match &row.origin {
             Origin::Request { custom_id, endpoint, echo } => {
@@ -117,7 +116,7 @@ impl Answers {
                 let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
                 let plain = self.stamp.plain_output_line(row.row_idx, custom_id, *endpoint, &completion);
                 let any = || self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion).to_string();
-                record(row, true, usage, raw(plain.unwrap_or_else(any)))
+                record(row, true, usage, plain.unwrap_or_else(any))
             }
             Origin::Dataset { columns } => {
                 let mut steps: Vec<(usize, StepResult)> =
@@ -126,26 +125,26 @@ impl Answers {
                 let steps: Vec<StepResult> = steps.into_iter().map(|(_, result)| result).collect();
                 let usage = steps.iter().fold(Usage::default(), |sum, step| sum.plus(step.usage));
                 let values = self.columns.values(place(row), Ok(&steps));
-                record(row, true, usage, raw(self.line(columns.as_deref(), values)))
+                record(row, true, usage, self.line(columns.as_deref(), values))
             }
         }
     }
 
     /// The record of a row that failed.
-    pub(super) fn failed(&self, row: &RowMeta, error: &RowError) -> Record {
+    pub(super) fn failed(&self, row: &RowMeta, error: &RowError) -> Record<'static> {
         let line = match &row.origin {
             Origin::Request { custom_id, .. } => self.stamp.error_line(place(row), custom_id.as_deref(), error).to_string(),
             Origin::Dataset { columns } => self.line(columns.as_deref(), self.columns.values(place(row), Err(error))),
         };
-        record(row, false, Usage::default(), raw(line))
+        record(row, false, Usage::default(), line)
     }
 
     /// The record of a row that gets what an identical row got, from that row's record; and its error, if that is one.
     ///
     /// # Errors
     /// The record is not of this job's form.
-    pub(super) fn copied(&self, row: &RowMeta, first: &Record) -> Result<(Record, Option<ErrorCode>)> {
-        let mut line: Map<String, Value> = serde_json::from_str(first.line.get()).context("a journaled line is no object")?;
+    pub(super) fn copied(&self, row: &RowMeta, first: &Record<'_>) -> Result<(Record<'static>, Option<ErrorCode>)> {
+        let mut line: Map<String, Value> = serde_json::from_str(&first.line).context("a journaled line is no object")?;
         if !first.ok {
             let error = line.get(self.columns.error_name()).filter(|error| error.is_object());
             let error =
@@ -168,7 +167,8 @@ impl Answers {
                 self.line(columns.as_deref(), columns::values_of(&self.columns, &line))
             }
         };
-        Ok((Record { row: row.row_idx, key: None, cached_tokens, line: raw(line), ..*first }, None))
+        let usage = Usage { prompt_tokens: first.prompt_tokens, completion_tokens: first.completion_tokens, cached_tokens };
+        Ok((Record { key: None, ..record(row, true, usage, line) }, None))
     }
 
     /// A dataset row's line: its own columns that are kept, and these.
@@ -189,7 +189,10 @@ impl Answers {
     /// A prompt's completions; one that is computed once for all choices is repeated.
     fn choices(&self, prompt: &PromptMeta, computed: &[Finished]) -> Vec<Choice> {
         let choices: Vec<Choice> = computed.iter().map(|finished| self.choice(prompt, finished)).collect();
-        choices.iter().cycle().take(prompt.n_choices.max(choices.len())).cloned().collect()
+        if choices.len() >= prompt.n_choices {
+            return choices;
+        }
+        choices.iter().cycle().take(prompt.n_choices).cloned().collect()
     }
 
     fn choice(&self, prompt: &PromptMeta, finished: &Finished) -> Choice {
@@ -236,8 +239,8 @@ pub(super) fn step_answer(choices: &[Finished]) -> StepAnswer {
 }
 
 /// Why one of these completions is none.
-pub(super) fn broken<'a>(mut results: impl Iterator<Item = &'a Finished>) -> Option<RowError> {
-    let why = results.find_map(|finished| finished.broken.clone())?;
+pub(super) fn broken(results: &[Finished]) -> Option<RowError> {
+    let why = results.iter().find_map(|finished| finished.broken.clone())?;
     Some(RowError::row(ErrorCode::EngineError, why))
 }
 
@@ -262,18 +265,14 @@ fn place(row: &RowMeta) -> Place<'_> {
     Place { row_idx: row.row_idx, file: &row.file, line: row.line }
 }
 
-fn record(row: &RowMeta, ok: bool, usage: Usage, line: Box<RawValue>) -> Record {
+fn record(row: &RowMeta, ok: bool, usage: Usage, line: String) -> Record<'static> {
     Record {
         row: row.row_idx,
         ok,
         prompt_tokens: usage.prompt_tokens,
         completion_tokens: usage.completion_tokens,
         cached_tokens: usage.cached_tokens,
-        key: row.key.map(|key| format!("{key:032x}")),
-        line,
+        key: row.key,
+        line: line.into(),
     }
-}
-
-fn raw(json: String) -> Box<RawValue> {
-    RawValue::from_string(json).expect("lines are put together from valid JSON")
 }

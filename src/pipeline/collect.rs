@@ -13,6 +13,7 @@ use crate::outcome::RowError;
 use crate::prepare::{Origin, StepAnswer};
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -82,9 +83,9 @@ pub(super) struct Collector {
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
     /// By the row that is computed.
-    in_flight: HashMap<u64, Flight>,
-    /// By the engine's name: the row, which of its prompts and which completion of it.
-    sequences: HashMap<u64, (u64, usize, usize)>,
+    in_flight: HashMap<u64, Flight, NumberHash>,
+    /// By the engine's name: the row, and which of its prompts.
+    sequences: HashMap<u64, (u64, usize), NumberHash>,
     /// For each step of the job, the steps that it waits for.
     needs: Vec<Vec<usize>>,
     /// To the thread that prepares steps.
@@ -98,12 +99,40 @@ pub(super) struct Collector {
     last_step: Instant,
 }
 
+/// Spreads numbers that are dense; nobody chooses them to collide.
+#[derive(Default)]
+struct NumberHasher(u64);
+
+type NumberHash = BuildHasherDefault<NumberHasher>;
+
+impl Hasher for NumberHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("for numbers only");
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // The table takes its place from the low bits and its tag from the high ones.
+        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
 /// A row that is being computed.
 struct Flight {
-    /// The rows that get its completion, itself first, each with its window's number.
-    rows: Vec<(u64, RowMeta)>,
-    /// The completions of each of its prompts so far.
-    results: Vec<Vec<Option<Finished>>>,
+    /// The row itself and those of its window that get its completion.
+    rows: Vec<RowMeta>,
+    /// Their window's number.
+    window: u64,
+    /// Rows of later windows that get it too, with their windows' numbers.
+    followers: Vec<(u64, RowMeta)>,
+    /// The completions of each of its prompts: as they come, and in the order of its choices once all have.
+    results: Vec<Vec<Finished>>,
+    /// How many of each are missing.
+    n_missing: Vec<usize>,
     /// Sequences that have not finished, and steps that are being prepared.
     n_left: usize,
     /// By step.
@@ -116,14 +145,16 @@ struct Flight {
 
 impl Flight {
     fn new(number: u64, group: Group, n_steps: usize) -> Self {
-        let mut results: Vec<Vec<Option<Finished>>> = group.rows[0].prompts.iter().map(|_| Vec::new()).collect();
-        for &(_, prompt, choice) in &group.sequences {
-            let n_choices = results[prompt].len().max(choice + 1);
-            results[prompt].resize(n_choices, None);
+        let mut n_missing = vec![0; group.rows[0].prompts.len()];
+        for &(_, prompt) in &group.sequences {
+            n_missing[prompt] += 1;
         }
         Self {
-            rows: group.rows.into_iter().map(|row| (number, row)).collect(),
-            results,
+            rows: group.rows,
+            window: number,
+            followers: Vec::new(),
+            results: n_missing.iter().map(|&n| Vec::with_capacity(n)).collect(),
+            n_missing,
             n_left: group.sequences.len(),
             answers: vec![None; n_steps],
             is_started: vec![false; n_steps],
@@ -140,9 +171,9 @@ impl Flight {
 
     /// Another row gets the same.
     fn follow(&mut self, number: u64, mut row: RowMeta) {
-        let later = &self.rows[0].1.prompts[row.prompts.len()..];
+        let later = &self.rows[0].prompts[row.prompts.len()..];
         row.prompts.extend(later.iter().map(PromptMeta::shared));
-        self.rows.push((number, row));
+        self.followers.push((number, row));
     }
 }
 
@@ -167,8 +198,8 @@ impl Collector {
             finished_windows,
             stop,
             counts,
-            in_flight: HashMap::new(),
-            sequences: HashMap::new(),
+            in_flight: HashMap::default(),
+            sequences: HashMap::default(),
             needs,
             step_tasks,
             open_windows: HashMap::new(),
@@ -230,9 +261,7 @@ impl Collector {
         for group in window.groups {
             n_open += group.rows.len();
             let leader = group.rows[0].row_idx;
-            for &(id, prompt, choice) in &group.sequences {
-                self.sequences.insert(id, (leader, prompt, choice));
-            }
+            self.sequences.extend(group.sequences.iter().map(|&(id, prompt)| (id, (leader, prompt))));
             self.in_flight.insert(leader, Flight::new(number, group, self.needs.len()));
         }
         for (first, meta) in window.followers {
@@ -273,11 +302,14 @@ impl Collector {
         self.counts.stats = stats;
         self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
         for sequence in finished {
-            let (leader, prompt, choice) = self.sequences.remove(&sequence.id).expect("every submission was announced");
+            let (leader, prompt) = self.sequences.remove(&sequence.id).expect("every submission was announced");
             let flight = self.in_flight.get_mut(&leader).expect("its row is in flight");
             flight.n_left -= 1;
-            flight.results[prompt][choice] = Some(sequence);
-            if flight.results[prompt].iter().all(Option::is_some) {
+            flight.n_missing[prompt] -= 1;
+            flight.results[prompt].push(sequence);
+            if flight.n_missing[prompt] == 0 {
+                // A prompt's sequences are named in the order of its choices.
+                flight.results[prompt].sort_unstable_by_key(|finished| finished.id);
                 self.advance(leader, prompt);
             }
             self.land_if_complete(leader)?;
@@ -288,17 +320,16 @@ impl Collector {
     /// A prompt of the row is completed: the steps that waited for it alone can begin.
     fn advance(&mut self, leader: u64, prompt: usize) {
         let flight = self.in_flight.get_mut(&leader).expect("the caller looked");
-        let results: Vec<Finished> = flight.results[prompt].iter().flatten().cloned().collect();
-        let step = flight.rows[0].1.prompts[prompt].step;
-        if let Some(error) = broken(results.iter()) {
+        let results = &flight.results[prompt];
+        let step = flight.rows[0].prompts[prompt].step;
+        if let Some(error) = broken(results) {
             return flight.fail(step, error);
         }
         if self.needs.len() < 2 {
             return;
         }
-        flight.answers[step] = Some(step_answer(&results));
-        let (_, row) = &flight.rows[0];
-        let Origin::Dataset { columns: Some(columns) } = &row.origin else { return };
+        flight.answers[step] = Some(step_answer(results));
+        let Origin::Dataset { columns: Some(columns) } = &flight.rows[0].origin else { return };
         for (step, needs) in self.needs.iter().enumerate() {
             let is_ready = needs.iter().all(|&need| flight.answers[need].is_some());
             if needs.is_empty() || flight.is_started[step] || !is_ready {
@@ -321,12 +352,14 @@ impl Collector {
             Ok((meta, ids)) => {
                 let prompt = flight.results.len();
                 flight.n_left += ids.len();
-                flight.results.push(ids.iter().map(|_| None).collect());
-                for (i, (_, row)) in flight.rows.iter_mut().enumerate() {
+                flight.results.push(Vec::with_capacity(ids.len()));
+                flight.n_missing.push(ids.len());
+                let followers = flight.followers.iter_mut().map(|(_, row)| row);
+                for (i, row) in flight.rows.iter_mut().chain(followers).enumerate() {
                     row.prompts.push(if i == 0 { meta.clone() } else { meta.shared() });
                 }
                 self.counts.submitted += ids.len() as u64;
-                self.sequences.extend(ids.into_iter().enumerate().map(|(choice, id)| (id, (leader, prompt, choice))));
+                self.sequences.extend(ids.into_iter().map(|id| (id, (leader, prompt))));
             }
         }
         self.land_if_complete(leader)
@@ -338,13 +371,13 @@ impl Collector {
             return Ok(());
         }
         let flight = self.in_flight.remove(&leader).expect("the row is in flight");
-        let results: Vec<Vec<Finished>> = flight.results.into_iter().map(|all| all.into_iter().flatten().collect()).collect();
-        for (number, row) in &flight.rows {
+        let followers = flight.followers.iter().map(|(number, row)| (number, row));
+        for (number, row) in flight.rows.iter().map(|row| (&flight.window, row)).chain(followers) {
             if let Some((_, error)) = &flight.error {
                 self.fail(row, error)?;
             } else {
                 let start = Instant::now();
-                let record = self.answers.finished(row, &results);
+                let record = self.answers.finished(row, &flight.results);
                 self.counts.answer += start.elapsed();
                 self.append(&record)?;
             }
@@ -363,7 +396,7 @@ impl Collector {
     }
 
     /// The journal commits by itself when a segment is full.
-    fn append(&mut self, record: &Record) -> Result<()> {
+    fn append(&mut self, record: &Record<'_>) -> Result<()> {
         let start = Instant::now();
         let place = self.journal.append(record)?;
         if record.key.is_some() {

@@ -1,55 +1,46 @@
 //! What a job of any size must remember of its rows: who used a `custom_id` first, which row was the first of its content,
-//! and where that row's outcome is. Disk-backed tables with a small fixed cache, and a file of places by row, both unnamed
-//! and gone with the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the
-//! number of rows.
+//! and where that row's outcome is. Tables on disk (`first_rows`) and a file of places by row, all unnamed and gone with
+//! the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the number of rows.
 
+use super::first_rows::FirstRows;
 use crate::journal::{Place, Record};
 use anyhow::{Context, Result};
-use redb::backends::FileBackend;
-use redb::{Database, Durability, TableDefinition, WriteTransaction};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-/// Hash of a thing (128 bits of BLAKE3: collisions are out of reach) -> the lowest row known to have it.
-type FirstRows = TableDefinition<'static, u128, u64>;
-const FIRST_OF_ID: FirstRows = TableDefinition::new("first_of_id");
-const FIRST_OF_CONTENT: FirstRows = TableDefinition::new("first_of_content");
 /// Segment, first byte and length of a record, each of 8 bytes; a segment's number is never 0.
 const PLACE_BYTES: usize = 24;
-const CACHE_BYTES: usize = 16 << 20;
-/// Records that are noted in one transaction.
-const BATCH: usize = 4096;
+/// Records that are noted together.
+const BATCH: usize = 16_384;
 
-/// See the module.
+/// See the module. Things are known by a hash of them (128 bits of BLAKE3: collisions are out of reach).
 pub(super) struct JobIndex {
-    db: Database,
+    ids: Mutex<FirstRows>,
+    contents: Mutex<FirstRows>,
     /// At row · [`PLACE_BYTES`]: where the row's record is; zeros where it has none.
     places: File,
 }
 
 impl JobIndex {
-    /// An empty index whose file lives in `folder`.
+    /// An empty index whose files live in `folder`.
     pub(super) fn new(folder: &Path) -> Result<Self> {
-        let file =
-            || tempfile::tempfile_in(folder).with_context(|| format!("cannot make a temporary file in {}", folder.display()));
-        let db = FileBackend::new(file()?)
-            .and_then(|backend| Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend));
-        let db = db.context("cannot make the index of the job's rows")?;
-        Ok(Self { db, places: file()? })
+        let places = tempfile::tempfile_in(folder);
+        let places = places.with_context(|| format!("cannot make a temporary file in {}", folder.display()))?;
+        Ok(Self { ids: Mutex::new(FirstRows::new(folder)?), contents: Mutex::new(FirstRows::new(folder)?), places })
     }
 
-    /// Notes `custom_id`s and their rows; for each, the lowest row known to use it.
-    pub(super) fn first_of_ids<'a>(&self, ids: impl Iterator<Item = (u64, &'a str)>) -> Result<Vec<u64>> {
-        let uses: Vec<_> = ids.map(|(row, id)| (row, id_key(id))).collect();
-        self.write(|transaction| note_first(transaction, FIRST_OF_ID, &uses))
+    /// Notes `custom_id`s (their keys: [`id_key`]) and their rows; for each, the lowest row known to use it.
+    pub(super) fn first_of_ids(&self, uses: &[(u64, u128)]) -> Result<Vec<u64>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner).note(uses)
     }
 
     /// Notes contents and their rows; for each, the lowest row known to have it.
     pub(super) fn first_of_contents(&self, uses: &[(u64, u128)]) -> Result<Vec<u64>> {
-        self.write(|transaction| note_first(transaction, FIRST_OF_CONTENT, uses))
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner).note(uses)
     }
 
     /// Notes where rows' records are.
@@ -81,15 +72,6 @@ impl JobIndex {
         let [segment, start, n_bytes] = [0, 1, 2].map(|i| u64::from_le_bytes(numbers[i]));
         Ok((segment > 0).then_some(Place { segment: segment as u32, start, n_bytes }))
     }
-
-    /// The changes are for this process alone: they need not survive it.
-    fn write<T>(&self, change: impl FnOnce(&WriteTransaction) -> Result<T>) -> Result<T> {
-        let mut transaction = self.db.begin_write()?;
-        transaction.set_durability(Durability::None)?;
-        let result = change(&transaction)?;
-        transaction.commit()?;
-        Ok(result)
-    }
 }
 
 /// Notes what an earlier run has journaled.
@@ -108,14 +90,13 @@ impl<'a> Replay<'a> {
     }
 
     /// Notes one record.
-    pub(super) fn note(&mut self, record: &Record, place: Place) -> Result<()> {
+    pub(super) fn note(&mut self, record: &Record<'_>, place: Place) -> Result<()> {
         if self.requests
             && let Some(id) = custom_id(record)?
         {
             self.ids.push((record.row, id_key(&id)));
         }
-        if let Some(key) = &record.key {
-            let key = u128::from_str_radix(key, 16).with_context(|| format!("the key of row {} in the journal", record.row))?;
+        if let Some(key) = record.key {
             self.contents.push((record.row, key));
             self.places.push((record.row, place));
         }
@@ -124,10 +105,8 @@ impl<'a> Replay<'a> {
 
     /// Makes what was noted known.
     pub(super) fn flush(&mut self) -> Result<()> {
-        self.index.write(|transaction| {
-            note_first(transaction, FIRST_OF_ID, &self.ids)?;
-            note_first(transaction, FIRST_OF_CONTENT, &self.contents)
-        })?;
+        self.index.first_of_ids(&self.ids)?;
+        self.index.first_of_contents(&self.contents)?;
         self.ids.clear();
         self.contents.clear();
         self.index.add_places(std::mem::take(&mut self.places))
@@ -135,38 +114,20 @@ impl<'a> Replay<'a> {
 }
 
 /// The id in a request row's output or error line.
-fn custom_id(record: &Record) -> Result<Option<String>> {
+fn custom_id(record: &Record<'_>) -> Result<Option<String>> {
     #[derive(Deserialize)]
     struct Line {
         custom_id: Option<String>,
     }
-    let line: Line =
-        serde_json::from_str(record.line.get()).with_context(|| format!("the journaled line of row {}", record.row))?;
+    let line: Line = serde_json::from_str(&record.line).with_context(|| format!("the journaled line of row {}", record.row))?;
     Ok(line.custom_id)
 }
 
-fn id_key(id: &str) -> u128 {
+/// What a `custom_id` is known by.
+pub(super) fn id_key(id: &str) -> u128 {
     let hash = blake3::hash(id.as_bytes());
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     u128::from_le_bytes(*key)
-}
-
-/// In order of the keys, which a tree likes better than any other.
-fn note_first(transaction: &WriteTransaction, table: FirstRows, uses: &[(u64, u128)]) -> Result<Vec<u64>> {
-    let mut table = transaction.open_table(table)?;
-    let mut order: Vec<usize> = (0..uses.len()).collect();
-    order.sort_by_key(|&i| (uses[i].1, uses[i].0));
-    let mut first = vec![0; uses.len()];
-    for i in order {
-        let (row, key) = uses[i];
-        // Most keys are new: one walk down the tree, and another only to take back what was wrong to write.
-        let known = table.insert(key, row)?.map(|row| row.value());
-        first[i] = known.map_or(row, |known| known.min(row));
-        if first[i] != row {
-            table.insert(key, first[i])?;
-        }
-    }
-    Ok(first)
 }
 
 #[cfg(test)]
@@ -180,8 +141,9 @@ mod tests {
     #[test]
     fn later_uses_name_the_first() {
         let index = index();
-        assert_eq!(index.first_of_ids([(0, "a"), (1, "b"), (2, "a")].into_iter()).unwrap(), [0, 1, 0]);
-        assert_eq!(index.first_of_ids([(3, "b"), (4, "c")].into_iter()).unwrap(), [1, 4]);
+        let ids = |ids: &[(u64, &str)]| ids.iter().map(|(row, id)| (*row, id_key(id))).collect::<Vec<_>>();
+        assert_eq!(index.first_of_ids(&ids(&[(0, "a"), (1, "b"), (2, "a")])).unwrap(), [0, 1, 0]);
+        assert_eq!(index.first_of_ids(&ids(&[(3, "b"), (4, "c")])).unwrap(), [1, 4]);
     }
 
     #[test]
@@ -205,23 +167,22 @@ mod tests {
 
     #[test]
     fn a_replay_restores_what_was_known() {
-        use serde_json::value::RawValue;
-        let record = |row, key: Option<&str>| Record {
+        let record = |row, key| Record {
             row,
             ok: true,
             prompt_tokens: 0,
             completion_tokens: 0,
             cached_tokens: 0,
-            key: key.map(str::to_owned),
-            line: RawValue::from_string(format!("{{\"custom_id\":\"id {row}\"}}")).unwrap(),
+            key,
+            line: format!("{{\"custom_id\":\"id {row}\"}}").into(),
         };
         let index = index();
         let mut replay = Replay::new(&index, true);
         let place = Place { segment: 7, start: 1, n_bytes: 2 };
-        replay.note(&record(3, Some("ff")), place).unwrap();
+        replay.note(&record(3, Some(255)), place).unwrap();
         replay.note(&record(4, None), place).unwrap();
         replay.flush().unwrap();
-        assert_eq!(index.first_of_ids([(8, "id 3"), (9, "id 4")].into_iter()).unwrap(), [3, 4]);
+        assert_eq!(index.first_of_ids(&[(8, id_key("id 3")), (9, id_key("id 4"))]).unwrap(), [3, 4]);
         assert_eq!(index.first_of_contents(&[(8, 255)]).unwrap(), [3]);
         assert_eq!((index.place(3).unwrap(), index.place(4).unwrap()), (Some(place), None));
     }

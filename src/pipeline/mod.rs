@@ -9,6 +9,7 @@ mod columns;
 mod estimate;
 pub mod explain;
 mod feed;
+mod first_rows;
 mod index;
 pub mod inspect;
 mod job;

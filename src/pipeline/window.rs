@@ -4,16 +4,16 @@
 //! an earlier run has done already.
 
 use super::answer::{PromptMeta, RowMeta};
-use super::index::JobIndex;
+use super::index::{JobIndex, id_key};
 use crate::engine::Submission;
 use crate::engine::sampling::SeqParams;
 use crate::outcome::{ErrorCode, RowError};
 use crate::plan::{Plan, PlanRow, plan};
 use crate::prepare::{Origin, Prepared, Prompt};
-use crate::request::MAX_CHOICES;
+use crate::request::{AnswerFormat, MAX_CHOICES, Params};
 use crate::window::Class;
 use anyhow::Result;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub(super) struct WindowRow {
     pub(super) file: Arc<str>,
     pub(super) line: u64,
     pub(super) prepared: Prepared,
+    /// What its `custom_id` is known by.
+    pub(super) id_key: Option<u128>,
     /// What identical rows are found by; `None` if this row is computed in any case.
     pub(super) key: Option<u128>,
     /// The lowest row of the job with that key; itself if there is none.
@@ -53,8 +55,8 @@ pub(super) struct PlannedWindow {
 pub(super) struct Group {
     /// The first one's prompts are run.
     pub(super) rows: Vec<RowMeta>,
-    /// The engine's name of each sequence, with the prompt and the choice that it is.
-    pub(super) sequences: Vec<(u64, usize, usize)>,
+    /// The engine's name of each sequence, in the order of choices, with the prompt that it completes.
+    pub(super) sequences: Vec<(u64, usize)>,
 }
 
 /// Settings of the job that a window needs.
@@ -74,7 +76,11 @@ impl WindowRow {
         let prompts = prepared.prompts.as_ref().ok();
         let prompts = prompts.filter(|prompts| settings.dedup && prompts.iter().all(|p| p.params.is_deterministic()));
         let key = prompts.map(|prompts| content_key(prompts, &prepared.origin, settings.has_steps));
-        Self { row_idx, file, line, prepared, key, first: row_idx }
+        let id_key = match &prepared.origin {
+            Origin::Request { custom_id: Some(id), .. } => Some(id_key(id)),
+            _ => None,
+        };
+        Self { row_idx, file, line, prepared, id_key, key, first: row_idx }
     }
 }
 
@@ -88,19 +94,17 @@ struct Ready {
 
 /// Fails the rows that use a `custom_id` again. Must see the windows in order, but for those that the index knows.
 pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Result<()> {
-    let id = |row: &WindowRow| match &row.prepared.origin {
-        Origin::Request { custom_id: Some(id), .. } => Some(id.clone()),
-        _ => None,
-    };
-    let ids: Vec<(usize, String)> = rows.iter().enumerate().filter_map(|(i, row)| Some((i, id(row)?))).collect();
-    if ids.is_empty() {
+    let uses: Vec<(u64, u128)> = rows.iter().filter_map(|row| Some((row.row_idx, row.id_key?))).collect();
+    if uses.is_empty() {
         return Ok(());
     }
-    let first = index.first_of_ids(ids.iter().map(|(i, id)| (rows[*i].row_idx, id.as_str())))?;
-    for ((i, id), first) in ids.iter().zip(first) {
-        if first < rows[*i].row_idx {
+    let first = index.first_of_ids(&uses)?;
+    for (row, first) in rows.iter_mut().filter(|row| row.id_key.is_some()).zip(first) {
+        if first < row.row_idx
+            && let Origin::Request { custom_id: Some(id), .. } = &row.prepared.origin
+        {
             let message = format!("{id:?} was used by an earlier row (row {first}, counted from 0)");
-            rows[*i].prepared.prompts = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
+            row.prepared.prompts = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
         }
     }
     Ok(())
@@ -132,7 +136,7 @@ pub(super) fn plan_window(
     let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
         let done = is_done(row.row_idx);
-        let WindowRow { row_idx, file, line, prepared, key, first } = row;
+        let WindowRow { row_idx, file, line, prepared, key, first, .. } = row;
         let mut meta = RowMeta { row_idx, file, line, origin: prepared.origin, prompts: Vec::new(), key };
         match prepared.prompts {
             Err(_) if done => {}
@@ -216,7 +220,7 @@ impl Arrangement {
     /// Makes the engine's work of the rows.
     fn submit(self, ready: Vec<Ready>, keep_at_end: u32, next_id: &mut u64, window: &mut PlannedWindow) {
         window.trie_tokens = self.plan.trie_tokens;
-        let mut sequences: Vec<Vec<(u64, usize, usize)>> = self.groups.iter().map(|_| Vec::new()).collect();
+        let mut sequences: Vec<Vec<(u64, usize)>> = self.groups.iter().map(|_| Vec::with_capacity(1)).collect();
         for (place, &planned) in self.plan.order.iter().enumerate() {
             let (group, prompt_idx) = self.prompts[planned as usize];
             let row = &ready[self.groups[group][0]];
@@ -229,14 +233,15 @@ impl Arrangement {
                 let draw = (row.meta.prompts[prompt_idx].seed, draw_number(prompt, prompt_idx, choice));
                 let submission = submission(*next_id, prompt, draw, keep_tokens);
                 window.submissions.push(submission);
-                sequences[group].push((*next_id, prompt_idx, choice));
+                sequences[group].push((*next_id, prompt_idx));
                 *next_id += 1;
             }
         }
         let mut metas: Vec<Option<RowMeta>> = ready.into_iter().map(|row| Some(row.meta)).collect();
         for (group, sequences) in self.groups.into_iter().zip(sequences) {
             window.n_duplicates += group.len() as u64 - 1;
-            let mut rows: Vec<RowMeta> = group.into_iter().filter_map(|i| metas[i].take()).collect();
+            let mut rows = Vec::with_capacity(group.len());
+            rows.extend(group.into_iter().filter_map(|i| metas[i].take()));
             rows[1..].iter_mut().for_each(|meta| meta.key = None);
             window.groups.push(Group { rows, sequences });
         }
@@ -293,14 +298,19 @@ fn plan_row(prompt: &Prompt) -> PlanRow<'_> {
 
 /// Indices of rows that get the same completion, in input order.
 fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut groups: Vec<Vec<usize>> = Vec::with_capacity(ready.len());
+    // Most rows are their own first, and nobody has come to need their group before.
     let mut group_of: HashMap<u64, usize> = HashMap::new();
+    let shared: HashSet<u64> = ready.iter().filter(|row| row.first != row.meta.row_idx).map(|row| row.first).collect();
     for (i, row) in ready.iter().enumerate() {
-        let group = *group_of.entry(row.first).or_insert(groups.len());
-        if group == groups.len() {
-            groups.push(Vec::new());
+        if shared.contains(&row.first) {
+            let group = *group_of.entry(row.first).or_insert(groups.len());
+            if group < groups.len() {
+                groups[group].push(i);
+                continue;
+            }
         }
-        groups[group].push(i);
+        groups.push(vec![i]);
     }
     groups
 }
@@ -312,19 +322,62 @@ fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
     let mut content = Vec::with_capacity(512 + 4 * n_tokens);
     let mut add = |text: std::fmt::Arguments<'_>| content.write_fmt(text).expect("memory takes text");
     match origin {
+        Origin::Request { endpoint, echo: None, .. } => content.push(*endpoint as u8),
         Origin::Request { endpoint, echo, .. } => add(format_args!("{endpoint:?}{echo:?}")),
         Origin::Dataset { columns } if has_steps => add(format_args!("{columns:?}")),
         Origin::Dataset { .. } => {}
     }
     for prompt in prompts {
         let Prompt { step, tokens, params, max_tokens, score_from, call_format, one_call, .. } = prompt;
-        let head = format!("{step}/{}/{params:?}/{max_tokens}/{score_from:?}/{call_format:?}/{one_call}", tokens.len());
-        content.extend_from_slice(head.as_bytes());
+        for number in [*step as u64, tokens.len() as u64, u64::from(*max_tokens), u64::from(score_from.unwrap_or(0))] {
+            content.extend_from_slice(&number.to_le_bytes());
+        }
+        add_params(&mut content, params);
+        let calls = call_format.is_some() || *one_call;
+        content.push(u8::from(calls));
+        if calls {
+            write!(content, "{call_format:?}/{one_call}").expect("memory takes text");
+        }
         content.extend(tokens.iter().flat_map(|id| id.to_le_bytes()));
     }
     let hash = blake3::hash(&content);
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     u128::from_le_bytes(*key)
+}
+
+/// Adds parameters to what is hashed; other ones give other bytes.
+fn add_params(content: &mut Vec<u8>, params: &Params) {
+    // All fields by name: whoever adds one must say here what becomes of it.
+    let Params {
+        max_tokens,
+        min_tokens,
+        n,
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+        logit_bias,
+        seed,
+        stop,
+        stop_tokens,
+        ignore_eos,
+        logprobs,
+        echo,
+        format,
+    } = params;
+    let floats = [temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty].map(|x| x.to_bits());
+    let flags = [max_tokens.is_some(), seed.is_some(), logprobs.is_some(), *ignore_eos, *echo].map(u32::from);
+    let numbers = [max_tokens.unwrap_or(0), *min_tokens, *n, *top_k, u32::from(logprobs.unwrap_or(0))];
+    content.extend(floats.into_iter().chain(flags).chain(numbers).flat_map(u32::to_le_bytes));
+    content.extend(seed.unwrap_or(0).to_le_bytes());
+    let is_plain = logit_bias.is_empty() && stop.is_empty() && stop_tokens.is_empty() && *format == AnswerFormat::Text;
+    content.push(u8::from(is_plain));
+    if !is_plain {
+        write!(content, "{logit_bias:?}/{stop:?}/{stop_tokens:?}/{format:?}/").expect("memory takes text");
+    }
 }
 
 /// The seed that a prompt's tokens are drawn with; `None` if none is drawn.

@@ -10,7 +10,6 @@ use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use serde_json::value::RawValue;
 use valar::journal::{Input, JobDir, Journal, Manifest, Outputs, Record, finalise};
 use valar::storage::{Location, Storage};
 
@@ -29,16 +28,16 @@ fn hash(x: u64) -> u64 {
 }
 
 /// What becomes of a row, whenever it is computed.
-fn outcome(row: u64) -> Record {
+fn outcome(row: u64) -> Record<'static> {
     let ok = !hash(row).is_multiple_of(5);
     let text = "né\\n".repeat((hash(row) % 30) as usize);
-    let line = RawValue::from_string(format!("{{\"row\":{row},\"ok\":{ok},\"text\":\"{text}\"}}")).unwrap();
+    let line = format!("{{\"row\":{row},\"ok\":{ok},\"text\":\"{text}\"}}").into();
     Record { row, ok, prompt_tokens: row as u32, completion_tokens: 2, cached_tokens: 1, key: None, line }
 }
 
 /// What the output must be.
 fn wanted(ok: bool) -> String {
-    (0..N_ROWS).map(outcome).filter(|r| r.ok == ok).flat_map(|r| [r.line.get().to_owned(), "\n".to_owned()]).collect()
+    (0..N_ROWS).map(outcome).filter(|r| r.ok == ok).flat_map(|r| [r.line.into_owned(), "\n".to_owned()]).collect()
 }
 
 fn manifest() -> Manifest {
@@ -275,8 +274,8 @@ fn damage_in_the_middle_is_an_error_that_names_the_segment() {
 }
 
 /// A segment written by hand.
-fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Record]) {
-    let lines: String = records.iter().flat_map(|r| [serde_json::to_string(r).unwrap(), "\n".to_owned()]).collect();
+fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Record<'_>]) {
+    let lines: String = records.iter().flat_map(|r| [r.to_string(), "\n".to_owned()]).collect();
     let (n_rows, hash) = (records.len(), blake3::hash(lines.as_bytes()));
     let seal = format!("{{\"rows\":{n_rows},\"job\":\"job\",\"blake3\":\"{}\"}}\n", hash.to_hex());
     let at = places.dir.child(&format!("seg-{number:08}.jsonl")).unwrap();
@@ -286,7 +285,7 @@ fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Recor
 #[test]
 fn the_first_committed_outcome_of_a_row_counts() {
     let (storage, _, places) = five_segments();
-    let other = |row| Record { line: RawValue::from_string("{\"other\":1}".into()).unwrap(), ..outcome(row) };
+    let other = |row| Record { line: "{\"other\":1}".into(), ..outcome(row) };
     // Again while their first outcomes wait for row 10, and again after they were handed out.
     put_segment(&storage, &places, 6, &[outcome(12), outcome(11)]);
     put_segment(&storage, &places, 7, &[other(11), other(12), other(0), other(11)]);
