@@ -80,13 +80,13 @@ def busy_seconds():
 
 def run(program, workload, source, options):
     """Runs a program once, checks its results, and returns what it took."""
-    with tempfile.TemporaryDirectory(dir=options.peers_dir) as folder:
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder, open(options.peers_dir / f"log.{program}", "w") as log:
         output = Path(folder) / "out.jsonl"
         words = [*command(program, workload, options), source]
         words += ["--output", output] if program == "valar" else [output]
-        log = open(options.peers_dir / f"log.{program}", "w")
         before, start = busy_seconds(), time.perf_counter()
-        done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, stderr=log, env=environment(program, options))
+        words = [str(word) for word in words]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, env=environment(program, options))
         wall, after = time.perf_counter() - start, busy_seconds()
         if done.returncode != 0:
             raise SystemExit(f"{program}, {workload}: exit code {done.returncode}, see {log.name}")
@@ -101,7 +101,8 @@ def run(program, workload, source, options):
         seconds += max(0, load - FREE_LOAD)
     everyone, own = (b - a for a, b in zip(before, after))
     others = max(0, everyone - own) / wall
-    return {"seconds": seconds, "load": load, "others": others, "prompt_tokens": n_prompt, "generated_tokens": n_generated}
+    tokens = {"prompt_tokens": n_prompt, "generated_tokens": n_generated}
+    return {"seconds": seconds, "load": load, "wall": wall, "others": others, **tokens}
 
 
 def lines(path):
@@ -121,6 +122,18 @@ def check(program, source, output):
     return sum(usage["prompt_tokens"] for usage in usages), sum(usage["completion_tokens"] for usage in usages)
 
 
+def run_pair(i, peer, workload, source, options):
+    """valar and a peer directly after each other; every other pair the other way round."""
+    order = ["valar", peer] if i % 2 == 0 else [peer, "valar"]
+    pair = {program: run(program, workload, source, options) for program in order}
+    if abs(pair[peer]["prompt_tokens"] / pair["valar"]["prompt_tokens"] - 1) > 0.01:
+        raise SystemExit(f"{workload}: {peer} and valar read different prompts: {pair}")
+    if options.results:
+        with open(options.results, "a") as file:
+            print(json.dumps({"workload": workload, "limit": options.limit, **pair}), file=file)
+    return pair
+
+
 def spread(values, form):
     return f"{median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
@@ -136,7 +149,7 @@ def table_row(workload, n_rows, peer, pairs):
         spread([run["seconds"] for run in ours], ".2f"),
         f"**{spread([a['seconds'] / b['seconds'] for a, b in zip(theirs, ours)], '.2f')}**",
         f"{median(run['load'] for run in theirs):.1f} / {median(run['load'] for run in ours):.1f}",
-        f"{median((a['seconds'] + a['load']) / (b['seconds'] + b['load']) for a, b in zip(theirs, ours)):.2f}",
+        f"{median(a['wall'] / b['wall'] for a, b in zip(theirs, ours)):.2f}",
         f"{tokens / median(run['seconds'] for run in ours):.0f}",
         f"{max(run['others'] for run in theirs):.2f} / {max(run['others'] for run in ours):.2f}",
     ]
@@ -153,20 +166,15 @@ def main():
     print(f"{cpu()}, {options.threads} threads; medians of {options.pairs} pairs (lowest–highest)\n")
     print("| workload | rows | peer | peer s | valar s | peer / valar | load s | with load | valar tokens/s | others' cores |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for workload in options.workloads:
-        rows = lines(options.files / f"{workload}.jsonl")[: options.limit]
-        source = options.peers_dir / f"{workload}.jsonl"
-        source.write_text("".join(rows), "utf-8")
-        for peer in options.peers:
-            pairs = []
-            for i in range(options.pairs):
-                order = ["valar", peer] if i % 2 == 0 else [peer, "valar"]
-                pairs.append({program: run(program, workload, source, options) for program in order})
-                if options.results:
-                    with open(options.results, "a") as file:
-                        print(json.dumps({"workload": workload, "rows": len(rows), **pairs[-1]}), file=file)
-            print(table_row(workload, len(rows), peer, pairs), flush=True)
+    with tempfile.TemporaryDirectory(dir=options.peers_dir) as folder:
+        for workload in options.workloads:
+            rows = lines(options.files / f"{workload}.jsonl")[: options.limit]
+            source = Path(folder) / f"{workload}.jsonl"
+            source.write_text("".join(rows), "utf-8")
+            for peer in options.peers:
+                pairs = [run_pair(i, peer, workload, source, options) for i in range(options.pairs)]
+                print(table_row(workload, len(rows), peer, pairs), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

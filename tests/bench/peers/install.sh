@@ -32,7 +32,7 @@ if step llama.cpp/bin/llama-quantize "llama.cpp: the commit that llama-cpp-pytho
   cmake -S downloads/llama_cpp_python-0.3.36/vendor/llama.cpp -B llama.cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
     -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF >downloads/cmake.log
-  cmake --build llama.cpp --target llama-server llama-quantize >>downloads/cmake.log
+  cmake --build llama.cpp --target llama-server llama-quantize llama-tokenize llama-perplexity >>downloads/cmake.log
 fi
 
 if step models/$model.Q4_1.gguf "the model"; then
