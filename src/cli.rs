@@ -120,11 +120,36 @@ pub struct RunArgs {
     pub quiet: bool,
 }
 
+/// Measurements of the machine.
+#[derive(Debug, Subcommand)]
+pub enum MachineBench {
+    /// Measure what this machine can do at most: operations on registers, reading caches and memory
+    Roof {
+        /// Threads
+        #[arg(long)]
+        threads: Option<usize>,
+    },
+    /// Measure the share of that which products and attention reach, for models of 135M to 8B parameters
+    Kernels {
+        /// In which numbers the CPU computes: int8, bf16 or exact; without it, the fastest here
+        #[arg(long)]
+        numerics: Option<String>,
+        /// Threads
+        #[arg(long)]
+        threads: Option<usize>,
+    },
+}
+
 /// `valar bench`
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct BenchArgs {
+    /// What to measure instead of a workload
+    #[command(subcommand)]
+    pub machine: Option<MachineBench>,
     /// A JSONL or Parquet file of requests in `OpenAI` Batch form
-    pub workload: String,
+    #[arg(required = true)]
+    pub workload: Option<String>,
     /// Only the first rows
     #[arg(long, value_name = "ROWS")]
     pub limit: Option<u64>,
@@ -148,6 +173,9 @@ pub struct EngineArgs {
     /// cpu, or reference (slow, for comparison)
     #[arg(long)]
     pub device: Option<String>,
+    /// In which numbers the CPU computes: int8, bf16, exact (f32), or fast (the faster of the first two here)
+    #[arg(long)]
+    pub numerics: Option<String>,
     /// Memory for weights, KV cache and workspace, such as 4GiB
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
@@ -163,7 +191,12 @@ impl EngineArgs {
     fn overrides(&self) -> Vec<(String, Value)> {
         let text = |key: &str, value: &Option<String>| value.clone().map(|v| (key.to_owned(), Value::String(v)));
         let threads = self.threads.map(|n| ("engine.threads".to_owned(), Value::Integer(n as i64)));
-        let texts = [text("model.name", &self.model), text("model.device", &self.device), text("engine.memory", &self.memory)];
+        let texts = [
+            text("model.name", &self.model),
+            text("model.device", &self.device),
+            text("model.numerics", &self.numerics),
+            text("engine.memory", &self.memory),
+        ];
         let kind = self.engine.map(|kind| ("engine.kind".to_owned(), Value::String(kind.as_str().to_owned())));
         texts.into_iter().flatten().chain(threads).chain(kind).collect()
     }
@@ -203,7 +236,7 @@ impl BenchArgs {
     /// The pipeline keys of a benchmark: every row is computed.
     pub fn overrides(&self) -> Vec<(String, Value)> {
         let mut overrides = self.engine.overrides();
-        overrides.push(("input.files".into(), Value::Array(vec![Value::String(self.workload.clone())])));
+        overrides.push(("input.files".into(), Value::Array(self.workload.iter().cloned().map(Value::String).collect())));
         overrides.push(("job.dedup".into(), Value::Boolean(false)));
         overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
         overrides

@@ -1,6 +1,7 @@
 //! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
 //! of the program is here or in the pipeline file, with its unit in its name.
 
+use crate::device::cpu::Numerics;
 use crate::hub::remote::Remote;
 use crate::pipeline::spec::{FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
@@ -37,6 +38,18 @@ pub const DRAIN_SECONDS: f64 = 5.0;
 /// Seconds between progress lines where there is no terminal.
 pub const PROGRESS_LINE_SECONDS: f64 = 5.0;
 
+/// Threads that compute: as many as asked for, or as the machine has.
+///
+/// # Errors
+/// 0, or more than any machine has.
+pub fn n_threads(wanted: Option<usize>) -> Result<usize> {
+    match wanted {
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        Some(n) if (1..=1024).contains(&n) => Ok(n),
+        Some(n) => bail!("{n} threads are outside 1 to 1024"),
+    }
+}
+
 impl Config {
     /// Checks a pipeline's meaning.
     ///
@@ -55,6 +68,9 @@ impl Config {
                 bail!("output.columns: {name:?} stands there twice");
             }
         }
+        if spec.model.numerics != "fast" {
+            Numerics::named(&spec.model.numerics).context("model.numerics")?;
+        }
         let defaults = sampling_params(&spec.sampling, spec.is_dataset())?;
         at_least("input.max_line_bytes", spec.input.max_line_bytes, 1024)?;
         at_least("engine.budget_tokens", spec.engine.budget_tokens, 16)?;
@@ -67,11 +83,7 @@ impl Config {
                 bail!("prices.{name}: must be a number of at least 0");
             }
         }
-        let n_threads = match spec.engine.threads {
-            None => std::thread::available_parallelism().map_or(1, usize::from),
-            Some(n) if (1..=1024).contains(&n) => n,
-            Some(n) => bail!("engine.threads: {n} is outside 1 to 1024"),
-        };
+        let n_threads = n_threads(spec.engine.threads).context("engine.threads")?;
         let memory_bytes = match &spec.engine.memory {
             Some(text) => parse_bytes(text).context("engine.memory")?,
             None => free_memory_bytes()? / 2,

@@ -1,14 +1,15 @@
 //! The command line: maps errors to exit codes; one match on the subcommand.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
-use valar::cli::{Cli, Command};
+use valar::cli::{BenchArgs, Cli, Command, MachineBench};
 use valar::config::{self, Config, cache_folder};
+use valar::device::cpu::Numerics;
 use valar::hub;
 use valar::pipeline::progress::say;
-use valar::pipeline::{self, JobEnd, bench, explain, inspect, spec};
+use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, spec};
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -37,6 +38,17 @@ fn run(cli: Cli) -> Result<u8> {
             let spec = spec::load(args.job.pipeline.as_deref(), &args.overrides());
             match spec.and_then(|spec| Config::new(spec, false, args.job.quiet)) {
                 Ok(config) => explain::show(&config, args.calibrate, args.json).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        Command::Bench(BenchArgs { machine: Some(MachineBench::Roof { threads }), .. }) => match config::n_threads(threads) {
+            Ok(n_threads) => kernels::show_roof(n_threads).map(|()| 0),
+            Err(error) => Ok(usage(&error)),
+        },
+        Command::Bench(BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads }), .. }) => {
+            let numerics = numerics.filter(|name| name != "fast").map(|name| Numerics::named(&name)).transpose();
+            match numerics.context("--numerics").and_then(|numerics| Ok((numerics, config::n_threads(threads)?))) {
+                Ok((numerics, n_threads)) => kernels::show_kernels(numerics, n_threads).map(|()| 0),
                 Err(error) => Ok(usage(&error)),
             }
         }

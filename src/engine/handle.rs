@@ -87,14 +87,14 @@ impl EngineHandle {
     /// If one could never run: see [`Submission::check`].
     #[must_use]
     pub fn submit_all(&self, submissions: impl Iterator<Item = Submission>) -> bool {
-        let mut rest = submissions.peekable();
+        let mut rest = submissions.inspect(|next| next.check(&self.limits)).peekable();
         while let Some(class) = rest.peek().map(|next| next.class) {
             let n_places = self.gate.enter(class, GROUP);
             if n_places == 0 {
                 return false;
             }
             let same = std::iter::from_fn(|| rest.next_if(|next| next.class == class));
-            let group: Vec<Submission> = same.take(n_places).inspect(|next| next.check(&self.limits)).collect();
+            let group: Vec<Submission> = same.take(n_places).collect();
             self.gate.leave(class, n_places - group.len());
             if self.commands.send(Command::SubmitAll(group)).is_err() {
                 return false;

@@ -3,14 +3,16 @@
 //! one of a few files (by a part of the key). A key that the filter may have seen is looked for in its file, read from
 //! its beginning, together with all others of the same call that belong there.
 //!
-//! Invariant: memory does not grow with the number of keys. Beyond what the filter has room for (some ten million keys)
-//! it sends ever more new keys to the files: that costs time, never a wrong answer.
+//! Invariant: memory does not grow with the number of keys. A call with keys that are known reads the files they belong to
+//! once, up to 24 bytes for every key so far: cheap for windows of thousands of rows, less so for windows of a few. Beyond
+//! what the filter has room for (some ten million keys) it sends ever more new keys there too: that costs time, never a
+//! wrong answer.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Files of a table.
 const PARTS: usize = 32;
@@ -29,6 +31,7 @@ const KEY_BITS: usize = 6;
 
 /// See the module. Keys must be hashes: their bits are used as they are.
 pub(super) struct FirstRows {
+    folder: PathBuf,
     filter: Vec<u64>,
     parts: Vec<Part>,
     read: Vec<u8>,
@@ -36,7 +39,8 @@ pub(super) struct FirstRows {
 
 /// The entries of the keys that end in the same bits; of a key that stands there twice, the lowest row counts.
 struct Part {
-    file: File,
+    /// Made when the buffer is full for the first time.
+    file: Option<File>,
     n_written: u64, // bytes
     buffer: Vec<u8>,
 }
@@ -44,13 +48,9 @@ struct Part {
 impl FirstRows {
     /// Nothing known; the files are unnamed ones in `folder`.
     pub(super) fn new(folder: &Path) -> Result<Self> {
-        let part = || {
-            let file = tempfile::tempfile_in(folder);
-            let file = file.with_context(|| format!("cannot make a temporary file in {}", folder.display()))?;
-            anyhow::Ok(Part { file, n_written: 0, buffer: Vec::new() })
-        };
-        let parts = (0..PARTS).map(|_| part()).collect::<Result<_>>()?;
-        Ok(Self { filter: vec![0; FILTER_WORDS], parts, read: Vec::new() })
+        ensure!(folder.is_dir(), "no folder {} for the index of the job's rows", folder.display());
+        let parts = (0..PARTS).map(|_| Part { file: None, n_written: 0, buffer: Vec::new() }).collect();
+        Ok(Self { folder: folder.to_owned(), filter: vec![0; FILTER_WORDS], parts, read: Vec::new() })
     }
 
     /// Notes keys and their rows; for each, the lowest row known to have it.
@@ -62,7 +62,7 @@ impl FirstRows {
             if self.filter_has_or_adds(key) {
                 asked[part_of(key)].push(i);
             } else {
-                self.parts[part_of(key)].push(key, row)?;
+                self.parts[part_of(key)].push(&self.folder, key, row)?;
             }
         }
         for (part, asked) in self.parts.iter_mut().zip(asked).filter(|(_, asked)| !asked.is_empty()) {
@@ -73,15 +73,14 @@ impl FirstRows {
                 let lowest = known.get_mut(&key).expect("all were put in");
                 if row < *lowest {
                     *lowest = row;
-                    part.push(key, row)?;
+                    part.push(&self.folder, key, row)?;
                 }
                 first[i] = *lowest;
             }
         }
         // A lower row may have come after a higher one of the same call.
-        let mut lowest: HashMap<u128, u64> = HashMap::new();
-        let is_sorted = uses.is_sorted_by_key(|(row, _)| *row);
-        if !is_sorted {
+        if !uses.is_sorted_by_key(|(row, _)| *row) {
+            let mut lowest: HashMap<u128, u64> = HashMap::new();
             for (&(_, key), &row) in uses.iter().zip(&first) {
                 let known = lowest.entry(key).or_insert(row);
                 *known = row.min(*known);
@@ -112,11 +111,18 @@ fn part_of(key: u128) -> usize {
 }
 
 impl Part {
-    fn push(&mut self, key: u128, row: u64) -> Result<()> {
+    fn push(&mut self, folder: &Path, key: u128, row: u64) -> Result<()> {
         self.buffer.extend_from_slice(&key.to_le_bytes());
         self.buffer.extend_from_slice(&row.to_le_bytes());
         if self.buffer.len() >= BUFFER_BYTES {
-            self.file.write_all_at(&self.buffer, self.n_written).context("cannot write the index of the job's rows")?;
+            let file = match &mut self.file {
+                Some(file) => file,
+                none => none.insert(
+                    tempfile::tempfile_in(folder)
+                        .with_context(|| format!("cannot make a temporary file in {}", folder.display()))?,
+                ),
+            };
+            file.write_all_at(&self.buffer, self.n_written).context("cannot write the index of the job's rows")?;
             self.n_written += self.buffer.len() as u64;
             self.buffer.clear();
         }
@@ -146,9 +152,9 @@ impl Part {
             }
         };
         let mut start = 0;
-        while start < self.n_written {
+        while let Some(file) = self.file.as_ref().filter(|_| start < self.n_written) {
             read.resize(READ_BYTES.min((self.n_written - start) as usize), 0);
-            self.file.read_exact_at(read, start).context("cannot read the index of the job's rows")?;
+            file.read_exact_at(read, start).context("cannot read the index of the job's rows")?;
             take(read);
             start += read.len() as u64;
         }
@@ -174,7 +180,7 @@ mod tests {
             calls in prop::collection::vec(prop::collection::vec((0..5000_u64, 0..300_u32), 0..60), 1..30),
             filter_is_full in any::<bool>(),
         ) {
-            let mut table = FirstRows::new(tempfile::tempdir().unwrap().path()).unwrap();
+            let mut table = FirstRows::new(&std::env::temp_dir()).unwrap();
             if filter_is_full {
                 table.filter.fill(u64::MAX);
             }
@@ -193,7 +199,7 @@ mod tests {
 
     #[test]
     fn buffers_that_were_written_are_read_again() {
-        let mut table = FirstRows::new(tempfile::tempdir().unwrap().path()).unwrap();
+        let mut table = FirstRows::new(&std::env::temp_dir()).unwrap();
         let n_keys = 60_000;
         let uses: Vec<(u64, u128)> = (0..n_keys).map(|key| (u64::from(key) + 7, hash(key))).collect();
         let rows: Vec<u64> = uses.iter().map(|(row, _)| *row).collect();

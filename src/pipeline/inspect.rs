@@ -3,7 +3,7 @@
 use super::load::{self, Opened};
 use super::progress::say;
 use crate::device::BLOCK_TOKENS;
-use crate::device::cpu::{CpuDevice, Isa};
+use crate::device::cpu::{CpuDevice, Isa, Numerics};
 use crate::hub;
 use crate::hub::remote::Remote;
 use crate::model::sizing;
@@ -46,7 +46,8 @@ struct Description {
     tokenizer: TokenizerDescription,
     /// As the model's authors wrote it.
     chat_template: Option<String>,
-    memory: Memory,
+    /// By numerics.
+    memory: BTreeMap<&'static str, Memory>,
 }
 
 /// Tensors of one element type.
@@ -72,7 +73,7 @@ struct Token {
     text: String,
 }
 
-/// Memory on the CPU device.
+/// Memory on the CPU device, in certain numerics.
 #[derive(Debug, Serialize)]
 struct Memory {
     /// In the device's own layout.
@@ -98,12 +99,16 @@ pub fn show(model: &str, cache: &Path, hub: Option<&Remote>, json: bool) -> Resu
 
 fn describe(name: String, opened: &Opened) -> Description {
     let Opened { file, spec, tokenizer, template } = opened;
-    let sizes = sizing(&CpuDevice::new(Isa::detect(), 1), spec, &**file, 1);
+    let memory = Numerics::ALL.map(|numerics| {
+        let sizes = sizing(&CpuDevice::new(Isa::detect(), numerics, 1), spec, &**file, 1);
+        let kv_bytes_per_1k_tokens = (1000_usize.div_ceil(BLOCK_TOKENS) * sizes.kv_block_bytes) as u64;
+        (numerics.name(), Memory { weights_bytes: sizes.weights_bytes as u64, kv_bytes_per_1k_tokens })
+    });
     let mut tensors: BTreeMap<String, TensorCount> = BTreeMap::new();
     let mut parameters = 0;
     for tensor in file.tensor_names().into_iter().filter_map(|name| file.find_tensor(name)) {
         parameters += tensor.shape.iter().product::<usize>() as u64;
-        let of_type = tensors.entry(format!("{:?}", tensor.dtype).to_uppercase()).or_default();
+        let of_type = tensors.entry(tensor.dtype.to_string()).or_default();
         of_type.count += 1;
         of_type.bytes += tensor.bytes.len() as u64;
     }
@@ -133,10 +138,7 @@ fn describe(name: String, opened: &Opened) -> Description {
             end: tokenizer.end_ids().iter().map(token).collect(),
         },
         chat_template: template.source().map(str::to_owned),
-        memory: Memory {
-            weights_bytes: sizes.weights_bytes as u64,
-            kv_bytes_per_1k_tokens: (1000_usize.div_ceil(BLOCK_TOKENS) * sizes.kv_block_bytes) as u64,
-        },
+        memory: memory.into(),
     }
 }
 
@@ -164,14 +166,10 @@ impl Description {
         let more = if tokenizer.special.len() > SHOWN_SPECIALS { " …" } else { "" };
         line("special tokens", format!("{}{more}", names(&tokenizer.special)));
         line("end tokens", names(&tokenizer.end));
-        line(
-            "memory (cpu)",
-            format!(
-                "{} for weights, {} per 1k tokens of KV",
-                mib(self.memory.weights_bytes),
-                mib(self.memory.kv_bytes_per_1k_tokens)
-            ),
-        );
+        for (numerics, memory) in &self.memory {
+            let (weights, kv) = (mib(memory.weights_bytes), mib(memory.kv_bytes_per_1k_tokens));
+            line(&format!("memory, {numerics}"), format!("{weights} for weights, {kv} per 1k tokens of KV"));
+        }
         let template = self.chat_template.as_deref().unwrap_or("none: give it raw prompts");
         for (i, text) in template.lines().take(TEMPLATE_LINES).enumerate() {
             let name = if i == 0 { "chat template" } else { "" };

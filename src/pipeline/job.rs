@@ -101,6 +101,8 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
     spec.output.file = String::new();
     spec.prices = PriceSpec::default();
     spec.model.name.clone_from(&model.local.name);
+    // What "fast" came to is in the device's fingerprint.
+    spec.model.numerics = String::new();
     let fingerprint = &model.fingerprint;
     let pipeline = toml::to_string(&spec).context("cannot write down the pipeline")?;
     // With little memory, rows can't be as long as the model allows: then that is part of what the results depend on.
@@ -128,7 +130,7 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
 /// How a job begins.
 pub(super) enum Begin {
     /// There is something to do; the journal may hold what an earlier run has done. The manifest is the first run's.
-    Work(Box<Manifest>, Box<Journal>, JobIndex),
+    Work(Box<Manifest>, Box<Journal>, Box<JobIndex>),
     /// An earlier run has finished it.
     Done(Box<Report>),
 }
@@ -156,7 +158,7 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, req
         let mut replay = Replay::new(&index, requests);
         let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
         replay.flush()?;
-        return Ok(Begin::Work(Box::new(earlier), Box::new(journal), index));
+        return Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)));
     } else {
         // Nothing to do here, or nothing we may do: then the folder was made for the lock alone.
         match look_at_outputs(storage, files, &manifest) {
@@ -167,7 +169,7 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, req
     }
     let journal = Journal::create(dir, &manifest)?;
     let index = JobIndex::new(&files.scratch_folder())?;
-    Ok(Begin::Work(Box::new(manifest), Box::new(journal), index))
+    Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
 }
 
 /// The report, if the job is finished already; an error if the files of another job are in the way.

@@ -6,7 +6,7 @@ use super::null::NullRunner;
 use super::progress::say;
 use super::spec::EngineKind;
 use crate::config::Config;
-use crate::device::cpu::{CpuDevice, Isa};
+use crate::device::cpu::{CpuDevice, Isa, Numerics};
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
 use crate::engine::TokenTable;
@@ -106,7 +106,7 @@ pub(super) fn open(config: &Config) -> Result<OpenModel> {
             (AnyDevice::Null(runner), "null".to_owned(), memory)
         }
         "cpu" => {
-            let device = CpuDevice::new(Isa::detect(), config.n_threads);
+            let device = open_cpu(&*file, &spec, config)?;
             let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &*file, &spec, config)?);
             (AnyDevice::Cpu(Box::new(device)), fingerprint, memory)
         }
@@ -124,6 +124,23 @@ pub(super) fn open(config: &Config) -> Result<OpenModel> {
         device: device_fingerprint,
     };
     Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
+}
+
+/// Most bytes of weights in bfloat16 that `fast` takes. What is larger is bound by reading weights, of which the file's
+/// integers have fewer; and it would crowd out the KV cache.
+const MAX_FAST_BF16_BYTES: usize = 4 << 30;
+
+/// The CPU in the numbers asked for. What `fast` means depends on the model and the machine's instructions, never on free
+/// memory: that must not change a result.
+fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &Config) -> Result<CpuDevice> {
+    let isa = Isa::detect();
+    let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads);
+    if config.spec.model.numerics != "fast" {
+        return Ok(device(Numerics::named(&config.spec.model.numerics)?));
+    }
+    let fastest = device(Numerics::fastest(isa));
+    let fits = sizing(&fastest, spec, file, config.spec.engine.budget_tokens).weights_bytes <= MAX_FAST_BF16_BYTES;
+    Ok(if fastest.numerics() == Numerics::Int8 || fits { fastest } else { device(Numerics::Int8) })
 }
 
 /// What a model's files say.
@@ -197,7 +214,7 @@ fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, co
     if pool_tokens < MIN_KV_TOKENS {
         let need = fixed_bytes + (MIN_KV_TOKENS / BLOCK_TOKENS * sizes.kv_block_bytes) as u64;
         bail!(
-            "not enough memory for the model: {} MiB allowed, at least {} MiB needed (weights {}, a step {}, KV cache); raise --memory",
+            "not enough memory for the model: {} MiB allowed, at least {} MiB needed (weights {}, a step {}, KV cache); raise --memory, or choose numbers that take less (--numerics int8)",
             config.memory_bytes >> 20,
             (need >> 20) + 1,
             sizes.weights_bytes >> 20,

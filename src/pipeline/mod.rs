@@ -13,6 +13,7 @@ mod first_rows;
 mod index;
 pub mod inspect;
 mod job;
+pub mod kernels;
 mod load;
 pub mod meter;
 mod null;
@@ -158,7 +159,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let requests = matches!(form.rows, RowForm::Requests);
     let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, config.restart)? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
-        Begin::Work(manifest, journal, index) => (*manifest, *journal, index),
+        Begin::Work(manifest, journal, index) => (*manifest, *journal, *index),
     };
     for warning in &journal.warnings {
         say(&format!("warning: {warning}"));

@@ -185,11 +185,13 @@ pub struct ModelSpec {
     pub name: String,
     /// `cpu` or `reference` (slow, for comparison).
     pub device: String,
+    /// In which numbers the CPU computes: `int8`, `bf16`, `exact` (f32), or `fast`, the faster of the first two here.
+    pub numerics: String,
 }
 
 impl Default for ModelSpec {
     fn default() -> Self {
-        Self { name: "SmolLM2-135M-Instruct".into(), device: "cpu".into() }
+        Self { name: "SmolLM2-135M-Instruct".into(), device: "cpu".into(), numerics: "fast".into() }
     }
 }
 

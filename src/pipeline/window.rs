@@ -316,7 +316,7 @@ fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
 }
 
 /// Hash of all that a row's completions and their form depend on, besides the model: 128 bits of BLAKE3, collisions are
-/// out of reach. Where later prompts are made of the row's columns, of all of them.
+/// out of reach. It stands in journals: another way to make it is another `FORMAT_VERSION`. Where later prompts are made of the row's columns, of all of them.
 fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
     let n_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
     let mut content = Vec::with_capacity(512 + 4 * n_tokens);

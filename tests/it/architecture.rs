@@ -12,7 +12,7 @@ use valar::pipeline::spec;
 /// Modules and what each may use besides the vocabulary. A line is an edge that somebody meant to make.
 const EDGES: &[(&str, &[&str])] = &[
     ("cli", &["pipeline"]),
-    ("config", &["hub", "pipeline"]),
+    ("config", &["device", "hub", "pipeline"]),
     ("device", &["tensor"]),
     ("engine", &["model", "text", "device"]),
     ("fingerprint", &[]),
@@ -22,7 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hf", &["device", "map", "model", "tensor"]),
     ("hub", &[]),
     ("journal", &["storage", "format"]),
-    ("main", &["cli", "config", "pipeline", "hub"]),
+    ("main", &["cli", "config", "device", "pipeline", "hub"]),
     ("model", &["device", "gguf", "tensor"]),
     (
         "pipeline",
@@ -41,6 +41,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "plan",
             "prepare",
             "storage",
+            "tensor",
             "text",
         ],
     ),
@@ -259,6 +260,7 @@ fn the_readme_knows_the_pipeline_keys() {
         "prompt.tokens",
         "model.name",
         "model.device",
+        "model.numerics",
         "engine.memory",
         "engine.threads",
         "engine.budget_tokens",

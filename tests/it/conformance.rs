@@ -6,7 +6,7 @@ use crate::oracle;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use valar::device::batch::{Batch, BatchSeq, Draw, HeadRow, Shaping, StepOutput, Want};
-use valar::device::cpu::{CpuDevice, Hidden, Isa};
+use valar::device::cpu::{CpuDevice, Hidden, Isa, Numerics};
 use valar::device::{Activation, Device, HeadSpec, sample};
 use valar::gguf::Gguf;
 use valar::model::ModelRunner;
@@ -110,14 +110,19 @@ impl Matrix {
         d * q + m
     }
 
-    /// Σ weight · activation in f64 (activations quantised as the device promises, if the weights are), and Σ |terms|.
-    fn product(&self, row: usize, act: &[f32]) -> (f64, f64) {
-        let act: Vec<f64> = if self.dtype.block_elements() == 1 {
-            act.iter().map(|&x| x.into()).collect()
+    /// Σ weight · activation in f64 (weights and activations rounded as the device promises), and Σ |terms|.
+    fn product(&self, numerics: Numerics, row: usize, act: &[f32]) -> (f64, f64) {
+        let round = |x: f32| if numerics == Numerics::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+        let act: Vec<f64> = if numerics != Numerics::Int8 || self.dtype.block_elements() == 1 {
+            act.iter().map(|&x| round(x).into()).collect()
         } else {
             act.chunks(32).flat_map(quantised).collect()
         };
         let terms = act.iter().enumerate().map(|(i, x)| {
+            if numerics != Numerics::Int8 {
+                let term = f64::from(round(self.value(row, i))) * x;
+                return (term, term.abs());
+            }
             let (d, q, m) = self.element(row, i);
             let (a, b) = (f64::from(d) * f64::from(q) * x, f64::from(m) * x);
             (a + b, a.abs() + b.abs())
@@ -150,11 +155,16 @@ pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 /// All instruction sets of this machine with a few thread counts, the portable one first.
-pub(crate) fn devices() -> Vec<CpuDevice> {
+pub(crate) fn devices(numerics: Numerics) -> Vec<CpuDevice> {
     let mut isas = Isa::available();
     isas.reverse();
     assert_eq!(isas[0], Isa::PORTABLE);
-    [3, 1, 5].into_iter().zip(isas).map(|(n_threads, isa)| CpuDevice::new(isa, n_threads)).collect()
+    [3, 1, 5, 2].into_iter().zip(isas).map(|(n_threads, isa)| CpuDevice::new(isa, numerics, n_threads)).collect()
+}
+
+/// Any of them.
+pub(crate) fn numerics() -> impl Strategy<Value = Numerics> {
+    prop::sample::select(Numerics::ALL.to_vec())
 }
 
 fn hidden(dev: &CpuDevice, values: &[f32], width: usize) -> Hidden {
@@ -195,6 +205,7 @@ proptest! {
         ns in prop::collection::vec(1usize..70, 1..4),
         n_blocks in 1usize..5,
         n_rows in 1usize..40,
+        numerics in numerics(),
     ) {
         let rng = &mut Random(seed);
         let dtypes: Vec<_> = ns.iter().map(|_| DTYPES[rng.below(DTYPES.len())]).collect();
@@ -203,14 +214,14 @@ proptest! {
         let tensors: Vec<_> = matrices.iter().map(Matrix::tensor).collect();
         let x = random_rows(rng, n_rows * k);
         let mut truth: Option<Vec<u32>> = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let (act, out) = project(&dev, &x, &tensors);
             if let Some(truth) = &truth {
                 prop_assert_eq!(&bits(&out), truth, "{} differs from portable", dev.isa().name());
                 continue;
             }
             for (act, out) in act.chunks(k).zip(out.chunks(ns.iter().sum())) {
-                let rows = matrices.iter().flat_map(|matrix| (0..matrix.n).map(move |row| matrix.product(row, act)));
+                let rows = matrices.iter().flat_map(|matrix| (0..matrix.n).map(move |row| matrix.product(numerics, row, act)));
                 for ((want, size), &got) in rows.zip(out) {
                     prop_assert!((f64::from(got) - want).abs() <= 2e-6 * size, "{got}, not {want} (of terms {size})");
                 }
@@ -220,15 +231,15 @@ proptest! {
     }
 
     #[test]
-    fn float_products_take_any_width(seed: u64, k in 1usize..100, n in 1usize..70, n_rows in 1usize..20, dtype in FLOATS) {
+    fn float_products_take_any_width(seed: u64, k in 1usize..100, n in 1usize..70, n_rows in 1usize..20, dtype in FLOATS, numerics in numerics()) {
         let rng = &mut Random(seed);
         let matrix = Matrix::random(rng, DTYPES[dtype], n, k);
         let x = random_rows(rng, n_rows * k);
         let mut truth: Option<Vec<u32>> = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let (act, out) = project(&dev, &x, &[matrix.tensor()]);
             for (i, &got) in out.iter().enumerate() {
-                let (want, size) = matrix.product(i % n, &act[i / n * k..][..k]);
+                let (want, size) = matrix.product(numerics, i % n, &act[i / n * k..][..k]);
                 prop_assert!((f64::from(got) - want).abs() <= 1e-5 * size, "{got}, not {want} (of terms {size})");
             }
             prop_assert_eq!(truth.get_or_insert_with(|| bits(&out)), &bits(&out), "{}", dev.isa().name());
@@ -236,12 +247,12 @@ proptest! {
     }
 
     #[test]
-    fn norms_are_right(seed: u64, width in 1usize..200, n_rows in 1usize..20) {
+    fn norms_are_right(seed: u64, width in 1usize..200, n_rows in 1usize..20, numerics in numerics()) {
         let rng = &mut Random(seed);
         let (x, weight) = (random_rows(rng, n_rows * width), Matrix::random(rng, DType::F32, 1, width));
         let next = Matrix::random(rng, DType::F32, 1, width);
         let mut truth: Option<Vec<u32>> = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let mut act = dev.new_act(n_rows, width);
             let next = dev.load_weight(&[next.tensor()]).unwrap();
             let weights = dev.load_vector(&[weight.tensor()]).unwrap();
@@ -264,6 +275,7 @@ proptest! {
         n_rows in 1usize..40,
         types in (0..DTYPES.len(), 0..DTYPES.len(), prop::bool::weighted(0.8), 0..DTYPES.len()),
         f in prop::sample::select(vec![Activation::Silu, Activation::GeluTanh]),
+        numerics in numerics(),
     ) {
         let rng = &mut Random(seed);
         let up_type = if types.2 { types.0 } else { types.1 };
@@ -274,7 +286,7 @@ proptest! {
         let x = random_rows(rng, n_rows * k);
         let batch = rows_batch(n_rows);
         let mut truth = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let weight = dev.load_gate_up(&gate.tensor(), &up.tensor()).unwrap();
             let next_weight = dev.load_weight(&[next.tensor()]).unwrap();
             let ones = Matrix { dtype: DType::F32, n: 1, k, bytes: 0.1f32.to_le_bytes().repeat(k) };
@@ -286,7 +298,7 @@ proptest! {
             for (i, &got) in gated.values().iter().enumerate() {
                 let act = &act.values()[i / n * k..][..k];
                 // Where the types differ both are computed from floats.
-                let products = if gate.dtype == up.dtype { [gate.product(i % n, act), up.product(i % n, act)] } else {
+                let products = if gate.dtype == up.dtype || numerics != Numerics::Int8 { [gate.product(numerics, i % n, act), up.product(numerics, i % n, act)] } else {
                     [&gate, &up].map(|m| (0..k).map(|c| f64::from(m.value(i % n, c)) * f64::from(act[c])).fold((0.0, 0.0), |s, t| (s.0 + t, s.1 + t.abs())))
                 };
                 let [(g, g_size), (u, u_size)] = products;
@@ -296,7 +308,7 @@ proptest! {
                 prop_assert!((f64::from(got) - want).abs() <= tolerance, "{got}, not {want}");
             }
             for (i, &got) in out.values().iter().enumerate() {
-                let (want, size) = next.product(i % 5, &gated.values()[i / 5 * n..][..n]);
+                let (want, size) = next.product(numerics, i % 5, &gated.values()[i / 5 * n..][..n]);
                 prop_assert!((f64::from(got) - want).abs() <= 1e-5 * size, "{got}, not {want} (of terms {size})");
             }
             let got = (bits(gated.values()), bits(out.values()));
@@ -305,16 +317,17 @@ proptest! {
     }
 
     #[test]
-    fn embeddings_are_the_files_values(seed: u64, dtype in 0..DTYPES.len(), n_vocab in 1usize..100, n_tokens in 1usize..30) {
+    fn embeddings_are_the_files_values(seed: u64, dtype in 0..DTYPES.len(), n_vocab in 1usize..100, n_tokens in 1usize..30, numerics in numerics()) {
         let rng = &mut Random(seed);
         let k = width(2, &[DTYPES[dtype]]);
         let table = Matrix::random(rng, DTYPES[dtype], n_vocab, k);
         let mut batch = rows_batch(n_tokens);
         batch.tokens.fill_with(|| rng.below(n_vocab) as u32);
-        for dev in devices() {
+        for dev in devices(numerics) {
             let mut x = dev.new_hidden(n_tokens, k);
             dev.embed(&dev.load_weight(&[table.tensor()]).unwrap(), 1.0, &batch, &mut x);
             let want: Vec<_> = batch.tokens.iter().flat_map(|&t| (0..k).map(move |i| (t as usize, i))).map(|(t, i)| table.value(t, i)).collect();
+            let want: Vec<_> = if numerics == Numerics::Bf16 { want.iter().map(|&x: &f32| bf16::from_f32(x).to_f32()).collect() } else { want };
             prop_assert_eq!(x.values(), &want[..]);
         }
     }
@@ -329,7 +342,7 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_there_are() {
         let rng = &mut Random(seed as u64);
         let matrix = Matrix::random(rng, dtype, n, k);
         let x = random_rows(rng, 257 * k);
-        for dev in devices() {
+        for dev in Numerics::ALL.into_iter().flat_map(devices) {
             let (_, all) = project(&dev, &x, &[matrix.tensor()]);
             let portable = dev.isa() == Isa::PORTABLE;
             let counts: &[usize] = if portable { &[1, 3, 7] } else { &[1, 2, 3, 4, 5, 6, 7, 12, 13, 63, 64, 65, 255, 256] };
@@ -337,7 +350,12 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_there_are() {
                 let first = rng.below(257 - n_rows + 1);
                 let (_, some) = project(&dev, &x[first * k..][..n_rows * k], &[matrix.tensor()]);
                 let want = bits(&all[first * n..][..n_rows * n]);
-                assert!(bits(&some) == want, "{dtype:?} on {}: {n_rows} rows from {first} differ", dev.isa().name());
+                assert!(
+                    bits(&some) == want,
+                    "{dtype:?} on {} {:?}: {n_rows} rows from {first} differ",
+                    dev.isa().name(),
+                    dev.numerics()
+                );
             }
         }
     }
@@ -350,7 +368,7 @@ fn a_nan_or_an_infinity_reaches_its_own_rows_result_and_no_other() {
         let k = width(2, &[dtype]);
         let matrix = Matrix::random(rng, dtype, 40, k);
         let mut x = random_rows(rng, 3 * k);
-        for dev in devices() {
+        for dev in Numerics::ALL.into_iter().flat_map(devices) {
             let clean = project(&dev, &x, &[matrix.tensor()]).1;
             for poison in [f32::NAN, -f32::NAN, f32::INFINITY] {
                 let healthy = std::mem::replace(&mut x[k + 7], poison);
@@ -380,8 +398,8 @@ fn the_head_draws_from_the_normed_rows_logits() {
             HeadRow::new(token_idx, Want::Draw(draw), 4)
         })
         .collect();
-    let mut truth = None;
-    for dev in devices() {
+    let mut truths = std::collections::HashMap::new();
+    for dev in Numerics::ALL.into_iter().flat_map(devices) {
         let weight = dev.load_weight(&[table.tensor()]).unwrap();
         let norm = dev.load_vector(&[norm.tensor()]).unwrap();
         let (x, mut act, mut logits) = (hidden(&dev, &x, k), dev.new_act(n_tokens, k), dev.new_hidden(n_tokens, n_vocab));
@@ -401,35 +419,44 @@ fn the_head_draws_from_the_normed_rows_logits() {
         // As text: an alternative that was not asked for is NaN, which equals nothing.
         let (got, want) = (format!("{:?}", out.rows), format!("{want:?}"));
         assert!(got == want, "{}: the head differs from norm, product and draw", dev.isa().name());
-        assert!(truth.get_or_insert(want) == &got, "{} differs from portable", dev.isa().name());
+        let truth = truths.entry(format!("{:?}", dev.numerics())).or_insert(want);
+        assert!(*truth == got, "{} {:?} differs from portable", dev.isa().name(), dev.numerics());
     }
 }
 
-fn model_runner(isa: Isa, n_threads: usize) -> ModelRunner<CpuDevice> {
+fn model_runner(numerics: Numerics, n_threads: usize) -> ModelRunner<CpuDevice> {
     let gguf = Gguf::open(&model_path()).expect("the test model is there");
-    ModelRunner::load(CpuDevice::new(isa, n_threads), &gguf, oracle::N_BLOCKS, oracle::STEP_TOKENS).expect("the test model loads")
+    let dev = CpuDevice::new(Isa::detect(), numerics, n_threads);
+    ModelRunner::load(dev, &gguf, oracle::N_BLOCKS, oracle::STEP_TOKENS).expect("the test model loads")
 }
 
 #[test]
 fn the_models_log_probabilities_are_near_the_golden_ones() {
-    let differences = oracle::golden_differences(&mut model_runner(Isa::detect(), 2), &oracle::golden_answers());
-    let (median, p99) = (oracle::quantile(&differences, 0.5), oracle::quantile(&differences, 0.99));
-    println!("median {median}, p99 {p99}");
-    assert!(median <= 0.07 && p99 <= 0.5, "median {median}, p99 {p99}");
-    assert!(median > 1e-4, "median {median}: are these 8-bit activations?");
+    // Of numbers of 8 bits, of bfloat16, of f32 (with keys and values as halves).
+    for (numerics, most) in [(Numerics::Int8, (0.07, 0.5)), (Numerics::Bf16, (0.02, 0.15)), (Numerics::F32, (0.001, 0.01))] {
+        if numerics == Numerics::Bf16 && !Isa::detect().has_tiles() {
+            continue;
+        }
+        let differences = oracle::golden_differences(&mut model_runner(numerics, 2), &oracle::golden_answers());
+        let (median, p99) = (oracle::quantile(&differences, 0.5), oracle::quantile(&differences, 0.99));
+        println!("{numerics:?}: median {median}, p99 {p99}");
+        assert!(median <= most.0 && p99 <= most.1, "{numerics:?}: median {median}, p99 {p99}");
+        assert!(median > 1e-5, "{numerics:?}: median {median}: nothing was rounded?");
+    }
 }
 
 #[test]
 fn the_models_perplexity_is_near_that_of_f32() {
-    let perplexity = oracle::perplexity(&mut model_runner(Isa::detect(), 2), &oracle::sherlock_tokens());
-    println!("perplexity {perplexity}");
-    assert!((perplexity / 25.8477 - 1.0).abs() < 0.005, "perplexity {perplexity}, f32 has 25.8477");
+    let numerics = Numerics::fastest(Isa::detect());
+    let perplexity = oracle::perplexity(&mut model_runner(numerics, 2), &oracle::sherlock_tokens());
+    println!("{numerics:?}: perplexity {perplexity}");
+    assert!((perplexity / 25.8477 - 1.0).abs() < 0.005, "{numerics:?}: perplexity {perplexity}, f32 has 25.8477");
 }
 
 #[test]
 fn the_models_bits_do_not_depend_on_chunks_threads_or_copies() {
     for n_threads in [1, 2, 3, 5] {
-        let mut runner = model_runner(Isa::detect(), n_threads);
+        let mut runner = model_runner(Numerics::fastest(Isa::detect()), n_threads);
         let difference = oracle::chunking_difference(&mut runner, &[70, 1, 16, 33, 100], n_threads as u64);
         assert_eq!(difference.to_bits(), 0, "{n_threads} threads: {difference}");
         for n_slots in [1, 7, 15] {

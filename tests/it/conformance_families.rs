@@ -1,10 +1,10 @@
 //! The CPU device's operations that only some families use, against plain arithmetic and against the device's own simpler
 //! operations: experts, norms of what is added, scaled embeddings, capped logits.
 
-use crate::conformance::{Matrix, Random, bits, devices, rows_batch};
+use crate::conformance::{Matrix, Random, bits, devices, numerics, rows_batch};
 use proptest::prelude::*;
 use valar::device::batch::{HeadRow, StepOutput, Want};
-use valar::device::cpu::{CpuDevice, Hidden};
+use valar::device::cpu::{CpuDevice, Hidden, Numerics};
 use valar::device::{Activation, Device, Expert, Experts, HeadSpec, math};
 use valar::tensor::DType;
 
@@ -117,12 +117,13 @@ proptest! {
         n_experts in 1usize..9,
         n_used in 1usize..4,
         n_rows in 1usize..60,
+        numerics in numerics(),
     ) {
         let rng = &mut Random(seed);
         let layer = Layer::random(rng, DTYPES[dtype], n_experts, n_used.min(n_experts));
         let x = floats(rng, n_rows * layer.width);
         let mut truth = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let got = layer.run(&dev, &x);
             prop_assert!(bits(&got) == bits(&layer.expected(&dev, &x)), "{}: not the experts' sum", dev.isa().name());
             prop_assert!(truth.get_or_insert_with(|| bits(&got)) == &bits(&got), "{} differs from portable", dev.isa().name());
@@ -134,11 +135,11 @@ proptest! {
     }
 
     #[test]
-    fn norms_are_added(seed: u64, width in 1usize..200, n_rows in 1usize..20) {
+    fn norms_are_added(seed: u64, width in 1usize..200, n_rows in 1usize..20, numerics in numerics()) {
         let rng = &mut Random(seed);
         let (base, y, weight) = (floats(rng, n_rows * width), floats(rng, n_rows * width), Matrix::random(rng, DType::F32, 1, width));
         let (next, mut truth) = (Matrix::random(rng, DType::F32, 1, width), None);
-        for dev in devices() {
+        for dev in devices(numerics) {
             let (mut x, y) = (hidden(&dev, &base, width), hidden(&dev, &y, width));
             let (norm, batch) = (dev.load_vector(&[weight.tensor()]).unwrap(), rows_batch(n_rows));
             dev.norm_add(&y, &norm, 1e-5, &batch, &mut x);
@@ -151,12 +152,12 @@ proptest! {
     }
 
     #[test]
-    fn embeddings_are_scaled(seed: u64, dtype in 0usize..6, n_tokens in 1usize..30) {
+    fn embeddings_are_scaled(seed: u64, dtype in 0usize..6, n_tokens in 1usize..30, numerics in numerics()) {
         let rng = &mut Random(seed);
         let table = Matrix::random(rng, DTYPES[dtype], 50, 64);
         let mut batch = rows_batch(n_tokens);
         batch.tokens.fill_with(|| rng.below(50) as u32);
-        for dev in devices() {
+        for dev in devices(numerics) {
             let table = dev.load_weight(&[table.tensor()]).unwrap();
             let (mut plain, mut scaled) = (dev.new_hidden(n_tokens, 64), dev.new_hidden(n_tokens, 64));
             dev.embed(&table, 1.0, &batch, &mut plain);
@@ -167,7 +168,7 @@ proptest! {
     }
 
     #[test]
-    fn logits_are_capped(seed: u64, n_vocab in 1usize..70, cap in 0.5f32..40.0) {
+    fn logits_are_capped(seed: u64, n_vocab in 1usize..70, cap in 0.5f32..40.0, numerics in numerics()) {
         let rng = &mut Random(seed);
         let (table, norm) = (Matrix::random(rng, DType::F32, n_vocab, 64), Matrix::random(rng, DType::F32, 1, 64));
         let x = floats(rng, 64);
@@ -175,7 +176,7 @@ proptest! {
         let token = rng.below(n_vocab) as u32;
         batch.heads = vec![HeadRow::new(0, Want::Score { token }, 0)];
         let mut truth = None;
-        for dev in devices() {
+        for dev in devices(numerics) {
             let (weight, norm) = (dev.load_weight(&[table.tensor()]).unwrap(), dev.load_vector(&[norm.tensor()]).unwrap());
             let (x, mut act, mut logits) = (hidden(&dev, &x, 64), dev.new_act(1, 64), dev.new_hidden(1, n_vocab));
             dev.norm(&x, &norm, 1e-5, &weight, &batch, &mut act);
@@ -197,7 +198,7 @@ fn a_nan_among_scores_stays_in_its_row() {
     let rng = &mut Random(9);
     let layer = Layer::random(rng, DType::Q8_0, 4, 2);
     let mut x = floats(rng, 3 * layer.width);
-    for dev in devices() {
+    for dev in Numerics::ALL.into_iter().flat_map(devices) {
         let clean = layer.run(&dev, &x);
         let healthy = std::mem::replace(&mut x[layer.width + 5], f32::NAN);
         let got = layer.run(&dev, &x);

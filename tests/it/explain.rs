@@ -145,11 +145,15 @@ fn a_model_can_be_inspected() {
         assert_eq!(found[key], wanted, "{key}");
     }
     let n_bytes: u64 = found["tensors"].as_object().unwrap().values().map(|t| t["bytes"].as_u64().unwrap()).sum();
-    assert_eq!(found["memory"]["weights_bytes"], n_bytes);
+    assert_eq!(found["memory"]["int8"]["weights_bytes"], n_bytes);
     assert_eq!(found["tensors"]["F32"]["count"], 61, "two norms a layer and the last one");
     assert_eq!(found["tokenizer"]["end"][0]["text"], "<|im_end|>");
     // Keys and values of 30 layers, 3 heads of 64, for 1008 tokens: at least a byte each.
-    assert!(found["memory"]["kv_bytes_per_1k_tokens"].as_u64().unwrap() >= 30 * 2 * 3 * 64 * 1008);
+    for numerics in ["int8", "bf16", "exact"] {
+        let memory = &found["memory"][numerics];
+        assert!(memory["kv_bytes_per_1k_tokens"].as_u64().unwrap() >= 30 * 2 * 3 * 64 * 1008, "{numerics}");
+        assert!(memory["weights_bytes"].as_u64().unwrap() >= n_bytes, "{numerics}");
+    }
     let table = run(&sandbox, &["inspect", model_path().to_str().unwrap()], 0);
     for word in ["llama", "134.5 M", "Q4_1", "byte-level BPE", "<|im_end|>", "chat template", "per 1k tokens of KV"] {
         assert!(table.contains(word), "no {word} in\n{table}");

@@ -7,7 +7,7 @@ use crate::oracle;
 use serde::Deserialize;
 use std::fs;
 use std::path::Path;
-use valar::device::cpu::{CpuDevice, Isa};
+use valar::device::cpu::{CpuDevice, Isa, Numerics};
 use valar::device::reference::Reference;
 use valar::hf::HfFolder;
 use valar::model::{ModelFile, ModelRunner, ModelSpec, Runner};
@@ -57,7 +57,7 @@ pub(crate) fn reference(file: &dyn ModelFile) -> Box<dyn Runner> {
 }
 
 pub(crate) fn cpu(file: &dyn ModelFile) -> Box<dyn Runner> {
-    Box::new(ModelRunner::load(CpuDevice::new(Isa::detect(), 2), file, 20, 256).unwrap())
+    Box::new(ModelRunner::load(CpuDevice::new(Isa::detect(), Numerics::F32, 2), file, 20, 256).unwrap())
 }
 
 /// The largest difference of a log-probability from the expected one, in nats. A token that is not among the 20 likeliest
@@ -192,7 +192,8 @@ fn bits_do_not_depend_on_chunks_threads_or_copies() {
     for name in MODELS {
         let folder = open(name);
         for (seed, n_threads) in [1, 2, 5].into_iter().enumerate() {
-            let dev = CpuDevice::new(Isa::detect(), n_threads);
+            let numerics = if n_threads == 2 { Numerics::F32 } else { Numerics::Bf16 };
+            let dev = CpuDevice::new(Isa::detect(), numerics, n_threads);
             let mut runner = ModelRunner::load(dev, &folder, 60, 256).unwrap();
             let worst = oracle::chunking_difference(&mut runner, &[1, 2, 17, 33, 70, 128], seed as u64);
             assert_eq!(worst.to_bits(), 0, "{name}, {n_threads} threads: {worst}");
@@ -206,14 +207,16 @@ fn bits_do_not_depend_on_chunks_threads_or_copies() {
 fn every_instruction_set_gives_the_same_bits() {
     for name in MODELS {
         let (folder, expected) = (open(name), expected(name));
-        let answers: Vec<_> = Isa::available()
-            .into_iter()
-            .map(|isa| {
-                let mut runner = ModelRunner::load(CpuDevice::new(isa, 1), &folder, 20, 256).unwrap();
-                format!("{:?}", run_side_by_side(&mut runner, &[&expected.tokens]))
-            })
-            .collect();
-        assert!(answers.iter().all(|answer| answer == &answers[0]), "{name}");
+        for numerics in [Numerics::Int8, Numerics::Bf16] {
+            let answers: Vec<_> = Isa::available()
+                .into_iter()
+                .map(|isa| {
+                    let mut runner = ModelRunner::load(CpuDevice::new(isa, numerics, 1), &folder, 20, 256).unwrap();
+                    format!("{:?}", run_side_by_side(&mut runner, &[&expected.tokens]))
+                })
+                .collect();
+            assert!(answers.iter().all(|answer| answer == &answers[0]), "{name}, {numerics:?}");
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use candle_core::quantized::GgmlDType;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
-use valar::device::cpu::{CpuDevice, Isa};
+use valar::device::cpu::{CpuDevice, Isa, Numerics};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Engine, EngineConfig, Finished, Submission};
 use valar::model::{ModelFile, ModelRunner, Runner as _};
@@ -65,7 +65,8 @@ fn submissions(logprobs: bool) -> Vec<Submission> {
 }
 
 fn engine(file: &dyn ModelFile, n_blocks: usize, cold_output_tokens: u32) -> Engine {
-    let runner = ModelRunner::load(CpuDevice::new(Isa::detect(), 1), file, n_blocks, 64).unwrap();
+    let runner =
+        ModelRunner::load(CpuDevice::new(Isa::detect(), Numerics::fastest(Isa::detect()), 1), file, n_blocks, 64).unwrap();
     let config = EngineConfig { max_running: 16, cold_output_tokens, ..EngineConfig::for_runner(&runner.limits()) };
     Engine::new(config, Box::new(runner), Arc::new(FakeTokens)).unwrap()
 }

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::Write;
 use valar::device::Device;
-use valar::device::cpu::{CpuDevice, Isa};
+use valar::device::cpu::{CpuDevice, Isa, Numerics};
 use valar::device::reference::Reference;
 use valar::gguf::Gguf;
 use valar::tensor::{DTYPES, DType, GROUP, Tensor};
@@ -50,7 +50,7 @@ fn groups_say_what_their_type_promises() {
 /// Half bits per weight that the README promises; what memory is planned by.
 #[test]
 fn devices_say_what_weights_take() {
-    let cpu = CpuDevice::new(Isa::detect(), 1);
+    let cpu = CpuDevice::new(Isa::detect(), Numerics::Int8, 1);
     for dtype in DTYPES {
         let half_bits = match dtype {
             DType::F32 => 64,

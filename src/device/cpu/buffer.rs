@@ -1,6 +1,7 @@
 //! Memory of the CPU device: zeroed buffers aligned to cache lines, and shared writing to disjoint parts of one. Knows
 //! nothing of what is stored. Invariant: all memory is initialised, so that reading a slot never written gives a number.
 
+use memmap2::MmapMut;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
@@ -25,27 +26,55 @@ unsafe impl Plain for i32 {}
 
 /// A buffer of `len` elements, its start aligned to 64 bytes.
 pub(super) struct Aligned<T> {
-    /// With room to begin at an aligned address. Zeroed memory of this kind costs nothing until it is written, so that a
-    /// large KV cache may be made for a small job.
-    bytes: Vec<u8>,
-    /// Where the elements begin.
+    memory: Memory,
+    /// Where the elements begin, bytes.
     start: usize,
     len: usize,
     element: PhantomData<T>,
 }
 
+/// Zeroed bytes. Neither kind costs anything until it is written, so that a large KV cache may be made for a small job.
+enum Memory {
+    Small(Vec<u8>),
+    /// On huge pages where the system has them: weights and caches are read at random or once per step, and with pages of
+    /// 4 KiB a reader waits for the page tables more than for the memory.
+    Large(MmapMut),
+}
+
+/// From this size on, bytes, memory is asked for in huge pages.
+const LARGE: usize = 4 << 20;
+
 impl<T: Plain> Aligned<T> {
     /// A buffer of `len` zeros.
+    ///
+    /// # Panics
+    /// If the system has no memory left to give.
     pub(super) fn zeroed(len: usize) -> Self {
-        let bytes = vec![0; len * size_of::<T>() + ALIGNMENT];
-        let start = bytes.as_ptr().align_offset(ALIGNMENT);
-        Self { bytes, start, len, element: PhantomData }
+        let n_bytes = len * size_of::<T>();
+        if n_bytes < LARGE {
+            let bytes = vec![0; n_bytes + ALIGNMENT];
+            let start = bytes.as_ptr().align_offset(ALIGNMENT);
+            return Self { memory: Memory::Small(bytes), start, len, element: PhantomData };
+        }
+        let map = MmapMut::map_anon(n_bytes).expect("the system gives memory");
+        // An advice: where it is not taken, pages are small.
+        #[cfg(target_os = "linux")]
+        drop(map.advise(memmap2::Advice::HugePage));
+        Self { memory: Memory::Large(map), start: 0, len, element: PhantomData }
     }
 
     /// Makes room for at least `len` elements; what was stored may be lost.
     pub(super) fn reserve(&mut self, len: usize) {
         if self.len < len {
             *self = Self::zeroed(len);
+        }
+    }
+
+    /// The first element's address.
+    fn as_mut_bytes(&mut self) -> *mut u8 {
+        match &mut self.memory {
+            Memory::Small(bytes) => bytes[self.start..].as_mut_ptr(),
+            Memory::Large(map) => map.as_mut_ptr(),
         }
     }
 }
@@ -59,15 +88,20 @@ impl<T: Plain> Default for Aligned<T> {
 impl<T: Plain> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: from `start`, aligned, the bytes hold `len` initialised elements, and `Plain` allows any bytes.
-        unsafe { std::slice::from_raw_parts(self.bytes[self.start..].as_ptr().cast(), self.len) }
+        let start = match &self.memory {
+            Memory::Small(bytes) => bytes[self.start..].as_ptr(),
+            Memory::Large(map) => map.as_ptr(),
+        };
+        // SAFETY: from `start`, aligned (maps are to pages), the bytes hold `len` initialised elements, and `Plain` allows
+        // any bytes.
+        unsafe { std::slice::from_raw_parts(start.cast(), self.len) }
     }
 }
 
 impl<T: Plain> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`; the borrow of `self` is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.bytes[self.start..].as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_bytes().cast(), self.len) }
     }
 }
 
@@ -99,6 +133,12 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 
+    /// Where `len` elements from `start` on stand. Whoever writes there must be alone with them.
+    pub(super) fn at(&self, start: usize, len: usize) -> *mut T {
+        assert!(start <= self.len && len <= self.len - start, "elements {start}+{len} of {}", self.len);
+        self.start.wrapping_add(start)
+    }
+
     /// Writes one element.
     ///
     /// # Safety
@@ -108,4 +148,17 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: in range (just asserted); exclusive (the caller's promise).
         unsafe { self.start.add(i).write(value) }
     }
+}
+
+/// Asks for memory that will be read soon.
+#[inline(always)]
+pub(super) fn prefetch<T>(slice: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(slice)).step_by(ALIGNMENT) {
+        let p = slice.as_ptr().wrapping_byte_add(line).cast();
+        // SAFETY: every x86-64 machine has the instruction, and it reads nothing that the program sees.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
 }

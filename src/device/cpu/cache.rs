@@ -1,14 +1,18 @@
-//! The paged key/value cache of one layer, in IEEE half precision, and rotary embeddings. Knows nothing of attention.
+//! The paged key/value cache of one layer, in IEEE halves or bfloat16, and rotary embeddings. Knows nothing of attention.
 //! Invariant: what a slot holds is a function of its token's k and v and its position; storing touches that slot only.
 
 use super::buffer::{Aligned, Shared};
 use super::isa::per_isa;
+use super::numerics::Numerics;
 use super::simd::{LANES, Simd};
+use super::tile::TILE_K;
 use crate::device::batch::BlockCopy;
 use crate::device::{AttentionSpec, BLOCK_TOKENS, RopeStyle};
 
-/// One layer's cache. A block is its keys, `[kv_head][head_dim][16 slots]` (so that 16 keys are the lanes of a vector),
-/// then its values, `[kv_head][16 slots][head_dim]`.
+/// One layer's cache. A block is, for each key/value head, its keys, then its values. As IEEE halves: keys
+/// `[head_dim][16 slots]` (so that 16 keys are the lanes of a vector), values `[16 slots][head_dim]`. As bfloat16, both are
+/// right operands of tile products: keys `[padded head_dim / 2][16 slots][2]`, values `[8 pairs of slots][padded head_dim][2]`;
+/// a key's padding is 0.
 pub struct Cache {
     cells: Aligned<u16>,
     pub(super) layout: Layout,
@@ -19,16 +23,22 @@ pub struct Cache {
 pub(super) struct Layout {
     pub(super) n_kv_heads: usize,
     pub(super) head_dim: usize,
+    /// Elements that a head takes: whole tiles.
+    pub(super) padded: usize,
+    /// Whether it holds bfloat16.
+    pub(super) tiles: bool,
 }
 
 impl Layout {
-    pub(super) fn new(spec: &AttentionSpec) -> Self {
-        Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim }
+    pub(super) fn new(numerics: Numerics, spec: &AttentionSpec) -> Self {
+        let tiles = numerics == Numerics::Bf16;
+        let padded = if tiles { spec.head_dim.next_multiple_of(TILE_K) } else { spec.head_dim };
+        Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim, padded, tiles }
     }
 
     /// Cells of one head's keys (or values) in a block.
     fn head_cells(self) -> usize {
-        self.head_dim * BLOCK_TOKENS
+        self.padded * BLOCK_TOKENS
     }
 
     /// Cells of a block.
@@ -38,32 +48,50 @@ impl Layout {
 
     /// The first cell of a head's keys in a block.
     fn keys(self, block: u32, kv_head: usize) -> usize {
-        block as usize * self.block_cells() + kv_head * self.head_cells()
+        block as usize * self.block_cells() + 2 * kv_head * self.head_cells()
     }
 
     /// The first cell of a head's values in a block.
     fn values(self, block: u32, kv_head: usize) -> usize {
-        self.keys(block, kv_head) + self.n_kv_heads * self.head_cells()
+        self.keys(block, kv_head) + self.head_cells()
+    }
+
+    /// Among a head's cells, where element `i` of a slot's key stands.
+    fn key(self, slot: usize, i: usize) -> usize {
+        if self.tiles { i / 2 * 2 * BLOCK_TOKENS + 2 * slot + i % 2 } else { i * BLOCK_TOKENS + slot }
+    }
+
+    /// Among a head's cells, where element `i` of a slot's value stands.
+    fn value(self, slot: usize, i: usize) -> usize {
+        if self.tiles { slot / 2 * 2 * self.padded + 2 * i + slot % 2 } else { slot * self.padded + i }
     }
 }
 
 impl Cache {
-    pub(super) fn new(spec: &AttentionSpec, n_blocks: usize) -> Self {
-        let layout = Layout::new(spec);
+    pub(super) fn new(numerics: Numerics, spec: &AttentionSpec, n_blocks: usize) -> Self {
+        let layout = Layout::new(numerics, spec);
         Self { cells: Aligned::zeroed(n_blocks * layout.block_cells()), layout }
     }
 
-    /// All cells, as bits of IEEE halves: for tests, which compare them and plant garbage in slots not yet written.
+    /// All cells, as bits: for tests, which compare them and plant garbage in slots not yet written.
     pub fn cells_mut(&mut self) -> &mut [u16] {
         &mut self.cells
     }
 
-    /// A head's keys in a block, `[head_dim][16]`.
+    /// What a slot of a block holds, as bits: one head's key and value. For tests.
+    pub fn slot(&self, block: u32, slot: usize, kv_head: usize) -> (Vec<u16>, Vec<u16>) {
+        let Layout { head_dim, .. } = self.layout;
+        let (keys, values) = (self.keys(block, kv_head), self.values(block, kv_head));
+        let key = (0..head_dim).map(|i| keys[self.layout.key(slot, i)]).collect();
+        (key, (0..head_dim).map(|i| values[self.layout.value(slot, i)]).collect())
+    }
+
+    /// A head's keys in a block.
     pub(super) fn keys(&self, block: u32, kv_head: usize) -> &[u16] {
         &self.cells[self.layout.keys(block, kv_head)..][..self.layout.head_cells()]
     }
 
-    /// A head's values in a block, `[16][head_dim]`.
+    /// A head's values in a block.
     pub(super) fn values(&self, block: u32, kv_head: usize) -> &[u16] {
         &self.cells[self.layout.values(block, kv_head)..][..self.layout.head_cells()]
     }
@@ -75,15 +103,17 @@ impl Cache {
 
     /// Copies the first slots of a block to another.
     pub(super) fn copy(&mut self, copy: &BlockCopy) {
-        let Layout { n_kv_heads, head_dim } = self.layout;
-        let n_slots = copy.n_slots as usize;
-        for kv_head in 0..n_kv_heads {
-            let (src, dst) = (self.layout.keys(copy.src, kv_head), self.layout.keys(copy.dst, kv_head));
-            for i in (0..head_dim).map(|d| d * BLOCK_TOKENS) {
-                self.cells.copy_within(src + i..src + i + n_slots, dst + i);
+        let layout = self.layout;
+        for kv_head in 0..layout.n_kv_heads {
+            let (from_keys, to_keys) = (layout.keys(copy.src, kv_head), layout.keys(copy.dst, kv_head));
+            let (from_values, to_values) = (layout.values(copy.src, kv_head), layout.values(copy.dst, kv_head));
+            for slot in 0..copy.n_slots as usize {
+                for i in 0..layout.padded {
+                    let (key, value) = (layout.key(slot, i), layout.value(slot, i));
+                    self.cells[to_keys + key] = self.cells[from_keys + key];
+                    self.cells[to_values + value] = self.cells[from_values + value];
+                }
             }
-            let (src, dst) = (self.layout.values(copy.src, kv_head), self.layout.values(copy.dst, kv_head));
-            self.cells.copy_within(src..src + n_slots * head_dim, dst);
         }
     }
 }
@@ -100,30 +130,39 @@ impl CacheWriter<'_> {
     /// # Safety
     /// Nobody else may write this head's slot at the same time.
     pub(super) unsafe fn store(&self, isa: super::Isa, (block, slot): (u32, usize), kv_head: usize, k: &[f32], v: &[f32]) {
-        let Layout { head_dim, .. } = self.layout;
-        assert!(slot < BLOCK_TOKENS && k.len() == head_dim && v.len() == head_dim);
-        let keys = self.layout.keys(block, kv_head);
-        for (chunk, k) in k.chunks(LANES).enumerate() {
-            let mut halves = [0; LANES];
-            to_half(isa, k, &mut halves[..k.len()]);
-            for (i, half) in halves[..k.len()].iter().enumerate() {
-                // SAFETY: the cell belongs to this slot and head (the caller's promise).
-                unsafe { self.cells.write(keys + (chunk * LANES + i) * BLOCK_TOKENS + slot, *half) };
+        let layout = self.layout;
+        assert!(slot < BLOCK_TOKENS && k.len() == layout.head_dim && v.len() == layout.head_dim);
+        let (keys, values) = (layout.keys(block, kv_head), layout.values(block, kv_head));
+        for (x, first, is_key) in [(k, keys, true), (v, values, false)] {
+            for (chunk, x) in x.chunks(LANES).enumerate() {
+                let mut cells = [0; LANES];
+                if layout.tiles {
+                    to_bf16s(isa, x, &mut cells[..x.len()]);
+                } else {
+                    to_halves(isa, x, &mut cells[..x.len()]);
+                }
+                for (i, &cell) in cells[..x.len()].iter().enumerate() {
+                    let i = chunk * LANES + i;
+                    let at = first + if is_key { layout.key(slot, i) } else { layout.value(slot, i) };
+                    // SAFETY: the cell belongs to this slot and head (the caller's promise).
+                    unsafe { self.cells.write(at, cell) };
+                }
             }
         }
-        let start = self.layout.values(block, kv_head) + slot * head_dim;
-        // SAFETY: the cells belong to this slot and head (the caller's promise).
-        to_half(isa, v, unsafe { self.cells.part(start, head_dim) });
+        for i in layout.head_dim..layout.padded {
+            // SAFETY: as above.
+            unsafe { self.cells.write(keys + layout.key(slot, i), 0) };
+        }
     }
 }
 
 per_isa! {
     /// Rounds to IEEE halves, to nearest even.
-    fn to_half(x: &[f32], out: &mut [u16]) = to_half_body;
+    fn to_halves(x: &[f32], out: &mut [u16]) = to_halves_body;
 }
 
 #[inline(always)]
-fn to_half_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
+fn to_halves_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
     for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
         let (mut values, mut halves) = ([0.0; LANES], [0; LANES]);
         values[..x.len()].copy_from_slice(x);
@@ -131,6 +170,20 @@ fn to_half_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
         unsafe { s.store_f16(halves.as_mut_ptr(), s.load(values.as_ptr())) };
         out.copy_from_slice(&halves[..out.len()]);
     }
+}
+
+per_isa! {
+    /// Rounds to bfloat16, to nearest even.
+    fn to_bf16s(x: &[f32], out: &mut [u16]) = to_bf16s_body;
+}
+
+#[inline(always)]
+fn to_bf16s_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
+    let (mut values, mut cells) = ([0.0; LANES], [0; LANES]);
+    values[..x.len()].copy_from_slice(x);
+    // SAFETY: both arrays have 16 elements.
+    unsafe { s.round_bf16(values.as_ptr(), cells.as_mut_ptr()) };
+    out.copy_from_slice(&cells[..out.len()]);
 }
 
 /// Cosines and sines of the angles of positions; grows as they are needed.

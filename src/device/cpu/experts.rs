@@ -5,6 +5,7 @@
 use super::buffer::{Aligned, Shared};
 use super::gemm::{self, Epilogue, Out, Product};
 use super::isa::Isa;
+use super::numerics::Numerics;
 use super::quant::Act;
 use super::team::Team;
 use super::weights::Weight;
@@ -34,13 +35,13 @@ pub(super) struct ExpertMemory {
 }
 
 impl ExpertMemory {
-    pub(super) fn new(sizes: ExpertSizes, width: usize, max_tokens: usize) -> Self {
+    pub(super) fn new(numerics: Numerics, sizes: ExpertSizes, width: usize, max_tokens: usize) -> Self {
         Self {
             sizes,
             scores: Aligned::zeroed(max_tokens * sizes.n_experts),
             uses: vec![Use::default(); max_tokens * sizes.n_used],
-            act: Act::new(max_tokens, width),
-            gated: Act::new(max_tokens, sizes.ffn_width),
+            act: Act::new(numerics, max_tokens, width),
+            gated: Act::new(numerics, max_tokens, sizes.ffn_width),
             out: Aligned::zeroed(max_tokens * width),
         }
     }

@@ -2,12 +2,14 @@
 //! decoders. Invariant: a value is one fixed sequence of operations over k, made of its token's activations and its
 //! column's weights alone; tiles, row groups and instruction sets only choose what is computed when.
 
-use super::buffer::{Aligned, Shared};
+use super::buffer::{Aligned, Shared, prefetch};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
+use super::numerics::Layout;
 use super::quant::{Act, ActWriter};
 use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
+use super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
 use super::weights::{BLOCK, PANEL, Part, Weight};
 use super::{Scratch, gemm_f, gemm_q};
 use crate::device::Activation;
@@ -21,7 +23,7 @@ const MAX_ROWS: usize = 6;
 const PIECE_BLOCKS: usize = 12;
 
 /// Bytes of activations that a tile's rows may take: they are read once per panel, so they should stay in the L2 cache.
-const TILE_ACT_BYTES: usize = 256 << 10;
+const TILE_ACT_BYTES: usize = 512 << 10;
 
 /// What becomes of the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,18 +55,15 @@ pub(super) enum Out<'a> {
 }
 
 impl Out<'_> {
-    /// Columns `columns` of a row.
-    ///
-    /// # Safety
-    /// While the result lives, nobody else may touch these values.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
-    unsafe fn part(&self, row: usize, columns: &Range<usize>) -> &mut [f32] {
-        // SAFETY: passed on.
-        unsafe {
-            match self {
-                Self::Values(values, width) => values.part(row * width + columns.start, columns.len()),
-                Self::Act(act) => act.values(row, columns.start, columns.len()),
+    /// The first of the results in `columns` of some rows, and the elements from row to row.
+    #[inline(always)]
+    fn block(&self, rows: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
+        match self {
+            Self::Values(values, width) => {
+                assert!(columns.end <= *width);
+                (values.at(rows.start * width + columns.start, (rows.len() - 1) * width + columns.len()), *width)
             }
+            Self::Act(act) => act.block(rows, columns),
         }
     }
 }
@@ -80,7 +79,7 @@ struct Tile<'a> {
 /// Makes a worker's memory for products of up to `max_rows` rows.
 pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
     scratch.panel.reserve(PIECE_BLOCKS * gemm_q::MAX_UNPACKED_BLOCK);
-    scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS) * PANEL);
+    scratch.sums.reserve(max_rows.next_multiple_of(2 * TILE).next_multiple_of(MAX_ROWS) * PANEL);
 }
 
 /// Computes a product.
@@ -89,7 +88,7 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
     assert_eq!(act.k, weight.k, "activations of width {} for a weight of {}", act.k, weight.k);
     assert_eq!(weight.gated, matches!(product.epilogue, Epilogue::Gate(_)));
     for part in &weight.parts {
-        let (rows_step, panels_step) = tile_shape(team.n_threads(), n_rows, act.k, part.n_panels);
+        let (rows_step, panels_step) = tile_shape(team.n_threads(), n_rows, act.k, part);
         let row_tiles = n_rows.div_ceil(rows_step);
         team.run(part.n_panels.div_ceil(panels_step) * row_tiles, &|scratch, tile| {
             let (panel, row) = (tile / row_tiles * panels_step, tile % row_tiles * rows_step);
@@ -102,12 +101,14 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
 
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels
 /// (an even number: the two of a gated pair's 32 columns stay together) as leave every thread several tiles.
-fn tile_shape(n_threads: usize, n_rows: usize, k: usize, n_panels: usize) -> (usize, usize) {
-    let in_cache = (TILE_ACT_BYTES / k).max(4 * MAX_ROWS);
-    let row_tiles =
-        n_rows.div_ceil(in_cache).max((4 * n_threads).div_ceil(n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * MAX_ROWS)));
-    let rows = n_rows.div_ceil(row_tiles.max(1)).next_multiple_of(MAX_ROWS);
-    let panels = (n_panels * row_tiles / (8 * n_threads)).clamp(2, 16) & !1;
+fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize, usize) {
+    let (multiple, row_bytes) = if part.layout == Layout::Tiles { (2 * TILE, 2 * k) } else { (MAX_ROWS, k) };
+    let in_cache = (TILE_ACT_BYTES / row_bytes).max(4 * multiple);
+    let least = n_rows.div_ceil(in_cache);
+    let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
+    let row_tiles = least.max(wanted).max(1);
+    let rows = n_rows.div_ceil(row_tiles).next_multiple_of(multiple);
+    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, 16) & !1;
     (rows, panels)
 }
 
@@ -118,16 +119,23 @@ per_isa! {
 
 #[inline(always)]
 fn tile_body<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
+    if tile.part.layout == Layout::Tiles {
+        tile.product.isa.unit().prepare();
+    }
     for panel in tile.panels.clone() {
-        match tile.part.dtype {
-            DType::Q4_0 => quantised::<S, Q40>(s, tile, panel, scratch),
-            DType::Q4_1 => quantised::<S, Q41>(s, tile, panel, scratch),
-            DType::Q8_0 => quantised::<S, Q80>(s, tile, panel, scratch),
-            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => quantised::<S, Spread<false, false>>(s, tile, panel, scratch),
-            DType::Q5_1 | DType::Q4K | DType::Q5K => quantised::<S, Spread<true, false>>(s, tile, panel, scratch),
-            DType::Q3K | DType::Q6K => quantised::<S, Spread<false, true>>(s, tile, panel, scratch),
-            DType::Q2K => quantised::<S, Spread<true, true>>(s, tile, panel, scratch),
-            dtype @ (DType::F32 | DType::F16 | DType::Bf16) => floats(s, tile, panel, dtype, scratch),
+        match tile.part.layout {
+            Layout::Blocks(dtype) => match dtype {
+                DType::Q4_0 => quantised::<S, Q40>(s, tile, panel, scratch),
+                DType::Q4_1 => quantised::<S, Q41>(s, tile, panel, scratch),
+                DType::Q8_0 => quantised::<S, Q80>(s, tile, panel, scratch),
+                DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => quantised::<S, Spread<false, false>>(s, tile, panel, scratch),
+                DType::Q5_1 | DType::Q4K | DType::Q5K => quantised::<S, Spread<true, false>>(s, tile, panel, scratch),
+                DType::Q3K | DType::Q6K => quantised::<S, Spread<false, true>>(s, tile, panel, scratch),
+                DType::Q2K => quantised::<S, Spread<true, true>>(s, tile, panel, scratch),
+                DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{dtype} has no blocks"),
+            },
+            Layout::Floats(dtype) => floats(s, tile, panel, dtype, scratch),
+            Layout::Tiles => bf16_tiles(s, tile, panel, scratch),
         }
     }
     if let Out::Act(act) = &tile.product.out {
@@ -163,7 +171,7 @@ fn quantised<S: Simd, F: Format>(s: S, tile: &Tile<'_>, panel: usize, scratch: &
             gemm_q::add_rows::<S, F>(s, &source, &rows, sums);
         }
     }
-    finish(s, tile, panel, sums);
+    finish(s, tile, panel, &tile.rows, sums);
 }
 
 /// One panel of floats for all of the tile's rows.
@@ -175,7 +183,50 @@ fn floats<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, dtype: DType, scratch: &
         let rows = &act.f[(tile.rows.start + group * S::ROWS) * act.k..][..sums.len() * act.k];
         gemm_f::rows(s, dtype, tile.part.panel(panel), rows, sums);
     }
-    finish(s, tile, panel, sums);
+    finish(s, tile, panel, &tile.rows, sums);
+}
+
+/// One panel of tiles for all of the tile's rows, two tiles of rows at a time.
+#[inline(always)]
+#[expect(clippy::cast_ptr_alignment, reason = "tiles are read without alignment")]
+fn bf16_tiles<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
+    const STRIDE: usize = TILE_K * size_of::<u16>();
+    let (product, columns) = (tile.product, columns_of(tile, panel));
+    let act = product.act;
+    let n_k = act.k.div_ceil(TILE_K);
+    let panel_bytes = tile.part.panel(panel);
+    assert!(panel_bytes.len() == n_k * 2 * TILE_CELLS * size_of::<u16>() && tile.rows.start.is_multiple_of(TILE));
+    let weights = panel_bytes.as_ptr().cast::<u16>();
+    let b = Tiles { start: [weights, weights.wrapping_add(TILE_CELLS)], stride: STRIDE, step: 2 * TILE_CELLS * size_of::<u16>() };
+    // The panel after this one is asked for piece by piece: what is read once per step comes from far away.
+    let next = if panel + 1 < tile.part.n_panels { tile.part.panel(panel + 1) } else { &[] };
+    let mut pieces = next.chunks(next.len().div_ceil(tile.rows.len().div_ceil(2 * TILE)).next_multiple_of(64).max(64));
+    for row in tile.rows.clone().step_by(2 * TILE) {
+        prefetch(pieces.next().unwrap_or_default());
+        let rows = row..tile.rows.end.min(row + 2 * TILE);
+        // Whole tiles whose products need nothing more go where they belong.
+        let direct = product.epilogue == Epilogue::Store && rows.len() == 2 * TILE && columns.len() == PANEL;
+        scratch.sums.reserve(2 * TILE * PANEL);
+        let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (scratch.sums.as_mut_ptr(), PANEL) };
+        let target = Target { start, stride, n_rows: rows.len(), add: false };
+        let first = &act.tiles[act.tile_row(rows.start)..][..n_k * TILE_CELLS];
+        let step = TILE_CELLS * size_of::<u16>();
+        // SAFETY: the slices hold `n_k` tiles of each operand; the target is 32 rows of 32, `sums` or (each (row, panel)
+        // belongs to one tile, and panels share no columns) a block that was asserted to be there.
+        unsafe {
+            if rows.len() > TILE {
+                let second = &act.tiles[act.tile_row(rows.start + TILE)..][..n_k * TILE_CELLS];
+                let a = Tiles { start: [first.as_ptr(), second.as_ptr()], stride: STRIDE, step };
+                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target);
+            } else {
+                let a = Tiles { start: [first.as_ptr()], stride: STRIDE, step };
+                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target);
+            }
+        }
+        if !direct {
+            finish(s, tile, panel, &rows, &scratch.sums.as_chunks().0[..2 * TILE]);
+        }
+    }
 }
 
 /// Zeros for the sums of a panel's columns, `[n_rows][32]`.
@@ -195,32 +246,45 @@ fn columns_of(tile: &Tile<'_>, panel: usize) -> Range<usize> {
     tile.part.n_start + start..tile.part.n_start + tile.part.n.min(start + width)
 }
 
-/// Brings a panel's products to memory.
+/// Brings a panel's products for some rows to memory.
 #[inline(always)]
-fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, sums: &[[f32; PANEL]]) {
+fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, rows: &Range<usize>, sums: &[[f32; PANEL]]) {
     let product = tile.product;
     let columns = columns_of(tile, panel);
-    for (row, y) in tile.rows.clone().zip(sums) {
-        // SAFETY: each (row, panel) belongs to one tile, and panels do not share columns.
-        let out = unsafe { product.out.part(row, &columns) };
+    let (out, stride) = product.out.block(rows, &columns);
+    for (row, y) in sums[..rows.len()].iter().enumerate() {
+        // SAFETY: the block was asserted to be there; each (row, panel) belongs to one tile, and panels share no columns.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.add(row * stride), columns.len()) };
+        // SAFETY: a panel's row is two vectors.
+        let (low, high) = unsafe { (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES))) };
         match product.epilogue {
-            Epilogue::Store => out.copy_from_slice(&y[..out.len()]),
-            Epilogue::Add => out.iter_mut().zip(y).for_each(|(out, y)| *out += y),
-            Epilogue::Gate(f) => {
-                let mut values = [0.0; LANES];
-                // SAFETY: a panel's row is 32 values; `values` holds 16.
-                unsafe {
-                    let (gate, up) = (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES)));
-                    let gate = match f {
-                        Activation::Silu => silu(s, gate),
-                        Activation::GeluTanh => gelu(s, gate),
-                    };
-                    s.store(values.as_mut_ptr(), s.mul(gate, up));
-                }
-                out.copy_from_slice(&values[..out.len()]);
-            }
+            Epilogue::Store => put(s, [low, high], false, out),
+            Epilogue::Add => put(s, [low, high], true, out),
+            Epilogue::Gate(Activation::Silu) => put(s, [s.mul(silu(s, low), high)], false, out),
+            Epilogue::Gate(Activation::GeluTanh) => put(s, [s.mul(gelu(s, low), high)], false, out),
         }
     }
+}
+
+/// Stores values, or adds them to what is there; the last of them may find no place.
+#[inline(always)]
+fn put<S: Simd, const N: usize>(s: S, values: [S::V; N], add: bool, out: &mut [f32]) {
+    if out.len() == N * LANES {
+        for (i, value) in values.into_iter().enumerate() {
+            // SAFETY: N vectors, asked just now.
+            unsafe {
+                let out = out.as_mut_ptr().add(i * LANES);
+                s.store(out, if add { s.add(s.load(out), value) } else { value });
+            }
+        }
+        return;
+    }
+    let mut buffer = [[0.0; LANES]; N];
+    for (buffer, value) in buffer.iter_mut().zip(values) {
+        // SAFETY: 16 values.
+        unsafe { s.store(buffer.as_mut_ptr(), value) };
+    }
+    out.iter_mut().zip(buffer.as_flattened()).for_each(|(out, x)| *out = if add { *out + x } else { *x });
 }
 
 /// x / (1 + e^−x)

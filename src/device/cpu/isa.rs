@@ -2,6 +2,10 @@
 //! Invariant: an [`Isa`] other than portable exists only on a machine that has its instructions, so holding one is the
 //! proof that a kernel may be entered.
 
+use super::tile::Unit;
+#[cfg(target_arch = "x86_64")]
+use super::tile::amx;
+
 /// An instruction-set path of the kernels. All paths give the same bits; they differ in speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Path);
@@ -9,6 +13,9 @@ pub struct Isa(Path);
 /// The paths themselves; private, so that [`Isa`] can only be made by asking the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
+    /// AVX-512 as below, and tiles of bfloat16 (AMX).
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -41,6 +48,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
             {
+                if amx::is_there() {
+                    paths.push(Self(Path::Amx));
+                }
                 paths.push(Self(Path::Avx512Vnni));
             }
             if avx2 {
@@ -56,14 +66,30 @@ impl Isa {
         Self::available().into_iter().find(|isa| isa.name() == name)
     }
 
-    /// `avx512-vnni`, `avx2` or `portable`.
+    /// `amx`, `avx512-vnni`, `avx2` or `portable`.
     pub fn name(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Path::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
             Path::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => "avx2",
             Path::Portable => "portable",
+        }
+    }
+
+    /// Whether it has a unit for tiles of bfloat16.
+    pub fn has_tiles(self) -> bool {
+        self.unit() != Unit::Vector
+    }
+
+    /// What multiplies tiles.
+    pub(super) fn unit(self) -> Unit {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Path::Amx => Unit::Amx,
+            _ => Unit::Vector,
         }
     }
 
@@ -81,9 +107,9 @@ macro_rules! per_isa {
         $vis fn $name(isa: $crate::device::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn avx512($($arg: $ty),*) $(-> $ret)? {
+            fn avx512(bf16: bool, $($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function enables what the token stands for.
-                $body(unsafe { $crate::device::cpu::simd_x86::Avx512::new() }, $($arg),*)
+                $body(unsafe { $crate::device::cpu::simd_x86::Avx512::new(bf16) }, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
@@ -94,7 +120,10 @@ macro_rules! per_isa {
             match isa.path() {
                 // SAFETY: an `Isa` of this path is made only where the machine has these instructions.
                 #[cfg(target_arch = "x86_64")]
-                $crate::device::cpu::isa::Path::Avx512Vnni => unsafe { avx512($($arg),*) },
+                $crate::device::cpu::isa::Path::Avx512Vnni | $crate::device::cpu::isa::Path::Amx => unsafe {
+                    // Every machine with tiles of bfloat16 has AVX-512 BF16 (Sapphire Rapids on).
+                    avx512(isa.has_tiles(), $($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Avx2 => unsafe { avx2($($arg),*) },

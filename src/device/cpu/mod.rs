@@ -1,9 +1,8 @@
-//! The CPU device: weights repacked at load, 8-bit activations against quantised weights, a paged cache of halves, a team
-//! of threads. Knows nothing of models, rows or text.
+//! The CPU device: weights repacked at load, products in the numbers asked for ([`Numerics`]), a paged cache of 16-bit
+//! floats, a team of threads. Knows nothing of models, rows or text.
 //!
-//! Invariant: the same bits on every instruction set, for any number of threads and any batch (each file says why for
-//! its part). Numerics: weights keep their file's values; activations are quantised per token and block of 32 for
-//! quantised weights, and stay f32 for float weights; sums are f32; keys and values are IEEE halves.
+//! Invariant: in the same numerics, the same bits on every instruction set, for any number of threads and any batch (each
+//! file says why for its part).
 
 #![expect(
     clippy::inline_always,
@@ -21,15 +20,19 @@ mod gemm_f;
 mod gemm_q;
 mod isa;
 mod norm;
+mod numerics;
 mod quant;
+pub mod roof;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 mod team;
+mod tile;
 mod weights;
 
 pub use cache::Cache;
 pub use isa::Isa;
+pub use numerics::Numerics;
 pub use quant::Act;
 pub use weights::Weight;
 
@@ -50,6 +53,7 @@ const HEAD_ROWS: usize = 64;
 /// A CPU.
 pub struct CpuDevice {
     isa: Isa,
+    numerics: Numerics,
     team: Team,
     memory: RefCell<Memory>,
 }
@@ -85,16 +89,16 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn reserve(&mut self, sizes: &StepSizes<'_>) {
+    fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>) {
         gemm::reserve(self, sizes.max_tokens);
-        sizes.attention.iter().for_each(|spec| self.attention.reserve(spec.head_dim));
+        sizes.attention.iter().for_each(|spec| self.attention.reserve(numerics, spec.head_dim));
         self.draw.get_or_insert_with(|| sample::Scratch::new(sizes.n_vocab));
     }
 }
 
 impl HeadMemory {
-    fn new(width: usize, n_vocab: usize) -> Self {
-        Self { act: Act::new(HEAD_ROWS, width), logits: Aligned::zeroed(HEAD_ROWS * n_vocab) }
+    fn new(numerics: Numerics, width: usize, n_vocab: usize) -> Self {
+        Self { act: Act::new(numerics, HEAD_ROWS, width), logits: Aligned::zeroed(HEAD_ROWS * n_vocab) }
     }
 }
 
@@ -131,13 +135,18 @@ pub struct Vector(Vec<f32>);
 
 impl CpuDevice {
     /// A device of `n_threads` threads (the caller's is one of them) that uses the instructions of `isa`.
-    pub fn new(isa: Isa, n_threads: usize) -> Self {
-        Self { isa, team: Team::new(n_threads), memory: RefCell::default() }
+    pub fn new(isa: Isa, numerics: Numerics, n_threads: usize) -> Self {
+        Self { isa, numerics, team: Team::new(n_threads), memory: RefCell::default() }
     }
 
     /// Threads that share an operation.
     pub fn n_threads(&self) -> usize {
         self.team.n_threads()
+    }
+
+    /// In which numbers products are computed.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
     }
 
     /// The instructions in use.
@@ -164,15 +173,15 @@ impl Device for CpuDevice {
 
     /// The instruction set is not in it: all give the same bits, so a job may go on on another machine.
     fn fingerprint(&self) -> String {
-        format!("cpu kernels=1 act=i8/32 kv=f16 tile={}", attention::TILE_KEYS)
+        format!("cpu kernels=1 {} tile={}", self.numerics.describe(), attention::TILE_KEYS)
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
-        Weight::stacked(&self.team, parts)
+        Weight::stacked(&self.team, self.numerics, parts)
     }
 
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Weight> {
-        Weight::gated(&self.team, gate, up)
+        Weight::gated(&self.team, self.numerics, gate, up)
     }
 
     fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Vector> {
@@ -180,16 +189,16 @@ impl Device for CpuDevice {
     }
 
     fn tensor_bytes(&self, tensor: &Tensor<'_>) -> usize {
-        weights::tensor_bytes(tensor)
+        weights::tensor_bytes(self.numerics, tensor)
     }
 
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
-        Layout::new(spec).block_cells() * size_of::<u16>()
+        Layout::new(self.numerics, spec).block_cells() * size_of::<u16>()
     }
 
     fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
         assert_eq!(spec.n_heads % spec.n_kv_heads, 0);
-        Cache::new(spec, n_blocks)
+        Cache::new(self.numerics, spec, n_blocks)
     }
 
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {
@@ -197,7 +206,7 @@ impl Device for CpuDevice {
     }
 
     fn new_act(&self, max_tokens: usize, width: usize) -> Act {
-        Act::new(max_tokens, width)
+        Act::new(self.numerics, max_tokens, width)
     }
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
@@ -206,9 +215,10 @@ impl Device for CpuDevice {
             rope_table(&mut memory.rope, spec, sizes.max_context);
             memory.items.reserve(attention::max_items(spec, sizes.max_tokens));
         }
-        memory.head.get_or_insert_with(|| HeadMemory::new(sizes.width, sizes.n_vocab));
-        memory.experts = sizes.experts.map(|experts| ExpertMemory::new(experts, sizes.width, sizes.max_tokens));
-        self.team.each_scratch(|scratch| scratch.reserve(sizes));
+        memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, sizes.n_vocab));
+        memory.experts = sizes.experts.map(|experts| ExpertMemory::new(self.numerics, experts, sizes.width, sizes.max_tokens));
+        let numerics = self.numerics;
+        self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes));
     }
 
     fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {
@@ -319,12 +329,11 @@ impl Device for CpuDevice {
 
     fn experts(&self, act: &Act, experts: &Experts<Weight>, f: Activation, batch: &Batch, x: &mut Hidden) {
         let n_tokens = batch.tokens.len();
-        assert!(!experts.router.wants_integers(), "a router has float weights (checked when it was loaded)");
         let ffn_width = experts.experts[0].down.k;
         let sizes = ExpertSizes { n_experts: experts.experts.len(), n_used: experts.n_used, ffn_width };
         let memory = &mut self.memory.borrow_mut().experts;
         if memory.as_ref().is_none_or(|memory| !memory.is_for(sizes, n_tokens)) {
-            *memory = Some(ExpertMemory::new(sizes, x.width, n_tokens));
+            *memory = Some(ExpertMemory::new(self.numerics, sizes, x.width, n_tokens));
         }
         let memory = memory.as_mut().expect("made just now if it was not there");
         experts::add((&self.team, self.isa), memory, (act, n_tokens), experts, f, &mut x.values);
@@ -334,7 +343,7 @@ impl Device for CpuDevice {
         let Self { isa, team, .. } = self;
         let (n_vocab, width) = (weight.n, x.width);
         let mut memory = self.memory.borrow_mut();
-        let memory = memory.head.get_or_insert_with(|| HeadMemory::new(width, n_vocab));
+        let memory = memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, width, n_vocab));
         out.rows.clear();
         out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
         for (heads, out) in batch.heads.chunks(HEAD_ROWS).zip(out.rows.chunks_mut(HEAD_ROWS)) {

@@ -1,18 +1,23 @@
-//! Activations, and their quantisation: per token and block of 32, i8 with an f32 scale. Knows nothing of weights but
-//! whether they want integers or floats. Invariant: a block's integers and scale depend on its 32 values alone.
+//! Activations in the forms that weights read: f32, integers (per token and block of 32, i8 with an f32 scale), tiles of
+//! bfloat16. Knows nothing of weights but which of these they want. Invariant: a block's integers and scale depend on its 32 values alone.
 
 use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, per_isa};
-use super::simd::Simd;
+use super::numerics::{Form, Numerics};
+use super::simd::{LANES, Simd, to_bf16};
 use super::team::Team;
+use super::tile::{TILE, TILE_CELLS, TILE_K};
 use super::weights::{BLOCK, Weight};
+use std::ops::Range;
 
-/// Activations of up to `max_tokens` tokens, `[max_tokens, k]`: as f32, and as integers where the consumer wants them.
+/// Activations of up to `max_tokens` tokens, `[max_tokens, k]`: as f32, and in the form that the consumer wants.
 pub struct Act {
     pub(super) k: usize,
     /// `[max_tokens, k]`
     pub(super) f: Aligned<f32>,
     pub(super) ints: Integers<Aligned<i8>, Aligned<f32>, Aligned<i32>>,
+    /// As bfloat16, `[max_tokens / 16][k / 32]` tiles of 16 rows by 32 elements; what lies beyond k is 0.
+    pub(super) tiles: Aligned<u16>,
 }
 
 /// Quantised activations: x ≈ scale · q.
@@ -31,8 +36,8 @@ pub(super) struct Integers<Q, S, T> {
 }
 
 impl Act {
-    pub(super) fn new(max_tokens: usize, k: usize) -> Self {
-        let n_blocks = max_tokens * (k / BLOCK);
+    pub(super) fn new(numerics: Numerics, max_tokens: usize, k: usize) -> Self {
+        let n_blocks = if numerics == Numerics::Int8 { max_tokens * (k / BLOCK) } else { 0 };
         let ints = Integers {
             q: Aligned::zeroed(n_blocks * BLOCK),
             scale: Aligned::zeroed(n_blocks),
@@ -40,7 +45,15 @@ impl Act {
             sum: Aligned::zeroed(n_blocks),
             first_sum: Aligned::zeroed(n_blocks),
         };
-        Self { k, f: Aligned::zeroed(max_tokens * k), ints }
+        // Whole pairs of tiles, as kernels read them.
+        let n_tiles =
+            if numerics == Numerics::Bf16 { max_tokens.next_multiple_of(2 * TILE) / TILE * k.div_ceil(TILE_K) } else { 0 };
+        Self { k, f: Aligned::zeroed(max_tokens * k), ints, tiles: Aligned::zeroed(n_tiles * TILE_CELLS) }
+    }
+
+    /// Where a row's first tile stands, and its row there.
+    pub(super) fn tile_row(&self, row: usize) -> usize {
+        row / TILE * self.k.div_ceil(TILE_K) * TILE_CELLS + row % TILE * TILE_K
     }
 
     /// The values before quantisation, row after row.
@@ -51,7 +64,10 @@ impl Act {
     /// Takes rows of another one, in every form they have there: row i becomes its row `rows(i)`.
     pub(super) fn gather(&mut self, team: &Team, from: &Self, n_rows: usize, rows: &(dyn Fn(usize) -> usize + Sync)) {
         assert_eq!(self.k, from.k);
-        let n_blocks = self.k / BLOCK;
+        if !self.tiles.is_empty() {
+            self.gather_tiles(from, n_rows, rows);
+        }
+        let n_blocks = if self.ints.q.is_empty() { 0 } else { self.k / BLOCK };
         let Integers { q, scale, scaled_sum, sum, first_sum } = &mut self.ints;
         let f = (Shared::new(&mut self.f), self.k);
         let (q, scale) = ((Shared::new(q), n_blocks * BLOCK), (Shared::new(scale), n_blocks));
@@ -73,6 +89,16 @@ impl Act {
         });
     }
 
+    /// [`Act::gather`] for the tiles: a row's share of each.
+    fn gather_tiles(&mut self, from: &Self, n_rows: usize, rows: &dyn Fn(usize) -> usize) {
+        for i in 0..n_rows {
+            let (to, row) = (self.tile_row(i), from.tile_row(rows(i)));
+            for tile in (0..self.k.div_ceil(TILE_K)).map(|tile| tile * TILE_CELLS) {
+                self.tiles[to + tile..][..TILE_K].copy_from_slice(&from.tiles[row + tile..][..TILE_K]);
+            }
+        }
+    }
+
     /// Shared writing in the form that `next` reads.
     pub(super) fn writer(&mut self, isa: Isa, next: &Weight) -> ActWriter<'_> {
         assert_eq!(self.k, next.k, "the activations' width and the next weight's");
@@ -80,8 +106,9 @@ impl Act {
         ActWriter {
             isa,
             k: self.k,
-            integers: next.wants_integers(),
+            form: Form::of(next),
             f: Shared::new(&mut self.f),
+            tiles: Shared::new(&mut self.tiles),
             ints: Integers {
                 q: Shared::new(q),
                 scale: Shared::new(scale),
@@ -106,16 +133,17 @@ unsafe fn copy_row<T: Copy>((to, len): &(Shared<'_, T>, usize), i: usize, from: 
 pub(super) struct ActWriter<'a> {
     isa: Isa,
     k: usize,
-    /// Whether the next weight reads integers.
-    integers: bool,
+    /// What the next weight reads.
+    form: Form,
     f: Shared<'a, f32>,
+    tiles: Shared<'a, u16>,
     ints: Integers<Shared<'a, i8>, Shared<'a, f32>, Shared<'a, i32>>,
 }
 
 impl ActWriter<'_> {
     /// Whether a token's values can be sealed `n` columns at a time: integers need whole blocks.
     pub(super) fn takes(&self, n: usize) -> bool {
-        !self.integers || n.is_multiple_of(BLOCK)
+        self.form.takes(n)
     }
 
     /// `n` values of a token from column `start` on, to be written before they are sealed.
@@ -128,27 +156,85 @@ impl ActWriter<'_> {
         unsafe { self.f.part(token * self.k + start, n) }
     }
 
+    /// Where the values in `columns` of some tokens begin, and the elements from token to token. Whoever writes there must be
+    /// alone with them.
+    pub(super) fn block(&self, tokens: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
+        assert!(columns.end <= self.k);
+        let len = (tokens.len() - 1) * self.k + columns.len();
+        (self.f.at(tokens.start * self.k + columns.start, len), self.k)
+    }
+
     /// Puts values that were written into the form the next weight wants. Integers need whole blocks.
     ///
     /// # Safety
     /// Nobody else may touch these values at the same time.
     pub(super) unsafe fn seal(&self, token: usize, start: usize, n: usize) {
-        if self.integers {
-            assert!(start.is_multiple_of(BLOCK) && n.is_multiple_of(BLOCK), "columns {start}+{n} are no whole blocks");
-            let (first, n_blocks) = ((token * self.k + start) / BLOCK, n / BLOCK);
+        match self.form {
+            Form::Floats => {}
+            Form::Integers => {
+                assert!(start.is_multiple_of(BLOCK) && n.is_multiple_of(BLOCK), "columns {start}+{n} are no whole blocks");
+                let (first, n_blocks) = ((token * self.k + start) / BLOCK, n / BLOCK);
+                // SAFETY: passed on.
+                let mut out = unsafe {
+                    Integers {
+                        q: self.ints.q.part(first * BLOCK, n),
+                        scale: self.ints.scale.part(first, n_blocks),
+                        scaled_sum: self.ints.scaled_sum.part(first, n_blocks),
+                        sum: self.ints.sum.part(first, n_blocks),
+                        first_sum: self.ints.first_sum.part(first, n_blocks),
+                    }
+                };
+                // SAFETY: passed on.
+                quantise(self.isa, unsafe { self.values(token, start, n) }, &mut out);
+            }
             // SAFETY: passed on.
-            let mut out = unsafe {
-                Integers {
-                    q: self.ints.q.part(first * BLOCK, n),
-                    scale: self.ints.scale.part(first, n_blocks),
-                    scaled_sum: self.ints.scaled_sum.part(first, n_blocks),
-                    sum: self.ints.sum.part(first, n_blocks),
-                    first_sum: self.ints.first_sum.part(first, n_blocks),
-                }
-            };
-            // SAFETY: passed on.
-            quantise(self.isa, unsafe { self.values(token, start, n) }, &mut out);
+            Form::Tiles => round(self.isa, unsafe { self.values(token, start, n) }, start, &self.tile_row(token)),
         }
+    }
+
+    /// Where a token's elements go in the tiles.
+    fn tile_row(&self, token: usize) -> TileRow<'_> {
+        let first = token / TILE * self.k.div_ceil(TILE_K) * TILE_CELLS + token % TILE * TILE_K;
+        TileRow { tiles: &self.tiles, first }
+    }
+}
+
+/// A token's row in its tiles.
+struct TileRow<'a> {
+    tiles: &'a Shared<'a, u16>,
+    first: usize,
+}
+
+per_isa! {
+    /// Rounds elements `start..` of a token to bfloat16. Nobody else may touch them at the same time.
+    fn round(x: &[f32], start: usize, row: &TileRow<'_>) = round_body;
+}
+
+#[inline(always)]
+fn round_body<S: Simd>(s: S, mut x: &[f32], mut start: usize, row: &TileRow<'_>) {
+    while x.len() >= TILE_K && start.is_multiple_of(TILE_K) {
+        // SAFETY: the caller is alone with these elements.
+        let out = unsafe { row.tiles.part(row.first + start / TILE_K * TILE_CELLS, TILE_K) };
+        // SAFETY: both have 32 elements.
+        unsafe {
+            s.round_bf16(x.as_ptr(), out.as_mut_ptr());
+            s.round_bf16(x.as_ptr().add(LANES), out.as_mut_ptr().add(LANES));
+        }
+        (x, start) = (&x[TILE_K..], start + TILE_K);
+    }
+    while !x.is_empty() {
+        // To the end of this half of a tile.
+        let n = (LANES - start % LANES).min(x.len());
+        let at = row.first + start / TILE_K * TILE_CELLS + start % TILE_K;
+        // SAFETY: the caller is alone with these elements.
+        let out = unsafe { row.tiles.part(at, n) };
+        if n == LANES {
+            // SAFETY: both have 16 elements.
+            unsafe { s.round_bf16(x.as_ptr(), out.as_mut_ptr()) };
+        } else {
+            out.iter_mut().zip(x).for_each(|(out, &x)| *out = to_bf16(x));
+        }
+        (x, start) = (&x[n..], start + n);
     }
 }
 

@@ -105,6 +105,17 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` must be valid for writes of 16 u16.
     unsafe fn store_f16(self, p: *mut u16, v: Self::V);
+    /// Rounds 16 f32 to bfloat16, to nearest even; magnitudes under 2^-126 become 0 and a NaN becomes a quiet one, as
+    /// `VCVTNEPS2BF16` has it.
+    ///
+    /// # Safety
+    /// `from` must be valid for reads of 16 f32, `to` for writes of 16 u16.
+    unsafe fn round_bf16(self, from: *const f32, to: *mut u16);
+    /// Reads 16 pairs of bfloat16: the first of each, and the second.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of 32 u16.
+    unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::V, Self::V);
     /// a + b.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// a − b.
@@ -190,6 +201,12 @@ pub(super) trait Simd: Copy {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Portable;
 
+/// The bits of a bfloat16, as [`Simd::round_bf16`] rounds.
+#[inline(always)]
+pub(super) fn to_bf16(x: f32) -> u16 {
+    if x.is_subnormal() { bf16::from_f32(0.0f32.copysign(x)).to_bits() } else { bf16::from_f32(x).to_bits() }
+}
+
 /// f(i) for each lane.
 #[inline(always)]
 fn lanes(f: impl Fn(usize) -> f32) -> [f32; LANES] {
@@ -245,6 +262,20 @@ impl Simd for Portable {
         let bits: [u16; LANES] = std::array::from_fn(|i| f16::from_f32(v[i]).to_bits());
         // SAFETY: the caller promises 16 writable u16.
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+    #[inline(always)]
+    unsafe fn round_bf16(self, from: *const f32, to: *mut u16) {
+        // SAFETY: the caller promises 16 readable f32 and 16 writable u16.
+        unsafe {
+            let v = self.load(from);
+            to.cast::<[u16; LANES]>().write_unaligned(std::array::from_fn(|i| to_bf16(v[i])));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::V, Self::V) {
+        // SAFETY: the caller promises 32 readable u16.
+        let bits = unsafe { p.cast::<[[u16; 2]; LANES]>().read_unaligned() };
+        (lanes(|i| bf16::from_bits(bits[i][0]).to_f32()), lanes(|i| bf16::from_bits(bits[i][1]).to_f32()))
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {

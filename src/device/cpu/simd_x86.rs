@@ -1,10 +1,11 @@
 //! The x86-64 implementations of [`Simd`]: AVX-512 with VNNI, and AVX2. Knows nothing of layers or tensors.
 //! Invariant: bit for bit the portable implementation (`simd.rs` says why; the conformance tests hold it to that).
 
-use super::simd::{Format, Simd};
+use super::simd::{Format, LANES, Simd, to_bf16};
+use std::arch::asm;
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_FROUND_TO_NEAREST_INT, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128,
-    _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi16,
+    __m256, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
+    _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi16,
     _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_ph,
     _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
@@ -12,15 +13,19 @@ use std::arch::x86_64::{
     _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srai_epi32,
     _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
     _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
-    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_div_ps, _mm512_dpbusd_epi32,
-    _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_blend_ps, _mm512_max_ps,
+    _mm512_cmp_ps_mask, _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_andnot_epi32, _mm512_mask_blend_ps, _mm512_mask_or_epi32, _mm512_max_ps,
     _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srai_epi32,
-    _mm512_srli_epi16, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512 {
+    /// Whether the machine has AVX-512 BF16 too.
+    bf16: bool,
+}
 
 /// AVX2, FMA and F16C; a vector of 16 lanes is two registers.
 #[derive(Debug, Clone, Copy)]
@@ -30,10 +35,10 @@ impl Avx512 {
     /// The proof that the instructions may be used.
     ///
     /// # Safety
-    /// The machine must have AVX-512 F, BW, DQ, VL and VNNI, and AVX2, FMA and F16C.
+    /// The machine must have AVX-512 F, BW, DQ, VL and VNNI, and AVX2, FMA and F16C; AVX-512 BF16 if `bf16`.
     #[inline(always)]
-    pub(super) unsafe fn new() -> Self {
-        Self(())
+    pub(super) unsafe fn new(bf16: bool) -> Self {
+        Self { bf16 }
     }
 }
 
@@ -104,6 +109,36 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut u16, v: __m512) {
         mem!(_mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v)));
+    }
+    #[inline(always)]
+    unsafe fn round_bf16(self, from: *const f32, to: *mut u16) {
+        if self.bf16 {
+            // The intrinsic could only be inlined where its feature is enabled.
+            mem!(asm!("vcvtneps2bf16 ymm0, zmmword ptr [{from}]", "vmovdqu ymmword ptr [{to}], ymm0",
+                from = in(reg) from, to = in(reg) to, out("xmm0") _, options(nostack, preserves_flags)));
+            return;
+        }
+        mem!({
+            let v = _mm512_loadu_ps(from);
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+            let no_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let rounded = _mm512_mask_or_epi32(rounded, no_number, bits, _mm512_set1_epi32(0x40_0000));
+            let magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fff_ffff));
+            let tiny = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x80_0000));
+            let rounded = _mm512_mask_andnot_epi32(rounded, tiny, _mm512_set1_epi32(0x7fff_ffff), bits);
+            let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            _mm256_storeu_si256(to.cast(), halves);
+        });
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, p: *const u16) -> (__m512, __m512) {
+        let pairs = mem!(_mm512_loadu_si512(p.cast()));
+        op!((
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
+        ))
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -235,6 +270,26 @@ impl Simd for Avx2 {
             _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v[0]));
             _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v[1]));
         });
+    }
+    #[inline(always)]
+    unsafe fn round_bf16(self, from: *const f32, to: *mut u16) {
+        for i in 0..LANES {
+            // SAFETY: the caller promises 16 readable f32 and 16 writable u16.
+            unsafe { to.add(i).write(to_bf16(from.add(i).read())) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::V, Self::V) {
+        let (low, high) = mem!((_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(LANES).cast())));
+        op!({
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let even = [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)];
+            let odd = [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)];
+            (
+                [_mm256_castsi256_ps(even[0]), _mm256_castsi256_ps(even[1])],
+                [_mm256_castsi256_ps(odd[0]), _mm256_castsi256_ps(odd[1])],
+            )
+        })
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {

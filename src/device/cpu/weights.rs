@@ -1,6 +1,6 @@
 //! Weights in the layout the kernels stream: panels of 32 columns (rows of the file's tensor), everything of a panel
 //! contiguous. Knows nothing of activations. Invariant: the integers, scales and minimums are the file's own, moved and
-//! never rounded again.
+//! never rounded again; as tiles they are the file's values rounded to bfloat16.
 //!
 //! A panel of quantised weights is a run of blocks (32 elements of k for all 32 columns), each:
 //! `d: [32]`, then (formats with a minimum) `m: [32]`, then the integers. These come in groups of 4 consecutive
@@ -11,9 +11,14 @@
 //! `Q4_0`, `Q4_1` and `Q8_0` keep their f16 scales and their 4 or 8 bits. All other types are *spread*: f32 scales (what a
 //! group's scale and its superblock's multiply to) and 8-bit integers, 1.125 to 1.5 bytes per weight. Where the halves of
 //! 32 elements have scales of their own, `d` and `m` are `[2][32]`.
+//!
+//! A panel of tiles is `[k / 32][2]` tiles of 32 elements of k by 16 columns, each `[pair of elements][column][2]`.
 
 use super::buffer::{Aligned, Shared};
+use super::numerics::{Layout, Numerics};
+use super::simd::to_bf16;
 use super::team::Team;
+use super::tile::{TILE, TILE_CELLS, TILE_K};
 use crate::tensor::{DType, Tensor};
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
@@ -37,7 +42,7 @@ pub struct Weight {
 
 /// Panels of one type.
 pub(super) struct Part {
-    pub(super) dtype: DType,
+    pub(super) layout: Layout,
     /// The output column that the first panel's first column makes.
     pub(super) n_start: usize,
     /// Output columns.
@@ -50,7 +55,7 @@ pub(super) struct Part {
 
 impl Weight {
     /// Stacks tensors along n; neighbours of one type become one part.
-    pub(super) fn stacked(team: &Team, tensors: &[Tensor<'_>]) -> Result<Self> {
+    pub(super) fn stacked(team: &Team, numerics: Numerics, tensors: &[Tensor<'_>]) -> Result<Self> {
         ensure!(!tensors.is_empty(), "a weight needs at least one tensor");
         let k = matrix(&tensors[0])?.1;
         let mut weight = Self { n: 0, k, parts: Vec::new(), gated: false };
@@ -63,7 +68,7 @@ impl Weight {
             }
             let n_panels = rows.len().div_ceil(PANEL);
             let row = |panel: usize, column: usize| rows.get(panel * PANEL + column).copied();
-            weight.parts.push(Part::pack(team, (group[0].dtype, k), (weight.n, rows.len(), n_panels), &row));
+            weight.parts.push(Part::pack(team, numerics, (group[0].dtype, k), (weight.n, rows.len(), n_panels), &row));
             weight.n += rows.len();
         }
         Ok(weight)
@@ -71,42 +76,43 @@ impl Weight {
 
     /// Interleaves a gate and an up projection. If their types differ, both become f32 (the same values; no file in use
     /// does it, so it need not be fast).
-    pub(super) fn gated(team: &Team, gate: &Tensor<'_>, up: &Tensor<'_>) -> Result<Self> {
+    pub(super) fn gated(team: &Team, numerics: Numerics, gate: &Tensor<'_>, up: &Tensor<'_>) -> Result<Self> {
         let (n, k) = matrix(gate)?;
         ensure!(gate.shape == up.shape, "{} {:?} and {} {:?} differ in shape", gate.name, gate.shape, up.name, up.shape);
         if gate.dtype != up.dtype {
-            let [gate_values, up_values] = [gate, up].map(|tensor| f32_bytes(team, tensor));
-            let (gate_values, up_values) = (gate_values?, up_values?);
+            let [gate_values, up_values] = [gate, up].map(f32_bytes);
             let as_f32 = |bytes| Tensor { name: gate.name, dtype: DType::F32, shape: gate.shape.clone(), bytes };
-            return Self::gated(team, &as_f32(&gate_values), &as_f32(&up_values));
+            return Self::gated(team, numerics, &as_f32(&gate_values), &as_f32(&up_values));
         }
         let row_bytes = gate.bytes.len() / n;
         let row = |panel: usize, column: usize| {
             let (tensor, r) = if column < PANEL / 2 { (gate, column) } else { (up, column - PANEL / 2) };
             tensor.bytes.chunks_exact(row_bytes).nth(panel * (PANEL / 2) + r)
         };
-        let part = Part::pack(team, (gate.dtype, k), (0, n, n.div_ceil(PANEL / 2)), &row);
+        let part = Part::pack(team, numerics, (gate.dtype, k), (0, n, n.div_ceil(PANEL / 2)), &row);
         Ok(Self { n, k, parts: vec![part], gated: true })
-    }
-
-    /// Whether a kernel of this weight reads activations as 8-bit integers.
-    pub(super) fn wants_integers(&self) -> bool {
-        self.parts.iter().any(Part::is_quantised)
     }
 
     /// Row `r` of the (ungated) matrix as f32, `[k]`.
     pub(super) fn row(&self, r: usize, out: &mut [f32]) {
         let part = &self.parts[self.parts.partition_point(|part| part.n_start + part.n <= r)];
         let r = r - part.n_start;
-        let panel = part.panel(r / PANEL);
-        if part.is_quantised() {
-            for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
-                unpack_block(part.dtype, &panel[b * block_bytes(part.dtype)..], r % PANEL, out);
+        let (panel, column) = (part.panel(r / PANEL), r % PANEL);
+        match part.layout {
+            Layout::Blocks(dtype) => {
+                for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+                    unpack_block(dtype, &panel[b * block_bytes(dtype)..], column, out);
+                }
             }
-        } else {
-            let size = part.dtype.block_bytes();
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = float(part.dtype, &panel[(i * PANEL + r % PANEL) * size..]);
+            Layout::Floats(dtype) => {
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = float(dtype, &panel[(i * PANEL + column) * dtype.block_bytes()..]);
+                }
+            }
+            Layout::Tiles => {
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = float(DType::Bf16, &panel[tile_offset(i, column)..]);
+                }
             }
         }
     }
@@ -116,41 +122,47 @@ impl Part {
     /// Packs rows, given by (panel, column of the panel), where there is one. `shape` is (first column, columns, panels).
     fn pack<'a>(
         team: &Team,
+        numerics: Numerics,
         (dtype, k): (DType, usize),
         (n_start, n, n_panels): (usize, usize, usize),
         row: &(dyn Fn(usize, usize) -> Option<&'a [u8]> + Sync),
     ) -> Self {
-        let panel_bytes = panel_bytes(dtype, k);
+        let layout = numerics.layout(dtype);
+        let panel_bytes = panel_bytes(layout, k);
         let mut bytes = Aligned::zeroed(n_panels * panel_bytes);
         let shared = Shared::new(&mut bytes);
         team.run(n_panels, &|_, panel| {
             // SAFETY: each panel is one tile, and a tile is run once.
             let out = unsafe { shared.part(panel * panel_bytes, panel_bytes) };
+            let mut values = Vec::new();
             for column in 0..PANEL {
                 let Some(row) = row(panel, column) else { continue };
-                for (i, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
-                    if dtype.is_quantised() {
-                        let stride = block_bytes(dtype);
-                        let n_groups = dtype.block_elements() / BLOCK;
-                        let outs = out[i * n_groups * stride..].chunks_exact_mut(stride).take(n_groups);
-                        outs.enumerate().for_each(|(part, out)| pack_block(dtype, block, part, column, out));
-                    } else {
-                        out[(i * PANEL + column) * block.len()..][..block.len()].copy_from_slice(block);
+                match layout {
+                    Layout::Blocks(_) => pack_blocks(dtype, row, column, out),
+                    Layout::Floats(as_type) if as_type == dtype => pack_floats(dtype.block_bytes(), row, column, out),
+                    Layout::Floats(_) => {
+                        values.resize(k, 0.0);
+                        dtype.dequantise(row, &mut values);
+                        for (i, x) in values.iter().enumerate() {
+                            out[(i * PANEL + column) * 4..][..4].copy_from_slice(&x.to_le_bytes());
+                        }
+                    }
+                    Layout::Tiles => {
+                        values.resize(k, 0.0);
+                        dtype.dequantise(row, &mut values);
+                        for (i, &x) in values.iter().enumerate() {
+                            out[tile_offset(i, column)..][..2].copy_from_slice(&to_bf16(x).to_le_bytes());
+                        }
                     }
                 }
             }
         });
-        Self { dtype, n_start, n, bytes, n_panels, panel_bytes }
+        Self { layout, n_start, n, bytes, n_panels, panel_bytes }
     }
 
     /// One panel's bytes; what they are depends on the type (see the head of the file).
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
         &self.bytes[panel * self.panel_bytes..][..self.panel_bytes]
-    }
-
-    /// Whether it is made of blocks of integers.
-    pub(super) fn is_quantised(&self) -> bool {
-        self.dtype.is_quantised()
     }
 }
 
@@ -167,15 +179,32 @@ fn matrix(tensor: &Tensor<'_>) -> Result<(usize, usize)> {
 }
 
 /// All values of a matrix as the bytes of f32.
-fn f32_bytes(team: &Team, tensor: &Tensor<'_>) -> Result<Vec<u8>> {
-    let weight = Weight::stacked(team, std::slice::from_ref(tensor))?;
-    let mut row = vec![0.0; weight.k];
-    let mut bytes = Vec::with_capacity(weight.n * weight.k * 4);
-    for r in 0..weight.n {
-        weight.row(r, &mut row);
-        bytes.extend(row.iter().flat_map(|x| x.to_le_bytes()));
+fn f32_bytes(tensor: &Tensor<'_>) -> Vec<u8> {
+    let mut values = vec![0.0; tensor.shape.iter().product()];
+    tensor.dtype.dequantise(tensor.bytes, &mut values);
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// Puts a row of floats of `size` bytes each into its column of a panel.
+fn pack_floats(size: usize, row: &[u8], column: usize, out: &mut [u8]) {
+    for (i, x) in row.chunks_exact(size).enumerate() {
+        out[(i * PANEL + column) * size..][..size].copy_from_slice(x);
     }
-    Ok(bytes)
+}
+
+/// Puts a row of the file's blocks into its column of a panel.
+fn pack_blocks(dtype: DType, row: &[u8], column: usize, out: &mut [u8]) {
+    let (stride, n_groups) = (block_bytes(dtype), dtype.block_elements() / BLOCK);
+    for (i, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
+        let outs = out[i * n_groups * stride..].chunks_exact_mut(stride).take(n_groups);
+        outs.enumerate().for_each(|(part, out)| pack_block(dtype, block, part, column, out));
+    }
+}
+
+/// Where element `i` of a column stands in a panel of tiles: `[k / 32][half of the columns][pair][column][2]`.
+fn tile_offset(i: usize, column: usize) -> usize {
+    let tile = i / TILE_K * 2 + column / TILE;
+    2 * (tile * TILE_CELLS + (i % TILE_K / 2 * TILE + column % TILE) * 2 + i % 2)
 }
 
 /// All values of vectors (or of any tensors, in order), one after the other.
@@ -242,14 +271,18 @@ fn block_bytes(dtype: DType) -> usize {
 }
 
 /// Bytes of a panel of rows of k elements.
-fn panel_bytes(dtype: DType, k: usize) -> usize {
-    if dtype.is_quantised() { k / BLOCK * block_bytes(dtype) } else { (k * PANEL * dtype.block_bytes()).next_multiple_of(64) }
+fn panel_bytes(layout: Layout, k: usize) -> usize {
+    match layout {
+        Layout::Blocks(dtype) => k / BLOCK * block_bytes(dtype),
+        Layout::Floats(dtype) => (k * PANEL * dtype.block_bytes()).next_multiple_of(64),
+        Layout::Tiles => k.next_multiple_of(TILE_K) * PANEL * 2,
+    }
 }
 
 /// Bytes that a tensor takes as a weight by itself (beside others a little less: they share a last panel), or as a vector.
-pub(super) fn tensor_bytes(tensor: &Tensor<'_>) -> usize {
+pub(super) fn tensor_bytes(numerics: Numerics, tensor: &Tensor<'_>) -> usize {
     match tensor.shape.as_slice() {
-        &[n, k] => n.div_ceil(PANEL) * panel_bytes(tensor.dtype, k),
+        &[n, k] => n.div_ceil(PANEL) * panel_bytes(numerics.layout(tensor.dtype), k),
         shape => shape.iter().product::<usize>() * size_of::<f32>(),
     }
 }

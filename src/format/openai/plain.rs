@@ -5,8 +5,10 @@
 use super::{BatchLine, BatchRequest, Endpoint, MAX_CUSTOM_ID_CHARS};
 use crate::request::{ChatOptions, Input, Params, Request, Truncate};
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, SeqAccess, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use std::fmt;
+use std::marker::PhantomData;
 
 /// Text with an escape in it is not borrowed, and so refused.
 #[derive(Deserialize)]
@@ -16,7 +18,7 @@ struct Line<'a> {
     method: &'a str,
     url: &'a str,
     #[serde(borrow)]
-    body: Body<'a>,
+    body: Object<Body<'a>>,
 }
 
 #[derive(Deserialize)]
@@ -29,6 +31,29 @@ struct Body<'a> {
     temperature: Option<f64>,
     top_p: Option<f64>,
     seed: Option<u64>,
+}
+
+/// A value that must be written as an object: a derived struct would take an array of its fields too.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(ObjectVisitor(PhantomData)).map(Self)
+    }
+}
+
+struct ObjectVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map))
+    }
 }
 
 /// A text, or at least one token id.
@@ -64,8 +89,8 @@ impl<'de> Visitor<'de> for PromptVisitor {
 
 /// Parses a line, if it is a plain one.
 pub(super) fn parse(row_idx: u64, line: &str, defaults: &Params) -> Option<BatchLine> {
-    let Line { custom_id, method, url, body } = serde_json::from_str(line).ok()?;
-    let Body { model, prompt, max_tokens, temperature, top_p, seed } = body;
+    let Object(Line { custom_id, method, url, body }) = serde_json::from_str(line).ok()?;
+    let Object(Body { model, prompt, max_tokens, temperature, top_p, seed }) = body;
     let is_in = |x: Option<f64>, max: f64| x.is_none_or(|x| (0.0..=max).contains(&x));
     let is_plain = (1..=MAX_CUSTOM_ID_CHARS).contains(&custom_id.chars().count())
         && (method, Endpoint::parse(url)?) == ("POST", Endpoint::Completions)
@@ -191,5 +216,9 @@ mod tests {
         ] {
             assert!(parse(&line(prompt, rest)).is_none(), "{prompt} {rest}");
         }
+        // Fields in their order, but no objects.
+        assert!(parse(r#"["a","POST","/v1/completions",{"prompt":"hi"}]"#).is_none());
+        let body = r#"[null,"hi",4,0,null,null]"#;
+        assert!(parse(&format!(r#"{{"custom_id":"a","method":"POST","url":"/v1/completions","body":{body}}}"#)).is_none());
     }
 }

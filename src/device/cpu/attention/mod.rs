@@ -1,0 +1,422 @@
+//! Causal attention over the paged cache, prefill and decode rows alike. Knows nothing of weights or of how a step was
+//! put together.
+//!
+//! Invariant: a row (one query of one head) is a left fold over tiles of 64 keys at absolute positions, each tile one
+//! fixed sequence of operations on (largest score, sum of 16 lanes, output). Rows that share a load of keys, the chunk a
+//! token came in, and the thread change nothing. Masked keys enter neither score nor sum, and their values, which may
+//! never have been written, are not multiplied.
+
+mod lanes;
+mod tiles;
+
+use super::buffer::Aligned;
+use super::cache::Cache;
+use super::isa::{Isa, per_isa};
+use super::numerics::Numerics;
+use super::quant::ActWriter;
+use super::simd::{LANES, Simd};
+use super::team::Team;
+use crate::device::batch::{Batch, BatchSeq};
+use crate::device::{AttentionSpec, BLOCK_TOKENS};
+use std::ops::Range;
+
+/// Keys of a tile: one step of the fold. Part of the fingerprint: another value gives other bits.
+pub(super) const TILE_KEYS: usize = 64;
+/// Blocks of a tile.
+const TILE_BLOCKS: usize = TILE_KEYS / BLOCK_TOKENS;
+/// Rows of a work item: enough that making a tile ready costs little, few enough to stay in the cache.
+const ITEM_ROWS: usize = 48;
+
+const _: () = assert!(BLOCK_TOKENS == LANES, "a block's slots are the lanes of a vector");
+
+/// The attention of one layer in one step.
+pub(super) struct Attention<'a> {
+    pub(super) isa: Isa,
+    pub(super) spec: &'a AttentionSpec,
+    pub(super) batch: &'a Batch,
+    pub(super) cache: &'a Cache,
+    /// `[tokens][q heads, k heads, v heads]`
+    pub(super) qkv: &'a [f32],
+    pub(super) qkv_width: usize,
+    /// Where outputs go, `[tokens, n_heads · head_dim]`.
+    pub(super) act: ActWriter<'a>,
+}
+
+/// Rows of one key/value head: some of one sequence, or all of several that decode. Row r of a sequence is query token
+/// r / group, head r % group of the heads that share these keys.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Item {
+    kv_head: u32,
+    /// The first sequence.
+    seq: u32,
+    n_seqs: u32,
+    /// The first row; 0 where there are several sequences.
+    row_start: u32,
+    n_rows: u32,
+    /// Tiles at the beginning whose blocks all sequences share: they are folded into all rows at once.
+    n_shared: u32,
+}
+
+/// A worker's memory for attention.
+#[derive(Default)]
+pub(super) struct AttentionScratch {
+    lanes: lanes::Scratch,
+    tiles: tiles::Scratch,
+    /// `[ITEM_ROWS][padded head_dim]`
+    out: Aligned<f32>,
+    /// Largest score so far, `[ITEM_ROWS]`
+    largest: Aligned<f32>,
+    /// Sums of exponentials, `[ITEM_ROWS][16]`
+    sum: Aligned<f32>,
+}
+
+impl AttentionScratch {
+    pub(super) fn reserve(&mut self, numerics: Numerics, head_dim: usize) {
+        if numerics == Numerics::Bf16 {
+            self.tiles.reserve(head_dim);
+        } else {
+            self.lanes.reserve(head_dim);
+        }
+        self.out.reserve(ITEM_ROWS * padded(head_dim));
+        self.largest.reserve(ITEM_ROWS);
+        self.sum.reserve(ITEM_ROWS * LANES);
+    }
+}
+
+/// Elements of a row of outputs in tiles (in lanes they are fewer): whole tiles.
+fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(2 * LANES)
+}
+
+/// Most items that a step of `max_tokens` tokens makes: as many as if each were a sequence of its own.
+pub(super) fn max_items(spec: &AttentionSpec, max_tokens: usize) -> usize {
+    max_tokens * spec.n_kv_heads * (spec.n_heads / spec.n_kv_heads).div_ceil(ITEM_ROWS)
+}
+
+/// Computes the attention of all tokens. `items` is the caller's memory for the work list.
+pub(super) fn attend(team: &Team, attention: &Attention<'_>, items: &mut Vec<Item>) {
+    let Attention { spec, batch, act, .. } = attention;
+    list_items(attention, team.n_threads(), items);
+    team.run(items.len(), &|scratch, i| run_item(attention.isa, attention, items[i], &mut scratch.attention));
+    if !act.takes(spec.head_dim) {
+        let width = spec.n_heads * spec.head_dim;
+        team.run_rows(batch.tokens.len(), &|_, tokens| {
+            for token in tokens {
+                // SAFETY: each token is in one range, and all items are done.
+                unsafe { act.seal(token, 0, width) };
+            }
+        });
+    }
+}
+
+/// Makes the work list. Heads are outermost, so that what sequences share stays in the cache from one to the next.
+fn list_items(attention: &Attention<'_>, n_threads: usize, items: &mut Vec<Item>) {
+    let Attention { spec, batch, .. } = attention;
+    let group = spec.n_heads / spec.n_kv_heads;
+    let n_decoding = batch.seqs.iter().filter(|seq| seq.n_tokens == 1).count();
+    // As many as an item holds, but several items for every thread.
+    let most_seqs = (n_decoding * spec.n_kv_heads / (8 * n_threads)).min(ITEM_ROWS / group).max(1);
+    items.clear();
+    let mut s = 0;
+    while s < batch.seqs.len() {
+        let (n_seqs, n_shared) = decoding_group(attention, &batch.seqs[s..], most_seqs);
+        let n_rows = (n_seqs * batch.seqs[s].n_tokens as usize) * group;
+        for row in (0..n_rows).step_by(ITEM_ROWS) {
+            let n_rows = ITEM_ROWS.min(n_rows - row) as u32;
+            let (seq, n_seqs, n_shared) = (s as u32, n_seqs as u32, n_shared as u32);
+            items.push(Item { kv_head: 0, seq, n_seqs, row_start: row as u32, n_rows, n_shared });
+        }
+        s += n_seqs;
+    }
+    let n_of_head = items.len();
+    for kv_head in 1..spec.n_kv_heads as u32 {
+        items.extend_from_within(..n_of_head);
+        items[kv_head as usize * n_of_head..].iter_mut().for_each(|item| item.kv_head = kv_head);
+    }
+}
+
+/// How many of the sequences, from the first on, make one item, and the tiles they share. Only such as decode go together,
+/// and none joins that would halve what is shared.
+fn decoding_group(attention: &Attention<'_>, seqs: &[BatchSeq], most: usize) -> (usize, usize) {
+    let decodes = |seq: &&BatchSeq| seq.n_tokens == 1;
+    let candidates = seqs.iter().take(most).take_while(decodes).count();
+    let mut shared = None;
+    for n in 1..candidates {
+        let tiles = if attention.spec.window.is_none() { shared_tiles(attention.batch, &seqs[0], &seqs[n]) } else { 0 };
+        if shared.is_some_and(|shared| tiles < shared / 2 || (shared == 0 && tiles > 0)) {
+            return (n, shared.unwrap_or(0));
+        }
+        shared = Some(shared.map_or(tiles, |shared: usize| shared.min(tiles)));
+    }
+    (candidates.max(1), shared.unwrap_or(0))
+}
+
+/// Tiles at the beginning of two sequences that lie in the same blocks and that both see whole.
+fn shared_tiles(batch: &Batch, a: &BatchSeq, b: &BatchSeq) -> usize {
+    let blocks = batch.block_table(a).iter().zip(batch.block_table(b)).take_while(|(a, b)| a == b).count();
+    (blocks / TILE_BLOCKS).min(a.first_position.min(b.first_position) as usize / TILE_KEYS)
+}
+
+/// The rows of an item.
+struct Rows<'a> {
+    attention: &'a Attention<'a>,
+    item: Item,
+    /// Heads that share keys.
+    group: usize,
+    /// Where each row's token is in its sequence.
+    positions: [u32; ITEM_ROWS],
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn new(attention: &'a Attention<'a>, item: Item) -> Self {
+        let group = attention.spec.n_heads / attention.spec.n_kv_heads;
+        let mut rows = Rows { attention, item, group, positions: [0; ITEM_ROWS] };
+        for r in 0..rows.len() {
+            let (seq, row) = rows.of_seq(r);
+            rows.positions[r] = seq.first_position + (row / group) as u32;
+        }
+        rows
+    }
+
+    fn len(&self) -> usize {
+        self.item.n_rows as usize
+    }
+
+    /// A row's sequence, and which of that sequence's rows it is.
+    fn of_seq(&self, r: usize) -> (&'a BatchSeq, usize) {
+        let seqs = &self.attention.batch.seqs[self.item.seq as usize..];
+        if self.item.n_seqs == 1 { (&seqs[0], self.item.row_start as usize + r) } else { (&seqs[r / self.group], r % self.group) }
+    }
+
+    /// Token of the step, and head.
+    fn place(&self, r: usize) -> (usize, usize) {
+        let (seq, row) = self.of_seq(r);
+        (seq.token_start as usize + row / self.group, self.item.kv_head as usize * self.group + row % self.group)
+    }
+
+    /// Position in the sequence.
+    fn position(&self, r: usize) -> usize {
+        self.positions[r] as usize
+    }
+
+    /// The first key that a row sees.
+    fn first_key(&self, r: usize) -> usize {
+        self.attention.spec.window.map_or(0, |window| (self.position(r) + 1).saturating_sub(window))
+    }
+
+    /// The keys that a row sees of the tile that begins at `start`.
+    #[inline(always)]
+    fn seen(&self, r: usize, start: usize) -> Seen {
+        Seen {
+            first: self.first_key(r).saturating_sub(start).min(TILE_KEYS),
+            end: (self.position(r) + 1).saturating_sub(start).min(TILE_KEYS),
+        }
+    }
+
+    /// A row's query, `[head_dim]`.
+    fn query(&self, r: usize) -> &[f32] {
+        let (token, head) = self.place(r);
+        let head_dim = self.attention.spec.head_dim;
+        &self.attention.qkv[token * self.attention.qkv_width + head * head_dim..][..head_dim]
+    }
+
+    /// A tile's keys, as those rows see them: all of one sequence, or sharing these blocks.
+    fn keys(&self, rows: Range<usize>, start: usize) -> Keys<'a> {
+        let end = (self.position(rows.end - 1) + 1).min(start + TILE_KEYS);
+        let (seq, _) = self.of_seq(rows.start);
+        let table = &self.attention.batch.block_table(seq)[start / BLOCK_TOKENS..];
+        let n = end - start;
+        Keys { start, n, blocks: &table[..n.div_ceil(BLOCK_TOKENS)], next: &table[TILE_BLOCKS.min(table.len())..] }
+    }
+}
+
+/// The keys of a tile that somebody sees.
+struct Keys<'a> {
+    /// Position of the first.
+    start: usize,
+    n: usize,
+    /// Where they are.
+    blocks: &'a [u32],
+    /// The blocks after them.
+    next: &'a [u32],
+}
+
+per_isa! {
+    /// Computes one item.
+    fn run_item(attention: &Attention<'_>, item: Item, scratch: &mut AttentionScratch) = item_body;
+}
+
+#[inline(always)]
+fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut AttentionScratch) {
+    let spec = attention.spec;
+    let rows = Rows::new(attention, item);
+    let in_tiles = attention.cache.layout.tiles;
+    scratch.reserve(if in_tiles { Numerics::Bf16 } else { Numerics::F32 }, spec.head_dim);
+    scratch.out[..rows.len() * padded(spec.head_dim)].fill(0.0);
+    scratch.sum[..rows.len() * LANES].fill(0.0);
+    scratch.largest[..rows.len()].fill(f32::NEG_INFINITY);
+    if in_tiles {
+        tiles::load_queries(s, &rows, &mut scratch.tiles);
+    } else {
+        lanes::load_queries(&rows, &mut scratch.lanes);
+    }
+    let shared_end = item.n_shared as usize * TILE_KEYS;
+    fold_tiles(s, &rows, 0..rows.len(), 0..shared_end, scratch);
+    let rows_per_seq = rows.len() / item.n_seqs as usize;
+    for seq in 0..item.n_seqs as usize {
+        let range = seq * rows_per_seq..(seq + 1) * rows_per_seq;
+        let start = (rows.first_key(range.start) / TILE_KEYS * TILE_KEYS).max(shared_end);
+        let end = rows.position(range.end - 1) + 1;
+        fold_tiles(s, &rows, range, start..end, scratch);
+    }
+    for r in 0..rows.len() {
+        write_row(s, attention, rows.place(r), r, scratch);
+    }
+}
+
+/// Folds the tiles that begin at `starts` into some rows.
+#[inline(always)]
+fn fold_tiles<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, starts: Range<usize>, scratch: &mut AttentionScratch) {
+    for start in starts.step_by(TILE_KEYS) {
+        let keys = rows.keys(range.clone(), start);
+        if rows.attention.cache.layout.tiles {
+            tiles::fold(s, rows, range.clone(), &keys, scratch);
+        } else {
+            lanes::fold(s, rows, range.clone(), &keys, scratch);
+        }
+    }
+}
+
+/// The keys of a tile that a row sees: `first..end`.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    first: usize,
+    end: usize,
+}
+
+impl Seen {
+    /// Whether there are any.
+    fn any(&self) -> bool {
+        self.first < self.end
+    }
+
+    /// Whether all keys of the tile are among them.
+    fn all(&self) -> bool {
+        self.first == 0 && self.end == TILE_KEYS
+    }
+}
+
+/// Turns rows' scores of a tile, `[rows][64]`, into exponentials over the keys that each row sees (0 for the rest), updates
+/// the largest scores and the sums, `[rows][16]`, and gives the factors for what was summed before. At most 16 rows. Pass by
+/// pass over all rows: one row's steps wait for each other, those of several do not.
+#[inline(always)]
+fn softmax<S: Simd>(
+    s: S,
+    spec: &AttentionSpec,
+    seen: &[Seen],
+    p: &mut [f32],
+    (largest, sum): (&mut [f32], &mut [f32]),
+) -> [f32; LANES] {
+    let n = seen.len();
+    assert!(n <= LANES && p.len() >= n * TILE_KEYS && largest.len() == n && sum.len() == n * LANES);
+    let (mut before, mut most) = ([0.0; LANES], [0.0; LANES]);
+    for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
+        before[r] = largest[r];
+        // SAFETY: `p` has four vectors for each row.
+        let here = unsafe { finished_scores(s, spec, *seen, p.as_mut_ptr().add(r * TILE_KEYS)) };
+        largest[r] = if here > before[r] { here } else { before[r] };
+        most[r] = largest[r];
+    }
+    let mut decay = [0.0; LANES];
+    // SAFETY: the arrays are vectors; `p` has four of them for each row and `sum` one.
+    unsafe {
+        s.store(decay.as_mut_ptr(), s.exp(s.sub(s.load(before.as_ptr()), s.load(most.as_ptr()))));
+        for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
+            let (p, sum) = (p.as_mut_ptr().add(r * TILE_KEYS), sum.as_mut_ptr().add(r * LANES));
+            let total = exponentials(s, *seen, s.splat(most[r]), p);
+            s.store(sum, s.fma(s.load(sum), s.splat(decay[r]), total));
+        }
+    }
+    decay
+}
+
+/// Scales and caps a row's scores, makes those of keys that it does not see −infinity, and gives the largest.
+///
+/// # Safety
+/// `p` must be valid for 64 f32.
+#[inline(always)]
+unsafe fn finished_scores<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut f32) -> f32 {
+    let minus_infinity = s.splat(f32::NEG_INFINITY);
+    let mut x = [minus_infinity; TILE_BLOCKS];
+    for (b, x) in x.iter_mut().enumerate() {
+        // SAFETY: four vectors, the caller's promise.
+        unsafe {
+            let p = p.add(b * LANES);
+            *x = s.mul(s.load(p), s.splat(spec.scale));
+            if let Some(cap) = spec.soft_cap {
+                *x = s.soft_cap(*x, cap);
+            }
+            if !seen.all() {
+                *x = s.first(seen.end.saturating_sub(b * LANES), *x, minus_infinity);
+                *x = s.first(seen.first.saturating_sub(b * LANES), minus_infinity, *x);
+            }
+            s.store(p, *x);
+        }
+    }
+    s.largest(s.max(s.max(x[0], x[1]), s.max(x[2], x[3])))
+}
+
+/// Turns a row's finished scores into exponentials and gives their sums by lane.
+///
+/// # Safety
+/// `p` must be valid for 64 f32.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(s: S, seen: Seen, most: S::V, p: *mut f32) -> S::V {
+    let zero = s.splat(0.0);
+    let mut e = [zero; TILE_BLOCKS];
+    for (b, e) in e.iter_mut().enumerate() {
+        // SAFETY: four vectors, the caller's promise.
+        unsafe {
+            let p = p.add(b * LANES);
+            *e = s.exp(s.sub(s.load(p), most));
+            if !seen.all() {
+                *e = s.first(seen.end.saturating_sub(b * LANES), *e, zero);
+                *e = s.first(seen.first.saturating_sub(b * LANES), zero, *e);
+            }
+            s.store(p, *e);
+        }
+    }
+    s.add(s.add(e[0], e[1]), s.add(e[2], e[3]))
+}
+
+/// Multiplies rows of outputs, `[rows][width]`, by their factors, where there is anything to do.
+#[inline(always)]
+fn rescale<S: Simd>(s: S, seen: &[Seen], decay: &[f32; LANES], width: usize, out: &mut [f32]) {
+    for ((out, seen), &decay) in out.chunks_exact_mut(width).zip(seen).zip(decay) {
+        if seen.any() && decay.to_bits() != 1.0f32.to_bits() {
+            for out in out.chunks_exact_mut(LANES) {
+                // SAFETY: a chunk has 16 elements.
+                unsafe { s.store(out.as_mut_ptr(), s.mul(s.load(out.as_ptr()), s.splat(decay))) };
+            }
+        }
+    }
+}
+
+/// Divides a row's output by its sum and writes it.
+#[inline(always)]
+fn write_row<S: Simd>(s: S, attention: &Attention<'_>, (token, head): (usize, usize), r: usize, scratch: &AttentionScratch) {
+    let Attention { spec, act, .. } = attention;
+    let head_dim = spec.head_dim;
+    // SAFETY: `sum` has 16 lanes per row, and each (token, head) belongs to one item.
+    let (sum, out) =
+        unsafe { (s.sum(s.load(scratch.sum[r * LANES..][..LANES].as_ptr())), act.values(token, head * head_dim, head_dim)) };
+    let inverse = 1.0 / sum;
+    let width = if attention.cache.layout.tiles { padded(head_dim) } else { lanes::padded(head_dim) };
+    let row = &scratch.out[r * width..][..head_dim];
+    out.iter_mut().zip(row).for_each(|(out, x)| *out = x * inverse);
+    if act.takes(head_dim) {
+        // SAFETY: each (token, head) belongs to one item.
+        unsafe { act.seal(token, head * head_dim, head_dim) };
+    }
+}

@@ -1,0 +1,209 @@
+//! Attention in tiles of bfloat16 over keys and values that lie as right operands. See the parent's invariant; what a
+//! tile product is, `tile.rs` says. Probabilities are rounded to bfloat16 before they are multiplied with values, and summed
+//! before that.
+
+use super::super::buffer::{Aligned, prefetch};
+use super::super::simd::{LANES, Simd};
+use super::super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
+use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded, rescale, softmax};
+use crate::device::BLOCK_TOKENS;
+use std::ops::Range;
+
+/// Bytes of a row of a tile that lies in one piece.
+const STRIDE: usize = TILE_K * size_of::<u16>();
+
+/// A worker's memory.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// The tile's values, `[pair of keys][padded head_dim][2]`
+    v: Aligned<u16>,
+    /// `[ITEM_ROWS + 15][padded head_dim]`: a product reads 16 rows from any row on.
+    q: Aligned<u16>,
+    /// Scores, then exponentials, `[16][64]`
+    p: Aligned<f32>,
+    /// The exponentials rounded, `[16][64]`
+    weights: Aligned<u16>,
+    /// Outputs of a few rows, `[16][padded head_dim]`
+    sums: Aligned<f32>,
+    /// The values that one row sees, as `v`.
+    masked: Aligned<u16>,
+}
+
+impl Scratch {
+    pub(super) fn reserve(&mut self, head_dim: usize) {
+        self.v.reserve(TILE_KEYS * padded(head_dim));
+        self.q.reserve((ITEM_ROWS + TILE - 1) * padded(head_dim));
+        self.p.reserve(TILE * TILE_KEYS);
+        self.weights.reserve(TILE * TILE_KEYS);
+        self.sums.reserve(TILE * padded(head_dim));
+        self.masked.reserve(TILE_KEYS * padded(head_dim));
+    }
+}
+
+/// Rounds the item's queries.
+#[inline(always)]
+pub(super) fn load_queries<S: Simd>(s: S, rows: &Rows<'_>, scratch: &mut Scratch) {
+    rows.attention.isa.unit().prepare();
+    let head_dim = rows.attention.spec.head_dim;
+    let width = padded(head_dim);
+    for r in 0..rows.len() {
+        for (i, x) in rows.query(r).chunks(LANES).enumerate() {
+            let mut values = [0.0; LANES];
+            let x = if let Ok(x) = <&[f32; LANES]>::try_from(x) {
+                x
+            } else {
+                values[..x.len()].copy_from_slice(x);
+                &values
+            };
+            let out = &mut scratch.q[r * width + i * LANES..][..LANES];
+            // SAFETY: both have 16 elements.
+            unsafe { s.round_bf16(x.as_ptr(), out.as_mut_ptr()) };
+        }
+        if head_dim.div_ceil(LANES) % 2 == 1 {
+            scratch.q[(r + 1) * width - LANES..][..LANES].fill(0);
+        }
+    }
+}
+
+/// Folds a tile's keys into some rows.
+#[inline(always)]
+pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &Keys<'_>, scratch: &mut AttentionScratch) {
+    prefetch_next(rows, keys);
+    let healthy = load_values(rows, keys, &mut scratch.tiles.v);
+    for row in range.clone().step_by(TILE) {
+        let n = TILE.min(range.end - row);
+        let mut seen = [Seen::default(); TILE];
+        for (r, seen) in seen[..n].iter_mut().enumerate() {
+            *seen = rows.seen(row + r, keys.start);
+        }
+        if seen[..n].iter().any(Seen::any) {
+            fold_group(s, rows, (row, keys), &seen[..n], healthy, scratch);
+        }
+    }
+}
+
+/// Asks for the next tile's keys and values while this one is folded: a decoding row reads each but once, from far away.
+#[inline(always)]
+fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
+    let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
+    for &block in keys.next.iter().take(TILE_BLOCKS) {
+        prefetch(cache.keys(block, kv_head));
+        prefetch(cache.values(block, kv_head));
+    }
+}
+
+/// Copies a tile's values, with zeros after those of its last key; says whether all are numbers.
+#[inline(always)]
+fn load_values(rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
+    let (width, cache) = (padded(rows.attention.spec.head_dim), rows.attention.cache);
+    for (b, &block) in keys.blocks.iter().enumerate() {
+        let from = cache.values(block, rows.item.kv_head as usize);
+        v[b * BLOCK_TOKENS * width..][..BLOCK_TOKENS * width].copy_from_slice(from);
+    }
+    v[keys.n.next_multiple_of(2) * width..TILE_KEYS * width].fill(0);
+    if keys.n % 2 == 1 {
+        v[(keys.n - 1) * width..][..2 * width].iter_mut().skip(1).step_by(2).for_each(|cell| *cell = 0);
+    }
+    v[..keys.n.next_multiple_of(2) * width].iter().fold(0, |most, cell| most.max(cell & 0x7fff)) < 0x7f80
+}
+
+/// Folds the loaded tile into rows `row..`, of which row r sees the keys `seen[r]`.
+#[inline(always)]
+fn fold_group<S: Simd>(
+    s: S,
+    rows: &Rows<'_>,
+    (row, keys): (usize, &Keys<'_>),
+    seen: &[Seen],
+    healthy: bool,
+    scratch: &mut AttentionScratch,
+) {
+    let AttentionScratch { tiles: Scratch { v, q, p, weights, sums, masked }, out, largest, sum, .. } = scratch;
+    let spec = rows.attention.spec;
+    let width = padded(spec.head_dim);
+    let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
+    scores(s, rows, &keys.blocks[..end.div_ceil(BLOCK_TOKENS)], &q[row * width..], p, seen.len());
+    let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
+    let decay = softmax(s, spec, seen, p, state);
+    for (r, seen) in seen.iter().enumerate() {
+        let weights = &mut weights[r * TILE_KEYS..][..TILE_KEYS];
+        if !seen.any() {
+            weights.fill(0);
+            continue;
+        }
+        let p = &p[r * TILE_KEYS..][..TILE_KEYS];
+        for (weights, p) in weights.chunks_exact_mut(LANES).zip(p.chunks_exact(LANES)) {
+            // SAFETY: chunks have 16 elements.
+            unsafe { s.round_bf16(p.as_ptr(), weights.as_mut_ptr()) };
+        }
+    }
+    let out = &mut out[row * width..][..seen.len() * width];
+    rescale(s, seen, &decay, width, out);
+    if !healthy {
+        masked_sums(s, rows, (weights, v), seen, (out, sums, masked));
+    } else if seen.len() == TILE {
+        weighted_sum(s, rows, (weights, v), end, (out, TILE));
+    } else {
+        // A unit writes 16 rows; the rows after these are others'.
+        sums[..out.len()].copy_from_slice(out);
+        weighted_sum(s, rows, (weights, v), end, (sums, seen.len()));
+        out.copy_from_slice(&sums[..out.len()]);
+    }
+}
+
+/// Scores of `n_rows` rows against the keys of some blocks, to `p`, `[16][64]`. `q` begins with the first row.
+#[inline(always)]
+fn scores<S: Simd>(s: S, rows: &Rows<'_>, blocks: &[u32], q: &[u16], p: &mut [f32], n_rows: usize) {
+    let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
+    let width = padded(rows.attention.spec.head_dim);
+    assert!(q.len() >= TILE * width && p.len() >= TILE * TILE_KEYS);
+    let a = Tiles { start: [q.as_ptr()], stride: width * size_of::<u16>(), step: STRIDE };
+    for (pair, blocks) in blocks.chunks(2).enumerate() {
+        let keys = |i: usize| cache.keys(blocks[i.min(blocks.len() - 1)], kv_head).as_ptr();
+        let b = Tiles { start: [keys(0), keys(1)], stride: STRIDE, step: TILE_CELLS * size_of::<u16>() };
+        let p = &mut p[pair * 2 * BLOCK_TOKENS..];
+        let target = Target { start: p.as_mut_ptr(), stride: TILE_KEYS, n_rows, add: false };
+        // SAFETY: a head's keys in a block are `width / 32` tiles, as are 16 queries; `p` has 16 rows of 64.
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target) };
+    }
+}
+
+/// Adds the weighted values of a tile's first `end` keys to outputs, `[rows][padded head_dim]`.
+#[inline(always)]
+fn weighted_sum<S: Simd>(s: S, rows: &Rows<'_>, (weights, v): (&[u16], &[u16]), end: usize, (out, n_rows): (&mut [f32], usize)) {
+    let width = padded(rows.attention.spec.head_dim);
+    // Bytes of a pair of keys.
+    let stride = 2 * width * size_of::<u16>();
+    assert!(weights.len() >= TILE * TILE_KEYS && v.len() >= TILE_KEYS * width);
+    let a = Tiles { start: [weights.as_ptr()], stride: TILE_KEYS * size_of::<u16>(), step: STRIDE };
+    for column in (0..width).step_by(2 * TILE) {
+        let v = v[2 * column..].as_ptr();
+        let b = Tiles { start: [v, v.wrapping_add(2 * TILE)], stride, step: TILE * stride };
+        assert!(out.len() >= (TILE - 1) * width + column + 2 * TILE);
+        let target = Target { start: out[column..].as_mut_ptr(), stride: width, n_rows, add: true };
+        // SAFETY: weights and values hold 64 keys, of which the tiles of the first `end` are read; `out` has 16 rows.
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target) };
+    }
+}
+
+/// [`weighted_sum`] where a value is no number, which 0 would not silence: each row by itself, with zeros for the values
+/// that it does not see.
+#[inline(always)]
+fn masked_sums<S: Simd>(
+    s: S,
+    rows: &Rows<'_>,
+    (weights, v): (&[u16], &[u16]),
+    seen: &[Seen],
+    (out, sums, masked): (&mut [f32], &mut [f32], &mut [u16]),
+) {
+    let width = padded(rows.attention.spec.head_dim);
+    for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
+        masked[..TILE_KEYS * width].copy_from_slice(&v[..TILE_KEYS * width]);
+        for key in (0..TILE_KEYS).filter(|key| !(seen.first..seen.end).contains(key)) {
+            let pair = &mut masked[key / 2 * 2 * width..][..2 * width];
+            pair.iter_mut().skip(key % 2).step_by(2).for_each(|cell| *cell = 0);
+        }
+        sums[r * width..][..width].copy_from_slice(&out[r * width..][..width]);
+        weighted_sum(s, rows, (weights, masked), seen.end, (sums, TILE));
+        out[r * width..][..width].copy_from_slice(&sums[r * width..][..width]);
+    }
+}

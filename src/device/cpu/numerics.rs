@@ -1,0 +1,105 @@
+//! In which numbers products are computed. Knows nothing of how. Invariant: each choice gives the same bits on every
+//! instruction set; two choices differ in their bits.
+
+use super::isa::Isa;
+use super::weights::{BLOCK, Weight};
+use crate::tensor::DType;
+use anyhow::Context;
+
+/// In which numbers products are computed; sums are f32 in all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Numerics {
+    /// Activations of 8 bits per token and block of 32 against quantised weights as they are in the file, f32 against float
+    /// weights; keys and values are IEEE halves.
+    Int8,
+    /// Weights, activations, keys, values and attention's probabilities rounded to bfloat16.
+    Bf16,
+    /// f32 activations and weights; keys and values are IEEE halves.
+    F32,
+}
+
+impl Numerics {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Int8, Self::Bf16, Self::F32];
+
+    /// The fastest of a machine: bfloat16 where it has a unit for that, else 8 bits.
+    pub fn fastest(isa: Isa) -> Self {
+        if isa.has_tiles() { Self::Bf16 } else { Self::Int8 }
+    }
+
+    /// By the name that pipelines use.
+    ///
+    /// # Errors
+    /// A name that is none of `int8`, `bf16`, `exact`.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        let named = Self::ALL.into_iter().find(|numerics| numerics.name() == name);
+        named.with_context(|| format!("{name:?} is not one of fast, int8, bf16, exact"))
+    }
+
+    /// As in [`Numerics::named`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Bf16 => "bf16",
+            Self::F32 => "exact",
+        }
+    }
+
+    /// What the fingerprint says.
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Int8 => "act=i8/32 kv=f16",
+            Self::Bf16 => "act=bf16 kv=bf16",
+            Self::F32 => "act=f32 kv=f16",
+        }
+    }
+
+    /// The layout of weights of a type.
+    pub(super) fn layout(self, dtype: DType) -> Layout {
+        match self {
+            Self::Bf16 => Layout::Tiles,
+            Self::F32 if dtype.is_quantised() => Layout::Floats(DType::F32),
+            Self::Int8 if dtype.is_quantised() => Layout::Blocks(dtype),
+            _ => Layout::Floats(dtype),
+        }
+    }
+}
+
+/// How weights lie in memory (`weights.rs`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// Blocks of integers.
+    Blocks(DType),
+    /// Plain floats of a type.
+    Floats(DType),
+    /// Tiles of bfloat16.
+    Tiles,
+}
+
+/// The form of activations that a weight reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    Floats,
+    Integers,
+    Tiles,
+}
+
+impl Form {
+    /// What a weight reads (parts of floats read the floats, which are always there).
+    pub(super) fn of(weight: &Weight) -> Self {
+        let mut form = Self::Floats;
+        for part in &weight.parts {
+            match part.layout {
+                Layout::Tiles => form = Self::Tiles,
+                Layout::Blocks(_) => form = Self::Integers,
+                Layout::Floats(_) => {}
+            }
+        }
+        form
+    }
+
+    /// Whether a token's values can be sealed `n` columns at a time: integers need whole blocks.
+    pub(super) fn takes(self, n: usize) -> bool {
+        self != Self::Integers || n.is_multiple_of(BLOCK)
+    }
+}
