@@ -3,7 +3,9 @@
 //!
 //! Every loop runs on all threads at once, since they share caches, memory and, on some machines, units.
 
-use super::isa::Isa;
+use super::buffer::Aligned;
+use super::isa::{Isa, per_isa};
+use super::simd::{LANES, Simd};
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
@@ -43,9 +45,10 @@ pub fn peaks(isa: Isa, n_threads: usize) -> Vec<Peak> {
     for (i, (name, bytes)) in BUFFERS.into_iter().enumerate() {
         let bytes = if i + 1 == BUFFERS.len() { (bytes / n_threads).max(BUFFERS[0].1) } else { bytes };
         let calls = best_rate(n_threads, || {
-            let buffer = vec![1u64; bytes / 8];
+            let mut buffer = Aligned::<f32>::zeroed(bytes / size_of::<f32>());
+            buffer.fill(1.0);
             move || {
-                black_box(sum(&buffer));
+                black_box(largest(isa, &buffer));
             }
         });
         peaks.push(Peak { name, per_second: calls * bytes as f64, per_cycle: None });
@@ -53,13 +56,26 @@ pub fn peaks(isa: Isa, n_threads: usize) -> Vec<Peak> {
     peaks
 }
 
-/// Many sums, so that additions do not wait for each other.
-fn sum(buffer: &[u64]) -> u64 {
-    let mut sums = [0u64; 64];
-    for chunk in buffer.chunks_exact(64) {
-        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum ^= x);
+per_isa! {
+    /// Reads everything: the largest value.
+    fn largest(buffer: &[f32]) -> f32 = largest_body;
+}
+
+#[inline(always)]
+fn largest_body<S: Simd>(s: S, buffer: &[f32]) -> f32 {
+    // Several, so that one load does not wait for the comparison of another.
+    let mut largest = [s.splat(0.0); 8];
+    for chunk in buffer.chunks_exact(8 * LANES) {
+        for (i, largest) in largest.iter_mut().enumerate() {
+            // SAFETY: a chunk is eight vectors.
+            *largest = s.max(*largest, unsafe { s.load(chunk.as_ptr().add(i * LANES)) });
+        }
     }
-    sums.iter().fold(0, |a, b| a ^ b)
+    let mut most = 0.0f32;
+    for v in largest {
+        most = most.max(s.largest(v));
+    }
+    most
 }
 
 /// Calls per second of all threads together: the best of three rounds.
