@@ -190,7 +190,8 @@ mod tests {
     fn comes_back_from_json_and_other_forms_are_refused() {
         let json = manifest().to_json();
         assert_eq!(Manifest::parse(json.as_bytes()).unwrap(), manifest());
-        let other = json.replace("\"format_version\": 1", "\"format_version\": 2");
-        assert!(Manifest::parse(other.as_bytes()).unwrap_err().to_string().contains("form 2"));
+        let form = |n: u32| format!("\"format_version\": {n}");
+        let other = json.replace(&form(FORMAT_VERSION), &form(FORMAT_VERSION - 1));
+        assert!(Manifest::parse(other.as_bytes()).unwrap_err().to_string().contains(&format!("form {}", FORMAT_VERSION - 1)));
     }
 }
