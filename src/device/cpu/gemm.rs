@@ -22,8 +22,9 @@ const MAX_ROWS: usize = 6;
 /// Most blocks of k that are unpacked at once: 12 · 1280 bytes, a third of a 48 KB L1 cache.
 const PIECE_BLOCKS: usize = 12;
 
-/// Bytes of activations that a tile's rows may take: they are read once per panel, so they should stay in the L2 cache.
-const TILE_ACT_BYTES: usize = 512 << 10;
+/// Elements of activations that a tile's rows may take: they are read once per panel, so they (256 KiB of integers, 512 KiB
+/// of bfloat16) should stay in the L2 cache.
+const TILE_ACT_ELEMENTS: usize = 256 << 10;
 
 /// What becomes of the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,8 +103,8 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels
 /// (an even number: the two of a gated pair's 32 columns stay together) as leave every thread several tiles.
 fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize, usize) {
-    let (multiple, row_bytes) = if part.layout == Layout::Tiles { (2 * TILE, 2 * k) } else { (MAX_ROWS, k) };
-    let in_cache = (TILE_ACT_BYTES / row_bytes).max(4 * multiple);
+    let multiple = if part.layout == Layout::Tiles { 2 * TILE } else { MAX_ROWS };
+    let in_cache = (TILE_ACT_ELEMENTS / k).max(4 * multiple);
     let least = n_rows.div_ceil(in_cache);
     let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
     let row_tiles = least.max(wanted).max(1);
