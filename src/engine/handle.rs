@@ -165,12 +165,12 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
             match command {
                 Ok(Command::Submit(submission)) => {
                     n_known[submission.class as usize] += 1;
-                    engine.submit(submission).expect("the gate let it through");
+                    engine.queue(submission).expect("checked, and let through by the gate");
                 }
                 Ok(Command::SubmitAll(group)) => {
                     for submission in group {
                         n_known[submission.class as usize] += 1;
-                        engine.submit(submission).expect("the gate let it through");
+                        engine.queue(submission).expect("checked, and let through by the gate");
                     }
                 }
                 Ok(Command::Cancel(id)) => drop(engine.cancel(id)),

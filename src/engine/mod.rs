@@ -201,6 +201,12 @@ impl Engine {
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.scheduler.limits);
+        self.queue(submission)
+    }
+
+    /// As [`Engine::submit`], of a submission that was checked.
+    #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
+    fn queue(&mut self, submission: Submission) -> Result<(), Submission> {
         let queued = self.scheduler.submit(submission);
         self.scheduler.measure();
         queued

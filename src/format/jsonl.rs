@@ -2,7 +2,6 @@
 //! byte order mark, CRLF and a missing final newline are accepted. Invariant: how the bytes were cut into chunks never
 //! shows in the lines.
 
-use std::io::BufRead as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -94,7 +93,7 @@ impl LineSplitter {
     /// The next line that ends in `input`, which is left at what follows. `None`: all of `input` is taken.
     pub fn next_line(&mut self, input: &mut &[u8]) -> Option<Line> {
         self.skip_mark(input);
-        while let Some(end) = line_feed(input) {
+        while let Some(end) = memchr::memchr(b'\n', input) {
             self.extend(&input[..end]);
             *input = &input[end + 1..];
             if let Some(line) = self.end_line() {
@@ -155,12 +154,6 @@ impl LineSplitter {
         let content = if is_kept && line.len() <= self.max_bytes { Ok(line) } else { Err(n_bytes) };
         (!is_blank).then_some(Line { number: self.number, content })
     }
-}
-
-/// Where the first line feed is. The standard library finds it many bytes at a time, but only for readers.
-fn line_feed(input: &[u8]) -> Option<usize> {
-    let n_bytes = { input }.skip_until(b'\n').expect("memory can be read");
-    n_bytes.checked_sub(1).filter(|&last| input[last] == b'\n')
 }
 
 fn is_blank(bytes: &[u8]) -> bool {

@@ -2,19 +2,20 @@
 //! every row stands in exactly one of the two files, once; done again after any interruption it makes the same bytes;
 //! memory does not grow with the job, but for a few words per row that waits for an earlier one.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry as MapEntry;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::{Field, SchemaRef};
+use bytes::Bytes;
 
-use super::{Journal, Place, Record, segment};
+use super::{Journal, Place, segment};
 use crate::format::{Format, SchemaInference, Sink};
 use crate::storage::Location;
 
-/// Text of waiting records kept in memory, bytes; of the rest only where they are in the journal.
+/// Segments with waiting records kept in memory, bytes; of the rest only where they are in the journal.
 const WAITING_BYTES: usize = 256 << 20;
 
 /// Where a job's records go.
@@ -43,22 +44,22 @@ fn finalise_within(journal: &mut Journal, outputs: &Outputs, n_rows: u64, waitin
     let storage = &journal.dir.storage;
     storage.sweep(&outputs.results)?;
     storage.sweep(&outputs.errors)?;
-    let in_order = |each: &mut dyn FnMut(u64, &Line) -> Result<()>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
+    let in_order = |each: Each<'_>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
 
     let schema = |at: &Location, ok: bool, known: Option<&SchemaRef>| match (Format::of(at)?, known) {
         (Format::Jsonl(_), _) => Ok(None),
         (Format::Parquet, Some(schema)) => Ok(Some(Arc::clone(schema))),
         (Format::Parquet, None) => {
             let mut inference = SchemaInference::default();
-            in_order(&mut |_, line| if line.ok == ok { inference.observe(&line.text) } else { Ok(()) })?;
+            in_order(&mut |_, line_ok, line| if line_ok == ok { inference.observe(line) } else { Ok(()) })?;
             anyhow::Ok(Some(inference.finish(if ok { &outputs.columns } else { &[] })))
         }
     };
     let mut results = Sink::create(storage, &outputs.results, schema(&outputs.results, true, outputs.schema.as_ref())?)?;
     let mut errors = Sink::create(storage, &outputs.errors, schema(&outputs.errors, false, None)?)?;
-    in_order(&mut |row, line| {
-        let sink = if line.ok { &mut results } else { &mut errors };
-        sink.write(&line.text).with_context(|| format!("the output of row {row}"))
+    in_order(&mut |row, ok, line| {
+        let sink = if ok { &mut results } else { &mut errors };
+        sink.write(line).with_context(|| format!("the output of row {row}"))
     })?;
     results.publish()?;
     errors.publish()
@@ -80,85 +81,133 @@ fn check_complete(journal: &Journal, n_rows: u64) -> Result<()> {
     Ok(())
 }
 
-/// Reads the journal once and hands out its records in order of rows, each row once.
+/// Hands out the journal's records in order of rows, each row once.
 struct InOrder<'a> {
     journal: &'a Journal,
     next: u64,
-    waiting: BTreeMap<u64, Waiting>,
-    waiting_bytes: usize, // of the lines in `waiting`
-    max_waiting_bytes: usize,
+    /// From row `next` on: where the row's record is, if it was seen. As long as the furthest row is ahead, which the
+    /// windows that a job has open bound.
+    waiting: VecDeque<Option<Waiting>>,
+    /// Segments with records that wait, by number.
+    held: BTreeMap<u32, Held>,
+    held_bytes: usize,
+    max_held_bytes: usize,
 }
 
 /// A record whose turn has not come.
-enum Waiting {
-    Read(Line),
-    There(Place),
-}
-
-/// What a record has to say here.
-struct Line {
+struct Waiting {
     ok: bool,
-    text: Box<str>,
+    place: Place,
+    /// In the segment.
+    line: Range<usize>,
 }
 
-impl Line {
-    fn of(record: Record<'_>) -> Self {
-        Self { ok: record.ok, text: record.line.into() }
+/// A segment in memory.
+struct Held {
+    text: Bytes,
+    n_waiting: usize,
+}
+
+/// A verified segment, read.
+struct Read {
+    number: u32,
+    text: Bytes,
+    /// In the order they were journaled.
+    records: Vec<(u64, Waiting)>,
+}
+
+/// Takes a row, whether it completed, and its output line.
+type Each<'e> = &'e mut dyn FnMut(u64, bool, &str) -> Result<()>;
+
+impl Read {
+    fn of(journal: &Journal, number: u32) -> Result<Self> {
+        let text = journal.read(number)?;
+        let mut records = Vec::new();
+        for entry in segment::entries(&text)? {
+            let segment::Entry { record, bytes } = entry?;
+            // A record ends with its line, a brace and a line feed.
+            let end = bytes.end as usize - 2;
+            let place = Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start };
+            records.push((record.row, Waiting { ok: record.ok, place, line: end - record.line.len()..end }));
+        }
+        Ok(Self { number, text, records })
     }
 }
 
 impl<'a> InOrder<'a> {
-    fn new(journal: &'a Journal, max_waiting_bytes: usize) -> Self {
-        Self { journal, next: 0, waiting: BTreeMap::new(), waiting_bytes: 0, max_waiting_bytes }
+    fn new(journal: &'a Journal, max_held_bytes: usize) -> Self {
+        Self { journal, next: 0, waiting: VecDeque::new(), held: BTreeMap::new(), held_bytes: 0, max_held_bytes }
     }
 
-    fn run(mut self, n_rows: u64, each: &mut dyn FnMut(u64, &Line) -> Result<()>) -> Result<()> {
-        for number in 1..self.journal.next_segment {
-            let lines = self.journal.read(number)?;
-            for entry in segment::entries(&lines)? {
-                self.take(entry?, number);
-            }
-            self.drain(each)?;
-        }
-        assert!(self.next == n_rows && self.waiting.is_empty(), "{} of {n_rows} rows after a complete journal", self.next);
+    fn run(mut self, n_rows: u64, each: Each<'_>) -> Result<()> {
+        let journal = self.journal;
+        // A segment is read and verified while the one before it is written.
+        let (read, segments) = sync_channel(1);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for number in 1..journal.next_segment {
+                    // Nobody takes more after an error.
+                    if read.send(Read::of(journal, number)).is_err() {
+                        return;
+                    }
+                }
+            });
+            segments.into_iter().try_for_each(|segment| self.take(segment?, each))
+        })?;
+        let is_empty = self.waiting.iter().all(Option::is_none);
+        assert!(self.next == n_rows && is_empty, "{} of {n_rows} rows after a complete journal", self.next);
         Ok(())
     }
 
-    fn take(&mut self, entry: segment::Entry<'_>, number: u32) {
-        let segment::Entry { record, bytes } = entry;
-        if record.row < self.next {
-            return;
+    /// Takes in a segment and hands out the rows whose turn has come.
+    fn take(&mut self, segment: Read, each: Each<'_>) -> Result<()> {
+        let Read { number, text, records } = segment;
+        let mut n_waiting = 0;
+        for (row, record) in records {
+            let Some(ahead) = row.checked_sub(self.next) else { continue };
+            let ahead = usize::try_from(ahead)?;
+            if ahead >= self.waiting.len() {
+                self.waiting.resize_with(ahead + 1, || None);
+            }
+            // The first committed outcome stays.
+            let place = &mut self.waiting[ahead];
+            n_waiting += usize::from(place.is_none());
+            place.get_or_insert(record);
         }
-        // The first committed outcome stays.
-        if let MapEntry::Vacant(place) = self.waiting.entry(record.row) {
-            let line_bytes = record.line.len();
-            // The next row is handed out at once, whatever its size.
-            let fits = record.row == self.next || self.waiting_bytes + line_bytes <= self.max_waiting_bytes;
-            self.waiting_bytes += if fits { line_bytes } else { 0 };
-            let there = Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start };
-            place.insert(if fits { Waiting::Read(Line::of(record)) } else { Waiting::There(there) });
+        if n_waiting > 0 {
+            self.held_bytes += text.len();
+            self.held.insert(number, Held { text, n_waiting });
         }
+        self.drain(each)?;
+        // What is too much to wait in memory is read again when its turn comes.
+        if self.held_bytes > self.max_held_bytes {
+            self.let_go(number);
+        }
+        Ok(())
     }
 
-    fn drain(&mut self, each: &mut dyn FnMut(u64, &Line) -> Result<()>) -> Result<()> {
-        while let Some(place) = self.waiting.first_entry()
-            && *place.key() == self.next
-        {
-            let line = match place.remove() {
-                Waiting::Read(line) => {
-                    self.waiting_bytes -= line.text.len();
-                    line
+    fn drain(&mut self, each: Each<'_>) -> Result<()> {
+        while let Some(Some(record)) = self.waiting.pop_front_if(|first| first.is_some()) {
+            let Waiting { ok, place, line } = record;
+            if let Some(held) = self.held.get_mut(&place.segment) {
+                let text = std::str::from_utf8(&held.text[line]).context("a sealed segment is not UTF-8")?;
+                each(self.next, ok, text)?;
+                held.n_waiting -= 1;
+                if held.n_waiting == 0 {
+                    self.let_go(place.segment);
                 }
-                Waiting::There(place) => {
-                    let record = self.journal.record(place)?;
-                    assert_eq!(record.row, self.next, "the place of a waiting record");
-                    Line::of(record)
-                }
-            };
-            each(self.next, &line)?;
+            } else {
+                let record = self.journal.record(place)?;
+                assert_eq!(record.row, self.next, "the place of a waiting record");
+                each(self.next, ok, &record.line)?;
+            }
             self.next += 1;
         }
         Ok(())
+    }
+
+    fn let_go(&mut self, number: u32) {
+        self.held_bytes -= self.held.remove(&number).map_or(0, |held| held.text.len());
     }
 }
 
@@ -168,7 +217,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::journal::{JobDir, Manifest};
+    use crate::journal::{JobDir, Manifest, Record};
     use crate::storage::Storage;
 
     fn record(row: u64) -> Record<'static> {
@@ -229,14 +278,11 @@ mod tests {
         let (_, _, journal) = journal_of(&segments);
         let mut in_order = InOrder::new(&journal, 500);
         for number in 1..100 {
-            let lines = journal.read(number).unwrap();
-            for entry in segment::entries(&lines).unwrap() {
-                in_order.take(entry.unwrap(), number);
-            }
-            let held: usize =
-                in_order.waiting.values().map(|w| if let Waiting::Read(line) = w { line.text.len() } else { 0 }).sum();
-            assert!(held == in_order.waiting_bytes && held <= 500, "{held} bytes held after {number} segments");
+            let segment = Read::of(&journal, number).unwrap();
+            in_order.take(segment, &mut |row, _, _| panic!("row {row} was handed out")).unwrap();
+            let held: usize = in_order.held.values().map(|held| held.text.len()).sum();
+            assert!(held == in_order.held_bytes && held <= 500, "{held} bytes held after {number} segments");
         }
-        assert_eq!(in_order.waiting.len(), 99);
+        assert_eq!(in_order.waiting.iter().flatten().count(), 99);
     }
 }

@@ -250,10 +250,11 @@ impl Journal {
             return Ok(());
         }
         let at = self.dir.segment(self.next_segment)?;
-        self.dir.storage.put(&at, self.pending.seal(&self.job))?;
-        self.next_segment += 1;
-        self.pending.clear();
-        Ok(())
+        let sealed = self.pending.seal(&self.job);
+        let put = self.dir.storage.put(&at, sealed.clone());
+        self.pending.put_back(sealed, put.is_ok());
+        self.next_segment += u32::from(put.is_ok());
+        put
     }
 
     /// Rows journaled, committed or not.

@@ -2,16 +2,15 @@
 //! [`verify`] is byte for byte what was sealed, by the same job.
 
 use std::borrow::Cow;
-use std::fmt;
-use std::io::Write as _;
 use std::ops::Range;
+use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-/// What became of one row. Written as one JSON object ([`fmt::Display`]), always in the same layout: a sealed line is one
-/// that this file has written, so that it is taken apart without reading the output line's JSON again.
+/// What became of one row. Written as one JSON object, always in the same layout: a sealed line is one that this file has
+/// written, so that it is taken apart without reading the output line's JSON again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record<'a> {
     /// Index of the row over all input files.
@@ -30,43 +29,49 @@ pub struct Record<'a> {
     pub line: Cow<'a, str>,
 }
 
-impl fmt::Display for Record<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
-        write!(f, r#"{{"row":{row},"ok":{ok},"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},"#)?;
-        write!(f, r#""cached_tokens":{cached_tokens}"#)?;
-        if let Some(key) = key {
-            write!(f, r#","key":"{key:032x}""#)?;
-        }
-        f.write_str(r#","line":"#)?;
-        f.write_str(line)?;
-        f.write_str("}")
-    }
-}
-
 impl<'a> Record<'a> {
+    /// Appends the record's text.
+    pub fn write(&self, to: &mut Vec<u8>) {
+        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
+        to.reserve(160 + line.len());
+        let mut number = itoa::Buffer::new();
+        to.extend_from_slice(br#"{"row":"#);
+        to.extend_from_slice(number.format(*row).as_bytes());
+        to.extend_from_slice(if *ok { br#","ok":true,"prompt_tokens":"# } else { br#","ok":false,"prompt_tokens":"# });
+        to.extend_from_slice(number.format(*prompt_tokens).as_bytes());
+        to.extend_from_slice(br#","completion_tokens":"#);
+        to.extend_from_slice(number.format(*completion_tokens).as_bytes());
+        to.extend_from_slice(br#","cached_tokens":"#);
+        to.extend_from_slice(number.format(*cached_tokens).as_bytes());
+        if let Some(key) = key {
+            to.extend_from_slice(br#","key":""#);
+            let digit = |place: u32| b"0123456789abcdef"[(key >> (4 * place)) as usize & 15];
+            to.extend((0..32).rev().map(digit));
+            to.push(b'"');
+        }
+        to.extend_from_slice(br#","line":"#);
+        to.extend_from_slice(line.as_bytes());
+        to.push(b'}');
+    }
+
     /// Of a record's text; `None` if it has another layout.
     fn parse(text: &'a str) -> Option<Self> {
-        let (row, rest) = text.strip_prefix(r#"{"row":"#)?.split_once(r#","ok":"#)?;
-        let (ok, rest) = rest.split_once(r#","prompt_tokens":"#)?;
-        let (prompt_tokens, rest) = rest.split_once(r#","completion_tokens":"#)?;
-        let (completion_tokens, rest) = rest.split_once(r#","cached_tokens":"#)?;
-        let (cached_tokens, mut rest) = rest.split_once(',')?;
+        let (row, rest) = number_after(text, r#"{"row":"#)?;
+        let rest = rest.strip_prefix(r#","ok":"#)?;
+        let (ok, rest) = match rest.strip_prefix("true") {
+            Some(rest) => (true, rest),
+            None => (false, rest.strip_prefix("false")?),
+        };
+        let (prompt_tokens, rest) = number_after(rest, r#","prompt_tokens":"#)?;
+        let (completion_tokens, rest) = number_after(rest, r#","completion_tokens":"#)?;
+        let (cached_tokens, mut rest) = number_after(rest, r#","cached_tokens":"#)?;
         let mut key = None;
-        if let Some(after) = rest.strip_prefix(r#""key":""#) {
-            let (digits, after) = after.split_once(r#"","#)?;
-            (key, rest) = (Some(u128::from_str_radix(digits, 16).ok()?), after);
+        if let Some(after) = rest.strip_prefix(r#","key":""#) {
+            let (digits, after) = after.split_at_checked(32)?;
+            (key, rest) = (Some(u128::from_str_radix(digits, 16).ok()?), after.strip_prefix('"')?);
         }
-        let line = rest.strip_prefix(r#""line":"#)?.strip_suffix('}')?;
-        Some(Self {
-            row: row.parse().ok()?,
-            ok: ok.parse().ok()?,
-            prompt_tokens: prompt_tokens.parse().ok()?,
-            completion_tokens: completion_tokens.parse().ok()?,
-            cached_tokens: cached_tokens.parse().ok()?,
-            key,
-            line: Cow::Borrowed(line),
-        })
+        let line = rest.strip_prefix(r#","line":"#)?.strip_suffix('}')?;
+        Some(Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line: Cow::Borrowed(line) })
     }
 
     /// The record with a line of its own.
@@ -75,6 +80,14 @@ impl<'a> Record<'a> {
         let line = Cow::Owned(line.into_owned());
         Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line }
     }
+}
+
+/// The number that stands behind this text at the beginning of another, and what follows it.
+fn number_after<'a, T: FromStr>(text: &'a str, before: &str) -> Option<(T, &'a str)> {
+    let rest = text.strip_prefix(before)?;
+    let n_digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let (digits, rest) = rest.split_at(n_digits);
+    Some((digits.parse().ok()?, rest))
 }
 
 /// Where a record is in the journal.
@@ -123,8 +136,9 @@ impl Segment {
     /// Adds a record; says which bytes it has.
     pub(super) fn push(&mut self, record: &Record<'_>) -> Range<u64> {
         let start = self.lines.len() as u64;
-        assert!(line_feeds(record.line.as_bytes()) == 0, "the output line of row {} has a line feed", record.row);
-        writeln!(self.lines, "{record}").expect("memory takes it");
+        assert!(memchr::memchr(b'\n', record.line.as_bytes()).is_none(), "the output line of row {} has a line feed", record.row);
+        record.write(&mut self.lines);
+        self.lines.push(b'\n');
         self.n_rows += 1;
         start..self.lines.len() as u64
     }
@@ -134,28 +148,40 @@ impl Segment {
         parse_record(std::str::from_utf8(&self.lines[bytes])?).map(Record::into_owned)
     }
 
-    /// The whole segment.
-    pub(super) fn seal(&self, job: &str) -> Bytes {
+    /// The whole segment, taken out: [`Segment::put_back`] must follow.
+    pub(super) fn seal(&mut self, job: &str) -> Bytes {
         let blake3 = blake3::hash(&self.lines).to_hex().to_string();
         let seal = Seal { rows: self.n_rows, job: job.to_owned(), blake3 };
-        let mut content = self.lines.clone();
+        let mut content = std::mem::take(&mut self.lines);
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
         content.into()
     }
 
-    /// Empties it; the memory stays for the next one.
-    pub(super) fn clear(&mut self) {
-        self.lines.clear();
-        self.n_rows = 0;
+    /// Takes back what was sealed: nothing of it if it is durable now, else all its records, to be sealed again.
+    pub(super) fn put_back(&mut self, sealed: Bytes, is_durable: bool) {
+        // The same memory, if nobody else holds it any more.
+        self.lines = sealed.into();
+        if is_durable {
+            self.lines.clear();
+            self.n_rows = 0;
+        } else {
+            self.lines.truncate(start_of_seal(&self.lines));
+        }
     }
+}
+
+/// Where the last line begins.
+fn start_of_seal(content: &[u8]) -> usize {
+    let before = content.strip_suffix(b"\n").unwrap_or(content);
+    memchr::memrchr(b'\n', before).map_or(0, |feed| feed + 1)
 }
 
 /// The lines of records of a segment of `job`, or [`Damaged`].
 pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     let damaged = |what: String| Err(Damaged(what).into());
     let Some(text) = content.strip_suffix(b"\n") else { return damaged("its end is missing".to_owned()) };
-    let start = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |feed| feed + 1);
+    let start = start_of_seal(content);
     let Ok(seal) = serde_json::from_slice::<Seal>(&text[start..]) else { return damaged("its end is missing".to_owned()) };
     let lines = content.slice(..start);
     if blake3::hash(&lines).to_hex().as_str() != seal.blake3 {
@@ -171,9 +197,8 @@ pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     Ok(lines)
 }
 
-/// How many there are; a sum takes many bytes at a time, which a search that may end early does not.
 fn line_feeds(bytes: &[u8]) -> u64 {
-    bytes.iter().map(|&byte| u64::from(byte == b'\n')).sum()
+    memchr::memchr_iter(b'\n', bytes).count() as u64
 }
 
 /// A record and where it is in its segment.
@@ -222,7 +247,14 @@ mod tests {
             let line = format!("{{\"x\": {row} }}").into();
             segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
         }
+        let n_bytes = segment.n_bytes();
         let sealed = segment.seal("job");
+        // A segment that could not be written is sealed again as it was.
+        segment.put_back(sealed.clone(), false);
+        assert_eq!((segment.n_rows(), segment.n_bytes()), (3, n_bytes));
+        assert_eq!(segment.seal("job"), sealed);
+        segment.put_back(sealed.clone(), true);
+        assert_eq!((segment.n_rows(), segment.n_bytes()), (0, 0));
         let lines = verify(&sealed, "job").unwrap();
         let records: Vec<Record<'_>> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();
         assert_eq!(records.iter().map(|r| &*r.line).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
@@ -247,7 +279,9 @@ mod tests {
         ) {
             let line = serde_json::json!({"line": text, "key": ["},"]}).to_string().into();
             let record = Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line };
-            let written = record.to_string() + "\n";
+            let mut written = Vec::new();
+            record.write(&mut written);
+            let written = String::from_utf8(written).unwrap() + "\n";
             prop_assert_eq!(parse_record(&written).unwrap(), record.clone());
             let json: serde_json::Value = serde_json::from_str(&written).unwrap();
             prop_assert_eq!(json["line"]["line"].as_str(), Some(text.as_str()));

@@ -5,6 +5,7 @@ use super::columns::{self, ResultColumns, Score, StepResult};
 use super::window::draw_seed;
 use crate::engine::Finished;
 use crate::format::openai::answer::{Place, Stamp};
+use crate::format::openai::{Endpoint, PlainLines};
 use crate::journal::Record;
 use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError, TokenLogprob, Usage};
 use crate::prepare::{Origin, Prompt, StepAnswer};
@@ -12,6 +13,7 @@ use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// What is known of a row before its outcome.
@@ -75,6 +77,11 @@ impl PromptMeta {
         Self { cached_tokens: self.n_tokens, ..self.clone() }
     }
 
+    /// Whether its one completion's text is all of its answer.
+    fn is_plain(&self) -> bool {
+        self.n_choices == 1 && !self.logprobs && !self.echo && self.call_format.is_none()
+    }
+
     /// Its usage, given its completions.
     fn usage(&self, choices: &[Finished]) -> Usage {
         let each: u32 = choices.iter().map(|choice| choice.tokens.len() as u32).sum();
@@ -96,6 +103,8 @@ impl RowMeta {
 /// Writes outcomes as records.
 pub(super) struct Answers {
     pub(super) stamp: Stamp,
+    /// Of that stamp.
+    pub(super) plain_lines: PlainLines,
     pub(super) tokenizer: Arc<Tokenizer>,
     /// What is added to dataset rows.
     pub(super) columns: ResultColumns,
@@ -105,18 +114,31 @@ pub(super) struct Answers {
 
 impl Answers {
     /// The record of a row whose prompts are all completed, none of them broken: `results` are each prompt's completions.
-    pub(super) fn finished(&self, row: &RowMeta, results: &[Vec<Finished>]) -> Record<'static> {
-        let per_prompt = row.prompts.iter().zip(results);
+    /// `line` is for use as a buffer.
+    pub(super) fn finished<'l>(&self, row: &RowMeta, results: &[impl AsRef<[Finished]>], line: &'l mut String) -> Record<'l> {
+        line.clear();
+        let per_prompt = row.prompts.iter().zip(results.iter().map(AsRef::as_ref));
         match &row.origin {
             Origin::Request { custom_id, endpoint, echo } => {
                 let usage = per_prompt.clone().fold(Usage::default(), |sum, (prompt, choices)| sum.plus(prompt.usage(choices)));
-                let choices = per_prompt.flat_map(|(prompt, choices)| self.choices(prompt, choices)).collect();
                 let seed = row.prompts.iter().find_map(|prompt| prompt.seed);
-                let completion = Completion { choices, usage, seed };
                 let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
-                let plain = self.stamp.plain_output_line(row.row_idx, custom_id, *endpoint, &completion);
-                let any = || self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion).to_string();
-                record(row, true, usage, plain.unwrap_or_else(any))
+                let mut one = per_prompt.clone().filter(|(prompt, choices)| prompt.is_plain() && choices.len() == 1);
+                if row.prompts.len() == 1
+                    && *endpoint != Endpoint::Responses
+                    && let Some((_, [only])) = one.next()
+                {
+                    let place = (row.row_idx, custom_id, *endpoint);
+                    self.plain_lines.push_text(line, place, (&only.text, only.finish_reason), usage, seed);
+                    return record(row, true, usage, line.as_str());
+                }
+                let choices = per_prompt.flat_map(|(prompt, choices)| self.choices(prompt, choices)).collect();
+                let completion = Completion { choices, usage, seed };
+                if self.plain_lines.push(line, row.row_idx, custom_id, *endpoint, &completion) {
+                    return record(row, true, usage, line.as_str());
+                }
+                let line = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
+                record(row, true, usage, line.to_string())
             }
             Origin::Dataset { columns } => {
                 let mut steps: Vec<(usize, StepResult)> =
@@ -265,7 +287,7 @@ fn place(row: &RowMeta) -> Place<'_> {
     Place { row_idx: row.row_idx, file: &row.file, line: row.line }
 }
 
-fn record(row: &RowMeta, ok: bool, usage: Usage, line: String) -> Record<'static> {
+fn record<'l>(row: &RowMeta, ok: bool, usage: Usage, line: impl Into<Cow<'l, str>>) -> Record<'l> {
     Record {
         row: row.row_idx,
         ok,

@@ -1,19 +1,19 @@
 //! The collecting side of a job, on the main thread: finished rows become records, records are committed in groups.
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
-use super::answer::{Answers, PromptMeta, RowMeta, broken, step_answer};
+use super::answer::{Answers, RowMeta, broken, step_answer};
+use super::flight::{Flight, OpenWindow};
 use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
-use super::stepper::{PreparedStep, StepTask};
+use super::stepper::{FIRST_ID, PreparedStep, StepTask};
 use super::window::{Group, PlannedWindow};
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
 use crate::engine::{EngineStats, Finished};
 use crate::journal::{Journal, Place, Record};
 use crate::outcome::RowError;
-use crate::prepare::{Origin, StepAnswer};
+use crate::prepare::Origin;
 use anyhow::{Context, Result, bail};
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -82,99 +82,25 @@ pub(super) struct Collector {
     /// Set to stop the feed.
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
-    /// By the row that is computed.
-    in_flight: HashMap<u64, Flight, NumberHash>,
-    /// By the engine's name: the row, and which of its prompts.
-    sequences: HashMap<u64, (u64, usize), NumberHash>,
+    /// Windows with rows that have no record yet, in order.
+    windows: VecDeque<OpenWindow>,
+    /// Rows that take more than one sequence, by the row that is computed.
+    flights: HashMap<u64, Flight>,
+    /// Rows that are computed and have not landed.
+    n_in_flight: usize,
+    /// By the engine's name, sequences of later steps: the row, and which of its prompts.
+    later: HashMap<u64, (u64, usize)>,
     /// For each step of the job, the steps that it waits for.
     needs: Vec<Vec<usize>>,
     /// To the thread that prepares steps.
     step_tasks: Sender<StepTask>,
-    /// Rows of each window that have no record yet.
-    open_windows: HashMap<u64, usize>,
+    /// For the line that is being written.
+    line: String,
     /// Where records are that others may need; not yet in the index.
     places: Vec<(u64, Place)>,
     n_windows: u64,
     last_commit: Instant,
     last_step: Instant,
-}
-
-/// Spreads numbers that are dense; nobody chooses them to collide.
-#[derive(Default)]
-struct NumberHasher(u64);
-
-type NumberHash = BuildHasherDefault<NumberHasher>;
-
-impl Hasher for NumberHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("for numbers only");
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        // The table takes its place from the low bits and its tag from the high ones.
-        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ (mixed >> 32);
-    }
-}
-
-/// A row that is being computed.
-struct Flight {
-    /// The row itself and those of its window that get its completion.
-    rows: Vec<RowMeta>,
-    /// Their window's number.
-    window: u64,
-    /// Rows of later windows that get it too, with their windows' numbers.
-    followers: Vec<(u64, RowMeta)>,
-    /// The completions of each of its prompts: as they come, and in the order of its choices once all have.
-    results: Vec<Vec<Finished>>,
-    /// How many of each are missing.
-    n_missing: Vec<usize>,
-    /// Sequences that have not finished, and steps that are being prepared.
-    n_left: usize,
-    /// By step.
-    answers: Vec<Option<StepAnswer>>,
-    /// By step: whether it is being prepared or was.
-    is_started: Vec<bool>,
-    /// Of the first prompt, in order of steps, that has one.
-    error: Option<(usize, RowError)>,
-}
-
-impl Flight {
-    fn new(number: u64, group: Group, n_steps: usize) -> Self {
-        let mut n_missing = vec![0; group.rows[0].prompts.len()];
-        for &(_, prompt) in &group.sequences {
-            n_missing[prompt] += 1;
-        }
-        Self {
-            rows: group.rows,
-            window: number,
-            followers: Vec::new(),
-            results: n_missing.iter().map(|&n| Vec::with_capacity(n)).collect(),
-            n_missing,
-            n_left: group.sequences.len(),
-            answers: vec![None; n_steps],
-            is_started: vec![false; n_steps],
-            error: None,
-        }
-    }
-
-    /// A step can't be done. Which error the row gets must not depend on which step was the first to fail.
-    fn fail(&mut self, step: usize, error: RowError) {
-        if self.error.as_ref().is_none_or(|(first, _)| step < *first) {
-            self.error = Some((step, error));
-        }
-    }
-
-    /// Another row gets the same.
-    fn follow(&mut self, number: u64, mut row: RowMeta) {
-        let later = &self.rows[0].prompts[row.prompts.len()..];
-        row.prompts.extend(later.iter().map(PromptMeta::shared));
-        self.followers.push((number, row));
-    }
 }
 
 impl Collector {
@@ -198,11 +124,13 @@ impl Collector {
             finished_windows,
             stop,
             counts,
-            in_flight: HashMap::default(),
-            sequences: HashMap::default(),
+            windows: VecDeque::new(),
+            flights: HashMap::new(),
+            n_in_flight: 0,
+            later: HashMap::new(),
             needs,
             step_tasks,
-            open_windows: HashMap::new(),
+            line: String::new(),
             places: Vec::new(),
             n_windows: 0,
             last_commit: now,
@@ -238,9 +166,9 @@ impl Collector {
             self.commit_if_due()?;
             self.progress.show(self.snapshot());
             match (rows_read, stopped) {
-                (Some(n_rows), None) if self.in_flight.is_empty() => return Ok(End::Complete(n_rows)),
+                (Some(n_rows), None) if self.n_in_flight == 0 => return Ok(End::Complete(n_rows)),
                 // Rows that are running get a moment to finish; what is lost is only work, never a committed row.
-                (_, Some((signal, since))) if self.in_flight.is_empty() || since.elapsed().as_secs_f64() > DRAIN_SECONDS => {
+                (_, Some((signal, since))) if self.n_in_flight == 0 || since.elapsed().as_secs_f64() > DRAIN_SECONDS => {
                     return Ok(End::Stopped(signal));
                 }
                 _ => {}
@@ -253,28 +181,67 @@ impl Collector {
         self.n_windows += 1;
         self.counts.duplicates += window.n_duplicates;
         self.counts.trie_tokens += window.trie_tokens;
-        self.counts.submitted += window.groups.iter().map(|group| group.sequences.len() as u64).sum::<u64>();
+        self.counts.submitted += window.sequences.len() as u64;
         for (row, error) in window.failed {
             self.fail(&row, &error)?;
         }
-        let mut n_open = 0;
-        for group in window.groups {
-            n_open += group.rows.len();
-            let leader = group.rows[0].row_idx;
-            self.sequences.extend(group.sequences.iter().map(|&(id, prompt)| (id, (leader, prompt))));
-            self.in_flight.insert(leader, Flight::new(number, group, self.needs.len()));
-        }
-        for (first, meta) in window.followers {
-            if let Some(flight) = self.in_flight.get_mut(&first) {
+        let PlannedWindow { groups, followers, first_id, sequences, .. } = window;
+        self.n_in_flight += groups.len();
+        let open = OpenWindow {
+            number,
+            n_open: groups.iter().map(|group| 1 + group.same.len()).sum(),
+            leaders: groups.iter().map(|group| group.leader.row_idx).collect(),
+            groups: groups.into_iter().map(Some).collect(),
+            first_id,
+            sequences,
+        };
+        self.windows.push_back(open);
+        self.take_off();
+        let mut n_following = 0;
+        for (first, meta) in followers {
+            if let Some(flight) = self.flight(first) {
                 flight.follow(number, meta);
-                n_open += 1;
+                n_following += 1;
             } else {
                 self.copy(first, &meta)?;
             }
         }
-        self.open_windows.insert(number, n_open);
-        self.close_window_if_finished(number);
+        self.windows.back_mut().expect("it was pushed").n_open += n_following;
+        self.close_if_finished(number, 0);
         Ok(())
+    }
+
+    /// Makes flights of those groups of the last window that are more than one sequence.
+    fn take_off(&mut self) {
+        let window = self.windows.back_mut().expect("the caller has pushed one");
+        let has_steps = self.needs.len() > 1;
+        if !has_steps && window.sequences.len() == window.groups.len() {
+            return;
+        }
+        let mut n_missing: HashMap<u32, Vec<usize>> = HashMap::new();
+        for &(group, prompt) in &window.sequences {
+            let Some(Some(rows)) = window.groups.get(group as usize) else { unreachable!("every sequence has its group") };
+            if has_steps || rows.n_sequences > 1 {
+                n_missing.entry(group).or_insert_with(|| vec![0; rows.leader.prompts.len()])[prompt as usize] += 1;
+            }
+        }
+        for (group, n_missing) in n_missing {
+            let rows = window.groups[group as usize].take().expect("it is there");
+            let leader = rows.leader.row_idx;
+            self.flights.insert(leader, Flight::new(window.number, rows, n_missing, self.needs.len()));
+        }
+    }
+
+    /// The flight of a row that is being computed; it is one from now on.
+    fn flight(&mut self, leader: u64) -> Option<&mut Flight> {
+        for window in &mut self.windows {
+            if let Ok(group) = window.leaders.binary_search(&leader)
+                && let Some(group) = window.groups[group].take()
+            {
+                self.flights.insert(leader, Flight::new(window.number, group, vec![1], self.needs.len()));
+            }
+        }
+        self.flights.get_mut(&leader)
     }
 
     /// Gives a row the completion of row `first`, which has its record.
@@ -301,25 +268,41 @@ impl Collector {
         self.last_step = now;
         self.counts.stats = stats;
         self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
+        let journal = self.counts.journal;
         for sequence in finished {
-            let (leader, prompt) = self.sequences.remove(&sequence.id).expect("every submission was announced");
-            let flight = self.in_flight.get_mut(&leader).expect("its row is in flight");
-            flight.n_left -= 1;
-            flight.n_missing[prompt] -= 1;
-            flight.results[prompt].push(sequence);
-            if flight.n_missing[prompt] == 0 {
-                // A prompt's sequences are named in the order of its choices.
-                flight.results[prompt].sort_unstable_by_key(|finished| finished.id);
-                self.advance(leader, prompt);
-            }
-            self.land_if_complete(leader)?;
+            self.take_sequence(sequence)?;
         }
+        self.counts.answer += (now.elapsed() + journal).saturating_sub(self.counts.journal);
         Ok(())
+    }
+
+    fn take_sequence(&mut self, finished: Finished) -> Result<()> {
+        let (leader, prompt) = if finished.id >= FIRST_ID {
+            self.later.remove(&finished.id).expect("every later step was announced")
+        } else {
+            let found = self.windows.iter_mut().find_map(|window| Some((window.sequence(finished.id)?, window)));
+            let ((group, prompt), window) = found.expect("every submission was announced");
+            if let Some(rows) = window.groups[group].take() {
+                let number = window.number;
+                return self.land(number, &rows, finished);
+            }
+            (window.leaders[group], prompt)
+        };
+        let flight = self.flights.get_mut(&leader).expect("its row is in flight");
+        flight.n_left -= 1;
+        flight.n_missing[prompt] -= 1;
+        flight.results[prompt].push(finished);
+        if flight.n_missing[prompt] == 0 {
+            // A prompt's sequences are named in the order of its choices.
+            flight.results[prompt].sort_unstable_by_key(|finished| finished.id);
+            self.advance(leader, prompt);
+        }
+        self.land_if_complete(leader)
     }
 
     /// A prompt of the row is completed: the steps that waited for it alone can begin.
     fn advance(&mut self, leader: u64, prompt: usize) {
-        let flight = self.in_flight.get_mut(&leader).expect("the caller looked");
+        let flight = self.flights.get_mut(&leader).expect("the caller looked");
         let results = &flight.results[prompt];
         let step = flight.rows[0].prompts[prompt].step;
         if let Some(error) = broken(results) {
@@ -345,7 +328,7 @@ impl Collector {
 
     fn take_prepared(&mut self, step: PreparedStep) -> Result<()> {
         let leader = step.row_idx;
-        let flight = self.in_flight.get_mut(&leader).expect("it waits for its step");
+        let flight = self.flights.get_mut(&leader).expect("it waits for its step");
         flight.n_left -= 1;
         match step.prompt {
             Err(error) => flight.fail(step.step, error),
@@ -359,37 +342,56 @@ impl Collector {
                     row.prompts.push(if i == 0 { meta.clone() } else { meta.shared() });
                 }
                 self.counts.submitted += ids.len() as u64;
-                self.sequences.extend(ids.into_iter().map(|id| (id, (leader, prompt))));
+                self.later.extend(ids.into_iter().map(|id| (id, (leader, prompt))));
             }
         }
         self.land_if_complete(leader)
     }
 
+    /// Writes the outcome of rows that one sequence completes.
+    fn land(&mut self, number: u64, rows: &Group, finished: Finished) -> Result<()> {
+        self.n_in_flight -= 1;
+        let results = [[finished]];
+        let error = broken(&results[0]);
+        for row in std::iter::once(&rows.leader).chain(&rows.same) {
+            self.settle(row, error.as_ref(), &results)?;
+        }
+        self.close_if_finished(number, 1 + rows.same.len());
+        Ok(())
+    }
+
     /// Writes the outcome of a row, and of all that share it, once nothing of it is on its way any more.
     fn land_if_complete(&mut self, leader: u64) -> Result<()> {
-        if self.in_flight.get(&leader).is_none_or(|flight| flight.n_left > 0) {
+        if self.flights.get(&leader).is_none_or(|flight| flight.n_left > 0) {
             return Ok(());
         }
-        let flight = self.in_flight.remove(&leader).expect("the row is in flight");
+        let flight = self.flights.remove(&leader).expect("the row is in flight");
+        self.n_in_flight -= 1;
         let followers = flight.followers.iter().map(|(number, row)| (number, row));
         for (number, row) in flight.rows.iter().map(|row| (&flight.window, row)).chain(followers) {
-            if let Some((_, error)) = &flight.error {
-                self.fail(row, error)?;
-            } else {
-                let start = Instant::now();
-                let record = self.answers.finished(row, &flight.results);
-                self.counts.answer += start.elapsed();
-                self.append(&record)?;
-            }
-            *self.open_windows.get_mut(number).expect("its window is open") -= 1;
-            self.close_window_if_finished(*number);
+            self.settle(row, flight.error.as_ref().map(|(_, error)| error), &flight.results)?;
+            self.close_if_finished(*number, 1);
         }
         Ok(())
     }
 
-    fn close_window_if_finished(&mut self, number: u64) {
-        if self.open_windows.get(&number) == Some(&0) {
-            self.open_windows.remove(&number);
+    /// Writes the outcome of a row.
+    fn settle(&mut self, row: &RowMeta, error: Option<&RowError>, results: &[impl AsRef<[Finished]>]) -> Result<()> {
+        if let Some(error) = error {
+            return self.fail(row, error);
+        }
+        let mut line = std::mem::take(&mut self.line);
+        self.append(&self.answers.finished(row, results, &mut line))?;
+        self.line = line;
+        Ok(())
+    }
+
+    /// So many more rows of a window have their record.
+    fn close_if_finished(&mut self, number: u64, n_rows: usize) {
+        let place = self.windows.iter().position(|window| window.number == number).expect("its window is open");
+        self.windows[place].n_open -= n_rows;
+        if self.windows[place].n_open == 0 {
+            self.windows.remove(place);
             // The feed may have ended already; then nobody waits for this.
             let _nobody_waits = self.finished_windows.send(());
         }

@@ -52,7 +52,7 @@ impl JobEstimator {
             });
             self.last = Some((Arc::clone(&row.prompt), row.keep_tokens));
         }
-        let copies = window.groups.iter().flat_map(|group| &group.rows[1..]);
+        let copies = window.groups.iter().flat_map(|group| &group.same);
         for row in copies.chain(window.followers.iter().map(|(_, row)| row)) {
             self.estimator.copy(row.prompts.iter().map(|prompt| prompt.n_tokens).sum());
         }

@@ -10,6 +10,7 @@ mod estimate;
 pub mod explain;
 mod feed;
 mod first_rows;
+mod flight;
 mod index;
 pub mod inspect;
 mod job;
@@ -30,6 +31,7 @@ mod window;
 use crate::config::Config;
 use crate::engine::handle::{EngineHandle, panic_message};
 use crate::engine::{Engine, EngineConfig, TokenTable};
+use crate::format::openai::PlainLines;
 use crate::format::openai::answer::Stamp;
 use crate::format::{Compression, Format, Source};
 use crate::grammar::Grammars;
@@ -408,7 +410,8 @@ impl Run<'_> {
             model: model.to_owned(),
             system_fingerprint: self.manifest.model_fingerprint.clone(),
         };
-        Answers { stamp, tokenizer: Arc::clone(tokenizer), columns, kept_columns: self.config.spec.output.columns.clone() }
+        let (plain_lines, kept_columns) = (PlainLines::new(&stamp), self.config.spec.output.columns.clone());
+        Answers { stamp, plain_lines, tokenizer: Arc::clone(tokenizer), columns, kept_columns }
     }
 }
 

@@ -39,7 +39,7 @@ pub(super) struct Stepper {
 }
 
 /// Sequences of later steps are named from here on; a window's never get so far.
-const FIRST_ID: u64 = 1 << 62;
+pub(super) const FIRST_ID: u64 = 1 << 62;
 
 impl Stepper {
     /// Works until there is nobody left to give it tasks.

@@ -39,10 +39,14 @@ pub(super) struct WindowRow {
 pub(super) struct PlannedWindow {
     /// Rows without a prompt.
     pub(super) failed: Vec<(RowMeta, RowError)>,
-    /// Rows to be run, each with the rows that get the same completion.
+    /// Rows to be run, each with the rows that get the same completion; in input order.
     pub(super) groups: Vec<Group>,
-    /// What the engine is to run, in plan order.
+    /// What the engine is to run, in plan order, named by numbers without gaps.
     pub(super) submissions: Vec<Submission>,
+    /// The first of these names.
+    pub(super) first_id: u64,
+    /// What each of them completes: its group, and which of the row's prompts. Of one prompt, in the order of choices.
+    pub(super) sequences: Vec<(u32, u32)>,
     /// Rows that get the completion of a row of an earlier window, or of one that an earlier run has done; with that row.
     pub(super) followers: Vec<(u64, RowMeta)>,
     /// Rows that get another row's completion.
@@ -53,10 +57,12 @@ pub(super) struct PlannedWindow {
 
 /// Rows that get the same completion.
 pub(super) struct Group {
-    /// The first one's prompts are run.
-    pub(super) rows: Vec<RowMeta>,
-    /// The engine's name of each sequence, in the order of choices, with the prompt that it completes.
-    pub(super) sequences: Vec<(u64, usize)>,
+    /// Its prompts are run.
+    pub(super) leader: RowMeta,
+    /// The others.
+    pub(super) same: Vec<RowMeta>,
+    /// How many sequences complete its prompts.
+    pub(super) n_sequences: u32,
 }
 
 /// Settings of the job that a window needs.
@@ -132,7 +138,7 @@ pub(super) fn plan_window(
     is_done: impl Fn(u64) -> bool,
 ) -> PlannedWindow {
     let mut window = PlannedWindow::default();
-    let mut ready = Vec::new();
+    let mut ready = Vec::with_capacity(rows.len());
     let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
         let done = is_done(row.row_idx);
@@ -182,68 +188,80 @@ impl PlannedWindow {
 
 /// Rows grouped and ordered.
 struct Arrangement {
-    /// Indices of rows that get the same completion; the first of a group is computed.
-    groups: Vec<Vec<usize>>,
+    /// By group, the row that is computed: the first of those that get the same completion.
+    leaders: Vec<u32>,
+    /// By row, its group.
+    group_of: Vec<u32>,
     /// The (group, prompt) of each of the plan's rows.
-    prompts: Vec<(usize, usize)>,
+    prompts: Vec<(u32, u32)>,
     /// The order of the prompts.
     plan: Plan,
 }
 
 impl Arrangement {
     fn of(ready: &[Ready]) -> Self {
-        let groups = group_identical(ready);
-        let mut prompts = Vec::with_capacity(groups.len());
-        for (group, rows) in groups.iter().enumerate() {
-            prompts.extend((0..ready[rows[0]].prompts.len()).map(|prompt| (group, prompt)));
+        let (leaders, group_of) = group_identical(ready);
+        let mut prompts = Vec::with_capacity(leaders.len());
+        for (group, &leader) in (0..).zip(&leaders) {
+            prompts.extend((0..).take(ready[leader as usize].prompts.len()).map(|prompt| (group, prompt)));
         }
-        let rows: Vec<_> = prompts.iter().map(|&(group, prompt)| plan_row(&ready[groups[group][0]].prompts[prompt])).collect();
+        let prompt = |&(group, prompt): &(u32, u32)| &ready[leaders[group as usize] as usize].prompts[prompt as usize];
+        let rows: Vec<_> = prompts.iter().map(|at| plan_row(prompt(at))).collect();
         let plan = plan(&rows);
-        Self { groups, prompts, plan }
+        Self { leaders, group_of, prompts, plan }
     }
 
     /// Sets every row's `cached_tokens` to what the plan shares.
     fn set_cached_tokens(&self, ready: &mut [Ready]) {
         for (&place, &shared) in self.plan.order.iter().zip(&self.plan.shared_tokens) {
             let (group, prompt) = self.prompts[place as usize];
-            let leader = &mut ready[self.groups[group][0]];
+            let leader = &mut ready[self.leaders[group as usize] as usize];
             // The last prompt token is always computed: its logits are the first token's. So are scored ones.
-            let n_tokens = leader.prompts[prompt].tokens.len() as u32;
-            let most = leader.prompts[prompt].score_from.unwrap_or(n_tokens).min(n_tokens) - 1;
-            leader.meta.prompts[prompt].cached_tokens = shared.min(most);
+            let Prompt { tokens, score_from, .. } = &leader.prompts[prompt as usize];
+            let most = score_from.unwrap_or(u32::MAX).min(tokens.len() as u32) - 1;
+            leader.meta.prompts[prompt as usize].cached_tokens = shared.min(most);
         }
-        for &i in self.groups.iter().flat_map(|group| &group[1..]) {
-            ready[i].meta.share_all();
+        for ((i, row), &group) in (0..).zip(ready).zip(&self.group_of) {
+            if self.leaders[group as usize] != i {
+                row.meta.share_all();
+            }
         }
     }
 
     /// Makes the engine's work of the rows.
     fn submit(self, ready: Vec<Ready>, keep_at_end: u32, next_id: &mut u64, window: &mut PlannedWindow) {
         window.trie_tokens = self.plan.trie_tokens;
-        let mut sequences: Vec<Vec<(u64, usize)>> = self.groups.iter().map(|_| Vec::with_capacity(1)).collect();
+        window.first_id = *next_id;
+        window.submissions.reserve(self.prompts.len());
+        window.sequences.reserve(self.prompts.len());
+        let mut n_sequences = vec![0; self.leaders.len()];
         for (place, &planned) in self.plan.order.iter().enumerate() {
             let (group, prompt_idx) = self.prompts[planned as usize];
-            let row = &ready[self.groups[group][0]];
-            let prompt = &row.prompts[prompt_idx];
+            let row = &ready[self.leaders[group as usize] as usize];
+            let prompt = &row.prompts[prompt_idx as usize];
             let keep_tokens = self.plan.shared_tokens.get(place + 1).copied().unwrap_or(keep_at_end);
             let n_choices = n_computed(prompt);
             for choice in 0..n_choices {
                 // All choices but the last are followed by one with the same prompt.
                 let keep_tokens = if choice + 1 < n_choices { prompt.tokens.len() as u32 } else { keep_tokens };
-                let draw = (row.meta.prompts[prompt_idx].seed, draw_number(prompt, prompt_idx, choice));
-                let submission = submission(*next_id, prompt, draw, keep_tokens);
-                window.submissions.push(submission);
-                sequences[group].push((*next_id, prompt_idx));
+                let seed = row.meta.prompts[prompt_idx as usize].seed;
+                let draw = (seed, draw_number(prompt, prompt_idx as usize, choice));
+                window.submissions.push(submission(*next_id, prompt, draw, keep_tokens));
+                window.sequences.push((group, prompt_idx));
                 *next_id += 1;
             }
+            n_sequences[group as usize] += n_choices as u32;
         }
-        let mut metas: Vec<Option<RowMeta>> = ready.into_iter().map(|row| Some(row.meta)).collect();
-        for (group, sequences) in self.groups.into_iter().zip(sequences) {
-            window.n_duplicates += group.len() as u64 - 1;
-            let mut rows = Vec::with_capacity(group.len());
-            rows.extend(group.into_iter().filter_map(|i| metas[i].take()));
-            rows[1..].iter_mut().for_each(|meta| meta.key = None);
-            window.groups.push(Group { rows, sequences });
+        window.n_duplicates += (ready.len() - self.leaders.len()) as u64;
+        window.groups.reserve(self.leaders.len());
+        // A group's first row is the first of its rows that comes by.
+        for (row, group) in ready.into_iter().zip(self.group_of) {
+            if let Some(known) = window.groups.get_mut(group as usize) {
+                known.same.push(RowMeta { key: None, ..row.meta });
+            } else {
+                let n_sequences = n_sequences[group as usize];
+                window.groups.push(Group { leader: row.meta, same: Vec::new(), n_sequences });
+            }
         }
     }
 }
@@ -296,23 +314,22 @@ fn plan_row(prompt: &Prompt) -> PlanRow<'_> {
     PlanRow { tokens: &prompt.tokens, predicted_tokens: prompt.tokens.len() as u32 + output }
 }
 
-/// Indices of rows that get the same completion, in input order.
-fn group_identical(ready: &[Ready]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::with_capacity(ready.len());
+/// Groups rows that get the same completion: the first row of each group, and the group of each row.
+fn group_identical(ready: &[Ready]) -> (Vec<u32>, Vec<u32>) {
+    let (mut leaders, mut group_of) = (Vec::with_capacity(ready.len()), Vec::with_capacity(ready.len()));
     // Most rows are their own first, and nobody has come to need their group before.
-    let mut group_of: HashMap<u64, usize> = HashMap::new();
+    let mut known: HashMap<u64, u32> = HashMap::new();
     let shared: HashSet<u64> = ready.iter().filter(|row| row.first != row.meta.row_idx).map(|row| row.first).collect();
-    for (i, row) in ready.iter().enumerate() {
-        if shared.contains(&row.first) {
-            let group = *group_of.entry(row.first).or_insert(groups.len());
-            if group < groups.len() {
-                groups[group].push(i);
-                continue;
-            }
+    for (i, row) in (0..).zip(ready) {
+        let new = leaders.len() as u32;
+        let is_shared = !shared.is_empty() && shared.contains(&row.first);
+        let group = if is_shared { *known.entry(row.first).or_insert(new) } else { new };
+        if group == new {
+            leaders.push(i);
         }
-        groups.push(vec![i]);
+        group_of.push(group);
     }
-    groups
+    (leaders, group_of)
 }
 
 /// Hash of all that a row's completions and their form depend on, besides the model: 128 bits of BLAKE3, collisions are
@@ -338,7 +355,10 @@ fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
         if calls {
             write!(content, "{call_format:?}/{one_call}").expect("memory takes text");
         }
-        content.extend(tokens.iter().flat_map(|id| id.to_le_bytes()));
+        let start = content.len();
+        content.resize(start + 4 * tokens.len(), 0);
+        let (places, _) = content[start..].as_chunks_mut();
+        places.iter_mut().zip(tokens.iter()).for_each(|(place, id)| *place = id.to_le_bytes());
     }
     let hash = blake3::hash(&content);
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
@@ -371,8 +391,10 @@ fn add_params(content: &mut Vec<u8>, params: &Params) {
     let floats = [temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty].map(|x| x.to_bits());
     let flags = [max_tokens.is_some(), seed.is_some(), logprobs.is_some(), *ignore_eos, *echo].map(u32::from);
     let numbers = [max_tokens.unwrap_or(0), *min_tokens, *n, *top_k, u32::from(logprobs.unwrap_or(0))];
-    content.extend(floats.into_iter().chain(flags).chain(numbers).flat_map(u32::to_le_bytes));
-    content.extend(seed.unwrap_or(0).to_le_bytes());
+    for number in floats.into_iter().chain(flags).chain(numbers) {
+        content.extend_from_slice(&number.to_le_bytes());
+    }
+    content.extend_from_slice(&seed.unwrap_or(0).to_le_bytes());
     let is_plain = logit_bias.is_empty() && stop.is_empty() && stop_tokens.is_empty() && *format == AnswerFormat::Text;
     content.push(u8::from(is_plain));
     if !is_plain {

@@ -275,7 +275,12 @@ fn damage_in_the_middle_is_an_error_that_names_the_segment() {
 
 /// A segment written by hand.
 fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Record<'_>]) {
-    let lines: String = records.iter().flat_map(|r| [r.to_string(), "\n".to_owned()]).collect();
+    let mut lines = Vec::new();
+    for record in records {
+        record.write(&mut lines);
+        lines.push(b'\n');
+    }
+    let lines = String::from_utf8(lines).unwrap();
     let (n_rows, hash) = (records.len(), blake3::hash(lines.as_bytes()));
     let seal = format!("{{\"rows\":{n_rows},\"job\":\"job\",\"blake3\":\"{}\"}}\n", hash.to_hex());
     let at = places.dir.child(&format!("seg-{number:08}.jsonl")).unwrap();

@@ -3,6 +3,7 @@
 //! [`Stamp`] alone, so that an interrupted and resumed job writes the same files.
 
 use super::Endpoint;
+use super::line::row_id;
 use crate::outcome::{Completion, FinishReason, RowError, TokenLogprob};
 use serde_json::{Map, Value, json};
 
@@ -33,8 +34,7 @@ pub struct Place<'a> {
 impl Stamp {
     /// 24 hex digits, the same for the same job and row.
     pub fn row_id(&self, row_idx: u64) -> String {
-        let hash = blake3::hash(format!("{}/{row_idx}", self.job_fingerprint).as_bytes());
-        hash.to_hex()[..24].to_owned()
+        String::from_utf8_lossy(&row_id(&self.job_fingerprint, row_idx)).into_owned()
     }
 
     /// The Batch output line of a completed row. `echo` is what a response object repeats of its request.

@@ -3,71 +3,131 @@
 
 use super::Endpoint;
 use super::answer::Stamp;
-use crate::outcome::{Choice, Completion, Usage};
-use std::fmt::Write as _;
+use crate::outcome::{Choice, Completion, FinishReason, Usage};
 
-impl Stamp {
-    /// The Batch output line of a completed row; `None` for one that only [`Stamp::output_line`] can write: with several
-    /// completions, log-probabilities or tool calls, or a response object.
-    pub fn plain_output_line(
-        &self,
-        row_idx: u64,
-        custom_id: &str,
-        endpoint: Endpoint,
-        completion: &Completion,
-    ) -> Option<String> {
+/// Writes the Batch output lines of plain completions, with what all of a job's lines have in common made ready.
+#[derive(Debug)]
+pub struct PlainLines {
+    job_fingerprint: String,
+    chat: Form,
+    text: Form,
+    /// From behind the usage to the end of the body.
+    end: String,
+}
+
+/// What stands around the parts of one row in an endpoint's lines.
+#[derive(Debug)]
+struct Form {
+    /// Before the row's id in the body.
+    prefix: &'static str,
+    /// From behind it to the text.
+    start: String,
+    /// From behind the text to the reason why it ended.
+    end: &'static str,
+}
+
+impl PlainLines {
+    /// For the lines of a job.
+    pub fn new(stamp: &Stamp) -> Self {
+        let form = |prefix, object: &str, choice: &str, end| {
+            let mut start = format!(r#"","object":"{object}","created":{},"model":"#, stamp.created);
+            push_string(&mut start, &stamp.model);
+            start.push_str(choice);
+            Form { prefix, start, end }
+        };
+        let message = r#","choices":[{"index":0,"message":{"role":"assistant","content":"#;
+        let after_message = r#","refusal":null},"logprobs":null,"finish_reason":""#;
+        let after_text = r#","index":0,"logprobs":null,"finish_reason":""#;
+        let mut end = String::from(
+            r#","cache_write_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}},"service_tier":"default","system_fingerprint":"#,
+        );
+        push_string(&mut end, &stamp.system_fingerprint);
+        Self {
+            job_fingerprint: stamp.job_fingerprint.clone(),
+            chat: form("chatcmpl-", "chat.completion", message, after_message),
+            text: form("cmpl-", "text_completion", r#","choices":[{"text":"#, after_text),
+            end,
+        }
+    }
+
+    /// Appends the line of a completed row; false, and nothing appended, for one that only [`Stamp::output_line`] can
+    /// write: with several completions, log-probabilities or tool calls, or a response object.
+    pub fn push(&self, line: &mut String, row_idx: u64, custom_id: &str, endpoint: Endpoint, completion: &Completion) -> bool {
         // All fields by name: whoever adds one must say here what becomes of it.
         let Completion { choices, usage, seed } = completion;
-        let [Choice { text, tool_calls, finish_reason, logprobs: None }] = choices.as_slice() else { return None };
-        if !tool_calls.is_empty() || endpoint == Endpoint::Responses {
-            return None;
+        let [Choice { text, tool_calls, finish_reason, logprobs: None }] = choices.as_slice() else { return false };
+        let is_plain = tool_calls.is_empty() && endpoint != Endpoint::Responses;
+        if is_plain {
+            self.push_text(line, (row_idx, custom_id, endpoint), (text, *finish_reason), *usage, *seed);
         }
-        let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
-        let (id, finish_reason) = (self.row_id(row_idx), finish_reason.as_str());
-        let mut line = String::with_capacity(640 + custom_id.len() + text.len());
-        let total_tokens = prompt_tokens + completion_tokens;
-        let written = (|| {
-            write!(line, r#"{{"id":"batch_req_{id}","custom_id":"#)?;
-            push_string(&mut line, custom_id);
-            write!(line, r#","response":{{"status_code":200,"request_id":"req_{id}","body":{{"#)?;
-            let is_chat = endpoint == Endpoint::ChatCompletions;
-            let (prefix, object) = if is_chat { ("chatcmpl", "chat.completion") } else { ("cmpl", "text_completion") };
-            write!(line, r#""id":"{prefix}-{id}","object":"{object}","#)?;
-            write!(line, r#""created":{},"model":"#, self.created)?;
-            push_string(&mut line, &self.model);
-            if is_chat {
-                line.push_str(r#","choices":[{"index":0,"message":{"role":"assistant","content":"#);
-                push_string(&mut line, text);
-                line.push_str(r#","refusal":null},"logprobs":null"#);
-            } else {
-                line.push_str(r#","choices":[{"text":"#);
-                push_string(&mut line, text);
-                line.push_str(r#","index":0,"logprobs":null"#);
-            }
-            write!(
-                line,
-                r#","finish_reason":"{finish_reason}"}}],"usage":{{"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},"total_tokens":{total_tokens},"prompt_tokens_details":{{"cached_tokens":{cached_tokens},"cache_write_tokens":0}},"completion_tokens_details":{{"reasoning_tokens":0}}}},"service_tier":"default","system_fingerprint":"#
-            )?;
-            push_string(&mut line, &self.system_fingerprint);
-            if let Some(seed) = seed {
-                write!(line, r#","seed":{seed}"#)?;
-            }
-            line.push_str(r#"}},"error":null}"#);
-            std::fmt::Result::Ok(())
-        })();
-        written.expect("memory takes text");
-        Some(line)
+        is_plain
     }
+
+    /// Appends the line of a row whose one completion is nothing but text; not for responses.
+    pub fn push_text(
+        &self,
+        line: &mut String,
+        (row_idx, custom_id, endpoint): (u64, &str, Endpoint),
+        (text, finish_reason): (&str, FinishReason),
+        usage: Usage,
+        seed: Option<u64>,
+    ) {
+        let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+        let form = if endpoint == Endpoint::ChatCompletions { &self.chat } else { &self.text };
+        line.reserve(640 + custom_id.len() + text.len());
+        let id = row_id(&self.job_fingerprint, row_idx);
+        let id = std::str::from_utf8(&id).expect("hexadecimal digits");
+        push_all(line, &[r#"{"id":"batch_req_"#, id, r#"","custom_id":"#]);
+        push_string(line, custom_id);
+        push_all(line, &[r#","response":{"status_code":200,"request_id":"req_"#, id, r#"","body":{"id":""#, form.prefix, id]);
+        line.push_str(&form.start);
+        push_string(line, text);
+        push_all(line, &[form.end, finish_reason.as_str(), r#""}],"usage":{"prompt_tokens":"#]);
+        push_number(line, prompt_tokens);
+        line.push_str(r#","completion_tokens":"#);
+        push_number(line, completion_tokens);
+        line.push_str(r#","total_tokens":"#);
+        push_number(line, prompt_tokens + completion_tokens);
+        line.push_str(r#","prompt_tokens_details":{"cached_tokens":"#);
+        push_number(line, cached_tokens);
+        line.push_str(&self.end);
+        if let Some(seed) = seed {
+            line.push_str(r#","seed":"#);
+            push_number(line, seed);
+        }
+        line.push_str(r#"}},"error":null}"#);
+    }
+}
+
+/// 24 hexadecimal digits, the same for the same job and row.
+pub(super) fn row_id(job_fingerprint: &str, row_idx: u64) -> [u8; 24] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut name = String::with_capacity(job_fingerprint.len() + 21);
+    push_all(&mut name, &[job_fingerprint, "/", itoa::Buffer::new().format(row_idx)]);
+    let hash = blake3::hash(name.as_bytes());
+    let mut id = [0; 24];
+    for (digits, byte) in id.as_chunks_mut::<2>().0.iter_mut().zip(hash.as_bytes()) {
+        *digits = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
+    }
+    id
+}
+
+fn push_all(line: &mut String, parts: &[&str]) {
+    for part in parts {
+        line.push_str(part);
+    }
+}
+
+fn push_number(line: &mut String, number: impl itoa::Integer) {
+    line.push_str(itoa::Buffer::new().format(number));
 }
 
 /// Appends a JSON string.
 fn push_string(line: &mut String, text: &str) {
-    if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
-        line.push('"');
-        line.push_str(text);
-        line.push('"');
-    } else {
+    if text.bytes().any(|byte| byte < b' ' || byte == b'"' || byte == b'\\') {
         line.push_str(&serde_json::to_string(text).expect("any text is JSON"));
+    } else {
+        push_all(line, &["\"", text, "\""]);
     }
 }
 
@@ -98,10 +158,15 @@ mod tests {
             let usage = Usage { prompt_tokens, completion_tokens, cached_tokens };
             let completion = Completion { choices: vec![choice.clone()], usage, seed };
             let endpoint = if chat { Endpoint::ChatCompletions } else { Endpoint::Completions };
+            let lines = PlainLines::new(&stamp);
+            let plain = |completion: &Completion| {
+                let mut line = String::new();
+                lines.push(&mut line, row_idx, &custom_id, endpoint, completion).then_some(line)
+            };
             let slow = stamp.output_line(row_idx, &custom_id, endpoint, None, &completion).to_string();
-            prop_assert_eq!(stamp.plain_output_line(row_idx, &custom_id, endpoint, &completion), Some(slow));
+            prop_assert_eq!(plain(&completion), Some(slow));
             let with_logprobs = Completion { choices: vec![Choice { logprobs: Some(vec![]), ..choice }], ..completion };
-            prop_assert_eq!(stamp.plain_output_line(row_idx, &custom_id, endpoint, &with_logprobs), None);
+            prop_assert_eq!(plain(&with_logprobs), None);
         }
     }
 }

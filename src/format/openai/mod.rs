@@ -13,6 +13,7 @@ mod params;
 mod plain;
 mod responses;
 
+pub use line::PlainLines;
 pub use params::one_of;
 
 use crate::outcome::{ErrorCode, RowError};
@@ -30,8 +31,6 @@ const MAX_PROMPTS: usize = 2048;
 /// Tokens to generate where a completion's row and the job say nothing, as the API has it; without it a completion would
 /// run to the end of the context.
 const COMPLETIONS_MAX_TOKENS: u32 = 16;
-/// Lines without this text are not plain; most have it near their beginning.
-const COMPLETIONS_URL: &str = "\"/v1/completions\"";
 
 /// The endpoints that rows of a job may name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,12 +78,7 @@ pub struct BatchRequest {
 
 /// Parses one Batch input line. `defaults` are the sampling settings that hold where the row says nothing.
 pub fn parse_batch_line(row_idx: u64, line: &str, defaults: &Params) -> BatchLine {
-    if line.contains(COMPLETIONS_URL)
-        && let Some(found) = plain::parse(row_idx, line, defaults)
-    {
-        return found;
-    }
-    parse_any_line(row_idx, line, defaults)
+    plain::parse(row_idx, line, defaults).unwrap_or_else(|| parse_any_line(row_idx, line, defaults))
 }
 
 /// As [`parse_batch_line`], whatever the line is.

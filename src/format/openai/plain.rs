@@ -1,99 +1,174 @@
-//! Reads a plain Batch line of `/v1/completions` without making a tree of values: one prompt, as text or as token ids
-//! (which are most of such a line), and the commonest parameters. Invariant: whatever it does not take is left to the
-//! general parser; what it takes, that parser would have read the same (tested).
+//! Reads a plain Batch line of `/v1/completions` in one pass over its bytes, without making a tree of values: one prompt,
+//! as text or as token ids (which are most of such a line), and the commonest parameters. Invariant: whatever it does not
+//! take is left to the general parser; what it takes, that parser would have read the same (tested).
 
 use super::{BatchLine, BatchRequest, Endpoint, MAX_CUSTOM_ID_CHARS};
 use crate::request::{ChatOptions, Input, Params, Request, Truncate};
 use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
-use std::fmt;
-use std::marker::PhantomData;
 
-/// Text with an escape in it is not borrowed, and so refused.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+/// Fields of the line; text with an escape in it is not plain.
+#[derive(Default)]
 struct Line<'a> {
-    custom_id: &'a str,
-    method: &'a str,
-    url: &'a str,
-    #[serde(borrow)]
-    body: Object<Body<'a>>,
+    custom_id: Option<&'a str>,
+    method: Option<&'a str>,
+    url: Option<&'a str>,
+    body: Option<Body<'a>>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Default)]
 struct Body<'a> {
-    #[serde(borrow)]
     model: Option<&'a str>,
-    prompt: Prompt,
+    prompt: Option<Input>,
     max_tokens: Option<u32>,
     temperature: Option<f64>,
     top_p: Option<f64>,
     seed: Option<u64>,
 }
 
-/// A value that must be written as an object: a derived struct would take an array of its fields too.
-struct Object<T>(T);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_map(ObjectVisitor(PhantomData)).map(Self)
-    }
+/// Sets a field; `None` if it was there already.
+fn set<T>(field: &mut Option<T>, value: T) -> Option<()> {
+    field.replace(value).is_none().then_some(())
 }
 
-struct ObjectVisitor<T>(PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map))
-    }
+/// What is left to read. Every reader moves past what it has read; `None` is anything that is not plain.
+struct Scan<'a> {
+    text: &'a str,
+    at: usize,
 }
 
-/// A text, or at least one token id.
-struct Prompt(Input);
-
-impl<'de> Deserialize<'de> for Prompt {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(PromptVisitor).map(Self)
-    }
-}
-
-struct PromptVisitor;
-
-impl<'de> Visitor<'de> for PromptVisitor {
-    type Value = Input;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a text or token ids")
+impl<'a> Scan<'a> {
+    fn peek(&self) -> Option<u8> {
+        self.text.as_bytes().get(self.at).copied()
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<Input, E> {
-        Ok(Input::Text(text.to_owned()))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Input, A::Error> {
-        let mut ids = Vec::with_capacity(128);
-        while let Some(id) = items.next_element()? {
-            ids.push(id);
+    fn skip_blanks(&mut self) {
+        while matches!(self.peek(), Some(b' ' | b'\t' | b'\r' | b'\n')) {
+            self.at += 1;
         }
-        if ids.is_empty() { Err(A::Error::custom("no ids")) } else { Ok(Input::Tokens(ids)) }
+    }
+
+    /// The next byte but blanks, if it is this one.
+    fn eat(&mut self, byte: u8) -> Option<()> {
+        self.skip_blanks();
+        let is_there = self.peek() == Some(byte);
+        self.at += usize::from(is_there);
+        is_there.then_some(())
+    }
+
+    /// What follows the next byte but blanks: another element, or the end.
+    fn has_next(&mut self, end: u8) -> Option<bool> {
+        if self.eat(b',').is_some() { Some(true) } else { self.eat(end).map(|()| false) }
+    }
+
+    /// Reads an object, giving each key to `field` with what follows it still to be read.
+    fn object(&mut self, mut field: impl FnMut(&mut Self, &'a str) -> Option<()>) -> Option<()> {
+        self.eat(b'{')?;
+        if self.eat(b'}').is_some() {
+            return Some(());
+        }
+        loop {
+            let key = self.string()?;
+            self.eat(b':')?;
+            field(self, key)?;
+            if !self.has_next(b'}')? {
+                return Some(());
+            }
+        }
+    }
+
+    /// A string without escapes.
+    fn string(&mut self) -> Option<&'a str> {
+        self.eat(b'"')?;
+        let rest = &self.text[self.at..];
+        let n_bytes = rest.bytes().position(|byte| matches!(byte, b'"' | b'\\' | 0..b' '))?;
+        self.at += n_bytes + 1;
+        (rest.as_bytes()[n_bytes] == b'"').then_some(&rest[..n_bytes])
+    }
+
+    /// A string, perhaps with escapes.
+    fn any_string(&mut self) -> Option<String> {
+        self.skip_blanks();
+        let mut values = serde_json::Deserializer::from_str(&self.text[self.at..]).into_iter::<String>();
+        let string = values.next()?.ok()?;
+        self.at += values.byte_offset();
+        Some(string)
+    }
+
+    /// A number, as `serde_json` reads it.
+    fn number<T: Deserialize<'a>>(&mut self) -> Option<T> {
+        self.skip_blanks();
+        let rest = &self.text[self.at..];
+        let n_bytes = rest.bytes().position(|byte| !matches!(byte, b'+' | b'-' | b'.' | b'0'..=b'9' | b'e' | b'E'))?;
+        self.at += n_bytes;
+        serde_json::from_str(&rest[..n_bytes]).ok()
+    }
+
+    /// At least one token id.
+    fn ids(&mut self) -> Option<Vec<u32>> {
+        self.eat(b'[')?;
+        let mut ids = Vec::with_capacity(128);
+        loop {
+            ids.push(self.id()?);
+            if !self.has_next(b']')? {
+                return Some(ids);
+            }
+        }
+    }
+
+    /// A number without sign, fraction or exponent; whatever may not follow it is found by who reads on.
+    fn id(&mut self) -> Option<u32> {
+        self.skip_blanks();
+        let start = self.at;
+        let mut id = 0_u32;
+        while let Some(digit @ b'0'..=b'9') = self.peek() {
+            id = id.checked_mul(10)?.checked_add(u32::from(digit - b'0'))?;
+            self.at += 1;
+        }
+        let n_digits = self.at - start;
+        // Numbers have no leading zeros.
+        (n_digits == 1 || (n_digits > 1 && self.text.as_bytes()[start] != b'0')).then_some(id)
+    }
+
+    fn line(&mut self) -> Option<Line<'a>> {
+        let mut line = Line::default();
+        self.object(|scan, key| match key {
+            "custom_id" => set(&mut line.custom_id, scan.string()?),
+            "method" => set(&mut line.method, scan.string()?),
+            "url" => set(&mut line.url, scan.string().filter(|url| Endpoint::parse(url) == Some(Endpoint::Completions))?),
+            "body" => set(&mut line.body, scan.body()?),
+            _ => None,
+        })?;
+        self.skip_blanks();
+        (self.at == self.text.len()).then_some(line)
+    }
+
+    fn body(&mut self) -> Option<Body<'a>> {
+        let mut body = Body::default();
+        self.object(|scan, key| match key {
+            "model" => set(&mut body.model, scan.string()?),
+            "prompt" => {
+                scan.skip_blanks();
+                let is_list = scan.peek() == Some(b'[');
+                let prompt = if is_list { scan.ids().map(Input::Tokens) } else { scan.any_string().map(Input::Text) };
+                set(&mut body.prompt, prompt?)
+            }
+            "max_tokens" => set(&mut body.max_tokens, scan.number()?),
+            "temperature" => set(&mut body.temperature, scan.number()?),
+            "top_p" => set(&mut body.top_p, scan.number()?),
+            "seed" => set(&mut body.seed, scan.number()?),
+            _ => None,
+        })?;
+        Some(body)
     }
 }
 
 /// Parses a line, if it is a plain one.
 pub(super) fn parse(row_idx: u64, line: &str, defaults: &Params) -> Option<BatchLine> {
-    let Object(Line { custom_id, method, url, body }) = serde_json::from_str(line).ok()?;
-    let Object(Body { model, prompt, max_tokens, temperature, top_p, seed }) = body;
+    let Line { custom_id, method, url, body } = Scan { text: line, at: 0 }.line()?;
+    let (custom_id, Body { model, prompt, max_tokens, temperature, top_p, seed }) = (custom_id?, body?);
     let is_in = |x: Option<f64>, max: f64| x.is_none_or(|x| (0.0..=max).contains(&x));
     let is_plain = (1..=MAX_CUSTOM_ID_CHARS).contains(&custom_id.chars().count())
-        && (method, Endpoint::parse(url)?) == ("POST", Endpoint::Completions)
+        && (method, url.is_some()) == (Some("POST"), true)
         && max_tokens != Some(0)
         && is_in(temperature, 2.0)
         && is_in(top_p, 1.0);
@@ -112,7 +187,7 @@ pub(super) fn parse(row_idx: u64, line: &str, defaults: &Params) -> Option<Batch
     let request = Request {
         row_idx,
         model: model.map(str::to_owned),
-        inputs: vec![prompt.0],
+        inputs: vec![prompt?],
         params,
         chat: ChatOptions::default(),
         truncate: Truncate::Never,
@@ -173,6 +248,7 @@ mod tests {
             changes in prop::collection::vec((0..12_usize, value()), 0..3),
             ids in prop::collection::vec(any::<u32>(), 1..9),
             as_text in any::<bool>(),
+            (cut, insert) in (0..1000_usize, prop::sample::select(vec!["", " ", "\t\r\n", ",", "0", "9", "-", ".5", "e1", "\"", "\\", "}", "null", "\u{1}"])),
         ) {
             let prompt = if as_text { json!("once upon") } else { json!(ids) };
             let mut line = json!({"custom_id": "a", "method": "POST", "url": "/v1/completions",
@@ -184,7 +260,10 @@ mod tests {
                     _ => line[fields[field]] = value,
                 }
             }
-            let (text, defaults) = (line.to_string(), Params { top_k: 3, max_tokens: None, ..Params::default() });
+            let mut text = line.to_string();
+            let cut = text.floor_char_boundary(cut % (text.len() + 1));
+            text.insert_str(cut, insert);
+            let (text, defaults) = (text, Params { top_k: 3, max_tokens: None, ..Params::default() });
             let general = parse_any_line(9, &text, &defaults);
             if let Some(plain) = parse(9, &text, &defaults) {
                 prop_assert_eq!(plain.custom_id, general.custom_id);
@@ -207,6 +286,12 @@ mod tests {
             ("[]", ""),
             ("[1,-1]", ""),
             ("[4294967296]", ""),
+            ("[01]", ""),
+            ("[1,]", ""),
+            ("[1 2]", ""),
+            ("[1e0]", ""),
+            ("[1.0]", ""),
+            ("[99999999999999999999]", ""),
             (r#"["a"]"#, ""),
             ("[1]", r#","prompt":[2]"#),
             ("[1]", r#","n":2"#),
