@@ -38,7 +38,12 @@ impl JobEstimator {
     pub(super) fn observe(&mut self, window: &PlannedWindow) -> u32 {
         let mut from_before = 0;
         for (i, row) in window.submissions.iter().enumerate() {
-            let shared = self.last.as_ref().map_or(0, |(prompt, kept)| common_prefix(prompt, &row.prompt).min(*kept));
+            // Within a window, a row's neighbour keeps just what they share.
+            let shared = match &self.last {
+                Some((prompt, kept)) if i == 0 => common_prefix(prompt, &row.prompt).min(*kept),
+                Some((_, kept)) => *kept,
+                None => 0,
+            };
             let prompt_tokens = row.prompt.len() as u32;
             if i == 0 {
                 from_before = shared.min(prompt_tokens - 1);

@@ -10,7 +10,7 @@ pub mod estimate;
 /// A row to be ordered.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanRow<'a> {
-    /// The prompt's token ids.
+    /// The prompt's token ids, at least one.
     pub tokens: &'a [u32],
     /// Predicted number of tokens that the row will hold at its end (prompt and completion).
     pub predicted_tokens: u32,
@@ -41,12 +41,13 @@ struct Node {
 /// of the rows alone.
 pub fn plan(rows: &[PlanRow<'_>]) -> Plan {
     // Most comparisons are decided by what stands beside the index, without a look at the prompts.
-    let mut keyed: Vec<(u64, u32)> = rows.iter().zip(0..).map(|(row, i)| (leading(row.tokens), i)).collect();
+    let leading: Vec<u64> = rows.iter().map(|row| leading(row.tokens)).collect();
+    let mut keyed: Vec<(u64, u32)> = leading.iter().copied().zip(0..).collect();
     keyed.sort_unstable_by(|&(x, a), &(y, b)| {
         x.cmp(&y).then_with(|| rows[a as usize].tokens.cmp(rows[b as usize].tokens)).then(a.cmp(&b))
     });
     let sorted: Vec<u32> = keyed.into_iter().map(|(_, i)| i).collect();
-    let shared_sorted = shared_with_previous(rows, &sorted);
+    let shared_sorted = shared_with_previous(rows, &leading, &sorted);
     let trie_tokens =
         sorted.iter().zip(&shared_sorted).map(|(&i, &shared)| rows[i as usize].tokens.len() as u64 - u64::from(shared)).sum();
     let common_tokens = match sorted.as_slice() {
@@ -55,7 +56,7 @@ pub fn plan(rows: &[PlanRow<'_>]) -> Plan {
         [only] => rows[*only as usize].tokens.len() as u32,
     };
     let order = longest_first(rows, &sorted, &shared_sorted);
-    let shared_tokens = shared_with_previous(rows, &order);
+    let shared_tokens = shared_with_previous(rows, &leading, &order);
     Plan { order, shared_tokens, common_tokens, trie_tokens }
 }
 
@@ -70,15 +71,18 @@ pub fn common_prefix(a: &[u32], b: &[u32]) -> u32 {
     a.iter().zip(b).take_while(|(x, y)| x == y).count() as u32
 }
 
-fn shared_with_previous(rows: &[PlanRow<'_>], order: &[u32]) -> Vec<u32> {
-    let mut previous: &[u32] = &[];
-    order
-        .iter()
-        .map(|&i| {
-            let tokens = rows[i as usize].tokens;
-            common_prefix(std::mem::replace(&mut previous, tokens), tokens)
-        })
-        .collect()
+/// Of each row of an order, the leading tokens that it shares with the one before it; `leading` is that of each row.
+fn shared_with_previous(rows: &[PlanRow<'_>], leading: &[u64], order: &[u32]) -> Vec<u32> {
+    let shared = |a: u32, b: u32| {
+        let (a, b) = (a as usize, b as usize);
+        match leading[a] ^ leading[b] {
+            0 => common_prefix(rows[a].tokens, rows[b].tokens),
+            // The second tokens differ, or one prompt has none.
+            different if different >> 32 == 0 => 1,
+            _ => 0,
+        }
+    };
+    order.iter().take(1).map(|_| 0).chain(order.windows(2).map(|pair| shared(pair[0], pair[1]))).collect()
 }
 
 /// Depth-first order of the prefix tree, at each node the child with the largest row first.
