@@ -85,8 +85,8 @@ fn check_complete(journal: &Journal, n_rows: u64) -> Result<()> {
 struct InOrder<'a> {
     journal: &'a Journal,
     next: u64,
-    /// From row `next` on: where the row's record is, if it was seen. As long as the furthest row is ahead, which the
-    /// windows that a job has open bound.
+    /// From row `next` on: where the row's record is, if it was seen. As long as the furthest row is ahead: some windows'
+    /// rows as a rule, more where one row ran on while later ones ended.
     waiting: VecDeque<Option<Waiting>>,
     /// Segments with records that wait, by number.
     held: BTreeMap<u32, Held>,
@@ -144,7 +144,8 @@ impl<'a> InOrder<'a> {
         // A segment is read and verified while the one before it is written.
         let (read, segments) = sync_channel(1);
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            let reader = std::thread::Builder::new().name("segments".into());
+            let reader = reader.spawn_scoped(scope, move || {
                 for number in 1..journal.next_segment {
                     // Nobody takes more after an error.
                     if read.send(Read::of(journal, number)).is_err() {
@@ -152,6 +153,7 @@ impl<'a> InOrder<'a> {
                     }
                 }
             });
+            reader.context("cannot start the thread that reads segments")?;
             segments.into_iter().try_for_each(|segment| self.take(segment?, each))
         })?;
         let is_empty = self.waiting.iter().all(Option::is_none);
