@@ -186,10 +186,15 @@ fn project(dev: &CpuDevice, x: &[f32], parts: &[Tensor<'_>]) -> (Vec<f32>, Vec<f
     let ones = Matrix { dtype: DType::F32, n: 1, k, bytes: 1.0f32.to_le_bytes().repeat(k) };
     let ones = dev.load_vector(&[ones.tensor()]).expect("a plain vector");
     let mut act = dev.new_act(batch.tokens.len(), k);
+    act.keep_values();
     dev.norm(&hidden(dev, x, k), &ones, 1e-5, &weight, &batch, &mut act);
     let mut out = dev.new_hidden(batch.tokens.len(), n);
     dev.linear(&act, &weight, &batch, &mut out);
     let stored = bits(out.values());
+    let mut other = dev.new_act(batch.tokens.len(), k);
+    dev.norm(&hidden(dev, x, k), &ones, 1e-5, &weight, &batch, &mut other);
+    dev.linear(&other, &weight, &batch, &mut out);
+    assert_eq!(bits(out.values()), stored, "it matters whether values are kept");
     dev.linear_add(&act, &weight, &batch, &mut out);
     let twice: Vec<_> = stored.iter().map(|&y| (f32::from_bits(y) * 2.0).to_bits()).collect();
     assert_eq!(bits(out.values()), twice, "linear_add is not linear added");
@@ -254,6 +259,7 @@ proptest! {
         let mut truth: Option<Vec<u32>> = None;
         for dev in devices(numerics) {
             let mut act = dev.new_act(n_rows, width);
+            act.keep_values();
             let next = dev.load_weight(&[next.tensor()]).unwrap();
             let weights = dev.load_vector(&[weight.tensor()]).unwrap();
             dev.norm(&hidden(&dev, &x, width), &weights, 1e-5, &next, &rows_batch(n_rows), &mut act);
@@ -291,10 +297,16 @@ proptest! {
             let next_weight = dev.load_weight(&[next.tensor()]).unwrap();
             let ones = Matrix { dtype: DType::F32, n: 1, k, bytes: 0.1f32.to_le_bytes().repeat(k) };
             let (mut act, mut gated) = (dev.new_act(n_rows, k), dev.new_act(n_rows, n));
+            act.keep_values();
             dev.norm(&hidden(&dev, &x, k), &dev.load_vector(&[ones.tensor()]).unwrap(), 1e-5, &weight, &batch, &mut act);
             let (mut scratch, mut out) = (dev.new_hidden(n_rows, 2 * n), dev.new_hidden(n_rows, 5));
             dev.gate_up(&act, &weight, f, &next_weight, &batch, &mut scratch, &mut gated);
             dev.linear(&gated, &next_weight, &batch, &mut out);
+            let plain = bits(out.values());
+            gated.keep_values();
+            dev.gate_up(&act, &weight, f, &next_weight, &batch, &mut scratch, &mut gated);
+            dev.linear(&gated, &next_weight, &batch, &mut out);
+            prop_assert_eq!(bits(out.values()), plain, "it matters whether values are kept");
             for (i, &got) in gated.values().iter().enumerate() {
                 let act = &act.values()[i / n * k..][..k];
                 // Where the types differ both are computed from floats.

@@ -178,6 +178,11 @@ impl Case {
             dev.finish_qkv(&mut qkv, &self.extra(dev), &self.spec, &batch, &mut cache);
             dev.attention(&qkv, &self.spec, &cache, &next, &batch, &mut act);
             dev.linear(&act, &next, &batch, &mut out);
+            let plain = bits(out.values());
+            act.keep_values();
+            dev.attention(&qkv, &self.spec, &cache, &next, &batch, &mut act);
+            dev.linear(&act, &next, &batch, &mut out);
+            assert_eq!(bits(out.values()), plain, "it matters whether values are kept");
             let rows = act.values().chunks(n_heads * head_dim).zip(out.values().chunks(3));
             let places = step.iter().flat_map(|(seq, positions)| positions.clone().map(|p| (*seq, p)));
             for ((seq, position), (values, products)) in places.zip(rows) {

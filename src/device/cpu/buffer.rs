@@ -162,3 +162,17 @@ pub(super) fn prefetch<T>(slice: &[T]) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = slice;
 }
+
+/// Asks for memory that will be written soon, `n` elements from `start` on: a store that finds its line far away holds up
+/// those after it.
+#[inline(always)]
+pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of::<T>() * n).step_by(ALIGNMENT) {
+        let p = start.wrapping_byte_add(line).cast();
+        // SAFETY: as in `prefetch`.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, n);
+}

@@ -37,6 +37,7 @@ impl Layout {
     }
 
     /// Cells of one head's keys (or values) in a block.
+    #[inline(always)]
     fn head_cells(self) -> usize {
         self.padded * BLOCK_TOKENS
     }
@@ -47,21 +48,25 @@ impl Layout {
     }
 
     /// The first cell of a head's keys in a block.
+    #[inline(always)]
     fn keys(self, block: u32, kv_head: usize) -> usize {
         block as usize * self.block_cells() + 2 * kv_head * self.head_cells()
     }
 
     /// The first cell of a head's values in a block.
+    #[inline(always)]
     fn values(self, block: u32, kv_head: usize) -> usize {
         self.keys(block, kv_head) + self.head_cells()
     }
 
     /// Among a head's cells, where element `i` of a slot's key stands.
+    #[inline(always)]
     fn key(self, slot: usize, i: usize) -> usize {
         if self.tiles { i / 2 * 2 * BLOCK_TOKENS + 2 * slot + i % 2 } else { i * BLOCK_TOKENS + slot }
     }
 
     /// Among a head's cells, where element `i` of a slot's value stands.
+    #[inline(always)]
     fn value(self, slot: usize, i: usize) -> usize {
         if self.tiles { slot / 2 * 2 * self.padded + 2 * i + slot % 2 } else { slot * self.padded + i }
     }
@@ -132,26 +137,29 @@ impl CacheWriter<'_> {
     pub(super) unsafe fn store(&self, isa: super::Isa, (block, slot): (u32, usize), kv_head: usize, k: &[f32], v: &[f32]) {
         let layout = self.layout;
         assert!(slot < BLOCK_TOKENS && k.len() == layout.head_dim && v.len() == layout.head_dim);
-        let (keys, values) = (layout.keys(block, kv_head), layout.values(block, kv_head));
-        for (x, first, is_key) in [(k, keys, true), (v, values, false)] {
-            for (chunk, x) in x.chunks(LANES).enumerate() {
-                let mut cells = [0; LANES];
-                if layout.tiles {
-                    to_bf16s(isa, x, &mut cells[..x.len()]);
-                } else {
-                    to_halves(isa, x, &mut cells[..x.len()]);
-                }
-                for (i, &cell) in cells[..x.len()].iter().enumerate() {
-                    let i = chunk * LANES + i;
-                    let at = first + if is_key { layout.key(slot, i) } else { layout.value(slot, i) };
-                    // SAFETY: the cell belongs to this slot and head (the caller's promise).
-                    unsafe { self.cells.write(at, cell) };
+        let keys = self.cells.at(layout.keys(block, kv_head), layout.head_cells());
+        let values = self.cells.at(layout.values(block, kv_head), layout.head_cells());
+        for (k, v, i) in k.chunks(LANES).zip(v.chunks(LANES)).enumerate().map(|(i, (k, v))| (k, v, i * LANES)) {
+            let (mut key, mut value) = ([0; LANES], [0; LANES]);
+            if layout.tiles {
+                to_bf16s(isa, k, &mut key[..k.len()]);
+                to_bf16s(isa, v, &mut value[..v.len()]);
+            } else {
+                to_halves(isa, k, &mut key[..k.len()]);
+                to_halves(isa, v, &mut value[..v.len()]);
+            }
+            for (j, (key, value)) in key.into_iter().zip(value).take(k.len()).enumerate() {
+                // SAFETY: element i + j of a slot is among the head's cells, and they belong to this slot and head (the
+                // caller's promise).
+                unsafe {
+                    keys.add(layout.key(slot, i + j)).write(key);
+                    values.add(layout.value(slot, i + j)).write(value);
                 }
             }
         }
         for i in layout.head_dim..layout.padded {
             // SAFETY: as above.
-            unsafe { self.cells.write(keys + layout.key(slot, i), 0) };
+            unsafe { keys.add(layout.key(slot, i)).write(0) };
         }
     }
 }

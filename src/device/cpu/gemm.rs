@@ -2,14 +2,14 @@
 //! decoders. Invariant: a value is one fixed sequence of operations over k, made of its token's activations and its
 //! column's weights alone; tiles, row groups and instruction sets only choose what is computed when.
 
-use super::buffer::{Aligned, Shared, prefetch};
+use super::buffer::{Aligned, Shared, prefetch, prefetch_for_writing};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
 use super::numerics::Layout;
 use super::quant::{Act, ActWriter};
 use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
-use super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
+use super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
 use super::weights::{BLOCK, PANEL, Part, Weight};
 use super::{Scratch, gemm_f, gemm_q};
 use crate::device::Activation;
@@ -25,6 +25,9 @@ const PIECE_BLOCKS: usize = 12;
 /// Elements of activations that a tile's rows may take: they are read once per panel, so they (256 KiB of integers, 512 KiB
 /// of bfloat16) should stay in the L2 cache.
 const TILE_ACT_ELEMENTS: usize = 256 << 10;
+
+/// Rows of a pair of tiles.
+const PAIR: usize = 2 * TILE;
 
 /// What becomes of the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +70,20 @@ impl Out<'_> {
             Self::Act(act) => act.block(rows, columns),
         }
     }
+
+    /// Asks for the memory of [`Out::block`], or of the tiles that results are rounded into.
+    #[inline(always)]
+    fn prefetch(&self, rows: &Range<usize>, columns: &Range<usize>) {
+        match self {
+            Self::Act(act) if act.is_tiles() => act.prefetch(rows, columns),
+            _ => {
+                let (start, stride) = self.block(rows, columns);
+                for row in 0..rows.len() {
+                    prefetch_for_writing(start.wrapping_add(row * stride), columns.len());
+                }
+            }
+        }
+    }
 }
 
 /// A worker's share: some panels of a part, for some rows.
@@ -80,7 +97,7 @@ struct Tile<'a> {
 /// Makes a worker's memory for products of up to `max_rows` rows.
 pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
     scratch.panel.reserve(PIECE_BLOCKS * gemm_q::MAX_UNPACKED_BLOCK);
-    scratch.sums.reserve(max_rows.next_multiple_of(2 * TILE).next_multiple_of(MAX_ROWS) * PANEL);
+    scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS).max(2 * PAIR) * PANEL);
 }
 
 /// Computes a product.
@@ -113,37 +130,88 @@ fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize,
     (rows, panels)
 }
 
+/// Computes one tile.
+fn run_tile(isa: Isa, tile: &Tile<'_>, scratch: &mut Scratch) {
+    match tile.part.layout {
+        Layout::Blocks(dtype) => match dtype {
+            DType::Q4_0 => q40(isa, tile, scratch),
+            DType::Q4_1 => q41(isa, tile, scratch),
+            DType::Q8_0 => q80(isa, tile, scratch),
+            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => spread(isa, tile, scratch),
+            DType::Q5_1 | DType::Q4K | DType::Q5K => spread_min(isa, tile, scratch),
+            DType::Q3K | DType::Q6K => spread_halves(isa, tile, scratch),
+            DType::Q2K => spread_min_halves(isa, tile, scratch),
+            DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{dtype} has no blocks"),
+        },
+        Layout::Floats(dtype) => floats(isa, dtype, tile, scratch),
+        Layout::Tiles => bf16(isa, tile, scratch),
+    }
+}
+
+// A function for each format (and instruction set): one for all of them would keep the compiler busy for minutes.
 per_isa! {
-    /// Computes one tile.
-    fn run_tile(tile: &Tile<'_>, scratch: &mut Scratch) = tile_body;
+    fn q40(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Q40>;
+}
+per_isa! {
+    fn q41(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Q41>;
+}
+per_isa! {
+    fn q80(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Q80>;
+}
+per_isa! {
+    fn spread(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Spread<false, false>>;
+}
+per_isa! {
+    fn spread_min(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Spread<true, false>>;
+}
+per_isa! {
+    fn spread_halves(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Spread<false, true>>;
+}
+per_isa! {
+    fn spread_min_halves(tile: &Tile<'_>, scratch: &mut Scratch) = quantised::<_, Spread<true, true>>;
+}
+per_isa! {
+    fn floats(dtype: DType, tile: &Tile<'_>, scratch: &mut Scratch) = float_panels;
+}
+per_isa! {
+    fn bf16(tile: &Tile<'_>, scratch: &mut Scratch) = bf16_panels;
 }
 
 #[inline(always)]
-fn tile_body<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
-    if tile.part.layout == Layout::Tiles {
-        tile.product.isa.unit().prepare();
-    }
+fn quantised<S: Simd, F: Format>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
     for panel in tile.panels.clone() {
-        match tile.part.layout {
-            Layout::Blocks(dtype) => match dtype {
-                DType::Q4_0 => quantised::<S, Q40>(s, tile, panel, scratch),
-                DType::Q4_1 => quantised::<S, Q41>(s, tile, panel, scratch),
-                DType::Q8_0 => quantised::<S, Q80>(s, tile, panel, scratch),
-                DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => quantised::<S, Spread<false, false>>(s, tile, panel, scratch),
-                DType::Q5_1 | DType::Q4K | DType::Q5K => quantised::<S, Spread<true, false>>(s, tile, panel, scratch),
-                DType::Q3K | DType::Q6K => quantised::<S, Spread<false, true>>(s, tile, panel, scratch),
-                DType::Q2K => quantised::<S, Spread<true, true>>(s, tile, panel, scratch),
-                DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{dtype} has no blocks"),
-            },
-            Layout::Floats(dtype) => floats(s, tile, panel, dtype, scratch),
-            Layout::Tiles => bf16_tiles(s, tile, panel, scratch),
-        }
+        quantised_panel::<S, F>(s, tile, panel, scratch);
     }
-    if let Out::Act(act) = &tile.product.out {
+    seal(s, tile);
+}
+
+#[inline(always)]
+fn float_panels<S: Simd>(s: S, dtype: DType, tile: &Tile<'_>, scratch: &mut Scratch) {
+    for panel in tile.panels.clone() {
+        float_panel(s, tile, panel, dtype, scratch);
+    }
+    seal(s, tile);
+}
+
+#[inline(always)]
+fn bf16_panels<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
+    tile.product.isa.unit().prepare();
+    for panel in tile.panels.clone() {
+        bf16_panel(s, tile, panel, scratch);
+    }
+    seal(s, tile);
+}
+
+/// Puts activations that the tile has made into the form that the next weight reads, if they are not yet.
+#[inline(always)]
+fn seal<S: Simd>(s: S, tile: &Tile<'_>) {
+    if let Out::Act(act) = &tile.product.out
+        && !act.is_tiles()
+    {
         let columns = columns_of(tile, tile.panels.start).start..columns_of(tile, tile.panels.end - 1).end;
         for row in tile.rows.clone() {
             // SAFETY: this tile has written these values just now and is alone with them.
-            unsafe { act.seal(row, columns.start, columns.len()) };
+            unsafe { act.seal(s, row, columns.start, columns.len()) };
         }
     }
 }
@@ -151,7 +219,7 @@ fn tile_body<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
 /// One panel of integers for all of the tile's rows. From three row groups on they share one unpacking, and k is taken in
 /// pieces so that what was unpacked stays in the L1 cache; the running sums of a row wait in `sums` meanwhile.
 #[inline(always)]
-fn quantised<S: Simd, F: Format>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
+fn quantised_panel<S: Simd, F: Format>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
     let act = &tile.product.act;
     let n_blocks = act.k / BLOCK;
     let in_pieces = tile.rows.len() > 2 * S::ROWS;
@@ -177,7 +245,7 @@ fn quantised<S: Simd, F: Format>(s: S, tile: &Tile<'_>, panel: usize, scratch: &
 
 /// One panel of floats for all of the tile's rows.
 #[inline(always)]
-fn floats<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, dtype: DType, scratch: &mut Scratch) {
+fn float_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, dtype: DType, scratch: &mut Scratch) {
     let act = &tile.product.act;
     let sums = sums_of(&mut scratch.sums, tile.rows.len());
     for (group, sums) in sums.chunks_mut(S::ROWS).enumerate() {
@@ -187,10 +255,11 @@ fn floats<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, dtype: DType, scratch: &
     finish(s, tile, panel, &tile.rows, sums);
 }
 
-/// One panel of tiles for all of the tile's rows, two tiles of rows at a time.
+/// One panel of tiles for all of the tile's rows, two tiles of rows at a time. What is to be done with two tiles' results
+/// is done while the next two are multiplied: the unit for tiles and the lanes work side by side.
 #[inline(always)]
 #[expect(clippy::cast_ptr_alignment, reason = "tiles are read without alignment")]
-fn bf16_tiles<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
+fn bf16_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
     const STRIDE: usize = TILE_K * size_of::<u16>();
     let (product, columns) = (tile.product, columns_of(tile, panel));
     let act = product.act;
@@ -201,14 +270,17 @@ fn bf16_tiles<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratc
     let b = Tiles { start: [weights, weights.wrapping_add(TILE_CELLS)], stride: STRIDE, step: 2 * TILE_CELLS * size_of::<u16>() };
     // The panel after this one is asked for piece by piece: what is read once per step comes from far away.
     let next = if panel + 1 < tile.part.n_panels { tile.part.panel(panel + 1) } else { &[] };
-    let mut pieces = next.chunks(next.len().div_ceil(tile.rows.len().div_ceil(2 * TILE)).next_multiple_of(64).max(64));
-    for row in tile.rows.clone().step_by(2 * TILE) {
+    let mut pieces = next.chunks(next.len().div_ceil(tile.rows.len().div_ceil(PAIR)).next_multiple_of(64).max(64));
+    scratch.sums.reserve(2 * PAIR * PANEL);
+    let (mut sums, mut done) = scratch.sums[..2 * PAIR * PANEL].split_at_mut(PAIR * PANEL);
+    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], at_once: 0 };
+    for row in tile.rows.clone().step_by(PAIR) {
         prefetch(pieces.next().unwrap_or_default());
-        let rows = row..tile.rows.end.min(row + 2 * TILE);
+        let rows = row..tile.rows.end.min(row + PAIR);
+        product.out.prefetch(&rows, &columns);
         // Whole tiles whose products need nothing more go where they belong.
-        let direct = product.epilogue == Epilogue::Store && rows.len() == 2 * TILE && columns.len() == PANEL;
-        scratch.sums.reserve(2 * TILE * PANEL);
-        let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (scratch.sums.as_mut_ptr(), PANEL) };
+        let direct = product.epilogue == Epilogue::Store && rows.len() == PAIR && columns.len() == PANEL;
+        let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (sums.as_mut_ptr(), PANEL) };
         let target = Target { start, stride, n_rows: rows.len(), add: false };
         let first = &act.tiles[act.tile_row(rows.start)..][..n_k * TILE_CELLS];
         let step = TILE_CELLS * size_of::<u16>();
@@ -218,15 +290,54 @@ fn bf16_tiles<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratc
             if rows.len() > TILE {
                 let second = &act.tiles[act.tile_row(rows.start + TILE)..][..n_k * TILE_CELLS];
                 let a = Tiles { start: [first.as_ptr(), second.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target);
+                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
             } else {
                 let a = Tiles { start: [first.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target);
+                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
             }
         }
+        finish.all();
         if !direct {
-            finish(s, tile, panel, &rows, &scratch.sums.as_chunks().0[..2 * TILE]);
+            std::mem::swap(&mut sums, &mut done);
+            let at_once = rows.len().div_ceil(n_k);
+            finish = Finish { s, tile, columns: &columns, rows, sums: done.as_chunks().0, at_once };
         }
+    }
+    finish.all();
+}
+
+/// Products that are being brought to memory, some rows at a time.
+struct Finish<'a, S> {
+    s: S,
+    tile: &'a Tile<'a>,
+    columns: &'a Range<usize>,
+    /// The rows to come.
+    rows: Range<usize>,
+    /// Theirs.
+    sums: &'a [[f32; PANEL]],
+    at_once: usize,
+}
+
+impl<S: Simd> Finish<'_, S> {
+    #[inline(always)]
+    fn rows(&mut self, n: usize) {
+        for _ in 0..n.min(self.rows.len()) {
+            finish_row(self.s, self.tile.product, self.columns, self.rows.start, &self.sums[0]);
+            self.rows.start += 1;
+            self.sums = &self.sums[1..];
+        }
+    }
+
+    #[inline(always)]
+    fn all(&mut self) {
+        self.rows(self.rows.len());
+    }
+}
+
+impl<S: Simd> Meanwhile for Finish<'_, S> {
+    #[inline(always)]
+    fn some(&mut self) {
+        self.rows(self.at_once);
     }
 }
 
@@ -250,20 +361,35 @@ fn columns_of(tile: &Tile<'_>, panel: usize) -> Range<usize> {
 /// Brings a panel's products for some rows to memory.
 #[inline(always)]
 fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, rows: &Range<usize>, sums: &[[f32; PANEL]]) {
-    let product = tile.product;
     let columns = columns_of(tile, panel);
-    let (out, stride) = product.out.block(rows, &columns);
-    for (row, y) in sums[..rows.len()].iter().enumerate() {
-        // SAFETY: the block was asserted to be there; each (row, panel) belongs to one tile, and panels share no columns.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.add(row * stride), columns.len()) };
-        // SAFETY: a panel's row is two vectors.
-        let (low, high) = unsafe { (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES))) };
-        match product.epilogue {
-            Epilogue::Store => put(s, [low, high], false, out),
-            Epilogue::Add => put(s, [low, high], true, out),
-            Epilogue::Gate(Activation::Silu) => put(s, [s.mul(silu(s, low), high)], false, out),
-            Epilogue::Gate(Activation::GeluTanh) => put(s, [s.mul(gelu(s, low), high)], false, out),
+    for (row, y) in rows.clone().zip(sums) {
+        finish_row(s, tile.product, &columns, row, y);
+    }
+}
+
+/// Brings a panel's products for a row to memory.
+#[inline(always)]
+fn finish_row<S: Simd>(s: S, product: &Product<'_>, columns: &Range<usize>, row: usize, y: &[f32; PANEL]) {
+    // SAFETY: a panel's row is two vectors.
+    let (low, high) = unsafe { (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES))) };
+    if let (Out::Act(act), Epilogue::Gate(f)) = (&product.out, product.epilogue)
+        && act.is_tiles()
+    {
+        let mut gated = [0.0; LANES];
+        // SAFETY: 16 values; each (row, panel) belongs to one tile, and panels share no columns.
+        unsafe {
+            s.store(gated.as_mut_ptr(), gate(s, f, low, high));
+            act.write(s, row, columns.start, &gated[..columns.len()]);
         }
+        return;
+    }
+    let (out, _) = product.out.block(&(row..row + 1), columns);
+    // SAFETY: the block was asserted to be there; each (row, panel) belongs to one tile, and panels share no columns.
+    let out = unsafe { std::slice::from_raw_parts_mut(out, columns.len()) };
+    match product.epilogue {
+        Epilogue::Store => put(s, [low, high], false, out),
+        Epilogue::Add => put(s, [low, high], true, out),
+        Epilogue::Gate(f) => put(s, [gate(s, f, low, high)], false, out),
     }
 }
 
@@ -288,6 +414,15 @@ fn put<S: Simd, const N: usize>(s: S, values: [S::V; N], add: bool, out: &mut [f
     out.iter_mut().zip(buffer.as_flattened()).for_each(|(out, x)| *out = if add { *out + x } else { *x });
 }
 
+/// f(gate) · up
+#[inline(always)]
+fn gate<S: Simd>(s: S, f: Activation, gate: S::V, up: S::V) -> S::V {
+    match f {
+        Activation::Silu => s.mul(silu(s, gate), up),
+        Activation::GeluTanh => s.mul(gelu(s, gate), up),
+    }
+}
+
 /// x / (1 + e^−x)
 #[inline(always)]
 fn silu<S: Simd>(s: S, x: S::V) -> S::V {
@@ -306,5 +441,5 @@ fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
 /// x / (1 + e^−u)
 #[inline(always)]
 fn divided_by_logistic<S: Simd>(s: S, x: S::V, u: S::V) -> S::V {
-    s.div(x, s.add(s.splat(1.0), s.exp(s.sub(s.splat(0.0), u))))
+    s.div(x, s.add(s.splat(1.0), s.exp2(s.mul(u, s.splat(-std::f32::consts::LOG2_E)))))
 }

@@ -102,7 +102,7 @@ impl Isa {
 /// Compiles `body::<S>(s, args)` once per instruction set and gives `name(isa, args)`, which enters the right one.
 /// The body must be `#[inline(always)]`, so that it is compiled inside the function that enables the instructions.
 macro_rules! per_isa {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident;) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path;) => {
         $(#[$doc])*
         $vis fn $name(isa: $crate::device::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]

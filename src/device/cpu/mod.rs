@@ -40,7 +40,7 @@ use super::batch::{Batch, HeadOut, StepOutput};
 use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes, sample};
 use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
-use buffer::{Aligned, Shared};
+use buffer::{Aligned, Shared, prefetch};
 use cache::{Layout, RopeTable};
 use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
@@ -84,6 +84,8 @@ struct Scratch {
     panel: Aligned<u8>,
     /// The sums of a panel's columns, `[rows of a tile][32]`
     sums: Aligned<f32>,
+    /// A token's values.
+    row: Aligned<f32>,
     attention: AttentionScratch,
     draw: Option<sample::Scratch>,
 }
@@ -91,6 +93,7 @@ struct Scratch {
 impl Scratch {
     fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>) {
         gemm::reserve(self, sizes.max_tokens);
+        self.row.reserve(sizes.width);
         sizes.attention.iter().for_each(|spec| self.attention.reserve(numerics, spec.head_dim));
         self.draw.get_or_insert_with(|| sample::Scratch::new(sizes.n_vocab));
     }
@@ -173,7 +176,7 @@ impl Device for CpuDevice {
 
     /// The instruction set is not in it: all give the same bits, so a job may go on on another machine.
     fn fingerprint(&self) -> String {
-        format!("cpu kernels=1 {} tile={}", self.numerics.describe(), attention::TILE_KEYS)
+        format!("cpu kernels=2 {} tile={}", self.numerics.describe(), attention::TILE_KEYS)
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
@@ -240,14 +243,13 @@ impl Device for CpuDevice {
     fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, next: &Weight, batch: &Batch, act: &mut Act) {
         let (isa, width) = (self.isa, x.width);
         let act = act.writer(isa, next);
-        self.team.run_rows(batch.tokens.len(), &|_, rows| {
+        self.team.run_rows(batch.tokens.len(), &|scratch, rows| {
+            scratch.row.reserve(width);
             for row in rows {
-                let x = &x.values[row * width..][..width];
-                // SAFETY: each row is in one range.
-                unsafe {
-                    norm::rms_norm(isa, x, &weight.0, eps, act.values(row, 0, width));
-                    act.seal(row, 0, width);
-                }
+                let (x, next) = x.values[row * width..].split_at(width);
+                prefetch(&next[..width.min(next.len())]);
+                // Each row is in one range.
+                norm::rms_norm(isa, x, &weight.0, eps, &mut scratch.row[..width], (&act, row));
             }
         });
     }
@@ -348,14 +350,12 @@ impl Device for CpuDevice {
         out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
         for (heads, out) in batch.heads.chunks(HEAD_ROWS).zip(out.rows.chunks_mut(HEAD_ROWS)) {
             let act = memory.act.writer(*isa, weight);
-            team.run_rows(heads.len(), &|_, rows| {
+            team.run_rows(heads.len(), &|scratch, rows| {
+                scratch.row.reserve(width);
                 for row in rows {
                     let x = &x.values[heads[row].token_idx as usize * width..][..width];
-                    // SAFETY: each row is in one range.
-                    unsafe {
-                        norm::rms_norm(*isa, x, &norm.0, spec.eps, act.values(row, 0, width));
-                        act.seal(row, 0, width);
-                    }
+                    // Each row is in one range.
+                    norm::rms_norm(*isa, x, &norm.0, spec.eps, &mut scratch.row[..width], (&act, row));
                 }
             });
             let logits = Out::Values(Shared::new(&mut memory.logits), n_vocab);

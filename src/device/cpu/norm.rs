@@ -2,11 +2,13 @@
 //! these in the fixed tree of `simd.rs`, whatever the instruction set.
 
 use super::isa::per_isa;
+use super::quant::ActWriter;
 use super::simd::{LANES, Simd};
 
 per_isa! {
-    /// out = x / sqrt(mean(x²) + eps) · weight
-    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body;
+    /// A row of the activations = x / sqrt(mean(x²) + eps) · weight. Nobody else may touch it at the same time. `normed`
+    /// is the caller's memory for as many values.
+    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32], act: (&ActWriter<'_>, usize)) = rms_norm_body;
 }
 
 per_isa! {
@@ -20,12 +22,14 @@ per_isa! {
 }
 
 #[inline(always)]
-fn rms_norm_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+fn rms_norm_body<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32], (act, row): (&ActWriter<'_>, usize)) {
     let inverse = inverse_rms(s, x, weight, eps);
-    assert_eq!(out.len(), x.len());
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * inverse * weight;
+    assert_eq!(normed.len(), x.len());
+    for ((normed, x), weight) in normed.iter_mut().zip(x).zip(weight) {
+        *normed = x * inverse * weight;
     }
+    // SAFETY: the caller is alone with the row.
+    unsafe { act.write(s, row, 0, normed) };
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Activations in the forms that weights read: f32, integers (per token and block of 32, i8 with an f32 scale), tiles of
 //! bfloat16. Knows nothing of weights but which of these they want. Invariant: a block's integers and scale depend on its 32 values alone.
 
-use super::buffer::{Aligned, Shared};
+use super::buffer::{Aligned, Shared, prefetch_for_writing};
 use super::isa::{Isa, per_isa};
 use super::numerics::{Form, Numerics};
 use super::simd::{LANES, Simd, to_bf16};
@@ -18,6 +18,8 @@ pub struct Act {
     pub(super) ints: Integers<Aligned<i8>, Aligned<f32>, Aligned<i32>>,
     /// As bfloat16, `[max_tokens / 16][k / 32]` tiles of 16 rows by 32 elements; what lies beyond k is 0.
     pub(super) tiles: Aligned<u16>,
+    /// Whether `f` is written where nobody reads it but tests.
+    keeps_values: bool,
 }
 
 /// Quantised activations: x ≈ scale · q.
@@ -48,7 +50,8 @@ impl Act {
         // Whole pairs of tiles, as kernels read them.
         let n_tiles =
             if numerics == Numerics::Bf16 { max_tokens.next_multiple_of(2 * TILE) / TILE * k.div_ceil(TILE_K) } else { 0 };
-        Self { k, f: Aligned::zeroed(max_tokens * k), ints, tiles: Aligned::zeroed(n_tiles * TILE_CELLS) }
+        let tiles = Aligned::zeroed(n_tiles * TILE_CELLS);
+        Self { k, f: Aligned::zeroed(max_tokens * k), ints, tiles, keeps_values: false }
     }
 
     /// Where a row's first tile stands, and its row there.
@@ -56,9 +59,15 @@ impl Act {
         row / TILE * self.k.div_ceil(TILE_K) * TILE_CELLS + row % TILE * TILE_K
     }
 
-    /// The values before quantisation, row after row.
+    /// The values before they were put into another form, row after row. Where weights read tiles they are there only after
+    /// [`Act::keep_values`].
     pub fn values(&self) -> &[f32] {
         &self.f
+    }
+
+    /// Has the values written even where no weight reads them: for tests.
+    pub fn keep_values(&mut self) {
+        self.keeps_values = true;
     }
 
     /// Takes rows of another one, in every form they have there: row i becomes its row `rows(i)`.
@@ -103,10 +112,12 @@ impl Act {
     pub(super) fn writer(&mut self, isa: Isa, next: &Weight) -> ActWriter<'_> {
         assert_eq!(self.k, next.k, "the activations' width and the next weight's");
         let Integers { q, scale, scaled_sum, sum, first_sum } = &mut self.ints;
+        let form = Form::of(next);
         ActWriter {
             isa,
             k: self.k,
-            form: Form::of(next),
+            form,
+            has_floats: form != Form::Tiles || self.keeps_values,
             f: Shared::new(&mut self.f),
             tiles: Shared::new(&mut self.tiles),
             ints: Integers {
@@ -135,61 +146,97 @@ pub(super) struct ActWriter<'a> {
     k: usize,
     /// What the next weight reads.
     form: Form,
+    /// Whether the values are wanted as they are too.
+    has_floats: bool,
     f: Shared<'a, f32>,
     tiles: Shared<'a, u16>,
     ints: Integers<Shared<'a, i8>, Shared<'a, f32>, Shared<'a, i32>>,
 }
 
 impl ActWriter<'_> {
-    /// Whether a token's values can be sealed `n` columns at a time: integers need whole blocks.
+    /// Whether a token's values can be written `n` columns at a time: integers need whole blocks.
     pub(super) fn takes(&self, n: usize) -> bool {
         self.form.takes(n)
     }
 
-    /// `n` values of a token from column `start` on, to be written before they are sealed.
+    /// Whether results are rounded into tiles, and read from nowhere else.
+    pub(super) fn is_tiles(&self) -> bool {
+        !self.has_floats
+    }
+
+    /// Writes elements `start..` of a token. Integers are made of whole blocks only; see [`ActWriter::takes`].
     ///
     /// # Safety
-    /// While the result lives, nobody else may touch these values.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
-    pub(super) unsafe fn values(&self, token: usize, start: usize, n: usize) -> &mut [f32] {
-        // SAFETY: passed on.
-        unsafe { self.f.part(token * self.k + start, n) }
+    /// Nobody else may touch these elements at the same time.
+    #[inline(always)]
+    pub(super) unsafe fn write<S: Simd>(&self, s: S, token: usize, start: usize, x: &[f32]) {
+        if self.has_floats {
+            // SAFETY: passed on.
+            unsafe { self.f.part(token * self.k + start, x.len()) }.copy_from_slice(x);
+        }
+        match self.form {
+            // SAFETY: passed on.
+            Form::Integers if self.takes(x.len()) => unsafe { self.quantise(token, start, x) },
+            Form::Floats | Form::Integers => {}
+            Form::Tiles => round(s, x, start, &self.tile_row(token)),
+        }
+    }
+
+    /// Asks for the tiles of some tokens' elements.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, tokens: &Range<usize>, columns: &Range<usize>) {
+        for token in tokens.clone() {
+            let TileRow { tiles, first } = self.tile_row(token);
+            let at = first + columns.start / TILE_K * TILE_CELLS + columns.start % TILE_K;
+            prefetch_for_writing(tiles.at(at, 1), 1);
+        }
     }
 
     /// Where the values in `columns` of some tokens begin, and the elements from token to token. Whoever writes there must be
-    /// alone with them.
+    /// alone with them, and call [`ActWriter::seal`] then.
     pub(super) fn block(&self, tokens: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
-        assert!(columns.end <= self.k);
+        assert!(columns.end <= self.k && self.has_floats);
         let len = (tokens.len() - 1) * self.k + columns.len();
         (self.f.at(tokens.start * self.k + columns.start, len), self.k)
     }
 
-    /// Puts values that were written into the form the next weight wants. Integers need whole blocks.
+    /// Puts `n` values that were written where they are kept into the form that the next weight wants. Integers need whole
+    /// blocks.
     ///
     /// # Safety
     /// Nobody else may touch these values at the same time.
-    pub(super) unsafe fn seal(&self, token: usize, start: usize, n: usize) {
+    #[inline(always)]
+    pub(super) unsafe fn seal<S: Simd>(&self, s: S, token: usize, start: usize, n: usize) {
+        assert!(self.has_floats);
+        // SAFETY: passed on.
+        let x = unsafe { self.f.part(token * self.k + start, n) };
         match self.form {
             Form::Floats => {}
-            Form::Integers => {
-                assert!(start.is_multiple_of(BLOCK) && n.is_multiple_of(BLOCK), "columns {start}+{n} are no whole blocks");
-                let (first, n_blocks) = ((token * self.k + start) / BLOCK, n / BLOCK);
-                // SAFETY: passed on.
-                let mut out = unsafe {
-                    Integers {
-                        q: self.ints.q.part(first * BLOCK, n),
-                        scale: self.ints.scale.part(first, n_blocks),
-                        scaled_sum: self.ints.scaled_sum.part(first, n_blocks),
-                        sum: self.ints.sum.part(first, n_blocks),
-                        first_sum: self.ints.first_sum.part(first, n_blocks),
-                    }
-                };
-                // SAFETY: passed on.
-                quantise(self.isa, unsafe { self.values(token, start, n) }, &mut out);
-            }
             // SAFETY: passed on.
-            Form::Tiles => round(self.isa, unsafe { self.values(token, start, n) }, start, &self.tile_row(token)),
+            Form::Integers => unsafe { self.quantise(token, start, x) },
+            Form::Tiles => round(s, x, start, &self.tile_row(token)),
         }
+    }
+
+    /// Quantises elements `start..` of a token.
+    ///
+    /// # Safety
+    /// As [`ActWriter::write`].
+    unsafe fn quantise(&self, token: usize, start: usize, x: &[f32]) {
+        let n = x.len();
+        assert!(start.is_multiple_of(BLOCK) && n.is_multiple_of(BLOCK), "columns {start}+{n} are no whole blocks");
+        let (first, n_blocks) = ((token * self.k + start) / BLOCK, n / BLOCK);
+        // SAFETY: passed on.
+        let mut out = unsafe {
+            Integers {
+                q: self.ints.q.part(first * BLOCK, n),
+                scale: self.ints.scale.part(first, n_blocks),
+                scaled_sum: self.ints.scaled_sum.part(first, n_blocks),
+                sum: self.ints.sum.part(first, n_blocks),
+                first_sum: self.ints.first_sum.part(first, n_blocks),
+            }
+        };
+        quantise(self.isa, x, &mut out);
     }
 
     /// Where a token's elements go in the tiles.
@@ -205,13 +252,9 @@ struct TileRow<'a> {
     first: usize,
 }
 
-per_isa! {
-    /// Rounds elements `start..` of a token to bfloat16. Nobody else may touch them at the same time.
-    fn round(x: &[f32], start: usize, row: &TileRow<'_>) = round_body;
-}
-
+/// Rounds elements `start..` of a token to bfloat16. Nobody else may touch them at the same time.
 #[inline(always)]
-fn round_body<S: Simd>(s: S, mut x: &[f32], mut start: usize, row: &TileRow<'_>) {
+fn round<S: Simd>(s: S, mut x: &[f32], mut start: usize, row: &TileRow<'_>) {
     while x.len() >= TILE_K && start.is_multiple_of(TILE_K) {
         // SAFETY: the caller is alone with these elements.
         let out = unsafe { row.tiles.part(row.first + start / TILE_K * TILE_CELLS, TILE_K) };

@@ -138,6 +138,8 @@ pub(super) trait Simd: Copy {
     fn largest(self, v: Self::V) -> f32;
     /// (2^⌊n/2⌋, 2^⌈n/2⌉) for the integer n that `shifted` = 1.5·2^23 + n carries.
     fn powers_of_two(self, shifted: Self::V) -> (Self::V, Self::V);
+    /// 2^n, −126 <= n <= 127, for the integer n that `shifted` = 1.5·2^23 + 127 + n carries; anything for a NaN.
+    fn power_of_two(self, shifted: Self::V) -> Self::V;
 
     /// Reads 64 weight bytes.
     ///
@@ -180,6 +182,23 @@ pub(super) trait Simd: Copy {
         let y = self.add(self.fma(q, self.mul(r, r), r), self.splat(1.0));
         let (a, b) = self.powers_of_two(shifted);
         self.mul(self.mul(y, a), b)
+    }
+
+    /// 2^x, to within 1.3 · 2^-23 of it; x counts as −126 below that and as 127 above, and 2^0 is exactly 1.
+    #[inline(always)]
+    fn exp2(self, x: Self::V) -> Self::V {
+        const SHIFT: f32 = 12_583_039.0;
+        // (2^r − 1) / r on |r| <= 1/2: fitted for least largest relative error of 2^r.
+        const C: [f32; 5] = [0.693_146_94, 0.240_222_48, 0.055_507_686, 0.009_671_233, 0.001_325_593_9];
+        let x = self.min(self.splat(127.0), self.max(self.splat(-126.0), x));
+        let shifted = self.add(x, self.splat(SHIFT));
+        let r = self.sub(x, self.sub(shifted, self.splat(SHIFT)));
+        let mut q = self.splat(C[4]);
+        q = self.fma(q, r, self.splat(C[3]));
+        q = self.fma(q, r, self.splat(C[2]));
+        q = self.fma(q, r, self.splat(C[1]));
+        q = self.fma(q, r, self.splat(C[0]));
+        self.mul(self.fma(q, r, self.splat(1.0)), self.power_of_two(shifted))
     }
 
     /// 1 − 2 / (e^2x + 1): tanh to within a few 2^-24 (absolute, so small results have fewer correct digits).
@@ -324,6 +343,10 @@ impl Simd for Portable {
         (lanes(|i| power(n(i) >> 1)), lanes(|i| power(n(i).wrapping_sub(n(i) >> 1))))
     }
     #[inline(always)]
+    fn power_of_two(self, shifted: Self::V) -> Self::V {
+        lanes(|i| f32::from_bits(shifted[i].to_bits() << 23))
+    }
+    #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> Self::U {
         // SAFETY: the caller promises 64 readable bytes.
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
@@ -356,5 +379,45 @@ impl Simd for Portable {
     #[inline(always)]
     fn finish<F: Format>(self, acc: Self::I, _total: i32) -> Self::V {
         lanes(|i| acc[i] as f32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::isa::{Isa, per_isa};
+
+    per_isa! {
+        fn exp2(x: &[f32; LANES]) -> [f32; LANES] = exp2_body;
+    }
+
+    #[inline(always)]
+    fn exp2_body<S: Simd>(s: S, x: &[f32; LANES]) -> [f32; LANES] {
+        let mut y = [0.0; LANES];
+        // SAFETY: both have 16 elements.
+        unsafe { s.store(y.as_mut_ptr(), s.exp2(s.load(x.as_ptr()))) };
+        y
+    }
+
+    #[test]
+    fn exp2_is_within_its_bound_and_the_same_on_every_instruction_set() {
+        let mut worst = 0.0f64;
+        for start in (0..u32::MAX - 16 * 65_521).step_by(16 * 65_521) {
+            let x: [f32; LANES] = std::array::from_fn(|i| f32::from_bits(start + 65_521 * i as u32));
+            let truth = exp2(Isa::PORTABLE, &x);
+            for isa in Isa::available() {
+                let same =
+                    exp2(isa, &x).iter().zip(&truth).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()));
+                assert!(same, "{}: {x:?}", isa.name());
+            }
+            for (x, y) in x.into_iter().zip(truth) {
+                let want = f64::from(x.clamp(-126.0, 127.0)).exp2();
+                assert_eq!(x.is_nan(), y.is_nan());
+                worst = worst.max(((f64::from(y) - want) / want).abs());
+            }
+        }
+        let units = worst * f64::from(1 << 23);
+        assert!((0.5..1.3).contains(&units), "largest relative error {units} · 2^-23");
+        assert_eq!(exp2(Isa::PORTABLE, &[0.0; LANES])[0].to_bits(), 1.0f32.to_bits());
     }
 }

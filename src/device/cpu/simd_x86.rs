@@ -193,6 +193,10 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    fn power_of_two(self, shifted: __m512) -> __m512 {
+        op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted))))
+    }
+    #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m512i {
         mem!(_mm512_loadu_si512(p.cast()))
     }
@@ -340,6 +344,13 @@ impl Simd for Avx2 {
     fn powers_of_two(self, shifted: Self::V) -> (Self::V, Self::V) {
         let (a, b) = (self.half_powers(shifted[0]), self.half_powers(shifted[1]));
         ([a[0], b[0]], [a[1], b[1]])
+    }
+    #[inline(always)]
+    fn power_of_two(self, shifted: Self::V) -> Self::V {
+        op!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[0]))),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[1])))
+        ])
     }
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> Self::U {

@@ -36,6 +36,16 @@ pub(super) struct Tiles<const N: usize> {
     pub(super) step: usize,
 }
 
+impl<const N: usize> Tiles<N> {
+    /// Goes on to the next k-tile.
+    #[inline(always)]
+    fn advance(&mut self) {
+        for start in &mut self.start {
+            *start = start.wrapping_byte_add(self.step);
+        }
+    }
+}
+
 /// Where M by N tiles of results go: row after row of f32, the tiles of a row side by side.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
@@ -59,6 +69,18 @@ impl Unit {
     }
 }
 
+/// What the lanes do while a unit of its own multiplies.
+pub(super) trait Meanwhile {
+    /// Called once per k-tile: some of the work, which must not touch the unit.
+    fn some(&mut self);
+}
+
+/// Nothing.
+impl Meanwhile for () {
+    #[inline(always)]
+    fn some(&mut self) {}
+}
+
 /// M (1 or 2) by 2 tiles of results over `n_k` k-tiles.
 ///
 /// # Safety
@@ -70,13 +92,17 @@ pub(super) unsafe fn multiply<S: Simd, const M: usize>(
     (a, b): (&Tiles<M>, &Tiles<2>),
     n_k: usize,
     target: Target,
+    meanwhile: &mut impl Meanwhile,
 ) {
     // SAFETY: passed on.
     unsafe {
         match unit {
             #[cfg(target_arch = "x86_64")]
-            Unit::Amx => amx::multiply(a, b, n_k, target),
-            Unit::Vector => vector(s, a, b, n_k, target),
+            Unit::Amx => amx::multiply(*a, *b, n_k, target, meanwhile),
+            Unit::Vector => {
+                vector(s, a, b, n_k, target);
+                (0..n_k).for_each(|_| meanwhile.some());
+            }
         }
     }
 }
@@ -116,7 +142,7 @@ unsafe fn vector<S: Simd, const M: usize>(s: S, a: &Tiles<M>, b: &Tiles<2>, n_k:
 pub(super) mod amx {
     //! The tile registers: four for results, two for each operand.
 
-    use super::{TILE, Target, Tiles};
+    use super::{Meanwhile, TILE, Target, Tiles};
     use std::arch::asm;
     use std::sync::OnceLock;
 
@@ -177,7 +203,13 @@ pub(super) mod amx {
     /// # Safety
     /// As there, on a thread that has called [`configure`].
     #[inline(always)]
-    pub(super) unsafe fn multiply<const M: usize>(a: &Tiles<M>, b: &Tiles<2>, n_k: usize, target: Target) {
+    pub(super) unsafe fn multiply<const M: usize>(
+        mut a: Tiles<M>,
+        mut b: Tiles<2>,
+        n_k: usize,
+        target: Target,
+        meanwhile: &mut impl Meanwhile,
+    ) {
         assert!(n_k > 0 && (M == 1 || M == 2));
         let c = target.start;
         let c_stride = target.stride * size_of::<f32>();
@@ -190,8 +222,6 @@ pub(super) mod amx {
                 asm!("tileloadd tmm1, [{c} + {s} + 64]", c = in(reg) c, s = in(reg) c_stride, options(nostack, preserves_flags));
                 if M == 2 {
                     asm!("tileloadd tmm2, [{c} + {s}]", c = in(reg) c1, s = in(reg) c_stride, options(nostack, preserves_flags));
-                }
-                if M == 2 {
                     asm!("tileloadd tmm3, [{c} + {s} + 64]", c = in(reg) c1, s = in(reg) c_stride, options(nostack, preserves_flags));
                 }
             } else {
@@ -203,45 +233,36 @@ pub(super) mod amx {
                     options(nostack, preserves_flags, nomem)
                 );
             }
-            match M {
-                2 => asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a0} + {sa}]",
-                    "tileloadd tmm6, [{b0} + {sb}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {sb}]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {sa}]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "add {a0}, {ka}",
-                    "add {a1}, {ka}",
-                    "add {b0}, {kb}",
-                    "add {b1}, {kb}",
-                    "dec {n}",
-                    "jnz 2b",
-                    a0 = inout(reg) a.start[0] => _, a1 = inout(reg) a.start[M - 1] => _,
-                    b0 = inout(reg) b.start[0] => _, b1 = inout(reg) b.start[1] => _,
-                    sa = in(reg) a.stride, sb = in(reg) b.stride, ka = in(reg) a.step, kb = in(reg) b.step,
-                    n = inout(reg) n_k => _, options(nostack),
-                ),
-                _ => asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a0} + {sa}]",
-                    "tileloadd tmm6, [{b0} + {sb}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {sb}]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "add {a0}, {ka}",
-                    "add {b0}, {kb}",
-                    "add {b1}, {kb}",
-                    "dec {n}",
-                    "jnz 2b",
-                    a0 = inout(reg) a.start[0] => _,
-                    b0 = inout(reg) b.start[0] => _, b1 = inout(reg) b.start[1] => _,
-                    sa = in(reg) a.stride, sb = in(reg) b.stride, ka = in(reg) a.step, kb = in(reg) b.step,
-                    n = inout(reg) n_k => _, options(nostack),
-                ),
+            // One piece of assembly per k-tile: the tile registers keep their values in between, since nothing else uses them.
+            for _ in 0..n_k {
+                match M {
+                    2 => asm!(
+                        "tileloadd tmm4, [{a0} + {sa}]",
+                        "tileloadd tmm6, [{b0} + {sb}]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{b1} + {sb}]",
+                        "tdpbf16ps tmm1, tmm4, tmm7",
+                        "tileloadd tmm5, [{a1} + {sa}]",
+                        "tdpbf16ps tmm2, tmm5, tmm6",
+                        "tdpbf16ps tmm3, tmm5, tmm7",
+                        a0 = in(reg) a.start[0], a1 = in(reg) a.start[M - 1],
+                        b0 = in(reg) b.start[0], b1 = in(reg) b.start[1],
+                        sa = in(reg) a.stride, sb = in(reg) b.stride, options(nostack, preserves_flags, readonly),
+                    ),
+                    _ => asm!(
+                        "tileloadd tmm4, [{a0} + {sa}]",
+                        "tileloadd tmm6, [{b0} + {sb}]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{b1} + {sb}]",
+                        "tdpbf16ps tmm1, tmm4, tmm7",
+                        a0 = in(reg) a.start[0],
+                        b0 = in(reg) b.start[0], b1 = in(reg) b.start[1],
+                        sa = in(reg) a.stride, sb = in(reg) b.stride, options(nostack, preserves_flags, readonly),
+                    ),
+                }
+                a.advance();
+                b.advance();
+                meanwhile.some();
             }
             asm!("tilestored [{c} + {s}], tmm0", c = in(reg) c, s = in(reg) c_stride, options(nostack, preserves_flags));
             asm!("tilestored [{c} + {s} + 64], tmm1", c = in(reg) c, s = in(reg) c_stride, options(nostack, preserves_flags));

@@ -93,7 +93,7 @@ fn fold_tile<S: Simd>(s: S, spec: &AttentionSpec, row: usize, seen: &[Seen], scr
     scores(s, spec.head_dim, q, k, n_blocks, &mut p[..seen.len()]);
     let padded = padded(spec.head_dim);
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
-    let decay = softmax(s, spec, seen, p.as_flattened_mut(), state);
+    let decay = softmax(s, spec, seen, (p.as_flattened_mut(), &mut []), state);
     let out = &mut out[row * padded..][..seen.len() * padded];
     rescale(s, seen, &decay, padded, out);
     // What all rows see is added for all at once, the rest row by row: each row's sum runs over its keys in order.

@@ -100,12 +100,8 @@ pub(super) fn attend(team: &Team, attention: &Attention<'_>, items: &mut Vec<Ite
     team.run(items.len(), &|scratch, i| run_item(attention.isa, attention, items[i], &mut scratch.attention));
     if !act.takes(spec.head_dim) {
         let width = spec.n_heads * spec.head_dim;
-        team.run_rows(batch.tokens.len(), &|_, tokens| {
-            for token in tokens {
-                // SAFETY: each token is in one range, and all items are done.
-                unsafe { act.seal(token, 0, width) };
-            }
-        });
+        // Each token is in one range, and all items are done.
+        team.run_rows(batch.tokens.len(), &|_, tokens| seal_rows(attention.isa, act, tokens, width));
     }
 }
 
@@ -308,78 +304,95 @@ impl Seen {
 }
 
 /// Turns rows' scores of a tile, `[rows][64]`, into exponentials over the keys that each row sees (0 for the rest), updates
-/// the largest scores and the sums, `[rows][16]`, and gives the factors for what was summed before. At most 16 rows. Pass by
-/// pass over all rows: one row's steps wait for each other, those of several do not.
+/// the largest scores (as exponents of 2) and the sums, `[rows][16]`, and gives the factors for what was summed before. At
+/// most 16 rows. Pass by pass over all rows: one row's steps wait for each other, those of several do not. `rounded` takes
+/// the exponentials as bfloat16, `[rows][64]`, if it is not empty.
 #[inline(always)]
 fn softmax<S: Simd>(
     s: S,
     spec: &AttentionSpec,
     seen: &[Seen],
-    p: &mut [f32],
+    (p, rounded): (&mut [f32], &mut [u16]),
     (largest, sum): (&mut [f32], &mut [f32]),
 ) -> [f32; LANES] {
     let n = seen.len();
     assert!(n <= LANES && p.len() >= n * TILE_KEYS && largest.len() == n && sum.len() == n * LANES);
+    assert!(rounded.is_empty() || rounded.len() >= n * TILE_KEYS);
+    // e^(scale · score) = 2^(factor · score)
+    let factor = spec.soft_cap.map_or(spec.scale, |_| 1.0) * std::f32::consts::LOG2_E;
     let (mut before, mut most) = ([0.0; LANES], [0.0; LANES]);
     for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
         before[r] = largest[r];
         // SAFETY: `p` has four vectors for each row.
-        let here = unsafe { finished_scores(s, spec, *seen, p.as_mut_ptr().add(r * TILE_KEYS)) };
+        let here = factor * unsafe { largest_score(s, spec, *seen, p.as_mut_ptr().add(r * TILE_KEYS)) };
         largest[r] = if here > before[r] { here } else { before[r] };
         most[r] = largest[r];
     }
     let mut decay = [0.0; LANES];
-    // SAFETY: the arrays are vectors; `p` has four of them for each row and `sum` one.
-    unsafe {
-        s.store(decay.as_mut_ptr(), s.exp(s.sub(s.load(before.as_ptr()), s.load(most.as_ptr()))));
-        for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
+    // SAFETY: the arrays are vectors.
+    unsafe { s.store(decay.as_mut_ptr(), s.exp2(s.sub(s.load(before.as_ptr()), s.load(most.as_ptr())))) };
+    for (r, seen) in seen.iter().enumerate() {
+        if !seen.any() {
+            rounded.iter_mut().skip(r * TILE_KEYS).take(TILE_KEYS).for_each(|weight| *weight = 0);
+            continue;
+        }
+        // SAFETY: `p` and `rounded` have four vectors for each row, `sum` one.
+        unsafe {
             let (p, sum) = (p.as_mut_ptr().add(r * TILE_KEYS), sum.as_mut_ptr().add(r * LANES));
-            let total = exponentials(s, *seen, s.splat(most[r]), p);
+            let total = exponentials(s, *seen, (s.splat(factor), s.splat(-most[r])), p);
             s.store(sum, s.fma(s.load(sum), s.splat(decay[r]), total));
+            if !rounded.is_empty() {
+                let rounded = rounded.as_mut_ptr().add(r * TILE_KEYS);
+                for b in 0..TILE_BLOCKS {
+                    s.round_bf16(p.add(b * LANES), rounded.add(b * LANES));
+                }
+            }
         }
     }
     decay
 }
 
-/// Scales and caps a row's scores, makes those of keys that it does not see −infinity, and gives the largest.
+/// The largest of a row's scores; caps them, and makes those of keys that it does not see −infinity.
 ///
 /// # Safety
 /// `p` must be valid for 64 f32.
 #[inline(always)]
-unsafe fn finished_scores<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut f32) -> f32 {
+unsafe fn largest_score<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut f32) -> f32 {
     let minus_infinity = s.splat(f32::NEG_INFINITY);
     let mut x = [minus_infinity; TILE_BLOCKS];
     for (b, x) in x.iter_mut().enumerate() {
         // SAFETY: four vectors, the caller's promise.
         unsafe {
             let p = p.add(b * LANES);
-            *x = s.mul(s.load(p), s.splat(spec.scale));
+            *x = s.load(p);
             if let Some(cap) = spec.soft_cap {
-                *x = s.soft_cap(*x, cap);
+                *x = s.soft_cap(s.mul(*x, s.splat(spec.scale)), cap);
             }
             if !seen.all() {
                 *x = s.first(seen.end.saturating_sub(b * LANES), *x, minus_infinity);
                 *x = s.first(seen.first.saturating_sub(b * LANES), minus_infinity, *x);
             }
-            s.store(p, *x);
+            if !seen.all() || spec.soft_cap.is_some() {
+                s.store(p, *x);
+            }
         }
     }
     s.largest(s.max(s.max(x[0], x[1]), s.max(x[2], x[3])))
 }
 
-/// Turns a row's finished scores into exponentials and gives their sums by lane.
+/// Turns a row's scores x into 2^(factor · x + offset), 0 for keys that it does not see, and gives their sums by lane.
 ///
 /// # Safety
 /// `p` must be valid for 64 f32.
 #[inline(always)]
-unsafe fn exponentials<S: Simd>(s: S, seen: Seen, most: S::V, p: *mut f32) -> S::V {
+unsafe fn exponentials<S: Simd>(s: S, seen: Seen, (factor, offset): (S::V, S::V), p: *mut f32) -> S::V {
     let zero = s.splat(0.0);
     let mut e = [zero; TILE_BLOCKS];
     for (b, e) in e.iter_mut().enumerate() {
         // SAFETY: four vectors, the caller's promise.
         unsafe {
             let p = p.add(b * LANES);
-            *e = s.exp(s.sub(s.load(p), most));
+            *e = s.exp2(s.fma(s.load(p), factor, offset));
             if !seen.all() {
                 *e = s.first(seen.end.saturating_sub(b * LANES), *e, zero);
                 *e = s.first(seen.first.saturating_sub(b * LANES), zero, *e);
@@ -405,18 +418,29 @@ fn rescale<S: Simd>(s: S, seen: &[Seen], decay: &[f32; LANES], width: usize, out
 
 /// Divides a row's output by its sum and writes it.
 #[inline(always)]
-fn write_row<S: Simd>(s: S, attention: &Attention<'_>, (token, head): (usize, usize), r: usize, scratch: &AttentionScratch) {
+fn write_row<S: Simd>(s: S, attention: &Attention<'_>, (token, head): (usize, usize), r: usize, scratch: &mut AttentionScratch) {
     let Attention { spec, act, .. } = attention;
     let head_dim = spec.head_dim;
-    // SAFETY: `sum` has 16 lanes per row, and each (token, head) belongs to one item.
-    let (sum, out) =
-        unsafe { (s.sum(s.load(scratch.sum[r * LANES..][..LANES].as_ptr())), act.values(token, head * head_dim, head_dim)) };
-    let inverse = 1.0 / sum;
+    // SAFETY: `sum` has 16 lanes per row.
+    let inverse = 1.0 / unsafe { s.sum(s.load(scratch.sum[r * LANES..][..LANES].as_ptr())) };
     let width = if attention.cache.layout.tiles { padded(head_dim) } else { lanes::padded(head_dim) };
-    let row = &scratch.out[r * width..][..head_dim];
-    out.iter_mut().zip(row).for_each(|(out, x)| *out = x * inverse);
-    if act.takes(head_dim) {
-        // SAFETY: each (token, head) belongs to one item.
-        unsafe { act.seal(token, head * head_dim, head_dim) };
+    let row = &mut scratch.out[r * width..][..head_dim];
+    for x in row.iter_mut() {
+        *x *= inverse;
+    }
+    // SAFETY: each (token, head) belongs to one item.
+    unsafe { act.write(s, token, head * head_dim, row) };
+}
+
+per_isa! {
+    /// Seals tokens whose values are all written; nobody else may touch them.
+    fn seal_rows(act: &ActWriter<'_>, tokens: Range<usize>, width: usize) = seal_rows_body;
+}
+
+#[inline(always)]
+fn seal_rows_body<S: Simd>(s: S, act: &ActWriter<'_>, tokens: Range<usize>, width: usize) {
+    for token in tokens {
+        // SAFETY: the caller's promise.
+        unsafe { act.seal(s, token, 0, width) };
     }
 }

@@ -96,15 +96,31 @@ fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
 #[inline(always)]
 fn load_values(rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
     let (width, cache) = (padded(rows.attention.spec.head_dim), rows.attention.cache);
+    let n_cells = keys.n.next_multiple_of(2) * width;
+    let mut most = 0;
     for (b, &block) in keys.blocks.iter().enumerate() {
         let from = cache.values(block, rows.item.kv_head as usize);
-        v[b * BLOCK_TOKENS * width..][..BLOCK_TOKENS * width].copy_from_slice(from);
+        let (start, end) = (b * BLOCK_TOKENS * width, n_cells.min((b + 1) * BLOCK_TOKENS * width));
+        let (to, from) = (&mut v[start..end], &from[..end - start]);
+        // A plain loop: an iterator's `fold` would not be compiled for the instructions that are there.
+        for i in 0..to.len() {
+            to[i] = from[i];
+            most = most.max(from[i] & 0x7fff);
+        }
     }
-    v[keys.n.next_multiple_of(2) * width..TILE_KEYS * width].fill(0);
+    v[n_cells..TILE_KEYS * width].fill(0);
     if keys.n % 2 == 1 {
-        v[(keys.n - 1) * width..][..2 * width].iter_mut().skip(1).step_by(2).for_each(|cell| *cell = 0);
+        // What the last pair's other slot holds may never have been written.
+        most = 0;
+        for i in 0..n_cells - 2 * width {
+            most = most.max(v[i] & 0x7fff);
+        }
+        for pair in v[n_cells - 2 * width..n_cells].chunks_exact_mut(2) {
+            most = most.max(pair[0] & 0x7fff);
+            pair[1] = 0;
+        }
     }
-    v[..keys.n.next_multiple_of(2) * width].iter().fold(0, |most, cell| most.max(cell & 0x7fff)) < 0x7f80
+    most < 0x7f80
 }
 
 /// Folds the loaded tile into rows `row..`, of which row r sees the keys `seen[r]`.
@@ -123,19 +139,7 @@ fn fold_group<S: Simd>(
     let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
     scores(s, rows, &keys.blocks[..end.div_ceil(BLOCK_TOKENS)], &q[row * width..], p, seen.len());
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
-    let decay = softmax(s, spec, seen, p, state);
-    for (r, seen) in seen.iter().enumerate() {
-        let weights = &mut weights[r * TILE_KEYS..][..TILE_KEYS];
-        if !seen.any() {
-            weights.fill(0);
-            continue;
-        }
-        let p = &p[r * TILE_KEYS..][..TILE_KEYS];
-        for (weights, p) in weights.chunks_exact_mut(LANES).zip(p.chunks_exact(LANES)) {
-            // SAFETY: chunks have 16 elements.
-            unsafe { s.round_bf16(p.as_ptr(), weights.as_mut_ptr()) };
-        }
-    }
+    let decay = softmax(s, spec, seen, (p, weights), state);
     let out = &mut out[row * width..][..seen.len() * width];
     rescale(s, seen, &decay, width, out);
     if !healthy {
@@ -163,7 +167,7 @@ fn scores<S: Simd>(s: S, rows: &Rows<'_>, blocks: &[u32], q: &[u16], p: &mut [f3
         let p = &mut p[pair * 2 * BLOCK_TOKENS..];
         let target = Target { start: p.as_mut_ptr(), stride: TILE_KEYS, n_rows, add: false };
         // SAFETY: a head's keys in a block are `width / 32` tiles, as are 16 queries; `p` has 16 rows of 64.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target) };
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target, &mut ()) };
     }
 }
 
@@ -181,7 +185,7 @@ fn weighted_sum<S: Simd>(s: S, rows: &Rows<'_>, (weights, v): (&[u16], &[u16]), 
         assert!(out.len() >= (TILE - 1) * width + column + 2 * TILE);
         let target = Target { start: out[column..].as_mut_ptr(), stride: width, n_rows, add: true };
         // SAFETY: weights and values hold 64 keys, of which the tiles of the first `end` are read; `out` has 16 rows.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target) };
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target, &mut ()) };
     }
 }
 
