@@ -1,7 +1,7 @@
 //! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
 //! of the program is here or in the pipeline file, with its unit in its name.
 
-use crate::device::cpu::Numerics;
+use crate::device::cpu::{Isa, Numerics};
 use crate::hub::remote::Remote;
 use crate::pipeline::spec::{FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
@@ -19,6 +19,8 @@ pub struct Config {
     pub memory_bytes: u64,
     /// Threads that compute.
     pub n_threads: usize,
+    /// Their instructions.
+    pub isa: Isa,
     /// Where models are kept.
     pub cache: PathBuf,
     /// Where models called `org/name` come from.
@@ -92,6 +94,7 @@ impl Config {
             defaults,
             memory_bytes,
             n_threads,
+            isa: isa()?,
             cache: cache_folder()?,
             hub: hub(),
             created: now_or_source_date_epoch()?,
@@ -278,6 +281,17 @@ pub fn cache_folder() -> Result<PathBuf> {
         .or_else(|| var("XDG_CACHE_HOME").map(|p| p.join("valar")))
         .or_else(|| var("HOME").map(|p| p.join(".cache/valar")))
         .context("neither VALAR_CACHE, XDG_CACHE_HOME nor HOME is set: no place to keep models")
+}
+
+/// The instruction-set path that `VALAR_CPU` names, else the fastest of this machine.
+pub fn isa() -> Result<Isa> {
+    let Some(name) = std::env::var("VALAR_CPU").ok().filter(|name| !name.is_empty()) else {
+        return Ok(Isa::detect());
+    };
+    Isa::named(&name).with_context(|| {
+        let names: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
+        format!("VALAR_CPU: {name:?} is not one of this machine's paths: {}", names.join(", "))
+    })
 }
 
 /// The model hub that `HF_ENDPOINT` names, with the token in `HF_TOKEN`.

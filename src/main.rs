@@ -41,14 +41,17 @@ fn run(cli: Cli) -> Result<u8> {
                 Err(error) => Ok(usage(&error)),
             }
         }
-        Command::Bench(BenchArgs { machine: Some(MachineBench::Roof { threads }), .. }) => match config::n_threads(threads) {
-            Ok(n_threads) => kernels::show_roof(n_threads).map(|()| 0),
-            Err(error) => Ok(usage(&error)),
-        },
+        Command::Bench(BenchArgs { machine: Some(MachineBench::Roof { threads }), .. }) => {
+            match config::n_threads(threads).and_then(|n_threads| Ok((config::isa()?, n_threads))) {
+                Ok((isa, n_threads)) => kernels::show_roof(isa, n_threads).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
         Command::Bench(BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads }), .. }) => {
             let numerics = numerics.filter(|name| name != "fast").map(|name| Numerics::named(&name)).transpose();
-            match numerics.context("--numerics").and_then(|numerics| Ok((numerics, config::n_threads(threads)?))) {
-                Ok((numerics, n_threads)) => kernels::show_kernels(numerics, n_threads).map(|()| 0),
+            let settings = numerics.context("--numerics").and_then(|n| Ok((config::isa()?, n, config::n_threads(threads)?)));
+            match settings {
+                Ok((isa, numerics, n_threads)) => kernels::show_kernels(isa, numerics, n_threads).map(|()| 0),
                 Err(error) => Ok(usage(&error)),
             }
         }

@@ -30,8 +30,7 @@ const SHAPES: [(&str, usize, usize, usize, usize, usize); 4] = [
 ///
 /// # Errors
 /// The output can't be written.
-pub fn show_roof(n_threads: usize) -> Result<()> {
-    let isa = Isa::detect();
+pub fn show_roof(isa: Isa, n_threads: usize) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{} threads, {} path", n_threads, isa.name())?;
     for peak in peaks(isa, n_threads) {
@@ -45,8 +44,7 @@ pub fn show_roof(n_threads: usize) -> Result<()> {
 ///
 /// # Errors
 /// The output can't be written.
-pub fn show_kernels(numerics: Option<Numerics>, n_threads: usize) -> Result<()> {
-    let isa = Isa::detect();
+pub fn show_kernels(isa: Isa, numerics: Option<Numerics>, n_threads: usize) -> Result<()> {
     let numerics = numerics.unwrap_or(Numerics::fastest(isa));
     let dev = CpuDevice::new(isa, numerics, n_threads);
     let peaks = peaks(isa, n_threads);

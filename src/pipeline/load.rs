@@ -6,7 +6,7 @@ use super::null::NullRunner;
 use super::progress::say;
 use super::spec::EngineKind;
 use crate::config::Config;
-use crate::device::cpu::{CpuDevice, Isa, Numerics};
+use crate::device::cpu::{CpuDevice, Numerics};
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
 use crate::engine::TokenTable;
@@ -133,7 +133,7 @@ const MAX_FAST_BF16_BYTES: usize = 4 << 30;
 /// The CPU in the numbers asked for. What `fast` means depends on the model and the machine's instructions, never on free
 /// memory: that must not change a result.
 fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &Config) -> Result<CpuDevice> {
-    let isa = Isa::detect();
+    let isa = config.isa;
     let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads);
     if config.spec.model.numerics != "fast" {
         return Ok(device(Numerics::named(&config.spec.model.numerics)?));

@@ -3,6 +3,7 @@
 use crate::common::{Sandbox, chat_line, root};
 use serde_json::{Value, json};
 use std::fs;
+use valar::device::cpu::Isa;
 
 #[test]
 fn a_job_of_requests_writes_one_outcome_per_row() {
@@ -218,4 +219,26 @@ fn memory_does_not_grow_with_the_input() {
     let (small, large) = (peak_bytes(3_000), peak_bytes(150_000));
     // The larger input has 14 MB, its errors 65 MB; the table of ids may keep 16 MB in its cache.
     assert!(large < small + (40 << 20), "{} MiB with 3,000 rows, {} MiB with 150,000", small >> 20, large >> 20);
+}
+
+#[test]
+fn every_path_of_the_cpu_writes_the_same_files() {
+    let sandbox = Sandbox::new();
+    let lines: Vec<_> = (0..3).map(|i| chat_line(&format!("row-{i}"), &"so ".repeat(i + 1), json!({"max_tokens": 3}))).collect();
+    sandbox.write("in.jsonl", lines.join("\n"));
+    let run = |path: &str| {
+        let args = ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--numerics", "int8", "--restart", "--quiet"];
+        sandbox.command(&args).env("VALAR_CPU", path).output().unwrap()
+    };
+    let mut truth = None;
+    for isa in Isa::available() {
+        let output = run(isa.name());
+        assert!(output.status.success(), "{}: {}", isa.name(), String::from_utf8_lossy(&output.stderr));
+        let written = sandbox.read("out.jsonl");
+        assert_eq!(truth.get_or_insert_with(|| written.clone()), &written, "{}", isa.name());
+    }
+    let output = run("sse9");
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("VALAR_CPU") && said.contains("\"sse9\"") && said.contains("portable"), "{said}");
 }
