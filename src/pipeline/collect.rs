@@ -1,7 +1,7 @@
 //! The collecting side of a job, on the main thread: finished rows become records, records are committed in groups.
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
-use super::answer::{Answers, PromptMeta, RowMeta, broken, step_answer};
+use super::answer::{Answers, RowMeta, broken, step_answer};
 use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
 use super::stepper::{PreparedStep, StepTask};
@@ -10,6 +10,7 @@ use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
 use crate::engine::{EngineStats, Finished};
 use crate::journal::{Journal, Place, Record};
 use crate::outcome::RowError;
+use crate::prepare::sequences::PromptMeta;
 use crate::prepare::{Origin, StepAnswer};
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashMap};

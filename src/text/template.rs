@@ -23,6 +23,8 @@ pub struct ChatTemplate {
     environment: Result<Environment<'static>, String>,
     source: Option<String>,
     call_format: Option<CallFormat>,
+    /// The special tokens it may name.
+    specials: BTreeMap<String, String>,
     hash: String,
 }
 
@@ -59,7 +61,7 @@ impl ChatTemplate {
     fn from_source(source: Option<&str>, specials: &BTreeMap<&str, &str>) -> Self {
         let none = || {
             let environment = Err("the model has no chat template: give it raw prompts".to_owned());
-            Self { environment, source: None, call_format: None, hash: hash(&[]) }
+            Self { environment, source: None, call_format: None, specials: BTreeMap::new(), hash: hash(&[]) }
         };
         source.map_or_else(none, |source| Self::new(source, specials))
     }
@@ -80,12 +82,23 @@ impl ChatTemplate {
             Ok(()) => Ok(environment),
             Err(error) => Err(format!("the model's chat template does not compile: {error}")),
         };
-        Self { environment, source: Some(source.to_owned()), call_format: CallFormat::of_template(source), hash: hash(&parts) }
+        Self {
+            environment,
+            source: Some(source.to_owned()),
+            call_format: CallFormat::of_template(source),
+            specials: specials.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect(),
+            hash: hash(&parts),
+        }
     }
 
     /// The template as its authors wrote it, if there is one.
     pub fn source(&self) -> Option<&str> {
         self.source.as_deref()
+    }
+
+    /// A special token by the name that templates have for it (`bos_token`, `eos_token`, …), if the model has it.
+    pub fn special(&self, name: &str) -> Option<&str> {
+        self.specials.get(name).map(String::as_str)
     }
 
     /// How the model writes function calls; `None` if its template does not teach it.
