@@ -42,6 +42,8 @@ pub struct ModelConfig {
     pub device: String,
     /// In which numbers the CPU computes.
     pub numerics: String,
+    /// A file with another chat template than the model's own.
+    pub chat_template: Option<PathBuf>,
     /// What computes.
     pub kind: EngineKind,
     /// Tokens per step.
@@ -137,6 +139,7 @@ impl Config {
             name: model.name.clone(),
             device: model.device.clone(),
             numerics: model.numerics.clone(),
+            chat_template: None,
             kind: engine.kind,
             budget_tokens: engine.budget_tokens,
             max_running: engine.max_running,

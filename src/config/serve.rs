@@ -117,6 +117,8 @@ struct ModelEntry {
     device: String,
     #[serde(default = "fast")]
     numerics: String,
+    /// A file with another chat template than the model's own.
+    chat_template: Option<PathBuf>,
 }
 
 fn all_windows() -> Vec<Window> {
@@ -176,10 +178,20 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
     let mut entries = spec.model.clone();
     if let Some(weights) = &flags.model {
         let (device, numerics) = (flags.device.clone().unwrap_or_else(cpu), flags.numerics.clone().unwrap_or_else(fast));
-        entries.insert(0, ModelEntry { id: None, weights: weights.clone(), windows: all_windows(), device, numerics });
+        entries.insert(
+            0,
+            ModelEntry { id: None, weights: weights.clone(), windows: all_windows(), device, numerics, chat_template: None },
+        );
     } else if entries.is_empty() {
         let weights = crate::pipeline::spec::ModelSpec::default().name;
-        entries.push(ModelEntry { id: None, weights, windows: all_windows(), device: cpu(), numerics: fast() });
+        entries.push(ModelEntry {
+            id: None,
+            weights,
+            windows: all_windows(),
+            device: cpu(),
+            numerics: fast(),
+            chat_template: None,
+        });
     }
     let memory_bytes = match flags.memory.as_ref().or(engine.memory.as_ref()) {
         Some(text) => parse_bytes(text).context("engine.memory")?,
@@ -188,8 +200,8 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
     ensure!(engine.budget_tokens >= 16, "engine.budget_tokens: {} is under the least that works, 16", engine.budget_tokens);
     ensure!(engine.max_running >= 1, "engine.max_running: must be at least 1");
     let n_threads = n_threads(flags.threads.or(engine.threads)).context("engine.threads")?;
-    let mut names: Vec<(&str, &str, &str)> =
-        entries.iter().map(|entry| (&*entry.weights, &*entry.device, &*entry.numerics)).collect();
+    let mut names: Vec<_> =
+        entries.iter().map(|entry| (&entry.weights, &entry.device, &entry.numerics, &entry.chat_template)).collect();
     names.sort_unstable();
     names.dedup();
     let n_loaded = names.len() as u64;
@@ -204,6 +216,7 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
             name: entry.weights.clone(),
             device: entry.device.clone(),
             numerics: entry.numerics.clone(),
+            chat_template: entry.chat_template.clone(),
             kind: flags.engine.unwrap_or(engine.kind),
             budget_tokens: engine.budget_tokens,
             max_running: engine.max_running,

@@ -91,7 +91,11 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
         }
     };
     let local = hub::resolve(&config.name, &config.cache, config.hub.as_ref(), &mut tell)?;
-    let Opened { file, spec, tokenizer, template } = open_files(&local)?;
+    let Opened { file, spec, tokenizer, mut template } = open_files(&local)?;
+    if let Some(path) = &config.chat_template {
+        let source = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        template = template.replaced(&source);
+    }
     ensure!(
         tokenizer.n_vocab() == spec.n_vocab,
         "{}: the tokenizer has {} tokens, the embedding {}",

@@ -9,6 +9,7 @@ use super::models::{Offered, now};
 use super::windows::{self, Mode, Window};
 use crate::format::openai::answer::Stamp;
 use crate::format::openai::{Endpoint, parse_body};
+use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::Prompt;
 use crate::text::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
@@ -45,6 +46,11 @@ impl Call {
     /// # Errors
     /// Too many calls wait.
     pub fn submit(model: Arc<Offered>, window: Window, prompts: &[Prompt], echo: Option<Box<Value>>) -> Result<Self, ApiError> {
+        let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
+        if n_sequences > MAX_SEQUENCES {
+            let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
+            return Err(ApiError::invalid_value("n", message));
+        }
         let flow = model.live.submit(prompts, window.class(), ids::seed()).map_err(|_busy| ApiError::busy())?;
         let stamp = Stamp {
             job_fingerprint: String::new(),
@@ -75,7 +81,7 @@ impl Call {
         let (mut request, echo) = parse_body(0, endpoint, body, &app.defaults)?;
         // The name is the server's matter, not the weights'.
         request.model = None;
-        let prompts = model.live.prepare(request, endpoint).await?;
+        let prompts = model.live.prepare(request, endpoint).await.map_err(|error| named(error, endpoint, body))?;
         Ok((model, window, prompts, echo))
     }
 
@@ -92,6 +98,39 @@ impl Call {
         let completion = self.flow.complete(&self.model.live.preparer.tokenizer).await?;
         Ok(self.stamp.answer(&self.id, endpoint, self.echo.as_deref(), &completion))
     }
+}
+
+/// Most completions of one call.
+const MAX_SEQUENCES: usize = 4096;
+
+/// Where a format may stand in a body.
+const FORMATS: [&str; 10] = [
+    "response_format",
+    "regex",
+    "grammar",
+    "guided_json",
+    "guided_regex",
+    "guided_grammar",
+    "guided_choice",
+    "structured_outputs",
+    "text",
+    "output_config",
+];
+
+/// An error of preparing, its field as this body has it.
+pub fn named(error: RowError, endpoint: Endpoint, body: &Map<String, Value>) -> ApiError {
+    let is_given = |key: &str| body.get(key).is_some_and(|value| !value.is_null());
+    let is_format = error.field.as_deref() == Some("body.response_format");
+    let field = match (error.code, &error.field) {
+        (_, Some(_)) if is_format => FORMATS.into_iter().find(|key| is_given(key)),
+        (ErrorCode::TemplateError, None) if is_given("continue_final_message") => Some("continue_final_message"),
+        (ErrorCode::TemplateError, None) => Some(if endpoint == Endpoint::Responses { "input" } else { "messages" }),
+        _ => None,
+    };
+    let error = ApiError::from(error);
+    let Some(field) = field else { return error };
+    let message = error.message.strip_prefix("response_format: ").unwrap_or(&error.message);
+    ApiError { message: format!("{field}: {message}"), param: Some(field.to_owned()), ..error }
 }
 
 /// How an answer is sent.

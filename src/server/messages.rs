@@ -3,7 +3,7 @@
 
 use super::App;
 use super::body::JsonObject;
-use super::call::{Call, Streaming};
+use super::call::{Call, Streaming, named};
 use super::errors::{ApiError, Dialect, json_response};
 use super::ids;
 use super::shown::Shown;
@@ -75,16 +75,17 @@ async fn prepare(
     let asked = header.or(windows::asked(windows::metadata(body)?));
     let window = windows::resolve(asked, Mode::Foreground, &model.id, &model.windows)?;
     let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
-    let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await.map_err(too_long)?;
+    let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
+    let prompts = prompts.map_err(|error| too_long(error, body))?;
     Ok(Prepared { model, window, prompts })
 }
 
 /// Clients know a prompt that is too long by the beginning of this text.
-fn too_long(error: RowError) -> ApiError {
+fn too_long(error: RowError, body: &Map<String, Value>) -> ApiError {
     let is_too_long = error.code == ErrorCode::ContextLengthExceeded;
     let mut numbers = error.message.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
     let (n_tokens, last) = (numbers.next().unwrap_or_default().to_owned(), numbers.next_back().unwrap_or_default().to_owned());
-    let error = ApiError::from(error);
+    let error = named(error, Endpoint::ChatCompletions, body);
     if is_too_long {
         let message = format!("prompt is too long: {n_tokens} tokens > {last} maximum ({})", error.message);
         return ApiError { message, ..error };
@@ -247,6 +248,6 @@ mod tests {
         let message =
             "body.messages: 9000 prompt tokens and max_tokens 5 are over the limit of 8192 tokens (the model's context)";
         let error = RowError { code: ErrorCode::ContextLengthExceeded, field: None, message: message.into() };
-        assert!(too_long(error).message.starts_with("prompt is too long: 9000 tokens > 8192 maximum"));
+        assert!(too_long(error, &Map::new()).message.starts_with("prompt is too long: 9000 tokens > 8192 maximum"));
     }
 }

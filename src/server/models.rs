@@ -5,6 +5,7 @@ use super::App;
 use super::errors::{ApiError, json_response};
 use super::live::LiveModel;
 use super::windows::Window;
+use crate::config::ModelConfig;
 use crate::config::serve::ServeConfig;
 use anyhow::{Result, ensure};
 use axum::extract::{Path, State};
@@ -36,16 +37,19 @@ impl Models {
     /// Loads what the configuration names.
     pub(super) fn load(config: &ServeConfig) -> Result<Self> {
         let mut offered: Vec<Arc<Offered>> = Vec::new();
-        let mut loaded: Vec<(&str, &str, &str, Arc<LiveModel>)> = Vec::new();
+        let mut loaded: Vec<(&ModelConfig, Arc<LiveModel>)> = Vec::new();
         for next in &config.models {
             let model = &next.model;
-            let key = (model.name.as_str(), model.device.as_str(), model.numerics.as_str());
-            let known = loaded.iter().find(|(name, device, numerics, _)| (*name, *device, *numerics) == key);
-            let live = if let Some((.., live)) = known {
+            let key = |model: &ModelConfig| {
+                let ModelConfig { name, device, numerics, chat_template, .. } = model.clone();
+                (name, device, numerics, chat_template)
+            };
+            let known = loaded.iter().find(|(other, _)| key(other) == key(model));
+            let live = if let Some((_, live)) = known {
                 Arc::clone(live)
             } else {
                 let live = Arc::new(LiveModel::start(model, config.defaults.clone(), &config.limits)?);
-                loaded.push((key.0, key.1, key.2, Arc::clone(&live)));
+                loaded.push((model, Arc::clone(&live)));
                 live
             };
             let id = next.id.clone().unwrap_or_else(|| live.preparer.model.name.clone());

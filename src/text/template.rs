@@ -61,7 +61,7 @@ impl ChatTemplate {
     fn from_source(source: Option<&str>, specials: &BTreeMap<&str, &str>) -> Self {
         let none = || {
             let environment = Err("the model has no chat template: give it raw prompts".to_owned());
-            Self { environment, source: None, call_format: None, specials: BTreeMap::new(), hash: hash(&[]) }
+            Self { environment, source: None, call_format: None, specials: owned(specials), hash: hash(&[]) }
         };
         source.map_or_else(none, |source| Self::new(source, specials))
     }
@@ -86,9 +86,16 @@ impl ChatTemplate {
             environment,
             source: Some(source.to_owned()),
             call_format: CallFormat::of_template(source),
-            specials: specials.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect(),
+            specials: owned(specials),
             hash: hash(&parts),
         }
+    }
+
+    /// Another template for the same model: its special tokens have the same names.
+    #[must_use]
+    pub fn replaced(&self, source: &str) -> Self {
+        let specials = self.specials.iter().map(|(name, token)| (name.as_str(), token.as_str())).collect();
+        Self::new(source, &specials)
     }
 
     /// The template as its authors wrote it, if there is one.
@@ -239,6 +246,10 @@ fn base_environment() -> Environment<'static> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
     environment
+}
+
+fn owned(specials: &BTreeMap<&str, &str>) -> BTreeMap<String, String> {
+    specials.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect()
 }
 
 fn compiled<'a>(environment: &'a Environment<'static>) -> minijinja::Template<'a, 'a> {

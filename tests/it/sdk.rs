@@ -26,14 +26,18 @@ fn python() -> PathBuf {
 #[test]
 fn the_official_clients_find_nothing_wrong() {
     let python = python();
-    // The name that the service's documents use, for the default model.
-    let server =
-        Server::with("[[model]]\nid = \"moonshotai/Kimi-K2.6\"\nweights = \"SmolLM2-135M-Instruct\"\n", &["--api-key", KEY]);
+    // The name that the service's documents use, for the default model; and the model with a template that knows tools.
+    let weights = "weights = \"SmolLM2-135M-Instruct\"";
+    let template = root().join("tests/sdk/tools.jinja");
+    let named = format!("[[model]]\nid = \"moonshotai/Kimi-K2.6\"\n{weights}\n");
+    let with_tools = format!("[[model]]\nid = \"with-tools\"\n{weights}\nchat_template = {template:?}\n");
+    let config = named + &with_tools;
+    let server = Server::with(&config, &["--api-key", KEY]);
     let url = format!("http://{}", server.address);
     let script = root().join("tests/sdk/check.py");
     let output = Command::new(python).arg(script).args([&url, KEY, "moonshotai/Kimi-K2.6"]).output().unwrap();
     let (said, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{complaints}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 9, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 10, "{said}");
     server.wait_idle();
 }

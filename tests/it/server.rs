@@ -166,10 +166,8 @@ fn messages_have_the_bits_of_a_chat_streamed_or_not() {
     let answer = server.post("/v1/messages", message.clone()).json();
     assert_eq!(answer["content"][0]["text"], chat["choices"][0]["message"]["content"], "{answer}");
     let stopped = chat["choices"][0]["finish_reason"] == "stop";
-    assert_eq!(
-        (&answer["stop_reason"], &answer["stop_sequence"]),
-        if stopped { (&json!("stop_sequence"), &json!("5")) } else { (&json!("max_tokens"), &Value::Null) }
-    );
+    let end = if stopped { json!(["stop_sequence", "5"]) } else { json!(["max_tokens", null]) };
+    assert_eq!(json!([answer["stop_reason"], answer["stop_sequence"]]), end);
     let usage = &answer["usage"];
     let total = usage["input_tokens"].as_u64().unwrap() + usage["cache_read_input_tokens"].as_u64().unwrap();
     assert_eq!(chat["usage"]["prompt_tokens"], total);

@@ -106,7 +106,10 @@ impl Server {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let mut response = self.agent.run(request.body(body.into()).unwrap()).unwrap();
+        let body = body.into();
+        let response =
+            if body.is_empty() { self.agent.run(request.body(()).unwrap()) } else { self.agent.run(request.body(body).unwrap()) };
+        let mut response = response.unwrap();
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         Answer { status, headers, text: response.body_mut().with_config().limit(1 << 30).read_to_string().unwrap() }
     }
