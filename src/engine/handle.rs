@@ -22,7 +22,7 @@ const GROUP: usize = 256;
 /// Steps after which an idle engine's books are audited again: that takes as long as many small steps.
 const AUDIT_STEPS: u64 = 1024;
 
-/// Called on the engine's thread after each step, with what came of it. The engine waits for it: it should hand on and
+/// Called on the engine's thread after each step, with what came of it, and when there is nothing left to do. The engine waits for it: it should hand on and
 /// return, and must not call the handle.
 pub type Deliver = Box<dyn FnMut(Delivery<'_>) + Send>;
 
@@ -170,6 +170,8 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                     engine.check();
                     audit_at = engine.stats().steps + AUDIT_STEPS;
                 }
+                // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
+                deliver(Delivery { finished: Vec::new(), progress: Vec::new(), stats: engine.stats() });
                 inbox.recv().map_err(|_| TryRecvError::Disconnected)
             };
             match command {

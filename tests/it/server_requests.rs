@@ -23,114 +23,28 @@ fn values() -> Vec<Value> {
     values
 }
 
+/// What draws are made with, and more that chats and texts have in common.
+const SAMPLING: &str = "max_tokens temperature top_p top_k min_p n seed stop presence_penalty frequency_penalty \
+    repetition_penalty logit_bias logprobs metadata stream stream_options response_format ignore_eos min_tokens \
+    stop_token_ids regex grammar best_of structured_outputs model";
+const CHAT: &str = "messages tools tool_choice top_logprobs parallel_tool_calls max_completion_tokens audio modalities \
+    functions web_search_options continue_final_message chat_template_kwargs reasoning_effort";
+const TEXT: &str = "prompt echo suffix truncate_prompt_tokens";
+const RESPONSES: &str = "model input instructions max_output_tokens temperature top_p top_logprobs include tools tool_choice \
+    parallel_tool_calls text reasoning truncation metadata stream store background previous_response_id prompt conversation \
+    max_tokens seed stop";
+const MESSAGES: &str = "model messages max_tokens system stop_sequences stream tools tool_choice output_config thinking \
+    temperature top_p top_k seed mcp_servers metadata";
+
 /// A body that is right, its endpoint, and every field that has a meaning there.
 fn bodies() -> Vec<(&'static str, Value, Vec<&'static str>)> {
-    let sampling = [
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "n",
-        "seed",
-        "stop",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "logprobs",
-        "metadata",
-        "stream",
-        "stream_options",
-        "response_format",
-        "ignore_eos",
-        "min_tokens",
-        "stop_token_ids",
-        "regex",
-        "grammar",
-        "best_of",
-        "structured_outputs",
-        "model",
-    ];
-    let with = |own: &[&'static str]| sampling.iter().chain(own).copied().collect();
     let messages = json!([{"role": "user", "content": "Hi"}]);
+    let fields = |lists: &[&'static str]| lists.iter().flat_map(|list| list.split_whitespace()).collect();
     vec![
-        (
-            "/v1/chat/completions",
-            json!({"model": MODEL, "messages": messages, "max_tokens": 1}),
-            with(&[
-                "messages",
-                "tools",
-                "tool_choice",
-                "top_logprobs",
-                "parallel_tool_calls",
-                "max_completion_tokens",
-                "audio",
-                "modalities",
-                "functions",
-                "web_search_options",
-                "continue_final_message",
-                "chat_template_kwargs",
-                "reasoning_effort",
-            ]),
-        ),
-        (
-            "/v1/completions",
-            json!({"model": MODEL, "prompt": "Hi", "max_tokens": 1}),
-            with(&["prompt", "echo", "suffix", "truncate_prompt_tokens"]),
-        ),
-        (
-            "/v1/responses",
-            json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1}),
-            vec![
-                "model",
-                "input",
-                "instructions",
-                "max_output_tokens",
-                "temperature",
-                "top_p",
-                "top_logprobs",
-                "include",
-                "tools",
-                "tool_choice",
-                "parallel_tool_calls",
-                "text",
-                "reasoning",
-                "truncation",
-                "metadata",
-                "stream",
-                "store",
-                "background",
-                "previous_response_id",
-                "prompt",
-                "conversation",
-                "max_tokens",
-                "seed",
-                "stop",
-            ],
-        ),
-        (
-            "/v1/messages",
-            json!({"model": MODEL, "messages": messages, "max_tokens": 1}),
-            vec![
-                "model",
-                "messages",
-                "max_tokens",
-                "system",
-                "stop_sequences",
-                "stream",
-                "tools",
-                "tool_choice",
-                "output_config",
-                "thinking",
-                "temperature",
-                "top_p",
-                "top_k",
-                "seed",
-                "mcp_servers",
-                "metadata",
-            ],
-        ),
+        ("/v1/chat/completions", json!({"model": MODEL, "messages": messages, "max_tokens": 1}), fields(&[SAMPLING, CHAT])),
+        ("/v1/completions", json!({"model": MODEL, "prompt": "Hi", "max_tokens": 1}), fields(&[SAMPLING, TEXT])),
+        ("/v1/responses", json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1}), fields(&[RESPONSES])),
+        ("/v1/messages", json!({"model": MODEL, "messages": messages, "max_tokens": 1}), fields(&[MESSAGES])),
     ]
 }
 
