@@ -131,7 +131,7 @@ impl Numbered {
         ]
     }
 
-    fn delta(&mut self, item_id: &str, delta: &str, logprobs: Value) -> Event {
+    fn delta(&mut self, item_id: &str, delta: &str, logprobs: &Value) -> Event {
         let fields = json!({"item_id": item_id, "output_index": 0, "content_index": 0, "delta": delta, "logprobs": logprobs});
         self.event("response.output_text.delta", fields)
     }
@@ -200,7 +200,7 @@ pub fn events(mut call: Call, own: Own) -> impl Stream<Item = Event> {
                         yield event;
                     }
                 }
-                yield numbered.delta(&item_id, &text, std::mem::take(&mut logprobs).into());
+                yield numbered.delta(&item_id, &text, &std::mem::take(&mut logprobs).into());
             }
         }
         let completion = call.flow.completion(&tokenizer);
@@ -215,7 +215,7 @@ pub fn events(mut call: Call, own: Own) -> impl Stream<Item = Event> {
                 }
                 let rest = shown.rest(&completion.choices[0].text);
                 if !rest.is_empty() || !logprobs.is_empty() {
-                    yield numbered.delta(&item_id, rest, std::mem::take(&mut logprobs).into());
+                    yield numbered.delta(&item_id, rest, &std::mem::take(&mut logprobs).into());
                 }
             }
             for event in numbered.close_item(output_index, item) {
