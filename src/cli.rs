@@ -27,6 +27,9 @@ pub enum Command {
     Plan(PlanArgs),
     /// Run a workload file and print tokens per second, peak memory and the share of time spent computing
     Bench(BenchArgs),
+    /// Serve models over HTTP, in the forms of `OpenAI` and Anthropic
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
     /// Fetch a model by name into the cache
     Pull {
         /// A name from `valar models`, or org/name (org/name@revision) on the hub that `HF_ENDPOINT` names
@@ -68,6 +71,36 @@ Examples:
 
 Invalid rows by line and reason, prompt lengths, duplicates, what sharing prefixes saves, and what the run will need:
 steps, KV cache, time and money, from short completions to the longest that rows allow.";
+
+const SERVE_HELP: &str = "\
+Examples:
+  valar serve --model SmolLM2-135M-Instruct --port 8000
+  valar serve --config valar.toml --api-key secret
+
+The first signal (SIGTERM or Ctrl-C) lets running calls finish, a second one ends them.";
+
+/// `valar serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Settings (TOML); its keys are in the README. Flags win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder for everything that must last [default: valar-data]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Port to listen on; 0 lets the system choose [default: 8000]
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// A key that callers must send (repeatable); without any, anybody may call
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Vec<String>,
+    /// What computes
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
 
 /// `valar plan`
 #[derive(Debug, Args)]

@@ -1,9 +1,11 @@
 //! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
 //! of the program is here or in the pipeline file, with its unit in its name.
 
+pub mod serve;
+
 use crate::device::cpu::{Isa, Numerics};
 use crate::hub::remote::Remote;
-use crate::pipeline::spec::{FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
+use crate::pipeline::spec::{EngineKind, FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
@@ -29,6 +31,37 @@ pub struct Config {
     pub created: u64,
     /// Throw away what an earlier run of this job left.
     pub restart: bool,
+    /// No progress lines.
+    pub quiet: bool,
+}
+
+/// Which model runs, on what, and how much of the machine it may have.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    /// A catalogue name, `org/name`, or a path.
+    pub name: String,
+    /// `cpu` or `reference`.
+    pub device: String,
+    /// In which numbers the CPU computes.
+    pub numerics: String,
+    /// A file with another chat template than the model's own.
+    pub chat_template: Option<PathBuf>,
+    /// What computes.
+    pub kind: EngineKind,
+    /// Tokens per step.
+    pub budget_tokens: usize,
+    /// Sequences per step.
+    pub max_running: usize,
+    /// Bytes for weights, KV cache and workspace.
+    pub memory_bytes: u64,
+    /// Threads that compute.
+    pub n_threads: usize,
+    /// Their instructions.
+    pub isa: Isa,
+    /// Where models are kept.
+    pub cache: PathBuf,
+    /// Where models called `org/name` come from.
+    pub hub: Option<Remote>,
     /// No progress lines.
     pub quiet: bool,
 }
@@ -102,6 +135,26 @@ impl Config {
             quiet,
             spec,
         })
+    }
+
+    /// The job's model.
+    pub fn model(&self) -> ModelConfig {
+        let (model, engine) = (&self.spec.model, &self.spec.engine);
+        ModelConfig {
+            name: model.name.clone(),
+            device: model.device.clone(),
+            numerics: model.numerics.clone(),
+            chat_template: None,
+            kind: engine.kind,
+            budget_tokens: engine.budget_tokens,
+            max_running: engine.max_running,
+            memory_bytes: self.memory_bytes,
+            n_threads: self.n_threads,
+            isa: self.isa,
+            cache: self.cache.clone(),
+            hub: self.hub.clone(),
+            quiet: self.quiet,
+        }
     }
 }
 

@@ -18,6 +18,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod prepare;
 pub mod request;
+pub mod server;
 pub mod storage;
 pub mod tensor;
 pub mod text;

@@ -5,11 +5,13 @@ use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
 use valar::cli::{BenchArgs, Cli, Command, MachineBench};
+use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, cache_folder};
 use valar::device::cpu::Numerics;
 use valar::hub;
 use valar::pipeline::progress::say;
 use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, spec};
+use valar::server;
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -62,6 +64,10 @@ fn run(cli: Cli) -> Result<u8> {
             };
             Ok(exit_code(&workload.run(args.json)?))
         }
+        Command::Serve(args) => match ServeConfig::new(&args) {
+            Ok(config) => server::serve(&config).map(|()| 0),
+            Err(error) => Ok(usage(&error)),
+        },
         Command::Pull { name } => pull(&name),
         Command::Models => models(),
         Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),

@@ -9,7 +9,7 @@ use std::thread::{Builder, JoinHandle};
 
 use anyhow::{Context, anyhow};
 
-use super::{Engine, EngineStats, Finished, Submission};
+use super::{Engine, EngineStats, Finished, Progress, Submission};
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
@@ -22,9 +22,19 @@ const GROUP: usize = 256;
 /// Steps after which an idle engine's books are audited again: that takes as long as many small steps.
 const AUDIT_STEPS: u64 = 1024;
 
-/// Called on the engine's thread after each step, with what it finished (to be drained, perhaps nothing) and the
-/// counters. The engine waits for it: it should hand on and return, and must not call the handle.
-pub type Deliver = Box<dyn FnMut(&mut Vec<Finished>, &EngineStats) + Send>;
+/// Called on the engine's thread after each step, with what came of it, and when there is nothing left to do. The engine waits for it: it should hand on and
+/// return, and must not call the handle.
+pub type Deliver = Box<dyn FnMut(Delivery<'_>) + Send>;
+
+/// What came of a step.
+pub struct Delivery<'a> {
+    /// Rows that it completed.
+    pub finished: Vec<Finished>,
+    /// What watched rows gained.
+    pub progress: Vec<Progress>,
+    /// Counters and gauges.
+    pub stats: &'a EngineStats,
+}
 
 /// An engine at work on its own thread. May be shared by reference between threads.
 pub struct EngineHandle {
@@ -160,6 +170,8 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                     engine.check();
                     audit_at = engine.stats().steps + AUDIT_STEPS;
                 }
+                // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
+                deliver(Delivery { finished: Vec::new(), progress: Vec::new(), stats: engine.stats() });
                 inbox.recv().map_err(|_| TryRecvError::Disconnected)
             };
             match command {
@@ -187,8 +199,8 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
         }
         engine.step(&mut finished)?;
         leave(&engine, &mut n_known, gate);
-        deliver(&mut finished, engine.stats());
-        finished.clear();
+        let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
+        deliver(Delivery { finished, progress, stats: engine.stats() });
     }
 }
 

@@ -9,6 +9,7 @@ mod audit;
 mod batch;
 mod blocks;
 pub mod handle;
+mod progress;
 pub mod sampling;
 mod scheduler;
 mod sequence;
@@ -17,6 +18,7 @@ pub mod stop;
 mod stream;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use anyhow::ensure;
 
@@ -29,6 +31,7 @@ use crate::window::Class;
 use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
+pub use progress::Progress;
 pub use sequence::Submission;
 
 /// What the engine must know of the tokenizer.
@@ -165,6 +168,8 @@ pub struct Engine {
     out: StepOutput,
     /// Rows of the step (places in `scheduled`) whose grammar can't be followed, and why.
     broken: Vec<(usize, String)>,
+    /// What watched rows gained since it was taken.
+    progress: Vec<Progress>,
 }
 
 impl Engine {
@@ -188,7 +193,21 @@ impl Engine {
         );
         let batch = batch::with_capacity(&limits, config.max_running);
         let out = StepOutput { rows: Vec::with_capacity(max_step_seqs) };
-        Ok(Self { scheduler: Scheduler::new(config, limits), runner, tokens, batch, out, broken: Vec::new() })
+        Ok(Self {
+            scheduler: Scheduler::new(config, limits),
+            runner,
+            tokens,
+            batch,
+            out,
+            broken: Vec::new(),
+            progress: Vec::new(),
+        })
+    }
+
+    /// Takes the most tokens of a step while asap rows are there from `tokens`, which may change between steps; never more
+    /// than the budget. Changes no result: only how prompts are cut into steps.
+    pub fn limit_asap_steps(&mut self, tokens: Arc<AtomicUsize>) {
+        self.scheduler.asap_tokens = tokens;
     }
 
     /// Queues a prompt. Gives it back if its class's queue is full: step, then try again.
@@ -284,6 +303,9 @@ impl Engine {
             } else if share.first_position + share.n_tokens == seq.n_tokens() {
                 ended = Some(FinishReason::Length); // nothing to draw
             }
+            if seq.params.watch {
+                self.progress.extend(seq.take_progress(ended.is_some()));
+            }
             if let Some(reason) = ended {
                 seq.phase = Phase::Finished;
                 streams[seq.stream_idx].note_finished(seq);
@@ -294,6 +316,11 @@ impl Engine {
         stats.steps += 1;
         self.scheduler.settle();
         self.scheduler.measure();
+    }
+
+    /// What watched rows gained since it was last asked for, in order; a row's last comes with its [`Finished`].
+    pub fn take_progress(&mut self) -> Vec<Progress> {
+        std::mem::take(&mut self.progress)
     }
 
     /// What the last step ran, in order.

@@ -46,6 +46,8 @@ pub struct SeqParams {
     pub ignore_eos: bool,
     /// `Some(n)`: log-probabilities of the drawn tokens and of the `n` likeliest (at most `MAX_TOP_LOGPROBS`).
     pub logprobs: Option<u8>,
+    /// After each step the caller is told what the sequence gained: see `Progress`.
+    pub watch: bool,
 }
 
 impl Default for SeqParams {
@@ -70,6 +72,7 @@ impl Default for SeqParams {
             stop: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            watch: false,
         }
     }
 }

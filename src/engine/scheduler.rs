@@ -11,6 +11,8 @@
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use super::blocks::Blocks;
 use super::sequence::{Phase, Sequence, Submission};
@@ -44,6 +46,8 @@ pub(super) struct Scheduler {
     pub(super) copies: Vec<BlockCopy>,
     /// Sources of `copies`: not to be reused before the device has done the step.
     pub(super) held: Vec<u32>,
+    /// Most tokens of a step while asap rows are there.
+    pub(super) asap_tokens: Arc<AtomicUsize>,
     /// Tokens that this step can still take.
     room_tokens: usize,
     /// Blocks ran out in this step, or a row had to wait for them: nobody below asap is admitted.
@@ -66,6 +70,7 @@ impl Scheduler {
             scheduled: Vec::with_capacity(limits.max_step_seqs),
             copies: Vec::with_capacity(limits.max_step_seqs),
             held: Vec::with_capacity(limits.max_step_seqs),
+            asap_tokens: Arc::new(AtomicUsize::new(usize::MAX)),
             room_tokens: 0,
             is_tight: false,
             stats: EngineStats { blocks_total: limits.n_blocks, ..EngineStats::default() },
@@ -135,6 +140,9 @@ impl Scheduler {
         self.scheduled.clear();
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
+        if self.has_asap() {
+            self.room_tokens = self.room_tokens.min(self.asap_tokens.load(Relaxed)).max(1);
+        }
         self.is_tight = false;
         self.decode(Class::Asap);
         self.prefill(Class::Asap);
@@ -173,6 +181,12 @@ impl Scheduler {
         self.stats.blocks_used = self.blocks.n_used();
         self.stats.running = self.n_running;
         self.stats.waiting = self.waiting.iter().map(VecDeque::len).sum();
+    }
+
+    /// Whether somebody waits for the next step.
+    fn has_asap(&self) -> bool {
+        let is_asap = |row: &Sequence| row.class == Class::Asap && row.phase == Phase::Live;
+        !self.waiting[Class::Asap as usize].is_empty() || self.running.iter().any(is_asap)
     }
 
     fn has_room(&self) -> bool {
@@ -336,6 +350,7 @@ impl Scheduler {
         let is_new = !row.is_admitted;
         if is_new {
             row.is_admitted = true;
+            row.n_cached = n_shared;
             row.constraint = row.params.grammar.as_ref().map(|grammar| grammar.start());
             self.n_queued[class as usize] -= 1;
         }

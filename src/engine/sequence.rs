@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::progress::Told;
 use super::sampling::SeqParams;
 use super::shaping::{Constraint, LogitHistory};
 use super::stop::StopText;
@@ -54,7 +55,7 @@ pub(super) struct Buffers {
     pub(super) generated: Vec<u32>,
     /// Entry i holds positions 16 i to 16 i + 15.
     pub(super) table: Vec<u32>,
-    text: StopText,
+    pub(super) text: StopText,
     /// Prompt tokens whose log-probabilities are known: from `score_from` on.
     n_scores: usize,
     /// Of each scored and each drawn token: its log-probability and how many entries of `top` are its own. Empty unless
@@ -88,6 +89,10 @@ pub(super) struct Sequence {
     pub(super) phase: Phase,
     /// Whether it ever ran.
     pub(super) is_admitted: bool,
+    /// Leading tokens that it shared when it first ran.
+    pub(super) n_cached: usize,
+    /// How far its watcher was told of it.
+    pub(super) told: Told,
     /// The last step that it has tokens in.
     pub(super) in_step: u64,
     pub(super) n_preemptions: u32,
@@ -113,6 +118,8 @@ impl Sequence {
             high_water: 0,
             phase: Phase::Live,
             is_admitted: false,
+            n_cached: 0,
+            told: Told::default(),
             in_step: 0,
             n_preemptions: 0,
         }
@@ -209,19 +216,25 @@ impl Sequence {
         Ok(is_full.then_some(FinishReason::Length))
     }
 
-    /// What the caller gets. The row is over: nothing may be asked of it but what it held.
-    pub(super) fn output(&mut self, finish_reason: FinishReason) -> Finished {
-        let buffers = &mut self.buffers;
-        buffers.text.finish();
-        let mut top = buffers.top.as_slice();
+    /// The entries from `start` on, whose alternatives begin at `top_start`.
+    pub(super) fn logprobs_from(&self, start: usize, top_start: usize) -> Vec<SeqLogprob> {
+        let buffers = &self.buffers;
+        let mut top = &buffers.top[top_start..];
         let first = self.params.score_from.map_or(self.prompt.len(), |first| first as usize).min(self.prompt.len());
-        let scored = self.prompt[first..].iter().take(buffers.n_scores);
-        let logprobs = buffers.logprobs.iter().zip(scored.chain(&buffers.generated)).map(|(&(logprob, n_top), &token)| {
+        let tokens = self.prompt[first..].iter().take(buffers.n_scores).chain(&buffers.generated);
+        let entries = buffers.logprobs.iter().zip(tokens).skip(start).map(|(&(logprob, n_top), &token)| {
             let (own, rest) = top.split_at(n_top as usize);
             top = rest;
             SeqLogprob { token, logprob, top: own.to_vec() }
         });
-        let logprobs = logprobs.collect();
+        entries.collect()
+    }
+
+    /// What the caller gets. The row is over: nothing may be asked of it but what it held.
+    pub(super) fn output(&mut self, finish_reason: FinishReason) -> Finished {
+        let logprobs = self.logprobs_from(0, 0);
+        let buffers = &mut self.buffers;
+        buffers.text.finish();
         Finished {
             id: self.id,
             tokens: std::mem::take(&mut buffers.generated),

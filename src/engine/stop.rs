@@ -36,6 +36,13 @@ impl StopText {
         &self.text
     }
 
+    /// How many of its bytes no later push can take away: what may be the beginning of a stop string can still go.
+    pub fn stable_len(&self, stop: &[String]) -> usize {
+        let text = self.text.as_bytes();
+        let begun = |s: &String| (1..s.len()).rev().find(|&n| s.is_char_boundary(n) && text.ends_with(&s.as_bytes()[..n]));
+        self.text.len() - stop.iter().filter_map(begun).max().unwrap_or(0)
+    }
+
     /// An empty text with room for so many bytes.
     pub(super) fn with_capacity(n_bytes: usize) -> Self {
         Self { text: String::with_capacity(n_bytes), tail: Vec::with_capacity(64) }
@@ -117,9 +124,14 @@ mod tests {
             let mut text = StopText::default();
             let mut seen = Vec::new();
             let mut stopped = false;
+            let mut told = String::new();
             for piece in &pieces {
                 seen.extend_from_slice(piece);
                 stopped = text.push(piece, &stop);
+                prop_assert!(text.text().starts_with(&told), "{:?} was told, and then taken back", told);
+                if !stopped {
+                    text.text()[..text.stable_len(&stop)].clone_into(&mut told);
+                }
                 if stopped { break }
             }
             if !stopped { text.finish(); }

@@ -2,6 +2,7 @@
 //! written to a file. Knows nothing of what rows mean. Invariants: rows are numbered without gaps over all files in
 //! the given order, the same at every reading; memory does not grow with the input.
 
+pub mod anthropic;
 mod compressed;
 mod infer;
 mod jsonl;

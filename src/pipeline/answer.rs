@@ -2,15 +2,14 @@
 //! writes the row's output line. Invariant: the line depends on the row, its tokens and the job's stamp alone.
 
 use super::columns::{self, ResultColumns, Score, StepResult};
-use super::window::draw_seed;
 use crate::engine::Finished;
 use crate::format::openai::answer::{Place, Stamp};
 use crate::format::openai::{Endpoint, PlainLines};
 use crate::journal::Record;
-use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError, TokenLogprob, Usage};
-use crate::prepare::{Origin, Prompt, StepAnswer};
+use crate::outcome::{Completion, ErrorCode, RowError, Usage};
+use crate::prepare::sequences::PromptMeta;
+use crate::prepare::{Origin, StepAnswer};
 use crate::text::tokenizer::Tokenizer;
-use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
@@ -27,68 +26,6 @@ pub(super) struct RowMeta {
     pub(super) prompts: Vec<PromptMeta>,
     /// What later identical rows find its record by.
     pub(super) key: Option<u128>,
-}
-
-/// What is known of one prompt of a row.
-#[expect(clippy::struct_excessive_bools, reason = "independent facts of a request")]
-#[derive(Debug, Clone)]
-pub(super) struct PromptMeta {
-    pub(super) step: usize,
-    pub(super) n_tokens: u32,
-    /// Tokens that the plan shares.
-    pub(super) cached_tokens: u32,
-    /// The seed of the draw; `None` if greedy.
-    pub(super) seed: Option<u64>,
-    /// Completions wanted.
-    n_choices: usize,
-    logprobs: bool,
-    call_format: Option<CallFormat>,
-    one_call: bool,
-    /// Whether the answer begins with the prompt.
-    echo: bool,
-    /// The prompt's tokens from this one on are scored.
-    score_from: Option<usize>,
-    /// The prompt, where the answer needs it.
-    tokens: Option<Arc<[u32]>>,
-    /// Whether nothing is generated.
-    is_scored_only: bool,
-}
-
-impl PromptMeta {
-    pub(super) fn new(prompt: &Prompt, job_seed: u64, row_idx: u64) -> Self {
-        Self {
-            step: prompt.step,
-            n_tokens: prompt.tokens.len() as u32,
-            cached_tokens: 0,
-            seed: draw_seed(prompt, job_seed, row_idx),
-            n_choices: prompt.params.n as usize,
-            logprobs: prompt.params.logprobs.is_some(),
-            call_format: prompt.call_format,
-            one_call: prompt.one_call,
-            echo: prompt.params.echo,
-            score_from: prompt.score_from.map(|first| first as usize),
-            tokens: prompt.params.echo.then(|| Arc::clone(&prompt.tokens)),
-            is_scored_only: prompt.max_tokens == 0,
-        }
-    }
-
-    /// The same prompt of a row that gets another row's completion.
-    pub(super) fn shared(&self) -> Self {
-        Self { cached_tokens: self.n_tokens, ..self.clone() }
-    }
-
-    /// Whether its one completion's text is all of its answer.
-    fn is_plain(&self) -> bool {
-        self.n_choices == 1 && !self.logprobs && !self.echo && self.call_format.is_none()
-    }
-
-    /// Its usage, given its completions.
-    fn usage(&self, choices: &[Finished]) -> Usage {
-        let each: u32 = choices.iter().map(|choice| choice.tokens.len() as u32).sum();
-        // One greedy completion that stands for several.
-        let copies = (self.n_choices / choices.len().max(1)) as u32;
-        Usage { prompt_tokens: self.n_tokens, completion_tokens: each * copies, cached_tokens: self.cached_tokens }
-    }
 }
 
 impl RowMeta {
@@ -132,7 +69,7 @@ impl Answers {
                     self.plain_lines.push_text(line, place, (&only.text, only.finish_reason), usage, seed);
                     return record(row, true, usage, line.as_str());
                 }
-                let choices = per_prompt.flat_map(|(prompt, choices)| self.choices(prompt, choices)).collect();
+                let choices = per_prompt.flat_map(|(prompt, choices)| prompt.choices(choices, &self.tokenizer)).collect();
                 let completion = Completion { choices, usage, seed };
                 if self.plain_lines.push(line, row.row_idx, custom_id, *endpoint, &completion) {
                     return record(row, true, usage, line.as_str());
@@ -204,53 +141,8 @@ impl Answers {
     fn step_result(&self, prompt: &PromptMeta, choices: &[Finished]) -> StepResult {
         let usage = prompt.usage(choices);
         let score = prompt.is_scored_only.then(|| score(&choices[0]));
-        let choices = if prompt.is_scored_only { Vec::new() } else { self.choices(prompt, choices) };
+        let choices = if prompt.is_scored_only { Vec::new() } else { prompt.choices(choices, &self.tokenizer) };
         StepResult { choices, usage, seed: prompt.seed, score }
-    }
-
-    /// A prompt's completions; one that is computed once for all choices is repeated.
-    fn choices(&self, prompt: &PromptMeta, computed: &[Finished]) -> Vec<Choice> {
-        let choices: Vec<Choice> = computed.iter().map(|finished| self.choice(prompt, finished)).collect();
-        if choices.len() >= prompt.n_choices {
-            return choices;
-        }
-        choices.iter().cycle().take(prompt.n_choices).cloned().collect()
-    }
-
-    fn choice(&self, prompt: &PromptMeta, finished: &Finished) -> Choice {
-        let mut text = finished.text.clone();
-        let mut finish_reason = finished.finish_reason;
-        let mut tool_calls = Vec::new();
-        if let Some(format) = prompt.call_format {
-            (text, tool_calls) = format.parse(&text);
-            tool_calls.truncate(if prompt.one_call { 1 } else { usize::MAX });
-            if !tool_calls.is_empty() && finish_reason == FinishReason::Stop {
-                finish_reason = FinishReason::ToolCalls;
-            }
-        }
-        let prompt_tokens = prompt.tokens.as_deref().unwrap_or_default();
-        if prompt.echo {
-            text = self.tokenizer.decode(prompt_tokens) + &text;
-        }
-        let logprobs = prompt.logprobs.then(|| {
-            let unscored = if prompt.echo { prompt.score_from.unwrap_or(0) } else { 0 };
-            let unscored = prompt_tokens.iter().take(unscored).map(|&id| TokenLogprob {
-                bytes: self.bytes(id),
-                logprob: None,
-                top: Vec::new(),
-            });
-            let scored = finished.logprobs.iter().map(|entry| TokenLogprob {
-                bytes: self.bytes(entry.token),
-                logprob: Some(entry.logprob),
-                top: entry.top.iter().map(|&(id, logprob)| (self.bytes(id), logprob)).collect(),
-            });
-            unscored.chain(scored).collect()
-        });
-        Choice { text, tool_calls, finish_reason, logprobs }
-    }
-
-    fn bytes(&self, id: u32) -> Vec<u8> {
-        self.tokenizer.token_bytes(id).to_vec()
     }
 }
 

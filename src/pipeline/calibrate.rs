@@ -26,7 +26,7 @@ pub(super) fn measure(open: OpenModel, config: &Config, totals: &Totals) -> Resu
     let meter = Arc::new(Meter::default());
     let tokens = Arc::clone(&open.tokenizer);
     let n_vocab = tokens.n_vocab() as u32;
-    let (runner, _template) = load::load(open, config, &meter)?;
+    let (runner, _template) = load::load(open, &config.model(), &meter)?;
     let limits = runner.limits();
     let mut engine_config = EngineConfig::for_runner(&limits);
     engine_config.max_running = config.spec.engine.max_running.min(engine_config.max_running);

@@ -147,7 +147,7 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let form = steps::read(config, &storage)?;
     let result_columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
     job::schema(&storage, config, &inputs, &result_columns)?;
-    let open = load::open(config)?;
+    let open = load::open(&config.model())?;
     let grammars = Grammars::new(Arc::clone(&open.tokenizer));
     steps::check_formats(&form.rows, &grammars)?;
     let later_steps = n_later_steps(&form.rows);
@@ -174,7 +174,7 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let totals = estimator.totals();
     rows.valid = totals.n_rows;
     if calibrate && totals.n_computed > 0 {
-        let open = load::open(config)?;
+        let open = load::open(&config.model())?;
         history.add(calibrate::measure(open, config, &totals)?).context("cannot keep the measured speed")?;
     }
     let speeds = history.speeds();

@@ -1,11 +1,12 @@
 //! What is known of rows between their submission and their outcome. Invariant: a row that one sequence completes is no more
 //! than its entry in its window; what has more to wait for is a flight.
 
-use super::answer::{PromptMeta, RowMeta};
+use super::answer::RowMeta;
 use super::window::Group;
 use crate::engine::Finished;
 use crate::outcome::RowError;
 use crate::prepare::StepAnswer;
+use crate::prepare::sequences::PromptMeta;
 
 /// A window with rows that have no record yet.
 pub(super) struct OpenWindow {

@@ -5,7 +5,7 @@ use super::meter::{Meter, MeteredRunner};
 use super::null::NullRunner;
 use super::progress::say;
 use super::spec::EngineKind;
-use crate::config::Config;
+use crate::config::{Config, ModelConfig};
 use crate::device::cpu::{CpuDevice, Numerics};
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
@@ -24,13 +24,19 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 
 /// A model that is known but not in memory yet.
-pub(super) struct OpenModel {
-    pub(super) local: LocalModel,
-    pub(super) file: Box<dyn ModelFile>,
-    pub(super) tokenizer: Arc<Tokenizer>,
-    pub(super) template: ChatTemplate,
-    pub(super) fingerprint: Fingerprint,
-    pub(super) memory: MemoryPlan,
+pub struct OpenModel {
+    /// Where it is, and what it is called.
+    pub local: LocalModel,
+    /// Its weights.
+    pub file: Box<dyn ModelFile>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template.
+    pub template: ChatTemplate,
+    /// What its answers' bits depend on.
+    pub fingerprint: Fingerprint,
+    /// How memory will be shared out.
+    pub memory: MemoryPlan,
     device: AnyDevice,
 }
 
@@ -43,19 +49,20 @@ enum AnyDevice {
 
 /// How the memory is shared out; part of what a job is, as it limits how long a row can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MemoryPlan {
-    pub(super) n_blocks: usize,
+pub struct MemoryPlan {
+    /// Blocks of the KV cache.
+    pub n_blocks: usize,
     /// Most tokens of prompt and completion together.
-    pub(super) max_context: usize,
+    pub max_context: usize,
     /// What sets that limit.
-    pub(super) max_context_reason: &'static str,
+    pub max_context_reason: &'static str,
     /// KV memory of a token, bytes.
-    pub(super) kv_token_bytes: usize,
+    pub kv_token_bytes: usize,
 }
 
 impl MemoryPlan {
     /// Size of the KV cache, in tokens.
-    pub(super) fn kv_tokens(&self) -> u64 {
+    pub fn kv_tokens(&self) -> u64 {
         (self.n_blocks * BLOCK_TOKENS) as u64
     }
 
@@ -77,14 +84,18 @@ impl MemoryPlan {
 /// # Errors
 /// No such model, a file that can't be used, or memory that does not hold the weights, the buffers of a step and a KV
 /// cache that is of use.
-pub(super) fn open(config: &Config) -> Result<OpenModel> {
+pub fn open(config: &ModelConfig) -> Result<OpenModel> {
     let mut tell = |line: &str| {
         if !config.quiet {
             say(line);
         }
     };
-    let local = hub::resolve(&config.spec.model.name, &config.cache, config.hub.as_ref(), &mut tell)?;
-    let Opened { file, spec, tokenizer, template } = open_files(&local)?;
+    let local = hub::resolve(&config.name, &config.cache, config.hub.as_ref(), &mut tell)?;
+    let Opened { file, spec, tokenizer, mut template } = open_files(&local)?;
+    if let Some(path) = &config.chat_template {
+        let source = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        template = template.replaced(&source);
+    }
     ensure!(
         tokenizer.n_vocab() == spec.n_vocab,
         "{}: the tokenizer has {} tokens, the embedding {}",
@@ -92,9 +103,9 @@ pub(super) fn open(config: &Config) -> Result<OpenModel> {
         tokenizer.n_vocab(),
         spec.n_vocab
     );
-    let (device, device_fingerprint, memory) = match config.spec.model.device.as_str() {
-        _ if config.spec.engine.kind == EngineKind::Null => {
-            let max_seqs = config.spec.engine.max_running;
+    let (device, device_fingerprint, memory) = match config.device.as_str() {
+        _ if config.kind == EngineKind::Null => {
+            let max_seqs = config.max_running;
             let runner = NullRunner::new(spec.n_vocab, spec.max_context, max_seqs, tokenizer.end_ids().first().copied());
             let n_blocks = runner.limits().n_blocks;
             let memory = MemoryPlan {
@@ -132,30 +143,34 @@ const MAX_FAST_BF16_BYTES: usize = 4 << 30;
 
 /// The CPU in the numbers asked for. What `fast` means depends on the model and the machine's instructions, never on free
 /// memory: that must not change a result.
-fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &Config) -> Result<CpuDevice> {
+fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<CpuDevice> {
     let isa = config.isa;
     let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads);
-    if config.spec.model.numerics != "fast" {
-        return Ok(device(Numerics::named(&config.spec.model.numerics)?));
+    if config.numerics != "fast" {
+        return Ok(device(Numerics::named(&config.numerics)?));
     }
     let fastest = device(Numerics::fastest(isa));
-    let fits = sizing(&fastest, spec, file, config.spec.engine.budget_tokens).weights_bytes <= MAX_FAST_BF16_BYTES;
+    let fits = sizing(&fastest, spec, file, config.budget_tokens).weights_bytes <= MAX_FAST_BF16_BYTES;
     Ok(if fastest.numerics() == Numerics::Int8 || fits { fastest } else { device(Numerics::Int8) })
 }
 
 /// What a model's files say.
-pub(super) struct Opened {
-    pub(super) file: Box<dyn ModelFile>,
-    pub(super) spec: ModelSpec,
-    pub(super) tokenizer: Tokenizer,
-    pub(super) template: ChatTemplate,
+pub struct Opened {
+    /// The weights.
+    pub file: Box<dyn ModelFile>,
+    /// What they mean.
+    pub spec: ModelSpec,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template.
+    pub template: ChatTemplate,
 }
 
 /// Opens a GGUF file, or a folder in Hugging Face's form.
 ///
 /// # Errors
 /// A file that is missing, damaged, or of a kind that is not supported.
-pub(super) fn open_files(local: &LocalModel) -> Result<Opened> {
+pub fn open_files(local: &LocalModel) -> Result<Opened> {
     let path = local.path.display();
     if local.path.is_dir() {
         let folder = HfFolder::open(&local.path)?;
@@ -187,9 +202,12 @@ pub(super) fn open_files(local: &LocalModel) -> Result<Opened> {
 }
 
 /// Puts the model and its KV cache into memory. Steps are timed by `meter`.
-pub(super) fn load(open: OpenModel, config: &Config, meter: &Arc<Meter>) -> Result<(Box<dyn Runner>, ChatTemplate)> {
+///
+/// # Errors
+/// A tensor that the device can't take.
+pub fn load(open: OpenModel, config: &ModelConfig, meter: &Arc<Meter>) -> Result<(Box<dyn Runner>, ChatTemplate)> {
     let OpenModel { file, device, template, memory, .. } = open;
-    let budget_tokens = config.spec.engine.budget_tokens;
+    let budget_tokens = config.budget_tokens;
     let runner: Box<dyn Runner> = match device {
         AnyDevice::Cpu(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),
         AnyDevice::Reference(device) => Box::new(ModelRunner::load(device, &*file, memory.n_blocks, budget_tokens)?),
@@ -201,14 +219,14 @@ pub(super) fn load(open: OpenModel, config: &Config, meter: &Arc<Meter>) -> Resu
 /// A KV cache of fewer tokens is not worth starting with.
 const MIN_KV_TOKENS: usize = 256;
 
-fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, config: &Config) -> Result<MemoryPlan> {
-    let sizes = sizing(device, spec, file, config.spec.engine.budget_tokens);
+fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<MemoryPlan> {
+    let sizes = sizing(device, spec, file, config.budget_tokens);
     // Logits of the rows of a step, made at the first one.
-    let logits_bytes = config.spec.engine.max_running.min(64) * spec.n_vocab * size_of::<f32>();
+    let logits_bytes = config.max_running.min(64) * spec.n_vocab * size_of::<f32>();
     let fixed_bytes = (sizes.weights_bytes + sizes.workspace_bytes + logits_bytes) as u64;
     let kv_bytes = config.memory_bytes.saturating_sub(fixed_bytes);
     // More than every running row at full length can't be used.
-    let useful = config.spec.engine.max_running * spec.max_context.div_ceil(BLOCK_TOKENS);
+    let useful = config.max_running * spec.max_context.div_ceil(BLOCK_TOKENS);
     let n_blocks = (kv_bytes / sizes.kv_block_bytes as u64).min(useful as u64) as usize;
     let pool_tokens = n_blocks * BLOCK_TOKENS;
     if pool_tokens < MIN_KV_TOKENS {

@@ -15,7 +15,7 @@ mod index;
 pub mod inspect;
 mod job;
 pub mod kernels;
-mod load;
+pub mod load;
 pub mod meter;
 mod null;
 pub mod progress;
@@ -29,7 +29,7 @@ mod summary;
 mod window;
 
 use crate::config::Config;
-use crate::engine::handle::{EngineHandle, panic_message};
+use crate::engine::handle::{Delivery, EngineHandle, panic_message};
 use crate::engine::{Engine, EngineConfig, TokenTable};
 use crate::format::openai::PlainLines;
 use crate::format::openai::answer::Stamp;
@@ -154,7 +154,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let schema = job::schema(storage, config, &inputs, &columns)?;
     let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema, columns: columns.fields() };
     let load_start = Instant::now();
-    let open = load::open(config)?;
+    let open = load::open(&config.model())?;
     let grammars = Grammars::new(Arc::clone(&open.tokenizer));
     steps::check_formats(&form.rows, &grammars)?;
     let manifest = job::manifest(config, &inputs, &form.files_hash, &open)?;
@@ -298,7 +298,7 @@ impl Run<'_> {
             return self.finish(self.inputs.n_rows, journal, counts, measured);
         }
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
-        let (runner, template) = load::load(open, self.config, &measured.meter)?;
+        let (runner, template) = load::load(open, &self.config.model(), &measured.meter)?;
         measured.load = load_start.elapsed();
         let needs = match &form {
             RowForm::Requests => Vec::new(),
@@ -360,7 +360,7 @@ impl Run<'_> {
         engine_config.max_waiting = 2 * engine_config.max_running;
         let engine = Engine::new(engine_config, runner, tokens)?;
         let to_collector = EngineEvents(sender.clone());
-        let deliver = Box::new(move |finished: &mut Vec<_>, stats: &_| to_collector.step(std::mem::take(finished), *stats));
+        let deliver = Box::new(move |step: Delivery<'_>| to_collector.step(step.finished, *step.stats));
         let engine = Arc::new(EngineHandle::start(engine, deliver)?);
         let (feed, stepper) = feed(Arc::clone(&engine), sender.clone())?;
         let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || {

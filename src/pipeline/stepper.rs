@@ -2,11 +2,11 @@
 //! prompt is made and submitted, whatever the other rows are at. Invariant: a step is announced to the collector before
 //! it is submitted.
 
-use super::answer::PromptMeta;
 use super::collect::Event;
-use super::window::{draw_number, n_computed, submission};
+use super::window::derived_seed;
 use crate::engine::handle::EngineHandle;
 use crate::outcome::RowError;
+use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission};
 use crate::prepare::{Preparer, StepAnswer};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -59,7 +59,7 @@ impl Stepper {
             };
             let ids: Vec<u64> = (next_id..).take(n_computed(&prompt)).collect();
             next_id += ids.len() as u64;
-            let meta = PromptMeta::new(&prompt, self.job_seed, row_idx);
+            let meta = PromptMeta::new(&prompt, || derived_seed(self.job_seed, row_idx));
             let seed = meta.seed;
             if self.tell(PreparedStep { row_idx, step, prompt: Ok((meta, ids.clone())) }).is_err() {
                 return;

@@ -3,15 +3,14 @@
 //! Invariant: a row's `cached_tokens`, seed and error are functions of the window's rows alone, whatever part of them
 //! an earlier run has done already.
 
-use super::answer::{PromptMeta, RowMeta};
+use super::answer::RowMeta;
 use super::index::{JobIndex, id_key};
 use crate::engine::Submission;
-use crate::engine::sampling::SeqParams;
 use crate::outcome::{ErrorCode, RowError};
 use crate::plan::{Plan, PlanRow, plan};
+use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission};
 use crate::prepare::{Origin, Prepared, Prompt};
-use crate::request::{AnswerFormat, MAX_CHOICES, Params};
-use crate::window::Class;
+use crate::request::{AnswerFormat, Params};
 use anyhow::Result;
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
@@ -148,7 +147,8 @@ pub(super) fn plan_window(
             Err(_) if done => {}
             Err(error) => window.failed.push((RowMeta { key: None, ..meta }, error)),
             Ok(prompts) => {
-                meta.prompts = prompts.iter().map(|prompt| PromptMeta::new(prompt, settings.job_seed, row_idx)).collect();
+                meta.prompts =
+                    prompts.iter().map(|prompt| PromptMeta::new(prompt, || derived_seed(settings.job_seed, row_idx))).collect();
                 if first >= start {
                     ready.push(Ready { meta, prompts, first, done });
                 } else if !done {
@@ -266,49 +266,6 @@ impl Arrangement {
     }
 }
 
-/// Completions of a prompt that are computed: greedy ones are all the same.
-pub(super) fn n_computed(prompt: &Prompt) -> usize {
-    if prompt.params.temperature == 0.0 { 1 } else { prompt.params.n as usize }
-}
-
-/// Which of its row's completions one is: draws with the same seed differ by it.
-pub(super) fn draw_number(prompt: &Prompt, prompt_idx: usize, choice: usize) -> u32 {
-    // Requests have one step and perhaps several prompts; dataset rows one prompt per step.
-    (prompt_idx.max(prompt.step) as u32) * MAX_CHOICES + choice as u32
-}
-
-/// The engine's work for one completion; `draw` is the row's seed and which of its completions it is.
-pub(super) fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_tokens: u32) -> Submission {
-    let params = &prompt.params;
-    Submission {
-        id,
-        prompt: Arc::clone(&prompt.tokens),
-        params: SeqParams {
-            max_tokens: prompt.max_tokens,
-            temperature: params.temperature,
-            top_p: params.top_p,
-            top_k: params.top_k,
-            min_p: params.min_p,
-            presence_penalty: params.presence_penalty,
-            frequency_penalty: params.frequency_penalty,
-            repetition_penalty: params.repetition_penalty,
-            logit_bias: params.logit_bias.clone(),
-            min_tokens: params.min_tokens,
-            stop_tokens: params.stop_tokens.clone(),
-            score_from: prompt.score_from,
-            grammar: prompt.grammar.clone(),
-            seed: draw.0.unwrap_or(0),
-            choice: draw.1,
-            stop: params.stop.clone(),
-            ignore_eos: params.ignore_eos,
-            logprobs: params.logprobs,
-        },
-        class: Class::Batch,
-        keep_tokens,
-        stream: prompt.step as u32,
-    }
-}
-
 fn plan_row(prompt: &Prompt) -> PlanRow<'_> {
     let output = if prompt.params.ignore_eos { prompt.max_tokens } else { prompt.max_tokens.min(EXPECTED_TOKENS) };
     PlanRow { tokens: &prompt.tokens, predicted_tokens: prompt.tokens.len() as u32 + output }
@@ -402,14 +359,8 @@ fn add_params(content: &mut Vec<u8>, params: &Params) {
     }
 }
 
-/// The seed that a prompt's tokens are drawn with; `None` if none is drawn.
-pub(super) fn draw_seed(prompt: &Prompt, job_seed: u64, row_idx: u64) -> Option<u64> {
-    let is_drawn = prompt.params.temperature > 0.0 && prompt.max_tokens > 0;
-    is_drawn.then(|| prompt.params.seed.unwrap_or_else(|| derived_seed(job_seed, row_idx)))
-}
-
 /// The seed of a row that names none (exactness.md, R7).
-fn derived_seed(job_seed: u64, row_idx: u64) -> u64 {
+pub(super) fn derived_seed(job_seed: u64, row_idx: u64) -> u64 {
     let hash = blake3::hash(format!("valar row seed {job_seed} {row_idx}").as_bytes());
     let (head, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     // 53 bits survive JSON readers that keep numbers as doubles.

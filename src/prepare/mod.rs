@@ -3,6 +3,7 @@
 //! can run or that row's error; nothing a row contains can stop the job.
 
 mod dataset;
+pub mod sequences;
 
 pub use dataset::{PromptTemplate, Step, StepAnswer, Turn};
 
@@ -156,6 +157,15 @@ impl Preparer {
                 Prepared { origin: Origin::Dataset { columns: Some(text.into()) }, prompts }
             }
         }
+    }
+
+    /// The prompts of a request that was read already.
+    ///
+    /// # Errors
+    /// As a row's.
+    pub fn prepare_request(&self, request: &Request, endpoint: Endpoint) -> Result<Vec<Prompt>, RowError> {
+        let prepare = || self.prompts(request, endpoint);
+        catch_unwind(AssertUnwindSafe(prepare)).unwrap_or_else(|_| Err(panicked()))
     }
 
     fn prompts(&self, request: &Request, endpoint: Endpoint) -> Result<Vec<Prompt>, RowError> {

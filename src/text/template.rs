@@ -23,6 +23,8 @@ pub struct ChatTemplate {
     environment: Result<Environment<'static>, String>,
     source: Option<String>,
     call_format: Option<CallFormat>,
+    /// The special tokens it may name.
+    specials: BTreeMap<String, String>,
     hash: String,
 }
 
@@ -59,7 +61,7 @@ impl ChatTemplate {
     fn from_source(source: Option<&str>, specials: &BTreeMap<&str, &str>) -> Self {
         let none = || {
             let environment = Err("the model has no chat template: give it raw prompts".to_owned());
-            Self { environment, source: None, call_format: None, hash: hash(&[]) }
+            Self { environment, source: None, call_format: None, specials: owned(specials), hash: hash(&[]) }
         };
         source.map_or_else(none, |source| Self::new(source, specials))
     }
@@ -80,12 +82,30 @@ impl ChatTemplate {
             Ok(()) => Ok(environment),
             Err(error) => Err(format!("the model's chat template does not compile: {error}")),
         };
-        Self { environment, source: Some(source.to_owned()), call_format: CallFormat::of_template(source), hash: hash(&parts) }
+        Self {
+            environment,
+            source: Some(source.to_owned()),
+            call_format: CallFormat::of_template(source),
+            specials: owned(specials),
+            hash: hash(&parts),
+        }
+    }
+
+    /// Another template for the same model: its special tokens have the same names.
+    #[must_use]
+    pub fn replaced(&self, source: &str) -> Self {
+        let specials = self.specials.iter().map(|(name, token)| (name.as_str(), token.as_str())).collect();
+        Self::new(source, &specials)
     }
 
     /// The template as its authors wrote it, if there is one.
     pub fn source(&self) -> Option<&str> {
         self.source.as_deref()
+    }
+
+    /// A special token by the name that templates have for it (`bos_token`, `eos_token`, …), if the model has it.
+    pub fn special(&self, name: &str) -> Option<&str> {
+        self.specials.get(name).map(String::as_str)
     }
 
     /// How the model writes function calls; `None` if its template does not teach it.
@@ -226,6 +246,10 @@ fn base_environment() -> Environment<'static> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
     environment
+}
+
+fn owned(specials: &BTreeMap<&str, &str>) -> BTreeMap<String, String> {
+    specials.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect()
 }
 
 fn compiled<'a>(environment: &'a Environment<'static>) -> minijinja::Template<'a, 'a> {

@@ -46,6 +46,30 @@ impl CallFormat {
         found.unwrap_or_else(|| (text.to_owned(), Vec::new()))
     }
 
+    /// How many leading bytes of an unfinished completion are text whatever follows: no call begins in them.
+    pub fn plain_len(self, text: &str) -> usize {
+        // What may become the beginning of a mark, and the blanks before one, wait.
+        let before = |mark: &str| {
+            let end = text.find(mark).unwrap_or_else(|| {
+                let begun = (1..mark.len()).rev().find(|&n| text.ends_with(&mark[..n]));
+                text.len() - begun.unwrap_or(0)
+            });
+            text[..end].trim_end().len()
+        };
+        let may_begin = |marks: &[&str]| {
+            let start = text.trim_start();
+            marks.iter().any(|mark| start.starts_with(mark) || mark.starts_with(start))
+        };
+        match self {
+            Self::Tagged => before(OPEN),
+            // The mark itself is no text where it is a control token: then the list is the whole answer.
+            Self::List if may_begin(&["["]) => 0,
+            Self::List => before(LIST),
+            Self::Bare if may_begin(&["{", PYTHON]) => 0,
+            Self::Bare => text.len(),
+        }
+    }
+
     /// A Lark grammar of one call of these functions (`{"type": "function", "function": {…}}`); `None` if none need be
     /// made.
     pub fn required(self, tools: &[Value], choice: &ToolChoice) -> Option<String> {
@@ -150,6 +174,32 @@ mod tests {
         ];
         for (format, text, content, calls) in cases {
             assert_eq!(format.parse(text), (content.to_owned(), calls), "{text}");
+        }
+    }
+
+    /// Whatever is shown of a completion on its way is the beginning of its text in the end.
+    #[test]
+    fn what_is_shown_early_is_never_taken_back() {
+        let texts = [
+            "Let me see. \n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>",
+            "a < b, <tool> and <tool_call> {broken",
+            "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}}]",
+            " [{\"name\": \"f\", \"arguments\": {}}]",
+            "see [TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}}]",
+            "[1, 2] is a list",
+            "<|python_tag|>{\"name\": \"f\", \"parameters\": {}}",
+            " {\"name\": \"f\", \"parameters\": {}}",
+            "{\"answer\": 3} is it",
+            "<3 is love",
+        ];
+        for text in texts {
+            for format in [CallFormat::Tagged, CallFormat::List, CallFormat::Bare] {
+                let whole = format.parse(text).0;
+                for end in 0..=text.len() {
+                    let shown = &text[..format.plain_len(&text[..end])];
+                    assert!(whole.starts_with(shown), "{format:?}: {shown:?} of {text:?}");
+                }
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use valar::pipeline::spec;
 /// Modules and what each may use besides the vocabulary. A line is an edge that somebody meant to make.
 const EDGES: &[(&str, &[&str])] = &[
     ("cli", &["pipeline"]),
-    ("config", &["device", "hub", "pipeline"]),
+    ("config", &["cli", "device", "hub", "pipeline", "server"]),
     ("device", &["tensor"]),
     ("engine", &["model", "text", "device"]),
     ("fingerprint", &[]),
@@ -22,7 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hf", &["device", "map", "model", "tensor"]),
     ("hub", &[]),
     ("journal", &["storage", "format"]),
-    ("main", &["cli", "config", "device", "pipeline", "hub"]),
+    ("main", &["cli", "config", "device", "pipeline", "hub", "server"]),
     ("model", &["device", "gguf", "tensor"]),
     (
         "pipeline",
@@ -47,6 +47,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("plan", &["text"]),
     ("prepare", &["text", "format", "hub", "engine", "grammar"]),
+    ("server", &["config", "engine", "format", "grammar", "pipeline", "prepare", "text"]),
     ("storage", &[]),
     ("text", &["gguf"]),
 ];

@@ -3,7 +3,7 @@
 
 use std::sync::mpsc::{Receiver, channel};
 
-use valar::engine::handle::EngineHandle;
+use valar::engine::handle::{Delivery, EngineHandle};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Engine, EngineConfig, Finished, Submission};
 use valar::model::RunnerLimits;
@@ -18,8 +18,7 @@ fn start(runner: FakeRunner) -> (EngineHandle, Receiver<Finished>) {
     let config = EngineConfig { max_waiting: 2, ..EngineConfig::for_runner(&LIMITS) };
     let engine = Engine::new(config, Box::new(runner), fake_tokens()).expect("the limits are sound");
     let (sender, receiver) = channel();
-    let deliver =
-        move |finished: &mut Vec<Finished>, _: &_| finished.drain(..).for_each(|f| sender.send(f).expect("the test listens"));
+    let deliver = move |step: Delivery<'_>| step.finished.into_iter().for_each(|f| sender.send(f).expect("the test listens"));
     (EngineHandle::start(engine, Box::new(deliver)).expect("a thread"), receiver)
 }
 

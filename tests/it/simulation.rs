@@ -1,12 +1,15 @@
 //! Seeded workloads on the engine and a fake runner: whatever the pool, the budget, the order and the cancellations,
 //! every row gets exactly the outcome it would get alone, and nothing leaks. A failure names its seed.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use valar::device::BLOCK_TOKENS;
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, EngineStats, Finished, Submission};
+use valar::engine::{Engine, EngineConfig, EngineStats, Finished, Progress, Submission};
 use valar::model::RunnerLimits;
 use valar::window::Class;
 
@@ -47,6 +50,7 @@ fn simulate(workload: &Workload) -> EngineStats {
     let mut live: HashMap<u64, &Row> = HashMap::new();
     let (mut n_done, mut n_drawn) = (0, 0);
     let mut seen = HashSet::new();
+    let mut told: HashMap<u64, Progress> = HashMap::new();
     for step in 0.. {
         assert!(step < 200_000, "no end in sight");
         for queue in &mut queues {
@@ -71,10 +75,14 @@ fn simulate(workload: &Workload) -> EngineStats {
             n_done += 1;
             engine.check();
         }
-        for done in one_step(&mut engine, &live, &mut seen) {
+        let finished = one_step(&mut engine, &live, &mut seen);
+        note_progress(&mut told, engine.take_progress());
+        for done in finished {
             let row = live.remove(&done.id).expect("a row finishes once, and only if it is live");
             let Submission { id, prompt, params, .. } = &row.submission;
             assert_eq!(done, expected(*id, prompt, params, limits.max_context));
+            let told = told.remove(id).map(|told| (told.tokens, told.text, told.logprobs));
+            assert_eq!(told, params.watch.then(|| (done.tokens.clone(), done.text, done.logprobs)), "what a watcher was told");
             n_done += 1;
             n_drawn += done.tokens.len();
         }
@@ -96,6 +104,22 @@ fn simulate(workload: &Workload) -> EngineStats {
         assert_eq!(stats.generated_tokens, n_drawn as u64);
     }
     stats
+}
+
+/// Joins what watchers are told.
+fn note_progress(told: &mut HashMap<u64, Progress>, progress: Vec<Progress>) {
+    for next in progress {
+        match told.entry(next.id) {
+            Entry::Vacant(place) => drop(place.insert(next)),
+            Entry::Occupied(mut place) => {
+                let so_far = place.get_mut();
+                so_far.tokens.extend(next.tokens);
+                so_far.text.push_str(&next.text);
+                so_far.logprobs.extend(next.logprobs);
+                assert_eq!(so_far.cached_tokens, next.cached_tokens);
+            }
+        }
+    }
 }
 
 /// One step, and what must hold of any. `seen` are the rows that have run before.
@@ -168,6 +192,7 @@ fn params(rng: &mut Rng, max_output: usize) -> SeqParams {
         choice: rng.range(0, 2) as u32,
         stop: (0..n_stops).map(|_| rng.pick(&stops).to_owned()).collect(),
         logprobs: rng.chance(20).then(|| rng.range(0, 4) as u8),
+        watch: rng.chance(30),
         ..SeqParams::default()
     }
 }
@@ -344,4 +369,34 @@ fn a_row_that_fills_the_pool_alone_finishes() {
     let too_few = RunnerLimits { n_blocks: 4, ..limits };
     let refused = Engine::new(EngineConfig::for_runner(&limits), Box::new(FakeRunner::new(too_few, 7)), fake_tokens());
     assert!(refused.err().expect("the pool can't hold a row").to_string().contains("64 tokens"));
+}
+
+#[test]
+fn steps_are_short_while_an_asap_row_is_there() {
+    let limits = RunnerLimits { n_blocks: 100, max_step_tokens: 64, max_step_seqs: 8, n_vocab: N_VOCAB, max_context: 600 };
+    let mut engine = engine(limits, EngineConfig::for_runner(&limits));
+    let limit = Arc::new(AtomicUsize::new(5));
+    engine.limit_asap_steps(Arc::clone(&limit));
+    let params = |max_tokens| SeqParams { max_tokens, ignore_eos: true, ..SeqParams::default() };
+    let row = |id, n_prompt, class, params| Submission {
+        id,
+        prompt: vec![7; n_prompt].into(),
+        params,
+        class,
+        keep_tokens: 0,
+        stream: id as u32,
+    };
+    engine.submit(row(0, 500, Class::Batch, params(3))).expect("there is room");
+    engine.submit(row(1, 12, Class::Asap, params(9))).expect("there is room");
+    let mut finished = Vec::new();
+    let mut longest = [0; 2];
+    while engine.has_work() {
+        engine.step(&mut finished).expect("the fake runner does not fail");
+        let has_asap = engine.last_step().iter().any(|share| share.class == Class::Asap);
+        let n_tokens: usize = engine.last_step().iter().map(|share| share.n_tokens).sum();
+        longest[usize::from(has_asap)] = longest[usize::from(has_asap)].max(n_tokens);
+        // Whatever it is set to, something is done.
+        limit.store(if finished.is_empty() { 5 } else { 0 }, Ordering::Relaxed);
+    }
+    assert_eq!((longest, finished.len()), ([64, 5], 2));
 }

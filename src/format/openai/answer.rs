@@ -47,17 +47,22 @@ impl Stamp {
         completion: &Completion,
     ) -> Value {
         let id = self.row_id(row_idx);
-        let body = match endpoint {
-            Endpoint::ChatCompletions => self.chat_completion(&id, completion),
-            Endpoint::Completions => self.text_completion(&id, completion),
-            Endpoint::Responses => self.response(&id, echo.unwrap_or(&Value::Null), completion),
-        };
+        let body = self.answer(&id, endpoint, echo, completion);
         json!({
             "id": format!("batch_req_{id}"),
             "custom_id": custom_id,
             "response": {"status_code": 200, "request_id": format!("req_{id}"), "body": body},
             "error": null,
         })
+    }
+
+    /// The body that answers a request. Its ids end with `id`.
+    pub fn answer(&self, id: &str, endpoint: Endpoint, echo: Option<&Value>, completion: &Completion) -> Value {
+        match endpoint {
+            Endpoint::ChatCompletions => self.chat_completion(id, completion),
+            Endpoint::Completions => self.text_completion(id, completion),
+            Endpoint::Responses => self.response(id, echo.unwrap_or(&Value::Null), completion),
+        }
     }
 
     /// The output line of a row with the same body as an earlier one's, `line`.
@@ -110,7 +115,7 @@ impl Stamp {
             if !choice.tool_calls.is_empty() {
                 let calls = choice.tool_calls.iter().enumerate().map(|(k, call)| {
                     let function = json!({"name": call.name, "arguments": call.arguments});
-                    json!({"id": format!("call_{i}_{k}_{id}"), "type": "function", "function": function})
+                    json!({"id": call_id(i, k, id), "type": "function", "function": function})
                 });
                 message["tool_calls"] = calls.collect();
             }
@@ -124,7 +129,7 @@ impl Stamp {
             json!({
                 "text": choice.text,
                 "index": i,
-                "logprobs": choice.logprobs.as_deref().map(text_logprobs),
+                "logprobs": choice.logprobs.as_deref().map(|tokens| text_logprobs(tokens, 0)),
                 "finish_reason": choice.finish_reason.as_str(),
             })
         });
@@ -160,33 +165,44 @@ impl Stamp {
             );
         }
         for (k, call) in choice.tool_calls.iter().enumerate() {
-            output.push(json!({"type": "function_call", "id": format!("fc_{k}_{id}"), "call_id": format!("call_0_{k}_{id}"),
+            output.push(json!({"type": "function_call", "id": format!("fc_{k}_{id}"), "call_id": call_id(0, k, id),
                                "name": call.name, "arguments": call.arguments, "status": status}));
         }
         let usage = completion.usage;
+        let mut body = self.response_in_progress(id, echo);
+        body["status"] = status.into();
+        body["completed_at"] = is_whole.then_some(self.created).into();
+        body["incomplete_details"] = if is_whole { Value::Null } else { json!({"reason": "max_output_tokens"}) };
+        body["output"] = output.into();
+        body["usage"] = json!({
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        });
+        Self::add_seed(&mut body, completion);
+        body
+    }
+
+    /// A response object of which nothing has come yet.
+    pub fn response_in_progress(&self, id: &str, echo: &Value) -> Value {
         let mut body = json!({
             "id": format!("resp_{id}"),
             "object": "response",
             "created_at": self.created,
-            "completed_at": is_whole.then_some(self.created),
-            "status": status,
+            "completed_at": null,
+            "status": "in_progress",
             "background": false,
             "store": false,
             "model": self.model,
             "previous_response_id": null,
             "error": null,
-            "incomplete_details": if is_whole { Value::Null } else { json!({"reason": "max_output_tokens"}) },
-            "output": output,
-            "usage": {
-                "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-                "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            },
+            "incomplete_details": null,
+            "output": [],
+            "usage": null,
             "system_fingerprint": self.system_fingerprint,
         });
-        Self::add_seed(&mut body, completion);
         if let (Some(body), Value::Object(echo)) = (body.as_object_mut(), echo) {
             body.extend(echo.clone());
         }
@@ -198,6 +214,11 @@ impl Stamp {
             body["seed"] = seed.into();
         }
     }
+}
+
+/// The id of a choice's k-th call, in the answer whose ids end with `id`.
+pub fn call_id(choice: usize, k: usize, id: &str) -> String {
+    format!("call_{choice}_{k}_{id}")
 }
 
 /// Replaces the ends of all ids.
@@ -219,8 +240,8 @@ fn replace_ids(value: &mut Value, old: &str, new: &str) {
     }
 }
 
-/// The `usage` object.
-fn usage(completion: &Completion) -> Value {
+/// The `usage` object of chat and text completions.
+pub fn usage(completion: &Completion) -> Value {
     let usage = completion.usage;
     json!({
         "prompt_tokens": usage.prompt_tokens,
@@ -257,10 +278,9 @@ fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
 }
 
-/// The `logprobs` object of a text completion; offsets count characters from the text's start.
-fn text_logprobs(tokens: &[TokenLogprob]) -> Value {
+/// The `logprobs` object of a text completion; offsets count characters from `offset` on.
+pub fn text_logprobs(tokens: &[TokenLogprob], mut offset: usize) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let mut offset = 0;
     let offsets: Vec<usize> = tokens
         .iter()
         .map(|t| {

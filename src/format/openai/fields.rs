@@ -3,7 +3,7 @@
 use crate::outcome::{ErrorCode, RowError};
 use serde_json::{Map, Value};
 
-pub(super) fn required_str<'a>(object: &'a Map<String, Value>, key: &str, parent: &str) -> Result<&'a str, RowError> {
+pub(in crate::format) fn required_str<'a>(object: &'a Map<String, Value>, key: &str, parent: &str) -> Result<&'a str, RowError> {
     let path = if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") };
     match object.get(key) {
         Some(Value::String(text)) => Ok(text),
@@ -12,7 +12,7 @@ pub(super) fn required_str<'a>(object: &'a Map<String, Value>, key: &str, parent
     }
 }
 
-pub(super) fn optional_str<'a>(body: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, RowError> {
+pub(in crate::format) fn optional_str<'a>(body: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, RowError> {
     match body.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
@@ -20,7 +20,7 @@ pub(super) fn optional_str<'a>(body: &'a Map<String, Value>, key: &str) -> Resul
     }
 }
 
-pub(super) fn optional_bool(body: &Map<String, Value>, key: &str) -> Result<Option<bool>, RowError> {
+pub(in crate::format) fn optional_bool(body: &Map<String, Value>, key: &str) -> Result<Option<bool>, RowError> {
     match body.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Bool(value)) => Ok(Some(*value)),
@@ -28,7 +28,7 @@ pub(super) fn optional_bool(body: &Map<String, Value>, key: &str) -> Result<Opti
     }
 }
 
-pub(super) fn optional_u64(body: &Map<String, Value>, key: &str, min: u64, max: u64) -> Result<Option<u64>, RowError> {
+pub(in crate::format) fn optional_u64(body: &Map<String, Value>, key: &str, min: u64, max: u64) -> Result<Option<u64>, RowError> {
     let path = || format!("body.{key}");
     match body.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -36,7 +36,7 @@ pub(super) fn optional_u64(body: &Map<String, Value>, key: &str, min: u64, max: 
     }
 }
 
-pub(super) fn integer(value: &Value, path: &str, min: u64, max: u64) -> Result<u64, RowError> {
+pub(in crate::format) fn integer(value: &Value, path: &str, min: u64, max: u64) -> Result<u64, RowError> {
     match value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from)) {
         None => Err(wrong_type(path, "an integer", value)),
         Some(n) if (i128::from(min)..=i128::from(max)).contains(&n) => Ok(n as u64),
@@ -44,7 +44,10 @@ pub(super) fn integer(value: &Value, path: &str, min: u64, max: u64) -> Result<u
     }
 }
 
-pub(super) fn optional_object<'a>(body: &'a Map<String, Value>, key: &str) -> Result<Option<&'a Map<String, Value>>, RowError> {
+pub(in crate::format) fn optional_object<'a>(
+    body: &'a Map<String, Value>,
+    key: &str,
+) -> Result<Option<&'a Map<String, Value>>, RowError> {
     match body.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Object(object)) => Ok(Some(object)),
@@ -52,7 +55,7 @@ pub(super) fn optional_object<'a>(body: &'a Map<String, Value>, key: &str) -> Re
     }
 }
 
-pub(super) fn optional_f32(body: &Map<String, Value>, key: &str, min: f32, max: f32) -> Result<Option<f32>, RowError> {
+pub(in crate::format) fn optional_f32(body: &Map<String, Value>, key: &str, min: f32, max: f32) -> Result<Option<f32>, RowError> {
     let path = || format!("body.{key}");
     match body.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -67,11 +70,11 @@ pub(super) fn optional_f32(body: &Map<String, Value>, key: &str, min: f32, max: 
     }
 }
 
-pub(super) fn wrong_type(path: &str, expected: &str, found: &Value) -> RowError {
+pub(in crate::format) fn wrong_type(path: &str, expected: &str, found: &Value) -> RowError {
     RowError::field(ErrorCode::InvalidType, path, format!("must be {expected}, is {}", kind(found)))
 }
 
-pub(super) fn kind(value: &Value) -> &'static str {
+pub(in crate::format) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -83,7 +86,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
 }
 
 /// A value for a message: its JSON text, cut to what a person reads.
-pub(super) fn shorten(value: &Value) -> String {
+pub(in crate::format) fn shorten(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -63,7 +63,7 @@ pub(super) fn check_role(role: &str, path: &str) -> Result<(), RowError> {
 }
 
 /// A field that is a string, if it is there.
-pub(super) fn string(object: &Map<String, Value>, key: &str, path: &str) -> Result<Option<String>, RowError> {
+pub(in crate::format) fn string(object: &Map<String, Value>, key: &str, path: &str) -> Result<Option<String>, RowError> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
@@ -91,7 +91,7 @@ fn parse_call(path: &str, call: &Value) -> Result<Value, RowError> {
 }
 
 /// A call as templates see it.
-pub(super) fn call_value(id: Option<&str>, name: &str, arguments: &Value) -> Value {
+pub(in crate::format) fn call_value(id: Option<&str>, name: &str, arguments: &Value) -> Value {
     json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 

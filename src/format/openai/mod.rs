@@ -6,9 +6,9 @@
 //! field at the value that means "off".
 
 pub mod answer;
-mod fields;
+pub(super) mod fields;
 mod line;
-mod messages;
+pub(super) mod messages;
 mod params;
 mod plain;
 mod responses;
@@ -31,6 +31,10 @@ const MAX_PROMPTS: usize = 2048;
 /// Tokens to generate where a completion's row and the job say nothing, as the API has it; without it a completion would
 /// run to the end of the context.
 const COMPLETIONS_MAX_TOKENS: u32 = 16;
+/// Fields of a chat that this file reads.
+const CHAT: &[&str] = &["model", "logprobs", "truncate_prompt_tokens", "messages", "top_logprobs"];
+/// Fields of a text completion that this file reads.
+const TEXT: &[&str] = &["model", "logprobs", "truncate_prompt_tokens", "prompt", "echo"];
 
 /// The endpoints that rows of a job may name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,11 +123,11 @@ fn parse_envelope(row_idx: u64, object: &Map<String, Value>, defaults: &Params) 
     })?;
     let (request, echo) = match object.get("body") {
         None => return Err(RowError::field(ErrorCode::MissingField, "body", "is required")),
-        Some(Value::Object(body)) => parse_body_endpoint(row_idx, endpoint, body, defaults),
+        Some(Value::Object(body)) => parse_body(row_idx, endpoint, body, defaults),
         // Parquet files often carry the body as JSON text in a string column.
         Some(Value::String(text)) => {
             let body = parse_object(text).map_err(|e| RowError::field(e.code, "body", e.message))?;
-            parse_body_endpoint(row_idx, endpoint, &body, defaults)
+            parse_body(row_idx, endpoint, &body, defaults)
         }
         Some(other) => Err(wrong_type("body", "an object", other)),
     }?;
@@ -134,7 +138,12 @@ fn parse_envelope(row_idx: u64, object: &Map<String, Value>, defaults: &Params) 
     Ok(BatchRequest { endpoint, request, echo })
 }
 
-fn parse_body_endpoint(
+/// Parses the body of a request to an endpoint; with it, what the answer repeats of the request's settings (Responses
+/// only).
+///
+/// # Errors
+/// The first fault, its field named from `body.` on.
+pub fn parse_body(
     row_idx: u64,
     endpoint: Endpoint,
     body: &Map<String, Value>,
@@ -143,10 +152,9 @@ fn parse_body_endpoint(
     if endpoint == Endpoint::Responses {
         return responses::parse(row_idx, body, defaults).map(|(request, echo)| (request, Some(Box::new(echo))));
     }
-    let common: &[&str] = &["model", "logprobs", "truncate_prompt_tokens"];
     let own: &[&[&str]] = match endpoint {
-        Endpoint::ChatCompletions => &[common, params::READ, messages::CHAT_OPTIONS, &["messages", "top_logprobs"]],
-        _ => &[common, params::READ, &["prompt", "echo"]],
+        Endpoint::ChatCompletions => &[CHAT, params::READ, messages::CHAT_OPTIONS],
+        _ => &[TEXT, params::READ],
     };
     for (key, value) in body {
         check_known(own, key, value)?;
@@ -165,6 +173,16 @@ fn parse_body_endpoint(
     };
     let model = optional_str(body, "model")?.map(str::to_owned);
     Ok((Request { row_idx, model, inputs, params, chat, truncate: parse_truncate(body)? }, None))
+}
+
+/// Whether a body's field is known to an endpoint, whatever its value.
+pub fn is_known(endpoint: Endpoint, key: &str) -> bool {
+    let own: &[&[&str]] = match endpoint {
+        Endpoint::Responses => &[responses::READ, params::READ],
+        Endpoint::ChatCompletions => &[CHAT, params::READ, messages::CHAT_OPTIONS],
+        Endpoint::Completions => &[TEXT, params::READ],
+    };
+    WITHOUT_EFFECT.contains(&key) || own.iter().any(|names| names.contains(&key))
 }
 
 /// vLLM's extension: so many last tokens of the prompt are kept; −1 is as many as fit.

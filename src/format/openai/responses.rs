@@ -8,7 +8,7 @@ use crate::request::{AnswerFormat, ChatOptions, Input, MAX_TOP_LOGPROBS, Message
 use serde_json::{Map, Value, json};
 
 /// Fields that this file reads, besides the sampling parameters.
-const READ: &[&str] = &[
+pub(super) const READ: &[&str] = &[
     "model",
     "input",
     "instructions",

@@ -1,0 +1,234 @@
+//! What `valar serve` is told: flags and `valar.toml` -> [`ServeConfig`], checked and immutable.
+
+use super::{ModelConfig, cache_folder, free_memory_bytes, hub, isa, n_threads, parse_bytes, sampling_params};
+use crate::cli::ServeArgs;
+use crate::device::cpu::Numerics;
+use crate::pipeline::spec::{EngineSpec, SamplingSpec};
+use crate::request::Params;
+use crate::server::windows::Window;
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A checked server.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Address to listen on.
+    pub host: String,
+    /// Port; 0 lets the system choose.
+    pub port: u16,
+    /// Where everything that must last is kept.
+    pub data: PathBuf,
+    /// Keys that callers may have; none: anybody may call.
+    pub api_keys: Vec<String>,
+    /// What is offered, under which names.
+    pub models: Vec<OfferedModel>,
+    /// Sampling parameters where a request says nothing.
+    pub defaults: Params,
+    /// What bounds the server.
+    pub limits: ServeLimits,
+}
+
+/// A model under its public name.
+#[derive(Debug, Clone)]
+pub struct OfferedModel {
+    /// The name; `None`: the weights' own.
+    pub id: Option<String>,
+    /// Windows that it may be asked for, at least one.
+    pub windows: Vec<Window>,
+    /// What it runs on. Offered models with equal weights are loaded once.
+    pub model: ModelConfig,
+}
+
+/// What bounds the server.
+#[derive(Debug, Clone, Copy)]
+pub struct ServeLimits {
+    /// Longest JSON body.
+    pub max_body_bytes: usize,
+    /// Most calls of a class that wait to run, for each model; more are refused.
+    pub max_queued: usize,
+    /// Most connections at a time; further ones wait.
+    pub max_connections: usize,
+    /// Time that a client has to send its headers.
+    pub header_timeout: Duration,
+    /// Time that a client has to send its body.
+    pub body_timeout: Duration,
+    /// Time that a step may take while somebody waits for it.
+    pub max_step: Duration,
+    /// Time that calls have to finish after the first signal.
+    pub drain: Duration,
+}
+
+/// `valar.toml`
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ServeSpec {
+    server: ServerSpec,
+    model: Vec<ModelEntry>,
+    engine: EngineSpec,
+    sampling: SamplingSpec,
+}
+
+/// `[server]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ServerSpec {
+    host: String,
+    port: u16,
+    data: PathBuf,
+    api_keys: Vec<String>,
+    max_body: String,
+    max_queued: usize,
+    max_connections: usize,
+    header_timeout_s: u64,
+    body_timeout_s: u64,
+    max_step_ms: u64,
+    drain_s: u64,
+}
+
+impl Default for ServerSpec {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8000,
+            data: "valar-data".into(),
+            api_keys: Vec::new(),
+            max_body: "32MiB".into(),
+            max_queued: 4096,
+            max_connections: 8192,
+            header_timeout_s: 30,
+            body_timeout_s: 300,
+            max_step_ms: 250,
+            drain_s: 30,
+        }
+    }
+}
+
+/// `[[model]]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelEntry {
+    id: Option<String>,
+    weights: String,
+    #[serde(default = "all_windows")]
+    windows: Vec<Window>,
+    #[serde(default = "cpu")]
+    device: String,
+    #[serde(default = "fast")]
+    numerics: String,
+    /// A file with another chat template than the model's own.
+    chat_template: Option<PathBuf>,
+}
+
+fn all_windows() -> Vec<Window> {
+    Window::ALL.to_vec()
+}
+
+fn cpu() -> String {
+    "cpu".into()
+}
+
+fn fast() -> String {
+    "fast".into()
+}
+
+impl ServeConfig {
+    /// Lays the flags over the file, and checks the result.
+    ///
+    /// # Errors
+    /// A file that can't be read, or the first setting that makes no sense, by its name.
+    pub fn new(args: &ServeArgs) -> Result<Self> {
+        let spec = match &args.config {
+            None => ServeSpec::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                toml::from_str(&text).with_context(|| format!("{}", path.display()))?
+            }
+        };
+        let server = &spec.server;
+        for (name, value) in [("max_queued", server.max_queued), ("max_connections", server.max_connections)] {
+            ensure!(value > 0, "server.{name}: must be at least 1");
+        }
+        let keys = server.api_keys.iter().chain(&args.api_key);
+        ensure!(keys.clone().all(|key| !key.is_empty()), "server.api_keys: a key is empty");
+        Ok(Self {
+            host: args.host.clone().unwrap_or_else(|| server.host.clone()),
+            port: args.port.unwrap_or(server.port),
+            data: args.data.clone().unwrap_or_else(|| server.data.clone()),
+            api_keys: keys.cloned().collect(),
+            models: models(args, &spec)?,
+            defaults: sampling_params(&spec.sampling, false)?,
+            limits: ServeLimits {
+                max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
+                max_queued: server.max_queued,
+                max_connections: server.max_connections,
+                header_timeout: Duration::from_secs(server.header_timeout_s),
+                body_timeout: Duration::from_secs(server.body_timeout_s),
+                max_step: Duration::from_millis(server.max_step_ms),
+                drain: Duration::from_secs(server.drain_s),
+            },
+        })
+    }
+}
+
+/// The models of the file and of the flags; the default model if there is none.
+fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
+    let (flags, engine) = (&args.engine, &spec.engine);
+    let mut entries = spec.model.clone();
+    if let Some(weights) = &flags.model {
+        let (device, numerics) = (flags.device.clone().unwrap_or_else(cpu), flags.numerics.clone().unwrap_or_else(fast));
+        entries.insert(
+            0,
+            ModelEntry { id: None, weights: weights.clone(), windows: all_windows(), device, numerics, chat_template: None },
+        );
+    } else if entries.is_empty() {
+        let weights = crate::pipeline::spec::ModelSpec::default().name;
+        entries.push(ModelEntry {
+            id: None,
+            weights,
+            windows: all_windows(),
+            device: cpu(),
+            numerics: fast(),
+            chat_template: None,
+        });
+    }
+    let memory_bytes = match flags.memory.as_ref().or(engine.memory.as_ref()) {
+        Some(text) => parse_bytes(text).context("engine.memory")?,
+        None => free_memory_bytes()? / 2,
+    };
+    ensure!(engine.budget_tokens >= 16, "engine.budget_tokens: {} is under the least that works, 16", engine.budget_tokens);
+    ensure!(engine.max_running >= 1, "engine.max_running: must be at least 1");
+    let n_threads = n_threads(flags.threads.or(engine.threads)).context("engine.threads")?;
+    let mut names: Vec<_> =
+        entries.iter().map(|entry| (&entry.weights, &entry.device, &entry.numerics, &entry.chat_template)).collect();
+    names.sort_unstable();
+    names.dedup();
+    let n_loaded = names.len() as u64;
+    let offered = entries.iter().map(|entry| {
+        if entry.windows.is_empty() {
+            bail!("model.windows: {} supports no window", entry.id.as_ref().unwrap_or(&entry.weights));
+        }
+        if entry.numerics != "fast" {
+            Numerics::named(&entry.numerics).context("model.numerics")?;
+        }
+        let model = ModelConfig {
+            name: entry.weights.clone(),
+            device: entry.device.clone(),
+            numerics: entry.numerics.clone(),
+            chat_template: entry.chat_template.clone(),
+            kind: flags.engine.unwrap_or(engine.kind),
+            budget_tokens: engine.budget_tokens,
+            max_running: engine.max_running,
+            // Models that are loaded share the memory evenly.
+            memory_bytes: memory_bytes / n_loaded,
+            n_threads,
+            isa: isa()?,
+            cache: cache_folder()?,
+            hub: hub(),
+            quiet: false,
+        };
+        Ok(OfferedModel { id: entry.id.clone(), windows: entry.windows.clone(), model })
+    });
+    offered.collect()
+}

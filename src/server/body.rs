@@ -1,0 +1,60 @@
+//! Request bodies: read within their limits, and parsed once. Invariant: what is no JSON object is the caller's error.
+
+use super::App;
+use super::errors::ApiError;
+use axum::body::to_bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::{StatusCode, header};
+use serde_json::{Map, Value};
+use std::sync::Arc;
+
+/// A body that is one JSON object.
+pub(super) struct JsonObject(pub(super) Map<String, Value>);
+
+impl FromRequest<Arc<App>> for JsonObject {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        let limit = app.max_body_bytes;
+        let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if length.is_some_and(|n_bytes: u64| n_bytes > limit as u64) {
+            return Err(too_large(limit));
+        }
+        let read = tokio::time::timeout(app.body_timeout, to_bytes(request.into_body(), limit));
+        let bytes = match read.await {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) if is_too_long(&error) => return Err(too_large(limit)),
+            Ok(Err(_)) => return Err(ApiError::new(StatusCode::BAD_REQUEST, None, "the body broke off")),
+            Err(_) => return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
+        };
+        parse(&bytes).map(Self)
+    }
+}
+
+fn is_too_long(error: &axum::Error) -> bool {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if error.to_string().contains("length limit exceeded") {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the body is over the limit of {limit} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("request_too_large"), message)
+}
+
+fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    let refuse = |message: String| ApiError::new(StatusCode::BAD_REQUEST, None, message);
+    if bytes.trim_ascii().is_empty() {
+        return Err(refuse("the body is empty; it must be a JSON object".into()));
+    }
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(refuse("the body must be a JSON object".into())),
+        Err(error) => Err(refuse(format!("the body is not valid JSON: {error}"))),
+    }
+}

@@ -1,0 +1,282 @@
+//! What comes of one call, from the engine's thread to the task that answers. Knows nothing of HTTP. Invariants: what is
+//! gained and not yet read is joined, so that it takes no more memory than the answer; a flow that is dropped cancels
+//! what is left of it.
+
+use super::live::Place;
+use super::metrics::Times;
+use crate::engine::{Finished, Progress, SeqLogprob};
+use crate::outcome::{Completion, ErrorCode, RowError, Usage};
+use crate::prepare::sequences::PromptMeta;
+use crate::text::tokenizer::Tokenizer;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// What one sequence gained since it was last looked at.
+#[derive(Debug, Default)]
+pub struct Gained {
+    /// Its place among the call's sequences.
+    pub sequence: usize,
+    /// Tokens drawn.
+    pub n_tokens: usize,
+    /// Text.
+    pub text: String,
+    /// As `Finished::logprobs`.
+    pub logprobs: Vec<SeqLogprob>,
+    cached_tokens: u32,
+    finished: Option<Finished>,
+}
+
+/// Where the engine's thread leaves what a call gained.
+pub(super) struct Mailbox {
+    pending: Mutex<Pending>,
+    bell: Notify,
+}
+
+struct Pending {
+    /// By sequence.
+    gained: Vec<Option<Gained>>,
+    is_closed: bool,
+}
+
+impl Mailbox {
+    pub(super) fn new(n_sequences: usize) -> Self {
+        let gained = (0..n_sequences).map(|_| None).collect();
+        Self { pending: Mutex::new(Pending { gained, is_closed: false }), bell: Notify::new() }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Pending)) {
+        change(&mut self.pending.lock().unwrap_or_else(PoisonError::into_inner));
+        self.bell.notify_one();
+    }
+}
+
+impl Pending {
+    fn of(&mut self, sequence: usize) -> &mut Gained {
+        self.gained[sequence].get_or_insert_with(|| Gained { sequence, ..Gained::default() })
+    }
+
+    fn note(&mut self, sequence: usize, progress: Progress) {
+        let gained = self.of(sequence);
+        gained.n_tokens += progress.tokens.len();
+        gained.text.push_str(&progress.text);
+        gained.logprobs.extend(progress.logprobs);
+        gained.cached_tokens = progress.cached_tokens;
+    }
+}
+
+/// Whose each running sequence is.
+#[derive(Default)]
+pub(super) struct Routes(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    /// By the engine's name of the sequence.
+    routes: HashMap<u64, (Arc<Mailbox>, usize)>,
+    is_closed: bool,
+}
+
+impl Routes {
+    fn with<T>(&self, work: impl FnOnce(&mut Table) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn open(&self, sequences: &[(u64, usize)], mailbox: &Arc<Mailbox>) {
+        let is_closed = self.with(|table| {
+            let routes = sequences.iter().enumerate().map(|(place, &(id, _))| (id, (Arc::clone(mailbox), place)));
+            table.routes.extend(routes);
+            table.is_closed
+        });
+        if is_closed {
+            mailbox.update(|pending| pending.is_closed = true);
+        }
+    }
+
+    pub(super) fn deliver(&self, progress: Vec<Progress>, finished: Vec<Finished>) {
+        self.with(|table| {
+            for next in progress {
+                if let Some((mailbox, sequence)) = table.routes.get(&next.id) {
+                    mailbox.update(|pending| pending.note(*sequence, next));
+                }
+            }
+            for done in finished {
+                if let Some((mailbox, sequence)) = table.routes.remove(&done.id) {
+                    mailbox.update(|pending| pending.of(sequence).finished = Some(done));
+                }
+            }
+        });
+    }
+
+    /// Nothing will come any more.
+    pub(super) fn close(&self) {
+        self.with(|table| {
+            table.is_closed = true;
+            for (mailbox, _) in table.routes.values() {
+                mailbox.update(|pending| pending.is_closed = true);
+            }
+        });
+    }
+
+    pub(super) fn n_open(&self) -> usize {
+        self.with(|table| table.routes.len())
+    }
+
+    /// Forgets a sequence; false if it had finished.
+    fn forget(&self, id: u64) -> bool {
+        self.with(|table| table.routes.remove(&id).is_some())
+    }
+}
+
+/// Called with a sequence that is not wanted any more.
+pub(super) type Cancel = Box<dyn Fn(u64) + Send + Sync>;
+
+/// One call at work. Dropping it cancels what has not finished.
+pub struct Flow {
+    metas: Vec<PromptMeta>,
+    /// (the engine's name, the prompt that it completes)
+    sequences: Vec<(u64, usize)>,
+    /// By sequence, when it has.
+    finished: Vec<Option<Finished>>,
+    mailbox: Arc<Mailbox>,
+    routes: Arc<Routes>,
+    cancel: Cancel,
+    /// Until it begins to run.
+    place: Option<Place>,
+    submitted: Instant,
+    first_token: Option<Duration>,
+    /// Where that is noted.
+    first_tokens: Arc<Times>,
+}
+
+/// Why a call has no completion.
+const ENGINE_ENDED: &str = "the engine has stopped";
+
+impl Flow {
+    pub(super) fn new(
+        metas: Vec<PromptMeta>,
+        sequences: Vec<(u64, usize)>,
+        mailbox: Arc<Mailbox>,
+        routes: Arc<Routes>,
+        (cancel, place, first_tokens): (Cancel, Place, Arc<Times>),
+    ) -> Self {
+        let finished = sequences.iter().map(|_| None).collect();
+        let (place, submitted) = (Some(place), Instant::now());
+        Self { metas, sequences, finished, mailbox, routes, cancel, place, submitted, first_token: None, first_tokens }
+    }
+
+    /// What is known of each prompt.
+    pub fn prompts(&self) -> &[PromptMeta] {
+        &self.metas
+    }
+
+    /// The completions that a sequence stands for, by their index in the answer: one that is computed once may be
+    /// several.
+    pub fn choices_of(&self, sequence: usize) -> std::ops::Range<usize> {
+        let prompt = self.sequences[sequence].1;
+        let before: usize = self.metas[..prompt].iter().map(|meta| meta.n_choices).sum();
+        let first = self.sequences.iter().position(|&(_, other)| other == prompt).unwrap_or(sequence);
+        let n_computed = self.sequences.iter().filter(|&&(_, other)| other == prompt).count();
+        if n_computed == 1 {
+            before..before + self.metas[prompt].n_choices
+        } else {
+            before + sequence - first..before + sequence - first + 1
+        }
+    }
+
+    /// The prompt that a sequence completes.
+    pub fn prompt_of(&self, sequence: usize) -> &PromptMeta {
+        &self.metas[self.sequences[sequence].1]
+    }
+
+    /// Time from the call to its first token, once there is one.
+    pub fn first_token(&self) -> Option<Duration> {
+        self.first_token
+    }
+
+    /// Waits for more; `None` when everything has finished and was told.
+    ///
+    /// # Errors
+    /// The engine stopped, or a sequence can't be completed.
+    pub async fn next(&mut self) -> Result<Option<Vec<Gained>>, RowError> {
+        loop {
+            if self.finished.iter().all(Option::is_some) {
+                return Ok(None);
+            }
+            let (gained, is_closed) = {
+                let mut pending = self.mailbox.pending.lock().unwrap_or_else(PoisonError::into_inner);
+                let gained: Vec<Gained> = pending.gained.iter_mut().filter_map(Option::take).collect();
+                (gained, pending.is_closed)
+            };
+            if gained.is_empty() {
+                if is_closed {
+                    return Err(RowError::row(ErrorCode::EngineError, ENGINE_ENDED));
+                }
+                self.mailbox.bell.notified().await;
+                continue;
+            }
+            return self.take(gained).map(Some);
+        }
+    }
+
+    /// Takes in what was gained.
+    fn take(&mut self, mut gained: Vec<Gained>) -> Result<Vec<Gained>, RowError> {
+        self.place = None;
+        if self.first_token.is_none() && gained.iter().any(|next| next.n_tokens > 0) {
+            let time = self.submitted.elapsed();
+            self.first_tokens.note(time);
+            self.first_token = Some(time);
+        }
+        for next in &mut gained {
+            let prompt = self.sequences[next.sequence].1;
+            // A prompt counts once, and so does what its first sequence found in the cache.
+            if self.sequences[..next.sequence].iter().all(|&(_, other)| other != prompt) {
+                self.metas[prompt].cached_tokens = self.metas[prompt].cached_tokens.max(next.cached_tokens);
+            }
+            if let Some(finished) = next.finished.take() {
+                if let Some(why) = &finished.broken {
+                    return Err(RowError::row(ErrorCode::EngineError, why.clone()));
+                }
+                self.finished[next.sequence] = Some(finished);
+            }
+        }
+        Ok(gained)
+    }
+
+    /// Waits for all of it.
+    ///
+    /// # Errors
+    /// As [`Flow::next`].
+    pub async fn complete(&mut self, tokenizer: &Tokenizer) -> Result<Completion, RowError> {
+        while self.next().await?.is_some() {}
+        Ok(self.completion(tokenizer))
+    }
+
+    /// What has finished, as an answer; of use once [`Flow::next`] gave `None`.
+    pub fn completion(&self, tokenizer: &Tokenizer) -> Completion {
+        let mut usage = Usage::default();
+        let mut choices = Vec::new();
+        for (prompt, meta) in self.metas.iter().enumerate() {
+            let own = self.sequences.iter().zip(&self.finished).filter(|((_, of), _)| *of == prompt);
+            let finished: Vec<Finished> = own.filter_map(|(_, finished)| finished.clone()).collect();
+            usage = usage.plus(meta.usage(&finished));
+            choices.extend(meta.choices(&finished, tokenizer));
+        }
+        Completion { choices, usage, seed: self.metas.iter().find_map(|meta| meta.seed) }
+    }
+
+    /// What a sequence came to, if it has finished.
+    pub fn finished(&self, sequence: usize) -> Option<&Finished> {
+        self.finished[sequence].as_ref()
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        for &(id, _) in &self.sequences {
+            if self.routes.forget(id) {
+                (self.cancel)(id);
+            }
+        }
+    }
+}

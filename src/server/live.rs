@@ -1,0 +1,239 @@
+//! A loaded model at work: its engine's thread, tokenizer, template and compiled grammars, behind one asynchronous call.
+//! Knows nothing of HTTP or of any wire form. Invariants: a call is answered by exactly the tokens that `valar run` gives
+//! the same request; a caller that goes away leaves nothing behind; memory held for a caller that reads slowly is bounded
+//! by its answer.
+
+use super::flow::{Flow, Mailbox, Routes};
+use super::metrics::Times;
+use super::pace::Pace;
+use crate::config::ModelConfig;
+use crate::config::serve::ServeLimits;
+use crate::engine::handle::{Delivery, EngineHandle};
+use crate::engine::{Engine, EngineConfig, EngineStats, Submission};
+use crate::format::openai::Endpoint;
+use crate::grammar::Grammars;
+use crate::outcome::{ErrorCode, RowError};
+use crate::pipeline::load;
+use crate::pipeline::meter::Meter;
+use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission};
+use crate::prepare::{Preparer, Prompt, RowForm};
+use crate::request::{Params, Request};
+use crate::window::Class;
+use anyhow::{Context, Result};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
+
+/// See the module.
+pub struct LiveModel {
+    /// What its requests are prepared with.
+    pub preparer: Arc<Preparer>,
+    /// What its answers' bits depend on, in short.
+    pub fingerprint: String,
+    /// Times from a call to its first token.
+    pub first_tokens: Arc<Times>,
+    engine: Arc<EngineHandle>,
+    routes: Arc<Routes>,
+    /// By class: prompts on their way to the engine, which waits where its queue is full.
+    feeds: [Sender<Work>; Class::ALL.len()],
+    /// By class: calls that have not begun to run.
+    n_queued: [Arc<AtomicUsize>; Class::ALL.len()],
+    /// Most of them.
+    max_queued: usize,
+    next_id: AtomicU64,
+    stats: Arc<Mutex<EngineStats>>,
+    /// True once the engine has ended, however it did.
+    ended: watch::Receiver<bool>,
+}
+
+/// A call's prompts on their way to the engine.
+struct Work {
+    submissions: Vec<Submission>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// Too many calls wait already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Busy;
+
+impl LiveModel {
+    /// Loads a model and starts its engine. While a call of class asap is there, a step takes about `limits.max_step` at
+    /// most.
+    ///
+    /// # Errors
+    /// No such model, one that can't be used, or not enough memory.
+    pub fn start(config: &ModelConfig, defaults: Params, limits: &ServeLimits) -> Result<Self> {
+        let open = load::open(config)?;
+        let (tokenizer, model, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
+        let fingerprint = open.fingerprint.to_string();
+        let meter = Arc::new(Meter::default());
+        let (runner, template) = load::load(open, config, &meter)?;
+        let mut engine_config = EngineConfig::for_runner(&runner.limits());
+        engine_config.max_running = config.max_running.min(engine_config.max_running);
+        engine_config.max_waiting = 2 * engine_config.max_running;
+        let mut engine = Engine::new(engine_config, runner, Arc::clone(&tokenizer) as _)?;
+        let asap_tokens = Arc::new(AtomicUsize::new(usize::MAX));
+        engine.limit_asap_steps(Arc::clone(&asap_tokens));
+        let pace = Pace::new(meter, limits.max_step, asap_tokens);
+        let preparer = Preparer {
+            form: RowForm::Requests,
+            grammars: Grammars::new(Arc::clone(&tokenizer)),
+            tokenizer,
+            template,
+            model,
+            result_columns: Vec::new(),
+            kept_columns: None,
+            defaults,
+            max_context: memory.max_context,
+            max_context_reason: memory.max_context_reason,
+        };
+        let (routes, stats) = (Arc::new(Routes::default()), Arc::new(Mutex::default()));
+        let (end, ended) = watch::channel(false);
+        let mut receiver = Receiving { routes: Arc::clone(&routes), stats: Arc::clone(&stats), end, pace };
+        let engine = Arc::new(EngineHandle::start(engine, Box::new(move |step| receiver.take(step)))?);
+        let [asap, standard, batch] = Class::ALL.map(|class| feed(class, Arc::clone(&engine)));
+        Ok(Self {
+            preparer: Arc::new(preparer),
+            fingerprint,
+            first_tokens: Arc::default(),
+            engine,
+            routes,
+            feeds: [asap?, standard?, batch?],
+            n_queued: Default::default(),
+            max_queued: limits.max_queued,
+            next_id: AtomicU64::new(0),
+            stats,
+            ended,
+        })
+    }
+
+    /// Renders, tokenizes and checks a request, away from the threads that serve connections.
+    ///
+    /// # Errors
+    /// As a row's.
+    pub async fn prepare(&self, request: Request, endpoint: Endpoint) -> Result<Vec<Prompt>, RowError> {
+        let preparer = Arc::clone(&self.preparer);
+        let prepared = tokio::task::spawn_blocking(move || preparer.prepare_request(&request, endpoint)).await;
+        prepared.unwrap_or_else(|_| Err(RowError::row(ErrorCode::EngineError, "preparing the request failed")))
+    }
+
+    /// Starts a call: its prompts run side by side, in their class. `seed` is what it draws with where it names no seed.
+    ///
+    /// # Errors
+    /// Too many calls of the class wait already.
+    pub fn submit(&self, prompts: &[Prompt], class: Class, seed: u64) -> Result<Flow, Busy> {
+        let queued = &self.n_queued[class as usize];
+        if queued.fetch_add(1, Relaxed) >= self.max_queued {
+            queued.fetch_sub(1, Relaxed);
+            return Err(Busy);
+        }
+        let metas: Vec<PromptMeta> = prompts.iter().map(|prompt| PromptMeta::new(prompt, || seed)).collect();
+        let (mut submissions, mut sequences) = (Vec::new(), Vec::new());
+        for (prompt_idx, (prompt, meta)) in prompts.iter().zip(&metas).enumerate() {
+            for choice in 0..n_computed(prompt) {
+                let id = self.next_id.fetch_add(1, Relaxed);
+                // What the last call had in the cache is likely to be useful to the next.
+                let keep_tokens = prompt.tokens.len() as u32;
+                let draw = (meta.seed, draw_number(prompt, prompt_idx, choice));
+                let mut next = submission(id, prompt, draw, keep_tokens);
+                (next.class, next.stream, next.params.watch) = (class, class as u32, true);
+                submissions.push(next);
+                sequences.push((id, prompt_idx));
+            }
+        }
+        let mailbox = Arc::new(Mailbox::new(sequences.len()));
+        self.routes.open(&sequences, &mailbox);
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let cancel = {
+            let (engine, cancelled) = (Arc::clone(&self.engine), Arc::clone(&cancelled));
+            Box::new(move |id| {
+                cancelled.store(true, SeqCst);
+                engine.cancel(id);
+            })
+        };
+        let place = Place(Arc::clone(queued));
+        let flow =
+            Flow::new(metas, sequences, mailbox, Arc::clone(&self.routes), (cancel, place, Arc::clone(&self.first_tokens)));
+        // Refused only by an engine that has ended; then its mailboxes are closed.
+        drop(self.feeds[class as usize].send(Work { submissions, cancelled }));
+        Ok(flow)
+    }
+
+    /// The engine's counters, as of its last step.
+    pub fn stats(&self) -> EngineStats {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls of a class that have not begun to run.
+    pub fn n_queued(&self, class: Class) -> usize {
+        self.n_queued[class as usize].load(Relaxed)
+    }
+
+    /// Sequences that somebody waits for.
+    pub fn n_open(&self) -> usize {
+        self.routes.n_open()
+    }
+
+    /// Returns when the engine has ended, which it does only by a fault.
+    pub async fn ended(&self) {
+        // An error means that the sender is gone: ended too.
+        drop(self.ended.clone().wait_for(|ended| *ended).await);
+    }
+}
+
+/// A call's place among those that have not begun to run; given back when it is dropped.
+pub(super) struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// The receiving end of the engine, on its thread.
+struct Receiving {
+    routes: Arc<Routes>,
+    stats: Arc<Mutex<EngineStats>>,
+    end: watch::Sender<bool>,
+    pace: Pace,
+}
+
+impl Receiving {
+    fn take(&mut self, step: Delivery<'_>) {
+        self.pace.note(step.stats);
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = *step.stats;
+        self.routes.deliver(step.progress, step.finished);
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.routes.close();
+        self.end.send_replace(true);
+    }
+}
+
+/// The thread that hands a class's prompts to the engine.
+fn feed(class: Class, engine: Arc<EngineHandle>) -> Result<Sender<Work>> {
+    let (sender, work): (_, Receiver<Work>) = channel();
+    let thread = std::thread::Builder::new().name(format!("feed-{class:?}").to_lowercase());
+    let run = move || {
+        for Work { submissions, cancelled } in work {
+            let ids: Vec<u64> = submissions.iter().map(|next| next.id).collect();
+            let wanted = submissions.into_iter().take_while(|_| !cancelled.load(SeqCst));
+            if !engine.submit_all(wanted) {
+                return;
+            }
+            // Whoever cancelled it before it was there cancelled nothing.
+            if cancelled.load(SeqCst) {
+                for id in ids {
+                    engine.cancel(id);
+                }
+            }
+        }
+    };
+    thread.spawn(run).context("cannot start the thread that feeds the engine")?;
+    Ok(sender)
+}

@@ -1,0 +1,253 @@
+//! `POST /v1/messages` and `count_tokens`: Anthropic's form of an answer. Invariant: the blocks of a stream, put
+//! together, are those of the answer without a stream, at the same indices.
+
+use super::App;
+use super::body::JsonObject;
+use super::call::{Call, Streaming, named};
+use super::errors::{ApiError, Dialect, json_response};
+use super::ids;
+use super::shown::Shown;
+use super::sse;
+use super::windows::{self, Mode, Window};
+use crate::format::anthropic::parse_messages;
+use crate::format::openai::Endpoint;
+use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError};
+use crate::prepare::Prompt;
+use crate::server::models::Offered;
+use async_stream::stream;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use futures_core::Stream;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+/// A prepared request.
+struct Prepared {
+    model: Arc<Offered>,
+    window: Window,
+    prompts: Vec<Prompt>,
+}
+
+/// Answers a message.
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    JsonObject(mut body): JsonObject,
+) -> Result<Response, ApiError> {
+    let streaming = Streaming::take(&mut body)?;
+    let Prepared { model, window, prompts } = prepare(&app, &headers, &body, true).await?;
+    let stops = prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
+    let mut call = Call::submit(model, window, &prompts, None)?;
+    if streaming.is_on {
+        return Ok(sse::response(events(call, stops)));
+    }
+    let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
+    let completion = call.flow.complete(&tokenizer).await?;
+    let end = End::of(&call, &completion, &stops);
+    let mut message = message(&call);
+    message["content"] = blocks(&completion.choices[0], &call.id).into();
+    message["stop_reason"] = end.reason.into();
+    message["stop_sequence"] = end.stop.into();
+    message["usage"] = usage(&completion);
+    Ok(json_response(&message))
+}
+
+/// `POST /v1/messages/count_tokens`
+pub(super) async fn count_tokens(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    JsonObject(mut body): JsonObject,
+) -> Result<Response, ApiError> {
+    Streaming::take(&mut body)?;
+    let Prepared { prompts, .. } = prepare(&app, &headers, &body, false).await?;
+    Ok(json_response(&json!({"input_tokens": prompts.iter().map(|prompt| prompt.tokens.len()).sum::<usize>()})))
+}
+
+async fn prepare(
+    app: &App,
+    headers: &HeaderMap,
+    body: &Map<String, Value>,
+    needs_max_tokens: bool,
+) -> Result<Prepared, ApiError> {
+    let model = Arc::clone(app.models.named(body)?);
+    let header = headers.get("x-completion-window").and_then(|value| value.to_str().ok());
+    let asked = header.or(windows::asked(windows::metadata(body)?));
+    let window = windows::resolve(asked, Mode::Foreground, &model.id, &model.windows)?;
+    let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
+    let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
+    let prompts = prompts.map_err(|error| too_long(error, body))?;
+    Ok(Prepared { model, window, prompts })
+}
+
+/// Clients know a prompt that is too long by the beginning of this text.
+fn too_long(error: RowError, body: &Map<String, Value>) -> ApiError {
+    let is_too_long = error.code == ErrorCode::ContextLengthExceeded;
+    let mut numbers = error.message.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
+    let (n_tokens, last) = (numbers.next().unwrap_or_default().to_owned(), numbers.next_back().unwrap_or_default().to_owned());
+    let error = named(error, Endpoint::ChatCompletions, body);
+    if is_too_long {
+        let message = format!("prompt is too long: {n_tokens} tokens > {last} maximum ({})", error.message);
+        return ApiError { message, ..error };
+    }
+    error
+}
+
+/// A message of which nothing has come yet.
+fn message(call: &Call) -> Value {
+    let input_tokens: u32 = call.flow.prompts().iter().map(|prompt| prompt.n_tokens).sum();
+    json!({
+        "id": format!("msg_{}", call.id),
+        "type": "message",
+        "role": "assistant",
+        "model": call.stamp.model,
+        "content": [],
+        "stop_reason": null,
+        "stop_sequence": null,
+        "usage": usage_of(input_tokens, 0, 1),
+    })
+}
+
+fn usage(completion: &Completion) -> Value {
+    let usage = completion.usage;
+    usage_of(usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens)
+}
+
+fn usage_of(input_tokens: u32, cached_tokens: u32, output_tokens: u32) -> Value {
+    json!({
+        "input_tokens": input_tokens,
+        "cache_read_input_tokens": cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+        "output_tokens": output_tokens,
+        "output_tokens_details": {"thinking_tokens": 0},
+        "service_tier": "standard",
+    })
+}
+
+fn blocks(choice: &Choice, id: &str) -> Vec<Value> {
+    let mut blocks = Vec::new();
+    if !choice.text.is_empty() || choice.tool_calls.is_empty() {
+        blocks.push(json!({"type": "text", "text": choice.text, "citations": null}));
+    }
+    blocks.extend(choice.tool_calls.iter().enumerate().map(|(k, call)| {
+        let input: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+        json!({"type": "tool_use", "id": format!("toolu_{k}_{id}"), "name": call.name, "input": input})
+    }));
+    blocks
+}
+
+/// Why a message ended.
+struct End {
+    reason: &'static str,
+    /// The stop sequence that ended it.
+    stop: Option<String>,
+}
+
+impl End {
+    fn of(call: &Call, completion: &Completion, stops: &[String]) -> Self {
+        let reason = |reason| Self { reason, stop: None };
+        let finished = call.flow.finished(0);
+        match completion.choices[0].finish_reason {
+            FinishReason::ToolCalls => reason("tool_use"),
+            FinishReason::Length => reason("max_tokens"),
+            FinishReason::Stop => {
+                let Some(finished) = finished else { return reason("end_turn") };
+                // What was drawn goes on after the text: with the sequence that ended it.
+                let tokenizer = call.tokenizer();
+                let drawn = finished.tokens.iter().filter(|&&id| !tokenizer.is_special(id));
+                let bytes: Vec<u8> = drawn.flat_map(|&id| tokenizer.token_bytes(id)).copied().collect();
+                let text = String::from_utf8_lossy(&bytes);
+                let after = text.get(finished.text.len()..).unwrap_or_default();
+                let stop = stops.iter().filter(|stop| after.starts_with(stop.as_str())).max_by_key(|stop| stop.len());
+                match stop {
+                    Some(stop) => Self { reason: "stop_sequence", stop: Some(stop.clone()) },
+                    None => reason("end_turn"),
+                }
+            }
+        }
+    }
+}
+
+fn event(mut data: Value, name: &'static str) -> String {
+    data["type"] = name.into();
+    sse::event(name, &data)
+}
+
+fn block_start(index: usize, block: &Value) -> String {
+    event(json!({"type": "", "index": index, "content_block": block}), "content_block_start")
+}
+
+fn block_delta(index: usize, delta: &Value) -> String {
+    event(json!({"type": "", "index": index, "delta": delta}), "content_block_delta")
+}
+
+fn block_stop(index: usize) -> String {
+    event(json!({"type": "", "index": index}), "content_block_stop")
+}
+
+fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
+    stream! {
+        let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
+        yield event(json!({"type": "", "message": message(&call)}), "message_start");
+        yield event(json!({"type": ""}), "ping");
+        let text_start = || block_start(0, &json!({"type": "text", "text": "", "citations": null}));
+        let text_delta = |text: &str| block_delta(0, &json!({"type": "text_delta", "text": text}));
+        let mut shown = Shown::new(call.flow.prompts()[0].call_format);
+        let mut is_open = false;
+        loop {
+            let gained = match call.flow.next().await {
+                Ok(Some(gained)) => gained,
+                Ok(None) => break,
+                Err(error) => {
+                    let error = ApiError::from(error).body(Dialect::Anthropic, &ids::new("req_"));
+                    yield sse::event("error", &error);
+                    return;
+                }
+            };
+            let text: String = gained.iter().map(|next| shown.push(&next.text)).collect();
+            if !text.is_empty() {
+                if !is_open {
+                    is_open = true;
+                    yield text_start();
+                }
+                yield text_delta(&text);
+            }
+        }
+        let completion = call.flow.completion(&tokenizer);
+        let choice = &completion.choices[0];
+        for (index, block) in blocks(choice, &call.id).iter().enumerate() {
+            if block["type"] == "text" {
+                if !is_open {
+                    yield text_start();
+                }
+                let rest = shown.rest(&choice.text);
+                if !rest.is_empty() {
+                    yield text_delta(rest);
+                }
+            } else {
+                let start = json!({"type": "tool_use", "id": block["id"], "name": block["name"], "input": {}});
+                yield block_start(index, &start);
+                yield block_delta(index, &json!({"type": "input_json_delta", "partial_json": block["input"].to_string()}));
+            }
+            yield block_stop(index);
+        }
+        let end = End::of(&call, &completion, &stops);
+        let delta = json!({"stop_reason": end.reason, "stop_sequence": end.stop});
+        yield event(json!({"type": "", "delta": delta, "usage": usage(&completion)}), "message_delta");
+        yield event(json!({"type": ""}), "message_stop");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_that_is_too_long_says_so_first() {
+        let message =
+            "body.messages: 9000 prompt tokens and max_tokens 5 are over the limit of 8192 tokens (the model's context)";
+        let error = RowError { code: ErrorCode::ContextLengthExceeded, field: None, message: message.into() };
+        assert!(too_long(error, &Map::new()).message.starts_with("prompt is too long: 9000 tokens > 8192 maximum"));
+    }
+}

@@ -1,0 +1,198 @@
+//! `valar serve`: the engine over HTTP, in the forms of `OpenAI` and Anthropic. Each dialect has a file of its own, which
+//! alone knows its field names; what a call comes to is `live`'s, and the same for all. Invariants: a request that is
+//! accepted is answered, or its caller is gone; the same request has the same bits as through `valar run`.
+
+mod auth;
+mod body;
+pub mod call;
+mod chat;
+mod completions;
+pub mod errors;
+pub mod flow;
+mod http;
+pub mod ids;
+pub mod live;
+mod messages;
+mod metrics;
+pub mod models;
+mod pace;
+pub mod responses;
+mod shown;
+mod sse;
+mod tokens;
+pub mod windows;
+
+use crate::config::serve::ServeConfig;
+use crate::pipeline::progress::say;
+use crate::request::Params;
+use anyhow::{Context, Result, bail};
+use auth::Keys;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use errors::{ApiError, Dialect, json_response};
+use metrics::Counters;
+use models::Models;
+use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// What all requests share.
+pub struct App {
+    /// What is offered.
+    pub models: Models,
+    /// Who may call.
+    keys: Keys,
+    /// Sampling parameters where a request says nothing.
+    pub defaults: Params,
+    counters: Counters,
+    max_body_bytes: usize,
+    body_timeout: Duration,
+    /// Set by the first signal: new requests are sent away.
+    is_draining: AtomicBool,
+}
+
+/// Serves until a signal.
+///
+/// # Errors
+/// A model that can't be loaded, an address that can't be had, or an engine that fails.
+pub fn serve(config: &ServeConfig) -> Result<()> {
+    let data = config.data.display();
+    std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make the data folder {data}"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build();
+    let runtime = runtime.context("cannot start the threads that serve connections")?;
+    runtime.block_on(async {
+        // Before the models: a port that is taken is known at once.
+        let address = (config.host.as_str(), config.port);
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
+        let app = Arc::new(App {
+            models: Models::load(config)?,
+            keys: Keys::new(config.api_keys.iter().map(String::as_str)),
+            defaults: config.defaults.clone(),
+            counters: Counters::default(),
+            max_body_bytes: config.limits.max_body_bytes,
+            body_timeout: config.limits.body_timeout,
+            is_draining: AtomicBool::new(false),
+        });
+        let ended = run(listener, Arc::clone(&app), config).await;
+        if let Some(id) = app.models.ended() {
+            bail!("the engine of {id} failed");
+        }
+        ended
+    })?;
+    // Threads that still prepare prompts need not be waited for.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+/// Serves until a signal, or until an engine ends.
+async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Result<()> {
+    let address = listener.local_addr().context("an address that is bound is known")?;
+    say(&format!("listening on http://{address}"));
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut any_signal = async || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let server = http::Server::new(router(Arc::clone(&app)), &config.limits);
+    tokio::select! {
+        () = server.accept(listener) => {}
+        () = app.models.any_ended() => return Ok(()),
+        () = any_signal() => {}
+    }
+    app.is_draining.store(true, Relaxed);
+    let connections = server.into_connections();
+    say("finishing what runs; a second signal ends it at once");
+    tokio::select! {
+        () = connections.shutdown() => {}
+        () = tokio::time::sleep(config.limits.drain) => say("some calls had not finished"),
+        () = any_signal() => {}
+        () = app.models.any_ended() => {}
+    }
+    Ok(())
+}
+
+/// All routes.
+fn router(app: Arc<App>) -> Router {
+    let front = from_fn_with_state(Arc::clone(&app), front);
+    Router::new()
+        .route("/health", get(async || json_response(&json!({"status": "ok"}))))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics::show))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::retrieve))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        // Clients that add `/v1` themselves, given a base that has it.
+        .route("/v1/v1/messages", post(messages::create))
+        .route("/v1/v1/messages/count_tokens", post(messages::count_tokens))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/tokenizer_info", get(tokens::info))
+        .fallback(async |request: Request| {
+            let message = format!("unknown URL: {} {}", request.method(), request.uri().path());
+            ApiError::new(StatusCode::NOT_FOUND, Some("unknown_url"), message)
+        })
+        .method_not_allowed_fallback(async |request: Request| {
+            let message = format!("{} is not allowed for {}", request.method(), request.uri().path());
+            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Some("method_not_allowed"), message)
+        })
+        .layer(front)
+        .with_state(app)
+}
+
+/// Whether new requests are taken.
+async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    if app.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(json_response(&json!({"status": "ready"}))) }
+}
+
+/// What every request passes through: its id, whether it may, and the form of its error.
+async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let request_id = ids::new("req_");
+    let path = request.uri().path();
+    let dialect = Dialect::of(path, request.headers());
+    let is_open = path == "/health" || path == "/ready";
+    let allowed = if is_open { Ok(()) } else { app.admit(&request) };
+    let response = match allowed {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
+    let mut response = match response.extensions().get::<ApiError>() {
+        None => response,
+        Some(error) => {
+            let mut written = error.response(dialect, &request_id);
+            if let Some(allow) = response.headers().get("allow") {
+                written.headers_mut().insert("allow", allow.clone());
+            }
+            written
+        }
+    };
+    app.counters.count(response.status().as_u16());
+    if let Ok(id) = HeaderValue::try_from(request_id) {
+        response.headers_mut().insert("x-request-id", id.clone());
+        response.headers_mut().insert("request-id", id);
+    }
+    response
+}
+
+impl App {
+    fn admit(&self, request: &Request) -> Result<(), ApiError> {
+        self.keys.check(request.headers())?;
+        if self.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(()) }
+    }
+}

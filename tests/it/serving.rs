@@ -1,0 +1,171 @@
+//! A server of our own, for tests that speak to it: the real program on a free port, and a small HTTP client.
+
+use crate::common::Sandbox;
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use ureq::Agent;
+use ureq::http::{HeaderMap, Method, Request};
+
+/// The key that the server wants.
+pub(crate) const KEY: &str = "a key of ours";
+/// The default model's name.
+pub(crate) const MODEL: &str = "SmolLM2-135M-Instruct";
+
+/// A server that runs until it is dropped.
+pub(crate) struct Server {
+    pub(crate) child: Child,
+    pub(crate) address: String,
+    pub(crate) sandbox: Sandbox,
+    agent: Agent,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    /// The body as JSON.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
+    }
+
+    /// A header's text.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// The events of a stream: their names (empty where they have none) and data.
+    pub(crate) fn events(&self) -> Vec<(String, String)> {
+        let blocks = self.text.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
+        let event = |block: &str| {
+            let field = |name: &str| block.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().to_owned();
+            (field("event: "), field("data: "))
+        };
+        blocks.map(event).collect()
+    }
+
+    /// The data of a stream's events, up to `[DONE]`, which must be there.
+    #[track_caller]
+    pub(crate) fn chunks(&self) -> Vec<Value> {
+        let mut events = self.events();
+        assert_eq!(events.pop().map(|(_, data)| data).as_deref(), Some("[DONE]"), "{}", self.text);
+        events.iter().map(|(_, data)| serde_json::from_str(data).unwrap()).collect()
+    }
+}
+
+impl Server {
+    /// The default model, and a key.
+    pub(crate) fn start() -> Self {
+        Self::with("", &["--api-key", KEY])
+    }
+
+    /// With a configuration file and flags.
+    pub(crate) fn with(config: &str, flags: &[&str]) -> Self {
+        let sandbox = Sandbox::new();
+        sandbox.write("valar.toml", config);
+        let mut args = vec!["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
+        args.extend(flags);
+        let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let address = loop {
+            let mut line = String::new();
+            assert!(said.read_line(&mut line).unwrap() > 0, "the server ended before it listened");
+            if let Some((_, address)) = line.split_once("listening on http://") {
+                break address.trim().to_owned();
+            }
+        };
+        // Whatever else it says goes nowhere, and must not stop it.
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_mins(5)));
+        Self { child, address, sandbox, agent: agent.build().into() }
+    }
+
+    /// A request with our key.
+    pub(crate) fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[("authorization", &format!("Bearer {KEY}"))], "")
+    }
+
+    /// A request with our key and a JSON body.
+    #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
+    pub(crate) fn post(&self, path: &str, body: Value) -> Answer {
+        self.send("POST", path, &[("authorization", &format!("Bearer {KEY}"))], body.to_string())
+    }
+
+    /// Any request.
+    pub(crate) fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Vec<u8>>) -> Answer {
+        let url = format!("http://{}{path}", self.address);
+        let mut request = Request::builder().method(Method::from_bytes(method.as_bytes()).unwrap()).uri(url);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body = body.into();
+        let response =
+            if body.is_empty() { self.agent.run(request.body(()).unwrap()) } else { self.agent.run(request.body(body).unwrap()) };
+        let mut response = response.unwrap();
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        Answer { status, headers, text: response.body_mut().with_config().limit(1 << 30).read_to_string().unwrap() }
+    }
+
+    /// Sends bytes as they are, and gives the connection.
+    pub(crate) fn raw(&self, bytes: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
+        stream.write_all(bytes).unwrap();
+        stream
+    }
+
+    /// A request on a connection of its own, whose answer is not read yet.
+    pub(crate) fn open(&self, path: &str, body: &Value) -> TcpStream {
+        let body = body.to_string();
+        let head =
+            format!("POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: {}\r\n\r\n", body.len());
+        self.raw((head + &body).as_bytes())
+    }
+
+    /// A number that `/metrics` shows.
+    pub(crate) fn metric(&self, name: &str) -> u64 {
+        let metrics = self.get("/metrics").text;
+        let lines = metrics.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
+        lines.map(|(_, value)| value.parse::<u64>().unwrap()).sum()
+    }
+
+    /// Waits until nothing runs or waits.
+    #[track_caller]
+    pub(crate) fn wait_idle(&self) {
+        let start = Instant::now();
+        let names = ["valar_running{", "valar_waiting{", "valar_queued_calls{", "valar_open_calls{"];
+        while names.iter().any(|name| self.metric(name) > 0) {
+            assert!(start.elapsed() < Duration::from_secs(20), "work is left behind: {}", self.get("/metrics").text);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Reads until the text is there.
+pub(crate) fn read_until(stream: &mut TcpStream, text: &str) -> String {
+    let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
+    loop {
+        let n = stream.read(&mut buffer).unwrap();
+        assert!(n > 0, "{text:?} never came: {}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&buffer[..n]);
+        let so_far = String::from_utf8_lossy(&seen);
+        if so_far.contains(text) {
+            return so_far.into_owned();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}

@@ -1,0 +1,261 @@
+"""A running server, seen by the official clients in strict mode: every body and every event is validated against their
+types, and responses against Open Responses' own.
+
+    python tests/sdk/check.py BASE_URL KEY MODEL
+
+The examples of the service's documents stand here word for word, but for the model's name and the address.
+"""
+
+import json
+import sys
+
+import anthropic
+import openai
+import openresponses_types as open_responses
+from pydantic import BaseModel, TypeAdapter
+
+BASE_URL, KEY, MODEL = sys.argv[1:]
+client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0, _strict_response_validation=True)
+claude = anthropic.Anthropic(base_url=BASE_URL, api_key=KEY, max_retries=0, _strict_response_validation=True)
+HI = [{"role": "user", "content": "Say hello in one word."}]
+
+
+def models():
+    listed = client.models.list()
+    assert MODEL in [model.id for model in listed], listed
+    assert client.models.retrieve(MODEL).id == MODEL
+    page = claude.models.list()
+    assert MODEL in [model.id for model in page.data] and not page.has_more
+    assert claude.models.retrieve(MODEL).max_input_tokens > 0
+    try:
+        client.models.retrieve("no/such model")
+        raise AssertionError("found")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found" and error.request_id.startswith("req_"), error
+
+
+def chat():
+    plain = client.chat.completions.create(model=MODEL, messages=HI, temperature=0, max_completion_tokens=8)
+    assert plain.choices[0].message.content and plain._request_id.startswith("req_")
+    assert plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens
+    stream = client.chat.completions.create(
+        model=MODEL, messages=HI, temperature=0, max_completion_tokens=8, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == plain.choices[0].message.content, (text, plain)
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    with client.chat.completions.stream(
+        model=MODEL, messages=HI, n=2, seed=5, max_completion_tokens=8, logprobs=True, top_logprobs=2
+    ) as helper:
+        for _ in helper:
+            pass
+        # The helper refuses to give a completion that was cut off as final.
+        final = helper.current_completion_snapshot
+    same = client.chat.completions.create(
+        model=MODEL, messages=HI, n=2, seed=5, max_completion_tokens=8, logprobs=True, top_logprobs=2
+    )
+    assert [c.message.content for c in final.choices] == [c.message.content for c in same.choices]
+    assert [c.logprobs for c in final.choices] == [c.logprobs for c in same.choices]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def structured():
+    messages = [{"role": "user", "content": "Ann is 30 years old. Give me her name and age as JSON."}]
+    parsed = client.chat.completions.parse(model=MODEL, messages=messages, response_format=Person, temperature=0)
+    assert isinstance(parsed.choices[0].message.parsed, Person), parsed
+    response = client.responses.parse(model=MODEL, input=messages, text_format=Person, temperature=0)
+    assert isinstance(response.output_parsed, Person), response
+    message = claude.messages.create(
+        model=MODEL,
+        max_tokens=200,
+        messages=messages,
+        output_config={"format": {"type": "json_schema", "schema": {**Person.model_json_schema(), "additionalProperties": False}}},
+        extra_body={"temperature": 0},
+    )
+    Person.model_validate_json(message.content[0].text)
+
+
+def completions():
+    # The first token of an echoed prompt has no log-probability, and chunks before the last have no finish reason: the
+    # service sends null, which its clients' strict types do not know.
+    lenient = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0)
+    echoed = lenient.completions.create(
+        model=MODEL, prompt=[[504, 3575, 282], [28, 198, 1]], max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1234
+    )
+    assert [choice.index for choice in echoed.choices] == [0, 1]
+    for choice in echoed.choices:
+        entries = choice.logprobs
+        assert len(entries.tokens) == len(entries.token_logprobs) == len(entries.top_logprobs) == 4
+        assert entries.token_logprobs[0] is None and entries.token_logprobs[3] == max(entries.top_logprobs[3].values())
+    chunks = list(lenient.completions.create(model=MODEL, prompt="The sea", max_tokens=5, temperature=0, stream=True))
+    plain = client.completions.create(model=MODEL, prompt="The sea", max_tokens=5, temperature=0)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+
+
+def responses():
+    response = client.responses.create(model=MODEL, input="Name a river.", temperature=0, max_output_tokens=12)
+    assert response.output_text
+    raw = client.responses.with_raw_response.create(model=MODEL, input="Name a river.", temperature=0, max_output_tokens=12)
+    open_responses.ResponseResource.model_validate(json.loads(raw.text() if callable(raw.text) else raw.text))
+    with client.responses.stream(model=MODEL, input="Say: hello", temperature=0) as helper:
+        events = list(helper)
+        final = helper.get_final_response()
+    assert final.status == "completed"
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == final.output_text
+    # Whatever a response holds is taken back.
+    again = client.responses.create(
+        model=MODEL,
+        input=[{"role": "user", "content": "Say: hello"}, *final.output, {"role": "user", "content": "Again!"}],
+        max_output_tokens=8,
+    )
+    assert again.output_text is not None
+    for event in client.responses.create(model=MODEL, input="Count to 100.", max_output_tokens=4, stream=True):
+        pass
+    assert event.type == "response.incomplete" and event.response.incomplete_details.reason == "max_output_tokens"
+    counted = client.responses.input_tokens.count(model=MODEL, input="Name a river.")
+    assert counted.input_tokens == response.usage.input_tokens
+
+
+def open_responses_events():
+    """Every event as Open Responses has it."""
+    types = {}
+    for name in dir(open_responses):
+        if name.endswith("StreamingEvent"):
+            model = getattr(open_responses, name)
+            (kind,) = model.model_fields["type"].annotation
+            types[kind.value] = TypeAdapter(model)
+    seen = set()
+    stream = client.responses.with_streaming_response.create(model=MODEL, input="Hi", max_output_tokens=6, stream=True)
+    with stream as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                seen.add(event["type"])
+                types[event["type"]].validate_python(event)
+    assert {"response.created", "response.output_text.delta", "response.incomplete"} <= seen, seen
+
+
+def messages():
+    message = claude.messages.create(model=MODEL, max_tokens=8, messages=HI)
+    assert message.content[0].type == "text" and message._request_id.startswith("req_")
+    with claude.messages.stream(model=MODEL, max_tokens=8, messages=HI, system="Be brief.") as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert final.content[0].text == text and final.stop_reason in ("end_turn", "max_tokens")
+    counted = claude.messages.count_tokens(model=MODEL, messages=HI)
+    usage = message.usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+    try:
+        claude.messages.create(model=MODEL, max_tokens=8, messages=[{"role": "user", "content": "word " * 9000}])
+        raise AssertionError("accepted")
+    except anthropic.BadRequestError as error:
+        assert "prompt is too long" in str(error), error
+
+
+FUNCTION = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+
+
+def tools():
+    """The model must call; what it calls with is the schema's. Streamed and not, in every dialect, and there and back."""
+    model, question = "with-tools", [{"role": "user", "content": "What is the weather in Paris?"}]
+    chat_tools = [{"type": "function", "function": FUNCTION}]
+    arguments = {"model": model, "messages": question, "tools": chat_tools, "tool_choice": "required", "temperature": 0}
+    plain = client.chat.completions.create(**arguments)
+    (call,) = plain.choices[0].message.tool_calls
+    assert plain.choices[0].finish_reason == "tool_calls" and plain.choices[0].message.content is None, plain
+    assert call.function.name == "get_weather" and "city" in json.loads(call.function.arguments)
+    with client.chat.completions.stream(**arguments) as helper:
+        for _ in helper:
+            pass
+        (streamed,) = helper.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments and streamed.function.name == call.function.name
+    answer = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
+    again = [*question, plain.choices[0].message.to_dict(), answer]
+    assert client.chat.completions.create(model=model, messages=again, tools=chat_tools, max_tokens=8).choices
+
+    response_tools = [{"type": "function", **FUNCTION}]
+    arguments = {"model": model, "input": question, "tools": response_tools, "tool_choice": "required", "temperature": 0}
+    response = client.responses.create(**arguments)
+    (item,) = response.output
+    assert item.type == "function_call" and item.arguments == call.function.arguments and item.id != item.call_id, item
+    with client.responses.stream(**arguments) as helper:
+        for _ in helper:
+            pass
+        (streamed,) = helper.get_final_response().output
+    assert streamed.arguments == item.arguments
+    output = {"type": "function_call_output", "call_id": item.call_id, "output": "Sunny."}
+    assert client.responses.create(
+        model=model, input=[*question, *response.output, output], tools=response_tools, max_output_tokens=8
+    ).output
+
+    schema = FUNCTION["parameters"]
+    claude_tools = [{"name": "get_weather", "description": FUNCTION["description"], "input_schema": schema}]
+    arguments = {"model": model, "max_tokens": 99, "messages": question, "tools": claude_tools, "tool_choice": {"type": "any"}}
+    arguments["extra_body"] = {"temperature": 0}
+    message = claude.messages.create(**arguments)
+    (block,) = message.content
+    assert message.stop_reason == "tool_use" and block.input == json.loads(call.function.arguments), message
+    with claude.messages.stream(**arguments) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].input == block.input and final.stop_reason == "tool_use"
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "Sunny."}]}
+    turns = [*question, {"role": "assistant", "content": message.content}, result]
+    assert claude.messages.create(model=model, max_tokens=8, messages=turns, tools=claude_tools).content
+
+
+def errors():
+    for arguments, status in [
+        ({"input": []}, openai.BadRequestError),
+        ({"input": "Hi", "metadata": {"completion_window": "tomorrow"}}, openai.BadRequestError),
+        ({"input": "Hi", "stream": True, "temperature": 7}, openai.BadRequestError),
+        ({"input": "Hi", "model": "nobody"}, openai.NotFoundError),
+    ]:
+        try:
+            client.responses.create(**{"model": MODEL, **arguments})
+            raise AssertionError(f"accepted: {arguments}")
+        except status as error:
+            assert error.type == "invalid_request_error" and error.param, (arguments, error)
+    try:
+        openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="wrong", max_retries=0).models.list()
+        raise AssertionError("accepted")
+    except openai.AuthenticationError as error:
+        assert error.code == "invalid_api_key"
+    try:
+        anthropic.Anthropic(base_url=BASE_URL, api_key="wrong", max_retries=0).models.list()
+        raise AssertionError("accepted")
+    except anthropic.AuthenticationError:
+        pass
+
+
+def documents_realtime():
+    """The example of realtime in "Inference modes"."""
+    response = client.responses.create(
+        model="moonshotai/Kimi-K2.6",
+        input="Summarize the latest support ticket in one sentence.",
+    )
+
+    print(response.output_text)
+
+
+if __name__ == "__main__":
+    for check in [
+        models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
+        documents_realtime,
+    ]:
+        check()
+        print(f"ok {check.__name__}", flush=True)
