@@ -10,6 +10,8 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// Most stop strings a request may carry (generous; `OpenAI` allows 4).
 pub const MAX_STOP_STRINGS: usize = 64;
+/// Most bytes of a stop string: every text is searched for it as it grows.
+pub const MAX_STOP_BYTES: usize = 1024;
 
 /// Most completions per prompt (the `OpenAI` limit).
 pub const MAX_CHOICES: u32 = 128;

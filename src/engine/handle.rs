@@ -48,6 +48,7 @@ enum Command {
     Submit(Submission),
     SubmitAll(Vec<Submission>),
     Cancel(u64),
+    CancelAll(Vec<u64>),
     EndStream(u32),
     Abort,
 }
@@ -118,6 +119,11 @@ impl EngineHandle {
         self.control(Command::Cancel(id));
     }
 
+    /// Forgets sequences, unless they have finished by then.
+    pub fn cancel_all(&self, ids: Vec<u64>) {
+        self.control(Command::CancelAll(ids));
+    }
+
     /// See [`Engine::end_stream`].
     pub fn end_stream(&self, stream: u32) {
         self.control(Command::EndStream(stream));
@@ -186,6 +192,11 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                     }
                 }
                 Ok(Command::Cancel(id)) => drop(engine.cancel(id)),
+                Ok(Command::CancelAll(ids)) => {
+                    for id in ids {
+                        engine.cancel(id);
+                    }
+                }
                 Ok(Command::EndStream(stream)) => engine.end_stream(stream),
                 Ok(Command::Abort) => return Ok(*engine.stats()),
                 Err(TryRecvError::Empty) => break,

@@ -23,6 +23,9 @@ use crate::device::batch::BlockCopy;
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
+/// Tokens of a step that new prompts may have however many rows of class asap decode.
+const LEAST_ROOM: usize = 16;
+
 /// See the module.
 pub(super) struct Scheduler {
     pub(super) config: EngineConfig,
@@ -140,11 +143,14 @@ impl Scheduler {
         self.scheduled.clear();
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
-        if self.has_asap() {
-            self.room_tokens = self.room_tokens.min(self.asap_tokens.load(Relaxed)).max(1);
-        }
         self.is_tight = false;
         self.decode(Class::Asap);
+        if self.has_asap() {
+            // Whoever waits for tokens gets them in every step; what else is in it is limited, but never nothing.
+            let n_decoding = self.config.budget_tokens - self.room_tokens;
+            let room = self.asap_tokens.load(Relaxed).saturating_sub(n_decoding).max(LEAST_ROOM);
+            self.room_tokens = self.room_tokens.min(room);
+        }
         self.prefill(Class::Asap);
         self.decode(Class::Standard);
         self.decode(Class::Batch);

@@ -39,7 +39,9 @@ impl StopText {
     /// How many of its bytes no later push can take away: what may be the beginning of a stop string can still go.
     pub fn stable_len(&self, stop: &[String]) -> usize {
         let text = self.text.as_bytes();
-        let begun = |s: &String| (1..s.len()).rev().find(|&n| s.is_char_boundary(n) && text.ends_with(&s.as_bytes()[..n]));
+        let begun = |s: &String| {
+            (1..s.len().min(text.len() + 1)).rev().find(|&n| s.is_char_boundary(n) && text.ends_with(&s.as_bytes()[..n]))
+        };
         self.text.len() - stop.iter().filter_map(begun).max().unwrap_or(0)
     }
 

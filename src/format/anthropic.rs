@@ -5,7 +5,9 @@
 use super::openai::fields::{integer, optional_bool, optional_f32, optional_object, optional_u64, required_str, wrong_type};
 use super::openai::messages::{call_value, string};
 use crate::outcome::{ErrorCode, RowError};
-use crate::request::{AnswerFormat, ChatOptions, Input, MAX_STOP_STRINGS, Message, Params, Request, ToolChoice, Truncate};
+use crate::request::{
+    AnswerFormat, ChatOptions, Input, MAX_STOP_BYTES, MAX_STOP_STRINGS, Message, Params, Request, ToolChoice, Truncate,
+};
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -52,6 +54,7 @@ pub fn parse_messages(body: &Map<String, Value>, defaults: &Params, needs_max_to
         top_k: optional_u64(body, "top_k", 0, u32::MAX.into())?.map_or(defaults.top_k, |k| k as u32),
         seed: optional_u64(body, "seed", 0, u64::MAX)?.or(defaults.seed),
         stop: parse_stops(body)?.unwrap_or_else(|| defaults.stop.clone()),
+        n: 1,
         ..defaults.clone()
     };
     parse_output_config(body, &mut params, &mut chat)?;
@@ -83,6 +86,10 @@ fn parse_stops(body: &Map<String, Value>) -> Result<Option<Vec<String>>, RowErro
         return Err(RowError::field(ErrorCode::InvalidValue, path, message));
     }
     let stops = items.iter().enumerate().map(|(i, item)| match item.as_str() {
+        Some(text) if text.len() > MAX_STOP_BYTES => {
+            let message = format!("at most {MAX_STOP_BYTES} bytes are allowed, {} given", text.len());
+            Err(RowError::field(ErrorCode::InvalidValue, format!("{path}[{i}]"), message))
+        }
         Some("") => Err(RowError::field(ErrorCode::InvalidValue, format!("{path}[{i}]"), "must not be empty")),
         Some(text) => Ok(text.to_owned()),
         None => Err(wrong_type(&format!("{path}[{i}]"), "a string", item)),
@@ -197,6 +204,7 @@ fn parse_turns(body: &Map<String, Value>) -> Result<Vec<Message>, RowError> {
         }
         Some(other) => return Err(wrong_type("body.system", "a string or an array of text blocks", other)),
     }
+    turns.is_new = true;
     let items = match body.get("messages") {
         None | Some(Value::Null) => return Err(missing("body.messages")),
         Some(Value::Array(items)) if items.is_empty() => {

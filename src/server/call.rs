@@ -101,7 +101,10 @@ impl Call {
 }
 
 /// Most completions of one call.
-const MAX_SEQUENCES: usize = 4096;
+const MAX_SEQUENCES: usize = 1024;
+
+/// What a limit on the tokens to generate may be called.
+const LIMITS: [&str; 3] = ["max_output_tokens", "max_completion_tokens", "max_tokens"];
 
 /// Where a format may stand in a body.
 const FORMATS: [&str; 10] = [
@@ -125,6 +128,7 @@ pub fn named(error: RowError, endpoint: Endpoint, body: &Map<String, Value>) -> 
         (_, Some(_)) if is_format => FORMATS.into_iter().find(|key| is_given(key)),
         (ErrorCode::TemplateError, None) if is_given("continue_final_message") => Some("continue_final_message"),
         (ErrorCode::TemplateError, None) => Some(if endpoint == Endpoint::Responses { "input" } else { "messages" }),
+        (_, Some(field)) if field == "body.max_tokens" => LIMITS.into_iter().find(|key| is_given(key)),
         _ => None,
     };
     let error = ApiError::from(error);

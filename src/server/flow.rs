@@ -122,14 +122,14 @@ impl Routes {
         self.with(|table| table.routes.len())
     }
 
-    /// Forgets a sequence; false if it had finished.
-    fn forget(&self, id: u64) -> bool {
-        self.with(|table| table.routes.remove(&id).is_some())
+    /// Forgets a call's sequences; those that had not finished.
+    fn forget(&self, sequences: &[(u64, usize)]) -> Vec<u64> {
+        self.with(|table| sequences.iter().map(|&(id, _)| id).filter(|id| table.routes.remove(id).is_some()).collect())
     }
 }
 
-/// Called with a sequence that is not wanted any more.
-pub(super) type Cancel = Box<dyn Fn(u64) + Send + Sync>;
+/// Called with the sequences that are not wanted any more.
+pub(super) type Cancel = Box<dyn Fn(Vec<u64>) + Send + Sync>;
 
 /// One call at work. Dropping it cancels what has not finished.
 pub struct Flow {
@@ -142,7 +142,7 @@ pub struct Flow {
     routes: Arc<Routes>,
     cancel: Cancel,
     /// Until it begins to run.
-    place: Option<Place>,
+    place: Option<Arc<Place>>,
     submitted: Instant,
     first_token: Option<Duration>,
     /// Where that is noted.
@@ -158,7 +158,7 @@ impl Flow {
         sequences: Vec<(u64, usize)>,
         mailbox: Arc<Mailbox>,
         routes: Arc<Routes>,
-        (cancel, place, first_tokens): (Cancel, Place, Arc<Times>),
+        (cancel, place, first_tokens): (Cancel, Arc<Place>, Arc<Times>),
     ) -> Self {
         let finished = sequences.iter().map(|_| None).collect();
         let (place, submitted) = (Some(place), Instant::now());
@@ -273,10 +273,9 @@ impl Flow {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        for &(id, _) in &self.sequences {
-            if self.routes.forget(id) {
-                (self.cancel)(id);
-            }
+        let unwanted = self.routes.forget(&self.sequences);
+        if !unwanted.is_empty() {
+            (self.cancel)(unwanted);
         }
     }
 }

@@ -24,7 +24,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// See the module.
 pub struct LiveModel {
@@ -42,6 +42,8 @@ pub struct LiveModel {
     n_queued: [Arc<AtomicUsize>; Class::ALL.len()],
     /// Most of them.
     max_queued: usize,
+    /// As many requests as are prepared at a time.
+    preparing: Semaphore,
     next_id: AtomicU64,
     stats: Arc<Mutex<EngineStats>>,
     /// True once the engine has ended, however it did.
@@ -52,6 +54,8 @@ pub struct LiveModel {
 struct Work {
     submissions: Vec<Submission>,
     cancelled: Arc<AtomicBool>,
+    /// Its call counts as waiting while it is here, even if nobody wants it any more.
+    _place: Arc<Place>,
 }
 
 /// Too many calls wait already.
@@ -103,6 +107,7 @@ impl LiveModel {
             feeds: [asap?, standard?, batch?],
             n_queued: Default::default(),
             max_queued: limits.max_queued,
+            preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
             stats,
             ended,
@@ -115,6 +120,8 @@ impl LiveModel {
     /// As a row's.
     pub async fn prepare(&self, request: Request, endpoint: Endpoint) -> Result<Vec<Prompt>, RowError> {
         let preparer = Arc::clone(&self.preparer);
+        // Never closed; held until the request is prepared.
+        let _permit = self.preparing.acquire().await;
         let prepared = tokio::task::spawn_blocking(move || preparer.prepare_request(&request, endpoint)).await;
         prepared.unwrap_or_else(|_| Err(RowError::row(ErrorCode::EngineError, "preparing the request failed")))
     }
@@ -148,16 +155,21 @@ impl LiveModel {
         let cancelled = Arc::new(AtomicBool::new(false));
         let cancel = {
             let (engine, cancelled) = (Arc::clone(&self.engine), Arc::clone(&cancelled));
-            Box::new(move |id| {
+            Box::new(move |ids| {
                 cancelled.store(true, SeqCst);
-                engine.cancel(id);
+                engine.cancel_all(ids);
             })
         };
-        let place = Place(Arc::clone(queued));
-        let flow =
-            Flow::new(metas, sequences, mailbox, Arc::clone(&self.routes), (cancel, place, Arc::clone(&self.first_tokens)));
+        let place = Arc::new(Place(Arc::clone(queued)));
+        let flow = Flow::new(
+            metas,
+            sequences,
+            mailbox,
+            Arc::clone(&self.routes),
+            (cancel, Arc::clone(&place), Arc::clone(&self.first_tokens)),
+        );
         // Refused only by an engine that has ended; then its mailboxes are closed.
-        drop(self.feeds[class as usize].send(Work { submissions, cancelled }));
+        drop(self.feeds[class as usize].send(Work { submissions, cancelled, _place: place }));
         Ok(flow)
     }
 
@@ -220,7 +232,7 @@ fn feed(class: Class, engine: Arc<EngineHandle>) -> Result<Sender<Work>> {
     let (sender, work): (_, Receiver<Work>) = channel();
     let thread = std::thread::Builder::new().name(format!("feed-{class:?}").to_lowercase());
     let run = move || {
-        for Work { submissions, cancelled } in work {
+        for Work { submissions, cancelled, .. } in work {
             let ids: Vec<u64> = submissions.iter().map(|next| next.id).collect();
             let wanted = submissions.into_iter().take_while(|_| !cancelled.load(SeqCst));
             if !engine.submit_all(wanted) {
@@ -228,9 +240,7 @@ fn feed(class: Class, engine: Arc<EngineHandle>) -> Result<Sender<Work>> {
             }
             // Whoever cancelled it before it was there cancelled nothing.
             if cancelled.load(SeqCst) {
-                for id in ids {
-                    engine.cancel(id);
-                }
+                engine.cancel_all(ids);
             }
         }
     };

@@ -82,7 +82,7 @@ async fn prepare(
 
 /// Clients know a prompt that is too long by the beginning of this text.
 fn too_long(error: RowError, body: &Map<String, Value>) -> ApiError {
-    let is_too_long = error.code == ErrorCode::ContextLengthExceeded;
+    let is_too_long = error.code == ErrorCode::ContextLengthExceeded && error.field.as_deref() != Some("body.max_tokens");
     let mut numbers = error.message.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
     let (n_tokens, last) = (numbers.next().unwrap_or_default().to_owned(), numbers.next_back().unwrap_or_default().to_owned());
     let error = named(error, Endpoint::ChatCompletions, body);
@@ -159,7 +159,7 @@ impl End {
                 let bytes: Vec<u8> = drawn.flat_map(|&id| tokenizer.token_bytes(id)).copied().collect();
                 let text = String::from_utf8_lossy(&bytes);
                 let after = text.get(finished.text.len()..).unwrap_or_default();
-                let stop = stops.iter().filter(|stop| after.starts_with(stop.as_str())).max_by_key(|stop| stop.len());
+                let stop = stops.iter().filter(|stop| after.starts_with(stop.as_str())).min_by_key(|stop| stop.len());
                 match stop {
                     Some(stop) => Self { reason: "stop_sequence", stop: Some(stop.clone()) },
                     None => reason("end_turn"),

@@ -4,7 +4,7 @@ use super::fields::{
     integer, optional_bool, optional_f32, optional_object, optional_str, optional_u64, required_str, shorten, wrong_type,
 };
 use crate::outcome::{ErrorCode, RowError};
-use crate::request::{AnswerFormat, MAX_CHOICES, MAX_STOP_STRINGS, Params};
+use crate::request::{AnswerFormat, MAX_CHOICES, MAX_STOP_BYTES, MAX_STOP_STRINGS, Params};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -132,6 +132,10 @@ fn parse_stop(body: &Map<String, Value>) -> Result<Option<Vec<String>>, RowError
     }
     if let Some(i) = items.iter().position(String::is_empty) {
         return Err(RowError::field(ErrorCode::InvalidValue, format!("body.stop[{i}]"), "must not be empty"));
+    }
+    if let Some((i, item)) = items.iter().enumerate().find(|(_, item)| item.len() > MAX_STOP_BYTES) {
+        let message = format!("at most {MAX_STOP_BYTES} bytes are allowed, {} given", item.len());
+        return Err(RowError::field(ErrorCode::InvalidValue, format!("body.stop[{i}]"), message));
     }
     Ok(Some(items))
 }

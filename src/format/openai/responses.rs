@@ -40,6 +40,7 @@ pub(super) fn parse(row_idx: u64, body: &Map<String, Value>, defaults: &Params) 
     let mut params = params::parse(body, defaults)?;
     let max_output_tokens = optional_u64(body, "max_output_tokens", 1, u32::MAX.into())?;
     params.max_tokens = max_output_tokens.map(|n| n as u32).or(defaults.max_tokens);
+    params.n = 1;
     params.logprobs = parse_logprobs(body)?;
     let text_format = parse_text_format(body, &mut params)?;
     let mut messages = Vec::new();
