@@ -95,6 +95,8 @@ pub(crate) enum Fault {
     Busy,
     /// Answered 403, with what servers echo of a request.
     Forbidden,
+    /// Answered 404, as a store does that is told twice to complete an upload.
+    Gone,
     /// The answer's body ends half-way.
     CutBody,
     /// The answer's body comes in small pieces with pauses.
@@ -157,6 +159,7 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     log.lock().unwrap().push(fault);
     let refusal = match fault {
         Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),
+        Fault::Gone => Some(("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>".to_owned())),
         Fault::Forbidden => Some(("403 Forbidden", format!("<Error><Code>AccessDenied</Code><Echo>{head}</Echo></Error>"))),
         _ => None,
     };
