@@ -265,6 +265,9 @@ impl LineCounter {
 /// Refuses an output that can't be written: unknown extension, or a directory is in its place.
 pub fn check_output(storage: &Storage, at: &Location) -> Result<Format> {
     let format = Format::of(at)?;
+    if at.is_web() {
+        bail!("{}: http(s):// can only be read; write to a path or to another store", at.url);
+    }
     if storage.is_directory(at)? {
         bail!("{} is a directory; the output must be a file", at.url);
     }

@@ -3,8 +3,10 @@
 //! complete and has the size and SHA-256 of the catalogue (or of the hub), since it is checked before it is renamed into
 //! place.
 
+mod object;
 pub mod remote;
 
+use crate::storage::Location;
 use anyhow::{Context, Result, bail, ensure};
 use remote::{Remote, Repo};
 use sha2::{Digest, Sha256};
@@ -82,12 +84,18 @@ impl CatalogEntry {
     }
 }
 
-/// The model for a path, a catalogue name or a hub's `org/name`, fetched if it is not here yet. `say` is told before
-/// anything slow.
+/// The model for a path, a URL of a GGUF file, a catalogue name or a hub's `org/name`, fetched if it is not here yet. `say`
+/// is told before anything slow.
 ///
 /// # Errors
 /// An unknown name (the message lists the known ones), a missing file, no pip client, no hub, a wrong hash.
 pub fn resolve(name_or_path: &str, cache: &Path, hub: Option<&Remote>, say: &mut dyn FnMut(&str)) -> Result<LocalModel> {
+    if Location::is_remote_url(name_or_path) {
+        let path = object::fetch(name_or_path, cache, say)?;
+        let mut local = resolve(&path.to_string_lossy(), cache, None, say)?;
+        local.names.push(name_or_path.to_owned());
+        return Ok(local);
+    }
     let path = Path::new(name_or_path);
     if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && (path.is_file() || find(name_or_path).is_none()) {
         if !path.is_file() {

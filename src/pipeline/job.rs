@@ -87,7 +87,7 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
 /// A job must not read what it is going to replace.
 fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<()> {
     for output in [&outputs.results, &outputs.errors, &outputs.report] {
-        if inputs.iter().any(|input| input.path == output.path) {
+        if inputs.iter().any(|input| input.is(output)) {
             bail!("{} is an input and would be replaced by the output", output.url);
         }
     }

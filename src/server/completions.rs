@@ -15,7 +15,7 @@ use crate::prepare::sequences::token_logprob;
 use async_stream::stream;
 use axum::extract::State;
 use axum::response::Response;
-use futures_core::Stream;
+use futures::Stream;
 use serde_json::{Value, json};
 use std::sync::Arc;
 

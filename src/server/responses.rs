@@ -18,7 +18,7 @@ use async_stream::stream;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use futures_core::Stream;
+use futures::Stream;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 

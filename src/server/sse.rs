@@ -4,7 +4,7 @@ use async_stream::stream;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use futures_core::Stream;
+use futures::Stream;
 use serde_json::Value;
 use std::convert::Infallible;
 use std::pin::pin;

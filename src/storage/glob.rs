@@ -2,7 +2,7 @@
 //! begins with a dot is matched only by a pattern that does. Directories are listed one level at a time, so that
 //! `*.jsonl` never walks what lies below.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
 use super::{Location, Storage};
 
@@ -10,17 +10,23 @@ use super::{Location, Storage};
 const MAX_DEPTH: usize = 32;
 
 impl Storage {
-    /// The objects that `pattern` means, sorted by URL; a path without wildcards is itself. Matching nothing is an
-    /// error that names the pattern.
+    /// The objects that `pattern` means, sorted by URL; a path without wildcards is itself, a remote one that ends with a
+    /// slash all objects under it. Matching nothing is an error that names the pattern.
     pub fn expand(&self, pattern: &str) -> Result<Vec<Location>> {
         let Some(wild) = pattern.find(['*', '?']) else {
             let at = Location::parse(pattern)?;
+            if at.is_remote() && !at.is_web() && pattern.ends_with('/') {
+                return self.expand_under(&at, "**");
+            }
             self.open(&at)?;
             return Ok(vec![at]);
         };
         let cut = pattern[..wild].rfind('/').map_or(0, |slash| slash + 1);
         let (base, rest) = pattern.split_at(cut);
         let root = if base.is_empty() { Location { url: "".into(), ..Location::parse(".")? } } else { Location::parse(base)? };
+        if root.is_web() {
+            bail!("{pattern}: a web server lists no files; name each");
+        }
         self.expand_under(&root, rest)
     }
 
@@ -42,8 +48,7 @@ impl Storage {
         if depth == 0 {
             return Ok(());
         }
-        let listed = self.wait(dir.store.list_with_delimiter(Some(&dir.path)));
-        let listed = listed.with_context(|| format!("can't list {}", dir.url))?;
+        let listed = self.list_level(dir)?;
         let any_depth = head == "**";
         if any_depth {
             self.walk(dir, if rest.is_empty() { &["*"] } else { rest }, depth, found)?;

@@ -8,6 +8,8 @@ use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use url::Url;
 
+use super::remote;
+
 /// One place in one store.
 #[derive(Debug, Clone)]
 pub struct Location {
@@ -20,29 +22,60 @@ pub struct Location {
     /// The path on this machine, if the store is its file system. What only files can do (locks, removing directories)
     /// depends on it.
     pub local: Option<PathBuf>,
+    /// The store, where it is another machine; else empty. Two places are in one store if these are equal.
+    pub(super) remote: Arc<str>,
 }
 
 impl Location {
     /// A place in a given store.
     pub fn new(store: Arc<dyn ObjectStore>, path: object_store::path::Path, url: impl Into<Arc<str>>) -> Self {
-        Self { store, path, url: url.into(), local: None }
+        Self { store, path, url: url.into(), local: None, remote: "".into() }
     }
 
-    /// Understands plain paths (relative to the working directory; `~` is the shell's business) and `file://` URLs.
+    /// Understands plain paths (relative to the working directory; `~` is the shell's business), `file://` URLs, and those
+    /// of remote stores: `s3://`, `gs://`, `az://`, `http://`, `https://`.
     pub fn parse(text: &str) -> Result<Self> {
         if text.is_empty() {
             bail!("a path is empty");
         }
         let typed = match text.split_once("://") {
             Some(("file", _)) => file_url_path(text)?,
-            Some((scheme, _)) if is_scheme(scheme) => {
-                bail!("{text}: {scheme}:// is not supported yet; give a path or a file:// URL")
+            Some((scheme, rest)) if is_scheme(scheme) => {
+                let (store, path) = remote::open(scheme, text)?;
+                let remote = format!("{scheme}://{}", rest.split('/').next().unwrap_or_default()).into();
+                return Ok(Self { store, path, url: text.into(), local: None, remote });
             }
             _ => PathBuf::from(text),
         };
         let local = absolute(&typed).with_context(|| format!("can't resolve the path {text}"))?;
         let path = object_store::path::Path::from_absolute_path(&local).with_context(|| format!("can't use the path {text}"))?;
-        Ok(Self { store: Arc::new(LocalFileSystem::new().with_fsync(true)), path, url: text.into(), local: Some(local) })
+        Ok(Self {
+            store: Arc::new(LocalFileSystem::new().with_fsync(true)),
+            path,
+            url: text.into(),
+            local: Some(local),
+            remote: "".into(),
+        })
+    }
+
+    /// Whether `text` names a place in a remote store.
+    pub fn is_remote_url(text: &str) -> bool {
+        text.split_once("://").is_some_and(|(scheme, _)| scheme != "file" && is_scheme(scheme))
+    }
+
+    /// Whether the store is another machine.
+    pub fn is_remote(&self) -> bool {
+        !self.remote.is_empty()
+    }
+
+    /// Whether both are the same place.
+    pub fn is(&self, other: &Self) -> bool {
+        self.path == other.path && self.remote == other.remote
+    }
+
+    /// Whether it can only be read by its name: a web server, which lists nothing.
+    pub fn is_web(&self) -> bool {
+        self.remote.starts_with("http")
     }
 
     /// The place `name` under this one.
@@ -54,7 +87,8 @@ impl Location {
         };
         let path = object_store::path::Path::parse(format!("{}/{name}", self.path))
             .with_context(|| format!("can't use the name {name:?} under {}", self.url))?;
-        Ok(Self { store: self.store.clone(), path, url: url.into(), local: self.local.as_ref().map(|dir| dir.join(name)) })
+        let local = self.local.as_ref().map(|dir| dir.join(name));
+        Ok(Self { store: self.store.clone(), path, url: url.into(), local, remote: self.remote.clone() })
     }
 
     /// The place beside this one whose name has `extension` instead of its last one (and of a `.gz` or `.zst` behind
@@ -68,7 +102,8 @@ impl Location {
         let typed = self.url.rfind('/').map_or("", |slash| &self.url[..=slash]);
         let path = object_store::path::Path::parse(format!("{parent}{beside}")).context("a name beside a valid one")?;
         let local = self.local.as_ref().map(|local| local.with_file_name(&beside));
-        Ok(Self { store: self.store.clone(), path, url: format!("{typed}{beside}").into(), local })
+        let url = format!("{typed}{beside}").into();
+        Ok(Self { store: self.store.clone(), path, url, local, remote: self.remote.clone() })
     }
 }
 
@@ -121,7 +156,11 @@ mod tests {
     #[test]
     fn other_schemes_are_refused_by_name() {
         let error = |text: &str| format!("{:#}", Location::parse(text).unwrap_err());
-        assert_eq!(error("s3://b/x.jsonl"), "s3://b/x.jsonl: s3:// is not supported yet; give a path or a file:// URL");
+        assert!(error("ftp://b/x.jsonl").starts_with("ftp://b/x.jsonl: ftp:// is not known"));
+        assert!(error("s3:///x.jsonl").contains("names no bucket"));
+        let error_of_secret = error("https://me:hunter2@host/x.jsonl");
+        assert!(error_of_secret.contains("no user") && !error_of_secret.contains("hunter2"));
+        assert!(!error("https://host/x.jsonl?X-Amz-Signature=hunter2").contains("hunter2"));
         assert!(error("").contains("empty"));
         assert!(error("file:///a?b").contains("%3F"));
     }

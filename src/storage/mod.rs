@@ -2,11 +2,13 @@
 //! [`ObjectStore`]: the pipeline runs on plain threads, and only this module knows a runtime. Invariant: an object
 //! appears under its name complete and durable, or not at all.
 //!
-//! For local files that holds because `LocalFileSystem::with_fsync(true)` writes beside the target (`name#1`), syncs
-//! the file, renames it and syncs the directory, for puts as for multipart uploads (read in `object_store` 0.14.2).
+//! Remote stores publish a put or a completed multipart upload at once. For local files that holds because
+//! `LocalFileSystem::with_fsync(true)` writes beside the target (`name#1`), syncs the file, renames it and syncs the
+//! directory, for puts as for multipart uploads (read in `object_store` 0.14.2).
 
 mod glob;
 mod location;
+mod remote;
 mod upload;
 
 pub use location::Location;
@@ -16,10 +18,13 @@ use std::future::Future;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use object_store::{Error, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutPayload};
+use futures::StreamExt as _;
+use object_store::{Error, GetOptions, GetRange, ListResult, ObjectMeta, ObjectStoreExt as _, PutPayload};
+use remote::{broke_off, tell};
 use tokio::runtime::{Builder, Runtime};
 
 /// How much [`Object::chunk`] reads at once, bytes.
@@ -28,6 +33,10 @@ const CHUNK_BYTES: u64 = 4 << 20;
 /// Size of every part of an upload but the last, bytes. S3 wants at least 5 MiB and at most 10,000 parts: enough for
 /// 80 GB.
 const PART_BYTES: usize = 8 << 20;
+
+/// How long to wait before a request that broke off is made again.
+const PAUSES: [Duration; 4] =
+    [Duration::from_millis(200), Duration::from_millis(800), Duration::from_secs(3), Duration::from_secs(8)];
 
 /// The door to all stores. Cloning is cheap. Its methods block the calling thread, so they must not be called from
 /// asynchronous code.
@@ -54,16 +63,37 @@ impl Storage {
         self.runtime.block_on(future)
     }
 
+    /// Does what may be done twice, again if the connection breaks off: stores do that themselves while they wait for the
+    /// head of an answer, but not for its body, and not for a deletion. The whole content is put each time, so that a put
+    /// whose answer was lost changes nothing when it comes again.
+    fn patiently<T, F: Future<Output = object_store::Result<T>>>(&self, what: impl Fn() -> F) -> object_store::Result<T> {
+        self.wait(async {
+            for pause in PAUSES {
+                match what().await {
+                    Err(e) if broke_off(&e) => tokio::time::sleep(pause).await,
+                    ended => return ended,
+                }
+            }
+            what().await
+        })
+    }
+
+    /// Objects and folders directly under `at`.
+    fn list_level(&self, at: &Location) -> Result<ListResult> {
+        let listed = self.patiently(|| at.store.list_with_delimiter(Some(&at.path)));
+        listed.map_err(|e| tell(e).context(format!("can't list {}", at.url)))
+    }
+
     /// Whether there is an object at `at`.
     pub fn exists(&self, at: &Location) -> Result<bool> {
         Ok(self.head(at)?.is_some())
     }
 
     fn head(&self, at: &Location) -> Result<Option<ObjectMeta>> {
-        match self.wait(at.store.head(&at.path)) {
+        match self.patiently(|| at.store.head(&at.path)) {
             Ok(meta) => Ok(Some(meta)),
             Err(Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("can't read {}", at.url)),
+            Err(e) => Err(tell(e).context(format!("can't read {}", at.url))),
         }
     }
 
@@ -78,47 +108,47 @@ impl Storage {
 
     /// Whether there are objects under `at`, or it is a local directory.
     pub fn is_directory(&self, at: &Location) -> Result<bool> {
-        if at.local.as_ref().is_some_and(|path| path.is_dir()) {
-            return Ok(true);
+        if at.local.as_ref().is_some_and(|path| path.is_dir()) || at.is_web() {
+            return Ok(!at.is_web());
         }
-        let listed = self.wait(at.store.list_with_delimiter(Some(&at.path)));
-        let listed = listed.with_context(|| format!("can't list {}", at.url))?;
+        let listed = self.list_level(at)?;
         Ok(!listed.objects.is_empty() || !listed.common_prefixes.is_empty())
     }
 
     /// The whole content of a small object; `None` if there is none.
     pub fn get(&self, at: &Location) -> Result<Option<Bytes>> {
-        let content = self.wait(async { at.store.get(&at.path).await?.bytes().await });
+        let content = self.patiently(|| async { at.store.get(&at.path).await?.bytes().await });
         match content {
             Ok(bytes) => Ok(Some(bytes)),
             Err(Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("can't read {}", at.url)),
+            Err(e) => Err(tell(e).context(format!("can't read {}", at.url))),
         }
     }
 
     /// Bytes `range` of an object.
     pub fn get_range(&self, at: &Location, range: Range<u64>) -> Result<Bytes> {
-        self.wait(at.store.get_range(&at.path, range)).with_context(|| format!("can't read {}", at.url))
+        let read = self.patiently(|| at.store.get_range(&at.path, range.clone()));
+        read.map_err(|e| tell(e).context(format!("can't read {}", at.url)))
     }
 
     /// Puts a small object, replacing what is there; durable when this returns.
     pub fn put(&self, at: &Location, content: Bytes) -> Result<()> {
-        let put = self.wait(at.store.put(&at.path, PutPayload::from_bytes(content)));
-        put.map(drop).with_context(|| format!("can't write {}", at.url))
+        let content = PutPayload::from_bytes(content);
+        let put = self.patiently(|| at.store.put(&at.path, content.clone()));
+        put.map(drop).map_err(|e| tell(e).context(format!("can't write {}", at.url)))
     }
 
     /// Deletes an object; that there is none is fine.
     pub fn delete(&self, at: &Location) -> Result<()> {
-        match self.wait(at.store.delete(&at.path)) {
+        match self.patiently(|| at.store.delete(&at.path)) {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(e) => Err(e).with_context(|| format!("can't delete {}", at.url)),
+            Err(e) => Err(tell(e).context(format!("can't delete {}", at.url))),
         }
     }
 
     /// Names of the objects directly under `at`, sorted.
     pub fn list(&self, at: &Location) -> Result<Vec<String>> {
-        let listed = self.wait(at.store.list_with_delimiter(Some(&at.path)));
-        let listed = listed.with_context(|| format!("can't list {}", at.url))?;
+        let listed = self.list_level(at)?;
         let mut names: Vec<String> = listed.objects.iter().filter_map(|o| o.location.filename().map(str::to_owned)).collect();
         names.sort_unstable();
         Ok(names)
@@ -177,20 +207,48 @@ impl Object {
         &self.at.url
     }
 
+    /// What changes when the object does: its entity tag, or else its time; and its size.
+    pub fn version(&self) -> String {
+        let ObjectMeta { e_tag, last_modified, size, .. } = &self.meta;
+        format!("{} {size}", e_tag.clone().unwrap_or_else(|| last_modified.to_rfc3339()))
+    }
+
     /// Bytes `range`; both ends must lie within the object.
     pub fn range(&self, range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        let (start, n_bytes) = (range.start, range.end - range.start);
-        let options =
-            GetOptions { range: Some(GetRange::Bounded(range)), if_match: self.meta.e_tag.clone(), ..GetOptions::default() };
-        let read = self.storage.wait(async { self.at.store.get_opts(&self.at.path, options).await?.bytes().await });
-        match read {
-            Ok(bytes) if bytes.len() as u64 == n_bytes => Ok(bytes),
-            Ok(_) => bail!("{} ended early: it changed while it was being read", self.at.url),
-            Err(Error::Precondition { .. }) => bail!("{} changed while it was being read", self.at.url),
-            Err(e) => Err(e).with_context(|| format!("can't read {} at byte {start}", self.at.url)),
+        let (storage, at) = (&self.storage, &self.at);
+        // What arrived before a connection broke off is kept.
+        let mut have = Vec::new();
+        let mut pauses = PAUSES.iter();
+        loop {
+            let start = range.start + have.len() as u64;
+            let rest = GetRange::Bounded(start..range.end);
+            // A weak tag never matches (RFC 9110): web servers have such.
+            let if_match = self.meta.e_tag.clone().filter(|tag| !tag.starts_with("W/"));
+            let options = GetOptions { range: Some(rest), if_match, ..GetOptions::default() };
+            let read = storage.wait(async {
+                let got = at.store.get_opts(&at.path, options).await?;
+                if !at.is_remote() {
+                    return got.bytes().await.map(Some);
+                }
+                let mut body = got.into_stream();
+                while let Some(bytes) = body.next().await {
+                    have.extend_from_slice(&bytes?);
+                }
+                Ok::<_, Error>(None)
+            });
+            match read {
+                Ok(Some(bytes)) if bytes.len() as u64 == range.end - range.start => return Ok(bytes),
+                Ok(None) if have.len() as u64 == range.end - range.start => return Ok(have.into()),
+                Ok(_) => bail!("{} ended early: it changed while it was being read", at.url),
+                Err(Error::Precondition { .. }) => bail!("{} changed while it was being read", at.url),
+                Err(e) => match pauses.next() {
+                    Some(pause) if broke_off(&e) => std::thread::sleep(*pause),
+                    _ => return Err(tell(e).context(format!("can't read {} at byte {start}", at.url))),
+                },
+            }
         }
     }
 

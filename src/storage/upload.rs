@@ -1,13 +1,20 @@
 //! Writing one object of any size in bounded memory. Invariant: nothing is visible under the object's name until
-//! [`Upload::publish`], and nothing stays behind if that is never reached.
+//! [`Upload::publish`], and nothing stays behind if that is never reached (but for parts in a remote store if the process is
+//! killed: stores are told to expire them).
 
+use std::borrow::Cow;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use bytes::Bytes;
-use object_store::{MultipartUpload, ObjectStoreExt as _, PutPayload};
+use object_store::{Attribute, AttributeValue, GetOptions, MultipartUpload, PutMultipartOptions, PutPayload};
 
+use super::remote::tell;
 use super::{Location, Storage};
+
+/// Where an object's metadata says which upload wrote it.
+const MARK: Attribute = Attribute::Metadata(Cow::Borrowed("valarupload"));
 
 /// An object being written, at most one part of it in memory. Small objects become a single put.
 #[derive(Debug)]
@@ -16,12 +23,16 @@ pub struct Upload {
     at: Location,
     /// Begun with the first full part.
     multipart: Option<Box<dyn MultipartUpload>>,
+    /// Unlike that of any other upload.
+    mark: String,
     part: Vec<u8>, // at most `part_bytes` of the storage
 }
 
 impl Upload {
     pub(super) fn new(storage: Storage, at: Location) -> Self {
-        Self { storage, at, multipart: None, part: Vec::new() }
+        // Two hashers are seeded apart by the system's randomness.
+        let [high, low] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
+        Self { storage, at, multipart: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
     }
 
     /// Makes the object appear under its name, complete and durable.
@@ -35,22 +46,42 @@ impl Upload {
         }
         let multipart = self.multipart.as_mut().expect("checked above");
         let completed = self.storage.wait(multipart.complete());
-        completed.with_context(|| format!("can't write {}", self.at.url))?;
+        if let Err(error) = completed {
+            // Completing is tried again inside: where the first answer was lost, the second says that there is no such
+            // upload. Then the object is there, and carries this upload's mark.
+            if !self.is_there() {
+                return Err(self.failed(error));
+            }
+        }
         self.multipart = None;
         Ok(())
+    }
+
+    /// Whether the object at the place is this upload's. Only remote stores lose answers.
+    fn is_there(&self) -> bool {
+        let options = GetOptions { head: true, ..GetOptions::default() };
+        let found =
+            self.at.is_remote().then(|| self.storage.patiently(|| self.at.store.get_opts(&self.at.path, options.clone())));
+        found.is_some_and(|found| found.is_ok_and(|found| found.attributes.get(&MARK).is_some_and(|mark| **mark == *self.mark)))
+    }
+
+    /// What the object is begun with.
+    fn options(&self) -> PutMultipartOptions {
+        let mark = self.at.is_remote().then(|| (MARK, AttributeValue::from(self.mark.clone())));
+        PutMultipartOptions { attributes: mark.into_iter().collect(), ..PutMultipartOptions::default() }
     }
 
     fn send_part(&mut self) -> object_store::Result<()> {
         let content = Bytes::from(std::mem::replace(&mut self.part, Vec::with_capacity(self.storage.part_bytes)));
         if self.multipart.is_none() {
-            self.multipart = Some(self.storage.wait(self.at.store.put_multipart(&self.at.path))?);
+            self.multipart = Some(self.storage.wait(self.at.store.put_multipart_opts(&self.at.path, self.options()))?);
         }
         let multipart = self.multipart.as_mut().expect("begun above");
         self.storage.wait(async { multipart.put_part(PutPayload::from_bytes(content)).await })
     }
 
     fn failed(&self, error: object_store::Error) -> anyhow::Error {
-        anyhow::Error::new(error).context(format!("can't write {}", self.at.url))
+        tell(error).context(format!("can't write {}", self.at.url))
     }
 }
 

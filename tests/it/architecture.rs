@@ -20,7 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("gguf", &["map", "tensor"]),
     ("grammar", &["engine", "text"]),
     ("hf", &["device", "map", "model", "tensor"]),
-    ("hub", &[]),
+    ("hub", &["storage"]),
     ("journal", &["storage", "format"]),
     ("main", &["cli", "config", "device", "pipeline", "hub", "server"]),
     ("model", &["device", "gguf", "tensor"]),

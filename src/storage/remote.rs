@@ -1,0 +1,183 @@
+//! URLs to remote stores, and what goes wrong there in words. Credentials, regions and endpoints come from each provider's
+//! own environment variables, read by `object_store`'s builders. Invariant: no message holds a secret: what a server
+//! answers (it may echo signed headers) and request URLs (they may be signed) are never shown, only codes and kinds.
+
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail, ensure};
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, AwsCredentialProvider};
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::client::{ClientConfigKey, CredentialProvider, HttpError, HttpErrorKind};
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::http::HttpBuilder;
+use object_store::path::Path;
+use object_store::{BackoffConfig, ClientOptions, Error, ObjectStore, RetryConfig};
+use url::Url;
+
+/// Times that a request is tried again, at most.
+const MAX_RETRIES: usize = 10;
+/// How long a request is tried again, at most.
+const RETRY_TIMEOUT: Duration = Duration::from_mins(3);
+
+/// The store and the path that a URL with this scheme means.
+pub(super) fn open(scheme: &str, text: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    install_cryptography();
+    match scheme {
+        "s3" | "s3a" | "gs" | "az" => {
+            let (bucket, key) = text[scheme.len() + 3..].split_once('/').unwrap_or((&text[scheme.len() + 3..], ""));
+            ensure!(!bucket.is_empty(), "{text} names no bucket: write {scheme}://bucket/key");
+            let path = Path::parse(key).map_err(|e| anyhow!("can't use the key of {text}: {e}"))?;
+            let store: Arc<dyn ObjectStore> = match scheme {
+                "gs" => {
+                    let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).with_retry(retries());
+                    Arc::new(builder.build().map_err(|e| settings(text, &e))?)
+                }
+                "az" => {
+                    let builder = MicrosoftAzureBuilder::from_env().with_container_name(bucket).with_retry(retries());
+                    Arc::new(builder.build().map_err(|e| settings(text, &e))?)
+                }
+                _ => s3(text, bucket)?,
+            };
+            Ok((store, path))
+        }
+        "http" | "https" => http(text),
+        _ => bail!("{text}: {scheme}:// is not known; give a path, or a URL with file, s3, gs, az, http or https"),
+    }
+}
+
+/// `reqwest` wants one provider for the whole process: the one that is there for model hubs anyway.
+fn install_cryptography() {
+    // It may be there already: then there is nothing to do.
+    let _already_there = rustls::crypto::ring::default_provider().install_default();
+}
+
+fn retries() -> RetryConfig {
+    RetryConfig { backoff: BackoffConfig::default(), max_retries: MAX_RETRIES, retry_timeout: RETRY_TIMEOUT }
+}
+
+fn s3(text: &str, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+    let builder = || AmazonS3Builder::from_env().with_bucket_name(bucket);
+    let settled = builder();
+    let value = |key| settled.get_config_value(&key).unwrap_or_default();
+    let allow_http = value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
+    for key in [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint] {
+        if value(key).starts_with("http://") && !["true", "1"].contains(&&*allow_http.to_ascii_lowercase()) {
+            bail!("{text}: AWS_ENDPOINT_URL is plain http; set AWS_ALLOW_HTTP=true to send data and signatures unencrypted");
+        }
+    }
+    // A machine that is no cloud instance answers nothing where credentials would be: that must not take minutes.
+    let soon = RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(10), ..retries() };
+    let found = builder().with_retry(soon).build().map_err(|e| settings(text, &e))?;
+    let credentials = Arc::new(Told(Arc::clone(found.credentials())));
+    let store = builder().with_credentials(credentials).with_retry(retries()).build();
+    Ok(Arc::new(store.map_err(|e| settings(text, &e))?))
+}
+
+fn http(text: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    let url = Url::parse(text).map_err(|e| anyhow!("an http(s) URL can't be read: {e}"))?;
+    let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
+    ensure!(plain, "an http(s) URL must have no user, password, query or fragment: it is kept in reports and journals");
+    ensure!(url.has_host(), "{text} names no host");
+    let path = Path::from_url_path(url.path()).map_err(|e| anyhow!("can't use the path of {text}: {e}"))?;
+    let options = ClientOptions::default().with_allow_http(url.scheme() == "http");
+    let origin = url.origin().ascii_serialization();
+    let store = HttpBuilder::new().with_url(origin).with_client_options(options).with_retry(retries()).build();
+    Ok((Arc::new(store.map_err(|e| settings(text, &e))?), path))
+}
+
+/// What a builder refuses. It may quote a variable's content, so that only what never does is shown.
+fn settings(text: &str, error: &Error) -> anyhow::Error {
+    let why = error.to_string();
+    let harmless = ["Missing bucket name", "Missing AccessKeyId", "Missing SecretAccessKey", "Account must be specified"];
+    match harmless.iter().find(|known| why.contains(**known)) {
+        Some(known) => anyhow!("{text}: the store's settings (environment variables) are incomplete: {known}"),
+        None => anyhow!("{text}: the store's settings (environment variables) can't be used"),
+    }
+}
+
+/// Tells that what failed were the credentials.
+#[derive(Debug)]
+struct Told(AwsCredentialProvider);
+
+/// There are no credentials.
+#[derive(Debug, thiserror::Error)]
+#[error("no credentials")]
+struct NoCredentials;
+
+#[async_trait::async_trait]
+impl CredentialProvider for Told {
+    type Credential = AwsCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
+        self.0.get_credential().await.map_err(|_| Error::Generic { store: "S3", source: Box::new(NoCredentials) })
+    }
+}
+
+/// An error of a store in words; for local files, as it is.
+pub(super) fn tell(error: Error) -> anyhow::Error {
+    if has::<NoCredentials>(&error).is_some() {
+        return anyhow!(
+            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where a container or instance role gives them"
+        );
+    }
+    let whole = whole_text(&error);
+    let code = between(&whole, "<Code>", "</Code>").filter(|code| code.chars().all(|c| c.is_ascii_alphanumeric()));
+    let code = code.map(|code| format!(" ({code})")).unwrap_or_default();
+    let is_remote = !code.is_empty() || has::<HttpError>(&error).is_some() || whole.contains("Error performing ");
+    match &error {
+        _ if code == " (NoSuchBucket)" => anyhow!("there is no such bucket"),
+        Error::PermissionDenied { .. } => anyhow!("forbidden{code}: these credentials may not do that"),
+        Error::Unauthenticated { .. } => anyhow!("not authorised{code}: the store does not know these credentials"),
+        Error::NotFound { .. } if is_remote => anyhow!("not found{code}"),
+        Error::Precondition { .. } if is_remote => anyhow!("it changed meanwhile{code}"),
+        _ if whole.contains("Received redirect without LOCATION") => anyhow!("the bucket is in another region: set AWS_REGION"),
+        _ if is_remote => match (has::<HttpError>(&error), between(&whole, "status code: ", ":")) {
+            (Some(http), _) => anyhow!("the store can't be reached or breaks off ({})", kind(http.kind())),
+            (None, Some(status)) => anyhow!("the store answers {status}{code}"),
+            (None, None) => anyhow!("the store's answer can't be used{code}"),
+        },
+        _ => anyhow::Error::new(error),
+    }
+}
+
+/// Whether the connection failed after the request was sent: to ask again is right if that changes nothing.
+pub(super) fn broke_off(error: &Error) -> bool {
+    has::<HttpError>(error).is_some_and(|http| http.kind() != HttpErrorKind::Connect)
+}
+
+fn kind(kind: HttpErrorKind) -> &'static str {
+    match kind {
+        HttpErrorKind::Connect => "no connection",
+        HttpErrorKind::Timeout => "it takes too long",
+        HttpErrorKind::Interrupted => "the connection was cut",
+        _ => "what it sends is no HTTP answer",
+    }
+}
+
+fn has<E: StdError + 'static>(error: &Error) -> Option<&E> {
+    let mut next: Option<&(dyn StdError + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
+
+fn whole_text(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text.push_str(&error.to_string());
+        next = error.source();
+    }
+    text
+}
+
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    let rest = &text[text.find(before)? + before.len()..];
+    rest.find(after).map(|end| &rest[..end])
+}

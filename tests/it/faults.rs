@@ -1,0 +1,189 @@
+//! An S3 server on this machine (moto's, from the Python registry) and a proxy before it that fails as told: each request
+//! has a connection of its own, so that a fault has one victim.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+const MOTO: &str = "moto[server,s3]==5.2.5";
+
+/// A running server, ended when dropped. It keeps objects in memory and checks no signatures.
+pub(crate) struct S3 {
+    pub(crate) port: u16,
+    child: Child,
+}
+
+impl S3 {
+    /// With an empty bucket called `bucket`.
+    pub(crate) fn start() -> Self {
+        let python = python();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut command = Command::new(python);
+        command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let server = Self { port, child };
+        let deadline = Instant::now() + Duration::from_mins(2);
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < deadline, "moto's server does not start");
+            sleep(Duration::from_millis(50));
+        }
+        server.put("", b"");
+        server
+    }
+
+    /// The URL of an object as the server has it; of the bucket, if the key is empty.
+    pub(crate) fn url(&self, key: &str) -> String {
+        format!("http://127.0.0.1:{}/bucket{}{key}", self.port, if key.is_empty() { "" } else { "/" })
+    }
+
+    pub(crate) fn put(&self, key: &str, content: &[u8]) {
+        ureq::put(self.url(key)).send(content).unwrap();
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Vec<u8> {
+        let mut answer = ureq::get(self.url(key)).call().unwrap_or_else(|e| panic!("{key}: {e}"));
+        answer.body_mut().with_config().limit(1 << 30).read_to_vec().unwrap()
+    }
+
+    /// All keys.
+    pub(crate) fn keys(&self) -> Vec<String> {
+        let url = format!("{}?list-type=2", self.url(""));
+        let text = ureq::get(url).call().unwrap().body_mut().read_to_string().unwrap();
+        text.split("<Key>").skip(1).map(|rest| rest.split("</Key>").next().unwrap().to_owned()).collect()
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// A Python with moto, made on first use in the target folder.
+fn python() -> PathBuf {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = root.join("moto-5.2.5");
+    let lock = File::create(root.join("moto.lock")).unwrap();
+    lock.lock().unwrap();
+    if !folder.join("complete").exists() {
+        let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+        run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder));
+        run(Command::new(folder.join("bin/python")).args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            MOTO,
+        ]));
+        File::create(folder.join("complete")).unwrap();
+    }
+    folder.join("bin/python")
+}
+
+/// What happens to one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    None,
+    /// Answered 503 and not passed on.
+    Busy,
+    /// Answered 403, with what servers echo of a request.
+    Forbidden,
+    /// Answered 404, as a store does that is told twice to complete an upload.
+    Gone,
+    /// The answer's body ends half-way.
+    CutBody,
+    /// The answer's body comes in small pieces with pauses.
+    SlowBody,
+    /// Done, but the answer never comes.
+    LostAnswer,
+}
+
+/// A request as the proxy sees it: `PUT`, and path with query.
+pub(crate) struct Seen<'a> {
+    pub(crate) method: &'a str,
+    pub(crate) path: &'a str,
+}
+
+/// Decides on each request's fault.
+type Plan = Box<dyn FnMut(&Seen<'_>) -> Fault + Send>;
+
+/// Starts a proxy before a port; the port of the proxy, and the faults that happened.
+pub(crate) fn proxy(upstream: u16, plan: Plan) -> (u16, Arc<Mutex<Vec<Fault>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (plan, happened) = (Arc::new(Mutex::new(plan)), Arc::new(Mutex::new(Vec::new())));
+    let log = Arc::clone(&happened);
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (plan, log) = (Arc::clone(&plan), Arc::clone(&log));
+            // A client that is killed or gives up cuts its connection: nothing to tell.
+            std::thread::spawn(move || pass(client.unwrap(), upstream, &plan, &log).ok());
+        }
+    });
+    (port, happened)
+}
+
+fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Vec<Fault>>) -> std::io::Result<()> {
+    let mut reader = BufReader::new(client.try_clone()?);
+    let (mut head, mut n_body) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let lower = line.to_ascii_lowercase();
+        if let Some(length) = lower.strip_prefix("content-length:") {
+            n_body = length.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            head.push_str("Connection: close\r\n\r\n");
+            break;
+        }
+        if !lower.starts_with("connection:") {
+            head.push_str(&line);
+        }
+    }
+    let mut body = vec![0; n_body];
+    reader.read_exact(&mut body)?;
+    let mut words = head.split(' ');
+    let seen = Seen { method: words.next().unwrap_or_default(), path: words.next().unwrap_or_default() };
+    let fault = plan.lock().unwrap()(&seen);
+    log.lock().unwrap().push(fault);
+    let refusal = match fault {
+        Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),
+        Fault::Gone => Some(("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>".to_owned())),
+        Fault::Forbidden => Some(("403 Forbidden", format!("<Error><Code>AccessDenied</Code><Echo>{head}</Echo></Error>"))),
+        _ => None,
+    };
+    if let Some((status, text)) = refusal {
+        let length = text.len();
+        return client
+            .write_all(format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{text}").as_bytes());
+    }
+    let mut server = TcpStream::connect(("127.0.0.1", upstream))?;
+    server.write_all(head.as_bytes())?;
+    server.write_all(&body)?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer)?;
+    let body_at = answer.windows(4).position(|w| w == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
+    match fault {
+        Fault::LostAnswer => {}
+        Fault::CutBody => client.write_all(&answer[..body_at + (answer.len() - body_at) / 2])?,
+        Fault::SlowBody => {
+            for piece in answer.chunks((answer.len() / 8).max(1)) {
+                client.write_all(piece)?;
+                sleep(Duration::from_millis(100));
+            }
+        }
+        _ => client.write_all(&answer)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! Jobs whose files are in object stores: the real program against a real S3 server on this machine, directly and through
+//! a proxy that fails. Outputs are compared byte for byte with those of the same job on the local disk.
+
+use crate::common::{Sandbox, chat_line, model_path};
+use crate::faults::{Fault, S3, proxy};
+use serde_json::json;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+const SECRET: &str = "wJalrXUtnFEMI-secret";
+
+/// The program with the environment of somebody who uses this server.
+fn command(sandbox: &Sandbox, port: u16, args: &[&str]) -> Command {
+    let mut command = sandbox.command(args);
+    command
+        .env("AWS_ACCESS_KEY_ID", "AKIATEST")
+        .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        .env("AWS_SESSION_TOKEN", SECRET)
+        .env("AWS_REGION", "us-east-1")
+        .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
+        .env("AWS_ALLOW_HTTP", "true")
+        .env("NO_PROXY", "127.0.0.1");
+    command
+}
+
+#[track_caller]
+fn expect(mut command: Command, code: i32) -> String {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(!said.contains(SECRET), "a secret is shown: {said}");
+    said
+}
+
+/// Dataset rows that make an output of over 10 MB: more than one part.
+fn rows(from: usize, n: usize) -> String {
+    let pad = |i: usize| format!("{i} ").repeat(400);
+    (from..from + n).map(|i| json!({"id": i, "q": format!("Row {i}?"), "pad": pad(i)}).to_string() + "\n").collect()
+}
+
+const NULL: [&str; 9] =
+    ["--quiet", "--engine", "null", "--set", "prompt.text={{ q }}", "--set", "sampling.max_tokens=2", "--set", "job.seed=3"];
+
+fn null_job<'a>(input: &'a str, output: &'a str) -> Vec<&'a str> {
+    ["run", "-i", input, "-o", output].into_iter().chain(NULL).collect()
+}
+
+/// Two input files in the sandbox and on the server, and the local outputs.
+fn prepare(server: &S3, sandbox: &Sandbox, output: &str) -> Vec<u8> {
+    std::fs::create_dir_all(sandbox.path("in")).unwrap();
+    for (name, text) in [("in/a.jsonl", rows(0, 2500)), ("in/b.jsonl", rows(2500, 2500))] {
+        sandbox.write(name, &text);
+        server.put(name, text.as_bytes());
+    }
+    sandbox.expect(&null_job("in/*.jsonl", output), 0);
+    std::fs::read(sandbox.path(output)).unwrap()
+}
+
+/// Only results, errors and report are left.
+#[track_caller]
+fn check_tidy(server: &S3, stem: &str) {
+    let keys: Vec<String> = server.keys().into_iter().filter(|key| key.starts_with(stem)).collect();
+    assert!(keys.len() == 3 && keys.iter().all(|key| !key.contains(".job/")), "{keys:?}");
+}
+
+#[test]
+fn outputs_on_s3_are_those_of_a_local_job() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let wanted = prepare(&server, &sandbox, "out.jsonl");
+    assert!(wanted.len() > 9 << 20, "{} bytes are one part", wanted.len());
+    for (input, output) in [("s3://bucket/in/*.jsonl", "s3://bucket/a/out.jsonl"), ("s3://bucket/in/", "s3://bucket/b/out.jsonl")]
+    {
+        expect(command(&sandbox, server.port, &null_job(input, output)), 0);
+        assert!(server.get(&output["s3://bucket/".len()..]) == wanted, "{output} differs");
+    }
+    check_tidy(&server, "a/out.");
+    // A web server, as which this one may be seen too; and Parquet out and in.
+    let (a, b) = (server.url("in/a.jsonl"), server.url("in/b.jsonl"));
+    let mut args = null_job(&a, "s3://bucket/c/out.parquet");
+    args.extend(["-i", &b]);
+    expect(command(&sandbox, server.port, &args), 0);
+    sandbox.expect(&null_job("in/*.jsonl", "out.parquet"), 0);
+    assert!(server.get("c/out.parquet") == std::fs::read(sandbox.path("out.parquet")).unwrap(), "out.parquet differs");
+    server.put("in/c.parquet", &server.get("c/out.parquet"));
+    let again = ["--set", "output.prefix=again_"];
+    let remote = [&null_job("s3://bucket/in/c.parquet", "s3://bucket/d/out.jsonl")[..], &again].concat();
+    expect(command(&sandbox, server.port, &remote), 0);
+    sandbox.expect(&[&null_job("out.parquet", "again.jsonl")[..], &again].concat(), 0);
+    assert!(server.get("d/out.jsonl") == std::fs::read(sandbox.path("again.jsonl")).unwrap(), "again.jsonl differs");
+}
+
+#[test]
+fn a_store_that_fails_loses_and_doubles_nothing() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let wanted = prepare(&server, &sandbox, "out.jsonl");
+    let mut n = 0;
+    let (mut cut, mut slow, mut lost) = (0, 0, Vec::new());
+    let plan = move |seen: &crate::faults::Seen<'_>| {
+        n += 1;
+        let kind = format!("{} {}", seen.method, seen.path.split(['=', '&']).next().unwrap_or_default());
+        let loses = seen.method == "PUT" || seen.method == "POST" && !seen.path.contains("uploads");
+        match seen.method {
+            // A burst every now and then.
+            _ if (4..7).contains(&(n % 20)) => Fault::Busy,
+            "GET" if seen.path.contains("/in/") && cut < 4 => {
+                cut += 1;
+                Fault::CutBody
+            }
+            "GET" if seen.path.contains("/in/") && slow < 2 => {
+                slow += 1;
+                Fault::SlowBody
+            }
+            // The upload was completed, the answer lost, and this is the second time.
+            "POST" if seen.path.contains("uploadId") && lost.contains(&kind) => Fault::Gone,
+            // The first of each kind: the manifest, a segment, a part, the completed upload, a deletion.
+            _ if loses && !lost.contains(&kind) => {
+                lost.push(kind);
+                Fault::LostAnswer
+            }
+            _ => Fault::None,
+        }
+    };
+    let (port, happened) = proxy(server.port, Box::new(plan));
+    expect(command(&sandbox, port, &null_job("s3://bucket/in/*.jsonl", "s3://bucket/out.jsonl")), 0);
+    assert!(server.get("out.jsonl") == wanted, "the output differs");
+    check_tidy(&server, "out.");
+    let happened = happened.lock().unwrap();
+    for (fault, least) in [(Fault::Busy, 3), (Fault::CutBody, 4), (Fault::SlowBody, 2), (Fault::LostAnswer, 5), (Fault::Gone, 1)]
+    {
+        let n = happened.iter().filter(|&&f| f == fault).count();
+        assert!(n >= least, "{fault:?} happened {n} times in {} requests", happened.len());
+    }
+}
+
+#[test]
+fn a_killed_job_on_s3_goes_on_where_it_was() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let lines: Vec<String> = (0..40)
+        .map(|i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true})))
+        .collect();
+    sandbox.write("in.jsonl", lines.join("\n"));
+    server.put("in.jsonl", lines.join("\n").as_bytes());
+    let few = ["--quiet", "--set", "engine.max_running=3", "--set", "job.window_rows=16"];
+    sandbox.expect(&[&["run", "-i", "in.jsonl", "-o", "out.jsonl"], &few[..]].concat(), 0);
+    let args = [&["run", "-i", "s3://bucket/in.jsonl", "-o", "s3://bucket/out.jsonl"], &few[..]].concat();
+    let n_segments = || server.keys().iter().filter(|key| key.contains("out.job/seg-")).count();
+    for _ in 0..2 {
+        let before = n_segments();
+        let mut child = command(&sandbox, server.port, &args).stderr(Stdio::null()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_mins(5);
+        while n_segments() == before {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+            assert!(Instant::now() < deadline, "the run does not get on");
+            sleep(Duration::from_millis(5));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(!server.keys().contains(&"out.jsonl".to_owned()));
+    expect(command(&sandbox, server.port, &args), 0);
+    assert_eq!(String::from_utf8(server.get("out.jsonl")).unwrap(), sandbox.read("out.jsonl"));
+    check_tidy(&server, "out.");
+}
+
+#[test]
+fn a_model_is_fetched_from_s3_once() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    server.put("m/tiny.gguf", &std::fs::read(model_path()).unwrap());
+    sandbox.write("in.jsonl", rows(0, 3));
+    let mut args = null_job("in.jsonl", "out.jsonl");
+    args.extend(["--model", "s3://bucket/m/tiny.gguf", "--restart"]);
+    args.retain(|arg| *arg != "--quiet");
+    let run = || {
+        let mut command = command(&sandbox, server.port, &args);
+        command.env("VALAR_CACHE", sandbox.path("cache"));
+        expect(command, 0)
+    };
+    assert!(run().contains("fetching s3://bucket/m/tiny.gguf"));
+    assert!(!run().contains("fetching"));
+}
+
+#[test]
+fn what_is_wrong_is_said_without_secrets() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    sandbox.write("in.jsonl", rows(0, 3));
+    let said = |port: u16, input: &str, output: &str| expect(command(&sandbox, port, &null_job(input, output)), 1);
+    let text = said(server.port, "in.jsonl", "s3://nobody-has-this/out.jsonl");
+    assert!(text.contains("s3://nobody-has-this/out.jsonl") && text.contains("no such bucket"), "{text}");
+    let text = said(server.port, "s3://bucket/none.jsonl", "out.jsonl");
+    assert!(text.contains("s3://bucket/none.jsonl: no such file"), "{text}");
+    let (forbidding, _) = proxy(server.port, Box::new(|_| Fault::Forbidden));
+    let text = said(forbidding, "s3://bucket/in.jsonl", "out.jsonl");
+    assert!(text.contains("forbidden"), "{text}");
+    let text = said(forbidding, "in.jsonl", "s3://bucket/out.jsonl");
+    assert!(text.contains("forbidden (AccessDenied)"), "{text}");
+    assert!(said(server.port, "in.jsonl", "ftp://host/out.jsonl").contains("ftp:// is not known"));
+    assert!(said(server.port, "in.jsonl", &server.url("out.jsonl")).contains("only be read"));
+    let mut plain = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
+    plain.env_remove("AWS_ALLOW_HTTP");
+    assert!(expect(plain, 1).contains("AWS_ALLOW_HTTP"));
+    let mut unknown = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
+    unknown.env_remove("AWS_ACCESS_KEY_ID").env_remove("AWS_SECRET_ACCESS_KEY");
+    unknown.env("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1");
+    let text = expect(unknown, 1);
+    assert!(text.contains("no credentials: set AWS_ACCESS_KEY_ID"), "{text}");
+}
