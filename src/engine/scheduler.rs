@@ -23,9 +23,6 @@ use crate::device::batch::BlockCopy;
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
-/// Tokens of a step that new prompts may have however many rows of class asap decode.
-const LEAST_ROOM: usize = 16;
-
 /// See the module.
 pub(super) struct Scheduler {
     pub(super) config: EngineConfig,
@@ -146,10 +143,9 @@ impl Scheduler {
         self.is_tight = false;
         self.decode(Class::Asap);
         if self.has_asap() {
-            // Whoever waits for tokens gets them in every step; what else is in it is limited, but never nothing.
-            let n_decoding = self.config.budget_tokens - self.room_tokens;
-            let room = self.asap_tokens.load(Relaxed).saturating_sub(n_decoding).max(LEAST_ROOM);
-            self.room_tokens = self.room_tokens.min(room);
+            // Whoever waits for tokens gets them in every step; what else is in it gets the rest, never less than a quarter.
+            let (limit, n_decoding) = (self.asap_tokens.load(Relaxed), self.config.budget_tokens - self.room_tokens);
+            self.room_tokens = self.room_tokens.min(limit.saturating_sub(n_decoding).max(limit / 4).max(1));
         }
         self.prefill(Class::Asap);
         self.decode(Class::Standard);

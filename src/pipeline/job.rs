@@ -62,7 +62,7 @@ pub(super) struct Inputs {
 pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &JobFiles) -> Result<Inputs> {
     let mut files = Vec::new();
     for pattern in &spec.input.files {
-        files.extend(storage.expand(pattern).with_context(|| format!("input {pattern}"))?);
+        files.extend(storage.expand(pattern).with_context(|| format!("input {}", Location::shown(pattern)))?);
     }
     refuse_inputs_as_outputs(&files, outputs)?;
     let mut described = Vec::new();

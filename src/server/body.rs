@@ -2,9 +2,10 @@
 
 use super::App;
 use super::errors::ApiError;
-use axum::body::to_bytes;
+use axum::body::{Body, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
+use futures::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ impl FromRequest<Arc<App>> for JsonObject {
         let limit = app.max_body_bytes;
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         if length.is_some_and(|n_bytes: u64| n_bytes > limit as u64) {
+            // Most clients send their body before they read an answer, and would see a broken connection.
+            drop(tokio::time::timeout(app.body_timeout, discard(request.into_body(), limit)).await);
             return Err(too_large(limit));
         }
         let read = tokio::time::timeout(app.body_timeout, to_bytes(request.into_body(), limit));
@@ -28,6 +31,18 @@ impl FromRequest<Arc<App>> for JsonObject {
             Err(_) => return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
         };
         parse(&bytes).map(Self)
+    }
+}
+
+/// Reads a body, up to `limit` bytes beyond the limit, and keeps nothing.
+async fn discard(body: Body, limit: usize) {
+    let mut chunks = body.into_data_stream();
+    let mut n_bytes = 0;
+    while let Some(Ok(chunk)) = chunks.next().await {
+        n_bytes += chunk.len();
+        if n_bytes > 2 * limit {
+            return;
+        }
     }
 }
 

@@ -13,7 +13,9 @@ impl Storage {
     /// The objects that `pattern` means, sorted by URL; a path without wildcards is itself, a remote one that ends with a
     /// slash all objects under it. Matching nothing is an error that names the pattern.
     pub fn expand(&self, pattern: &str) -> Result<Vec<Location>> {
-        let Some(wild) = pattern.find(['*', '?']) else {
+        // A web address has no patterns; what follows its question mark may be a secret, and is refused without showing it.
+        let wild = if Location::is_web_url(pattern) { None } else { pattern.find(['*', '?']) };
+        let Some(wild) = wild else {
             let at = Location::parse(pattern)?;
             if at.is_remote() && !at.is_web() && pattern.ends_with('/') {
                 return self.expand_under(&at, "**");
@@ -24,9 +26,6 @@ impl Storage {
         let cut = pattern[..wild].rfind('/').map_or(0, |slash| slash + 1);
         let (base, rest) = pattern.split_at(cut);
         let root = if base.is_empty() { Location { url: "".into(), ..Location::parse(".")? } } else { Location::parse(base)? };
-        if root.is_web() {
-            bail!("{pattern}: a web server lists no files; name each");
-        }
         self.expand_under(&root, rest)
     }
 

@@ -42,6 +42,7 @@ impl Location {
             Some(("file", _)) => file_url_path(text)?,
             Some((scheme, rest)) if is_scheme(scheme) => {
                 let (store, path) = remote::open(scheme, text)?;
+                let scheme = if scheme == "s3a" { "s3" } else { scheme };
                 let remote = format!("{scheme}://{}", rest.split('/').next().unwrap_or_default()).into();
                 return Ok(Self { store, path, url: text.into(), local: None, remote });
             }
@@ -61,6 +62,19 @@ impl Location {
     /// Whether `text` names a place in a remote store.
     pub fn is_remote_url(text: &str) -> bool {
         text.split_once("://").is_some_and(|(scheme, _)| scheme != "file" && is_scheme(scheme))
+    }
+
+    /// Whether `text` is a web address.
+    pub fn is_web_url(text: &str) -> bool {
+        text.starts_with("http://") || text.starts_with("https://")
+    }
+
+    /// What may be shown of what a user typed: of a web address, neither who asks nor what follows its question mark.
+    pub fn shown(text: &str) -> String {
+        let Some((scheme, rest)) = text.split_once("://").filter(|_| Self::is_web_url(text)) else { return text.to_owned() };
+        let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let host = host.rsplit('@').next().unwrap_or_default();
+        format!("{scheme}://{host}/{}", path.split('?').next().unwrap_or_default())
     }
 
     /// Whether the store is another machine.

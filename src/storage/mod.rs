@@ -81,7 +81,10 @@ impl Storage {
     /// Objects and folders directly under `at`.
     fn list_level(&self, at: &Location) -> Result<ListResult> {
         let listed = self.patiently(|| at.store.list_with_delimiter(Some(&at.path)));
-        listed.map_err(|e| tell(e).context(format!("can't list {}", at.url)))
+        let mut listed = listed.map_err(|e| tell(e).context(format!("can't list {}", at.url)))?;
+        // What consoles put where they show a folder.
+        listed.objects.retain(|object| object.location != at.path);
+        Ok(listed)
     }
 
     /// Whether there is an object at `at`.

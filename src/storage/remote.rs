@@ -128,6 +128,8 @@ pub(super) fn tell(error: Error) -> anyhow::Error {
     let is_remote = !code.is_empty() || has::<HttpError>(&error).is_some() || whole.contains("Error performing ");
     match &error {
         _ if code == " (NoSuchBucket)" => anyhow!("there is no such bucket"),
+        // Listing gives no such error, only the answer's text.
+        _ if code == " (AccessDenied)" => anyhow!("forbidden{code}: these credentials may not do that"),
         Error::PermissionDenied { .. } => anyhow!("forbidden{code}: these credentials may not do that"),
         Error::Unauthenticated { .. } => anyhow!("not authorised{code}: the store does not know these credentials"),
         Error::NotFound { .. } if is_remote => anyhow!("not found{code}"),

@@ -33,6 +33,10 @@ impl S3 {
             sleep(Duration::from_millis(50));
         }
         server.put("", b"");
+        // The tests read without signing.
+        let policy = r#"{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": "*",
+            "Action": "s3:GetObject", "Resource": "arn:aws:s3:::bucket/*"}]}"#;
+        ureq::put(format!("{}?policy", server.url(""))).send(policy).unwrap();
         server
     }
 
@@ -42,7 +46,8 @@ impl S3 {
     }
 
     pub(crate) fn put(&self, key: &str, content: &[u8]) {
-        ureq::put(self.url(key)).send(content).unwrap();
+        // So that it may be read as from any web server, too.
+        ureq::put(self.url(key)).header("x-amz-acl", "public-read").send(content).unwrap();
     }
 
     pub(crate) fn get(&self, key: &str) -> Vec<u8> {

@@ -400,3 +400,25 @@ fn steps_are_short_while_an_asap_row_is_there() {
     }
     assert_eq!((longest, finished.len()), ([64, 5], 2));
 }
+
+#[test]
+fn every_asap_row_gets_its_token_in_every_step() {
+    let limits = RunnerLimits { n_blocks: 100, max_step_tokens: 64, max_step_seqs: 16, n_vocab: N_VOCAB, max_context: 600 };
+    let mut engine = engine(limits, EngineConfig::for_runner(&limits));
+    engine.limit_asap_steps(Arc::new(AtomicUsize::new(3)));
+    for id in 0..9 {
+        let params = SeqParams { max_tokens: 40, ignore_eos: true, ..SeqParams::default() };
+        let row =
+            Submission { id, prompt: vec![id as u32; 5].into(), params, class: Class::Asap, keep_tokens: 0, stream: id as u32 };
+        engine.submit(row).expect("there is room");
+    }
+    let mut finished = Vec::new();
+    let mut shares_before = 0;
+    while finished.is_empty() {
+        engine.step(&mut finished).expect("the fake runner does not fail");
+        let n_shares = engine.last_step().len();
+        assert!(n_shares >= shares_before, "{n_shares} rows in a step after one of {shares_before}");
+        shares_before = n_shares;
+    }
+    assert_eq!(shares_before, 9);
+}

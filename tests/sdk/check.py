@@ -115,7 +115,7 @@ def responses():
         max_output_tokens=8,
     )
     assert again.output_text is not None
-    for event in client.responses.create(model=MODEL, input="Count to 100.", max_output_tokens=4, stream=True):
+    for event in client.responses.create(model=MODEL, input="Count to 100.", temperature=0, max_output_tokens=4, stream=True):
         pass
     assert event.type == "response.incomplete" and event.response.incomplete_details.reason == "max_output_tokens"
     counted = client.responses.input_tokens.count(model=MODEL, input="Name a river.")
