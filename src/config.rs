@@ -1,5 +1,6 @@
-//! What the user typed -> [`Config`]: checked and immutable. The only file that reads environment variables. Every limit
-//! of the program is here or in the pipeline file, with its unit in its name.
+//! What the user typed -> [`Config`]: checked and immutable. With `storage`, which takes credentials of stores as their
+//! users set them, the only place that reads environment variables. Every limit of the program is here or in the pipeline
+//! file, with its unit in its name.
 
 pub mod serve;
 

@@ -1,6 +1,7 @@
 //! Errors on the wire, in the form of the dialect that was spoken to: `OpenAI`'s everywhere, Anthropic's under
 //! `/v1/messages`. Invariant: every answer that is no success is one of these, whatever went wrong.
 
+use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -182,15 +183,4 @@ impl From<RowError> for ApiError {
 /// A JSON answer, status 200.
 pub fn json_response(body: &Value) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
 }

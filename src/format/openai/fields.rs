@@ -74,7 +74,8 @@ pub(in crate::format) fn wrong_type(path: &str, expected: &str, found: &Value) -
     RowError::field(ErrorCode::InvalidType, path, format!("must be {expected}, is {}", kind(found)))
 }
 
-pub(in crate::format) fn kind(value: &Value) -> &'static str {
+/// What a JSON value is, in words.
+pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

@@ -13,12 +13,13 @@ mod params;
 mod plain;
 mod responses;
 
+pub use fields::kind;
 pub use line::PlainLines;
 pub use params::one_of;
 
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Input, MAX_TOP_LOGPROBS, Params, Request, Truncate};
-use fields::{kind, optional_bool, optional_str, optional_u64, required_str, shorten, wrong_type};
+use fields::{optional_bool, optional_str, optional_u64, required_str, shorten, wrong_type};
 use serde_json::{Map, Value};
 
 /// Longest `custom_id`, in characters (`OpenAI`'s limit).
