@@ -13,6 +13,10 @@ use valar::pipeline::progress::say;
 use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, spec};
 use valar::server;
 
+/// Rows are made on one thread and dropped on another, by the million: measured, it takes a fifth off what they cost.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => ExitCode::from(code),

@@ -207,9 +207,8 @@ impl Batch {
             next += seq.n_tokens;
             let end = (seq.first_position + seq.n_tokens) as usize;
             assert!(self.block_table(seq).len() * BLOCK_TOKENS >= end, "block table too short for position {end}");
-            for (i, t) in (seq.token_start..next).enumerate() {
-                assert_eq!(self.positions[t as usize], seq.first_position + i as u32);
-            }
+            let positions = &self.positions[seq.token_start as usize..next as usize];
+            assert!(positions.iter().copied().eq(seq.first_position..end as u32), "positions from {}", seq.first_position);
         }
         assert_eq!(next as usize, self.tokens.len());
         assert!(self.block_tables.iter().all(|&b| (b as usize) < n_blocks), "block id outside the pool of {n_blocks}");

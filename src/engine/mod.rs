@@ -361,13 +361,11 @@ impl Submission {
     /// Asserts that it can run; whoever prepares rows has turned away those that can't.
     ///
     /// # Panics
-    /// If the prompt is empty or leaves no token of the context, holds an id outside the vocabulary, or a parameter is
+    /// If the prompt is empty or leaves no token of the context, or a parameter is
     /// out of range.
     pub fn check(&self, limits: &RunnerLimits) {
         let (id, n_prompt) = (self.id, self.prompt.len());
         assert!((1..limits.max_context).contains(&n_prompt), "row {id}: {n_prompt} tokens of {}", limits.max_context);
-        let largest = self.prompt.iter().copied().fold(0, u32::max);
-        assert!((largest as usize) < limits.n_vocab, "row {id}: a token id over {}", limits.n_vocab);
         assert!(self.params.max_tokens > 0 || self.params.score_from.is_some(), "row {id}: nothing to do");
         if let Some(first) = self.params.score_from {
             let is_known = self.params.logprobs.is_some() || first as usize >= n_prompt;

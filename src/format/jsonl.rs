@@ -5,11 +5,10 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 
 use super::compressed::Chunks;
 use super::{FileRow, Limits};
-use crate::outcome::{ErrorCode, RowError};
 
 /// What some editors put before the first line of a UTF-8 file.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -35,24 +34,12 @@ impl JsonlReader {
     }
 
     pub(super) fn next_row(&mut self) -> Result<Option<FileRow>> {
-        Ok(self.next_line()?.map(|line| {
-            let content = match line.content {
-                Ok(bytes) => String::from_utf8(bytes).map_err(|e| {
-                    let at = e.utf8_error().valid_up_to();
-                    RowError::row(ErrorCode::InvalidUtf8, format!("the line is not valid UTF-8 from its byte {at} on"))
-                }),
-                Err(n_bytes) => Err(self.limits.too_long(n_bytes)),
-            };
-            (line.number, content)
-        }))
+        Ok(self.next_line()?.map(|line| (line.number, line.content.map_err(|n_bytes| self.limits.too_long(n_bytes)))))
     }
 
     fn next_line(&mut self) -> Result<Option<Line>> {
         while !self.at_end {
-            let mut rest = &self.chunk[..];
-            let line = self.lines.next_line(&mut rest);
-            let n_taken = self.chunk.len() - rest.len();
-            self.chunk = self.chunk.slice(n_taken..);
+            let line = self.lines.next_line(&mut self.chunk);
             if line.is_some() {
                 return Ok(line);
             }
@@ -69,16 +56,17 @@ impl JsonlReader {
 pub struct Line {
     /// In the file, from 1, blank lines counted.
     pub number: u64,
-    /// The line without its ending; `Err(length in bytes)` if it is longer than the limit.
-    pub content: Result<Vec<u8>, u64>,
+    /// The line without its ending: of the chunk's memory if it lies within one; `Err(length in bytes)` if it is longer
+    /// than the limit.
+    pub content: Result<Bytes, u64>,
 }
 
 /// Cuts a stream of chunks into lines, holding at most one line, up to the limit.
 #[derive(Debug)]
 pub struct LineSplitter {
     max_bytes: usize,
-    line: Vec<u8>, // what there is of the current line; empty once it is too long
-    n_bytes: u64,  // length of the current line so far, kept or not
+    line: Vec<u8>, // what earlier chunks had of the current line; empty once it is too long
+    n_bytes: u64,  // length of that part, kept or not
     is_blank: bool,
     number: u64,         // lines ended so far
     mark: Option<usize>, // at the start of the file: how many bytes of a byte order mark were seen
@@ -91,17 +79,23 @@ impl LineSplitter {
     }
 
     /// The next line that ends in `input`, which is left at what follows. `None`: all of `input` is taken.
-    pub fn next_line(&mut self, input: &mut &[u8]) -> Option<Line> {
+    pub fn next_line(&mut self, input: &mut Bytes) -> Option<Line> {
         self.skip_mark(input);
         while let Some(end) = memchr::memchr(b'\n', input) {
-            self.extend(&input[..end]);
-            *input = &input[end + 1..];
-            if let Some(line) = self.end_line() {
-                return Some(line);
+            let mut part = input.split_to(end + 1);
+            part.truncate(end);
+            let line = if self.n_bytes == 0 {
+                self.whole_line(part)
+            } else {
+                self.extend(&part);
+                self.end_line()
+            };
+            if line.is_some() {
+                return line;
             }
         }
         self.extend(input);
-        *input = &[];
+        input.clear();
         None
     }
 
@@ -111,12 +105,12 @@ impl LineSplitter {
         if self.n_bytes == 0 { None } else { self.end_line() }
     }
 
-    fn skip_mark(&mut self, input: &mut &[u8]) {
+    fn skip_mark(&mut self, input: &mut Bytes) {
         while let Some(n_seen) = self.mark {
-            match input.split_first() {
+            match input.first() {
                 None => return,
-                Some((&byte, rest)) if byte == BYTE_ORDER_MARK[n_seen] => {
-                    *input = rest;
+                Some(&byte) if byte == BYTE_ORDER_MARK[n_seen] => {
+                    input.advance(1);
                     self.mark = (n_seen + 1 < BYTE_ORDER_MARK.len()).then_some(n_seen + 1);
                 }
                 Some(_) => self.refuse_mark(),
@@ -142,14 +136,26 @@ impl LineSplitter {
         }
     }
 
+    /// Ends the line that earlier chunks began.
     fn end_line(&mut self) -> Option<Line> {
-        self.number += 1;
-        let is_kept = self.line.len() as u64 == self.n_bytes;
+        let line = Bytes::from(std::mem::take(&mut self.line));
         let n_bytes = std::mem::take(&mut self.n_bytes);
         let is_blank = std::mem::replace(&mut self.is_blank, true);
-        let mut line = std::mem::take(&mut self.line);
+        self.numbered(line, n_bytes, is_blank)
+    }
+
+    /// A line that lies within one chunk.
+    fn whole_line(&mut self, line: Bytes) -> Option<Line> {
+        let (n_bytes, is_blank) = (line.len() as u64, is_blank(&line));
+        self.numbered(line, n_bytes, is_blank)
+    }
+
+    /// `line` is empty if it was too long to be kept.
+    fn numbered(&mut self, mut line: Bytes, n_bytes: u64, is_blank: bool) -> Option<Line> {
+        self.number += 1;
+        let is_kept = line.len() as u64 == n_bytes;
         if line.last() == Some(&b'\r') {
-            line.pop();
+            line.truncate(line.len() - 1);
         }
         let content = if is_kept && line.len() <= self.max_bytes { Ok(line) } else { Err(n_bytes) };
         (!is_blank).then_some(Line { number: self.number, content })
@@ -169,7 +175,8 @@ mod tests {
     fn split(chunks: &[&[u8]], max_bytes: usize) -> Vec<Line> {
         let mut lines = LineSplitter::new(max_bytes);
         let mut found = Vec::new();
-        for mut chunk in chunks.iter().copied() {
+        for &chunk in chunks {
+            let mut chunk = Bytes::copy_from_slice(chunk);
             while let Some(line) = lines.next_line(&mut chunk) {
                 found.push(line);
             }
@@ -188,7 +195,7 @@ mod tests {
         }
         let numbered = lines.into_iter().zip(1..).map(|(raw, number)| {
             let line = raw.strip_suffix(b"\r").unwrap_or(raw);
-            let content = if line.len() <= max_bytes { Ok(line.to_vec()) } else { Err(raw.len() as u64) };
+            let content = if line.len() <= max_bytes { Ok(Bytes::copy_from_slice(line)) } else { Err(raw.len() as u64) };
             (is_blank(line), Line { number, content })
         });
         numbered.filter(|(is_blank, _)| !is_blank).map(|(_, line)| line).collect()
@@ -220,14 +227,14 @@ mod tests {
 
     #[test]
     fn a_huge_line_is_not_held() {
-        let part = vec![b'x'; 1 << 20];
+        let part = Bytes::from(vec![b'x'; 1 << 20]);
         let mut lines = LineSplitter::new(16 << 20);
         for _ in 0..20 {
-            assert_eq!(lines.next_line(&mut &part[..]), None);
+            assert_eq!(lines.next_line(&mut part.clone()), None);
             assert!(lines.line.capacity() <= 33 << 20);
         }
         assert_eq!(lines.line.capacity(), 0);
-        let after = lines.next_line(&mut &b"\n{}\n"[..]);
+        let after = lines.next_line(&mut Bytes::from_static(b"\n{}\n"));
         assert_eq!(after, Some(Line { number: 1, content: Err(20 << 20) }));
     }
 }

@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
 
 use crate::outcome::{ErrorCode, RowError};
 use crate::storage::{Location, Storage};
@@ -90,9 +91,23 @@ pub struct RawRow {
     pub file: Arc<str>,
     /// Line (JSONL) or row (Parquet) in the file, from 1.
     pub line: u64,
-    /// The row's JSON text. A JSONL line may be anything that is UTF-8; a Parquet row is an object of its columns
-    /// (nulls included; NaN and infinities are null, bytes are hexadecimal, times are RFC 3339).
-    pub content: Result<String, RowError>,
+    /// The row's JSON text. A JSONL line may be anything; a Parquet row is an object of its columns (nulls included; NaN
+    /// and infinities are null, bytes are hexadecimal, times are RFC 3339).
+    pub content: Result<Bytes, RowError>,
+}
+
+impl RawRow {
+    /// The row's text, which may be anything that is UTF-8.
+    ///
+    /// # Errors
+    /// The row's: it is too long, or no UTF-8.
+    pub fn text(&self) -> Result<&str, RowError> {
+        let bytes = self.content.as_ref().map_err(RowError::clone)?;
+        simdutf8::compat::from_utf8(bytes).map_err(|e| {
+            let message = format!("the line is not valid UTF-8 from its byte {} on", e.valid_up_to());
+            RowError::row(ErrorCode::InvalidUtf8, message)
+        })
+    }
 }
 
 /// Reads the rows of several files, in order.
@@ -136,7 +151,7 @@ impl Source {
         let mut n_bytes = 0;
         while rows.len() < max_rows.max(1) && (rows.is_empty() || n_bytes < max_bytes) {
             let Some(row) = self.next_row()? else { break };
-            n_bytes += row.content.as_ref().map_or(0, String::len);
+            n_bytes += row.content.as_ref().map_or(0, Bytes::len);
             rows.push(row);
         }
         Ok(if rows.is_empty() { None } else { Some(rows) })
@@ -165,7 +180,7 @@ impl Source {
 }
 
 /// A row's number in its file, from 1, and its content.
-type FileRow = (u64, Result<String, RowError>);
+type FileRow = (u64, Result<Bytes, RowError>);
 
 #[derive(Debug)]
 enum Reader {
@@ -209,17 +224,18 @@ pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
     let object = storage.open(at)?;
     let mut hasher = blake3::Hasher::new();
     let mut lines = LineCounter::default();
-    let mut offset = 0;
-    loop {
-        let chunk = object.chunk(offset)?;
-        if chunk.is_empty() {
-            break;
-        }
+    let mut chunk = object.chunk(0)?;
+    let mut offset = chunk.len() as u64;
+    while !chunk.is_empty() {
+        // A chunk is hashed and its rows are counted while the next one is read.
+        let count = || {
+            if format == Format::Jsonl(Compression::None) {
+                lines.take(chunk.clone());
+            }
+        };
+        let (next, _) = rayon::join(|| object.chunk(offset), || rayon::join(|| hasher.update(&chunk), count));
+        chunk = next?;
         offset += chunk.len() as u64;
-        hasher.update(&chunk);
-        if format == Format::Jsonl(Compression::None) {
-            lines.take(&chunk);
-        }
     }
     let n_rows = match format {
         Format::Jsonl(Compression::None) => lines.finish(),
@@ -230,7 +246,7 @@ pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
                 if chunk.is_empty() {
                     break lines.finish();
                 }
-                lines.take(&chunk);
+                lines.take(chunk);
             }
         }
         Format::Parquet => parquet::count_rows(&object)?,
@@ -251,7 +267,7 @@ impl Default for LineCounter {
 }
 
 impl LineCounter {
-    fn take(&mut self, mut chunk: &[u8]) {
+    fn take(&mut self, mut chunk: Bytes) {
         while self.lines.next_line(&mut chunk).is_some() {
             self.n_rows += 1;
         }

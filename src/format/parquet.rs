@@ -46,9 +46,9 @@ pub(super) struct ParquetReader {
     url: Arc<str>,
     batches: ParquetRecordBatchReader,
     batch_rows: usize,
-    rows: VecDeque<Result<String, RowError>>, // of one batch
-    next_line: u64,                           // from 1
-    group_ends: Vec<u64>,                     // rows up to and with each row group
+    rows: VecDeque<Result<Bytes, RowError>>, // of one batch
+    next_line: u64,                          // from 1
+    group_ends: Vec<u64>,                    // rows up to and with each row group
     limits: Limits,
 }
 
@@ -152,7 +152,7 @@ fn batch_rows(metadata: &ParquetMetaData) -> usize {
 }
 
 /// The JSON text of each row.
-fn encode_rows(batch: &RecordBatch, limits: Limits) -> Result<VecDeque<Result<String, RowError>>, arrow::error::ArrowError> {
+fn encode_rows(batch: &RecordBatch, limits: Limits) -> Result<VecDeque<Result<Bytes, RowError>>, arrow::error::ArrowError> {
     let rows = StructArray::from(batch.clone());
     let field: FieldRef = Arc::new(Field::new("row", rows.data_type().clone(), false));
     let options = EncoderOptions::default().with_explicit_nulls(true);
@@ -163,7 +163,7 @@ fn encode_rows(batch: &RecordBatch, limits: Limits) -> Result<VecDeque<Result<St
         text.clear();
         encoder.encode(row, &mut text);
         encoded.push_back(if text.len() <= limits.max_row_bytes {
-            Ok(String::from_utf8(text.clone()).expect("JSON is UTF-8"))
+            Ok(Bytes::copy_from_slice(&text))
         } else {
             Err(limits.too_long(text.len() as u64))
         });

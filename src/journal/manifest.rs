@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// The form of journals this program reads and writes.
-const FORMAT_VERSION: u32 = 2;
+const FORMAT_VERSION: u32 = 3;
 
 /// What identifies a job, and what its outputs depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

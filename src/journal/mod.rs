@@ -19,6 +19,7 @@ use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
@@ -159,6 +160,8 @@ pub struct Journal {
     pending: Segment,
     done: RowSet,
     totals: Totals,
+    /// Spent in making outcomes durable.
+    commit_time: Duration,
     /// What was found wrong on opening, and set right; for people.
     pub warnings: Vec<String>,
 }
@@ -195,7 +198,8 @@ impl Journal {
     fn empty(dir: JobDir, manifest: &Manifest) -> Self {
         let (pending, done) = (Segment::default(), RowSet::default());
         let job = manifest.job_fingerprint.clone();
-        Self { dir, job, next_segment: 1, pending, done, totals: Totals::default(), warnings: Vec::new() }
+        let (totals, commit_time) = (Totals::default(), Duration::ZERO);
+        Self { dir, job, next_segment: 1, pending, done, totals, commit_time, warnings: Vec::new() }
     }
 
     fn count(&mut self, number: u32, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
@@ -249,11 +253,13 @@ impl Journal {
         if self.pending.n_rows() == 0 {
             return Ok(());
         }
+        let start = Instant::now();
         let at = self.dir.segment(self.next_segment)?;
         let sealed = self.pending.seal(&self.job);
         let put = self.dir.storage.put(&at, sealed.clone());
         self.pending.put_back(sealed, put.is_ok());
         self.next_segment += u32::from(put.is_ok());
+        self.commit_time += start.elapsed();
         put
     }
 
@@ -265,6 +271,11 @@ impl Journal {
     /// Sums over the rows of [`Journal::done_rows`].
     pub fn totals(&self) -> Totals {
         self.totals
+    }
+
+    /// How long committing took, all in all.
+    pub fn commit_time(&self) -> Duration {
+        self.commit_time
     }
 
     /// Removes the journal; see [`JobDir::remove`].

@@ -209,11 +209,12 @@ pub(super) struct Entry<'a> {
 
 /// The records of verified lines.
 pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry<'_>>>> {
-    let text = std::str::from_utf8(lines).context("a sealed segment is not UTF-8")?;
+    let text = simdutf8::basic::from_utf8(lines).context("a sealed segment is not UTF-8")?;
     let mut start = 0;
-    Ok(text.split_inclusive('\n').map(move |line| {
-        let bytes = start..start + line.len() as u64;
-        start = bytes.end;
+    Ok(memchr::memchr_iter(b'\n', lines).map(move |feed| {
+        let line = &text[start..feed];
+        let bytes = start as u64..feed as u64 + 1;
+        start = feed + 1;
         Ok(Entry { record: parse_record(line)?, bytes })
     }))
 }

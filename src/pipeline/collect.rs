@@ -48,10 +48,8 @@ pub(super) struct Counts {
     /// Sum over time of the rows waiting: divided by the rows, their mean wait (Little's law).
     pub(super) waiting_row_seconds: f64,
     pub(super) submitted: u64,
-    /// Putting output lines together.
+    /// Putting output lines and records together.
     pub(super) answer: Duration,
-    /// Appending and committing.
-    pub(super) journal: Duration,
     /// Writing the final files.
     pub(super) finalise: Duration,
     /// Most KV blocks in use at a time.
@@ -268,11 +266,11 @@ impl Collector {
         self.last_step = now;
         self.counts.stats = stats;
         self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
-        let journal = self.counts.journal;
+        let journal = self.journal.commit_time();
         for sequence in finished {
             self.take_sequence(sequence)?;
         }
-        self.counts.answer += (now.elapsed() + journal).saturating_sub(self.counts.journal);
+        self.counts.answer += (now.elapsed() + journal).saturating_sub(self.journal.commit_time());
         Ok(())
     }
 
@@ -399,12 +397,10 @@ impl Collector {
 
     /// The journal commits by itself when a segment is full.
     fn append(&mut self, record: &Record<'_>) -> Result<()> {
-        let start = Instant::now();
         let place = self.journal.append(record)?;
         if record.key.is_some() {
             self.places.extend(place.map(|place| (record.row, place)));
         }
-        self.counts.journal += start.elapsed();
         Ok(())
     }
 
@@ -413,11 +409,9 @@ impl Collector {
     }
 
     fn commit(&mut self) -> Result<()> {
-        let start = Instant::now();
         self.journal.commit()?;
         self.index.add_places(std::mem::take(&mut self.places))?;
         self.last_commit = Instant::now();
-        self.counts.journal += start.elapsed();
         Ok(())
     }
 

@@ -36,18 +36,15 @@ impl JobEstimator {
 
     /// The next window of the job; how many of its tokens the windows before have computed for it.
     pub(super) fn observe(&mut self, window: &PlannedWindow) -> u32 {
-        let mut from_before = 0;
-        for (i, row) in window.submissions.iter().enumerate() {
-            // Within a window, a row's neighbour keeps just what they share.
-            let shared = match &self.last {
-                Some((prompt, kept)) if i == 0 => common_prefix(prompt, &row.prompt).min(*kept),
-                Some((_, kept)) => *kept,
-                None => 0,
-            };
+        // Within a window, a row's neighbour keeps just what they share.
+        let first = window.submissions.first();
+        let shared_with_last = first
+            .zip(self.last.as_ref())
+            .map(|(row, (prompt, kept))| common_prefix(prompt, &row.prompt).min(*kept).min(row.prompt.len() as u32 - 1));
+        let from_before = shared_with_last.unwrap_or(0);
+        let mut shared = from_before;
+        for row in &window.submissions {
             let prompt_tokens = row.prompt.len() as u32;
-            if i == 0 {
-                from_before = shared.min(prompt_tokens - 1);
-            }
             self.estimator.compute(EstimateRow {
                 prompt_tokens,
                 // The last prompt token is always computed.
@@ -55,7 +52,10 @@ impl JobEstimator {
                 max_tokens: row.params.max_tokens,
                 ignores_end: row.params.ignore_eos,
             });
-            self.last = Some((Arc::clone(&row.prompt), row.keep_tokens));
+            shared = row.keep_tokens;
+        }
+        if let Some(last) = window.submissions.last() {
+            self.last = Some((Arc::clone(&last.prompt), last.keep_tokens));
         }
         let copies = window.groups.iter().flat_map(|group| &group.same);
         for row in copies.chain(window.followers.iter().map(|(_, row)| row)) {

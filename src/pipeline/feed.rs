@@ -1,23 +1,24 @@
-//! The reading side of a job, on its own thread: rows are read, prepared on all cores, planned window by window and
-//! submitted to the engine. Invariant: at most [`WINDOWS_AHEAD`] windows are in memory at any time, finished or not.
+//! The reading side of a job, on two threads: one reads windows of rows and prepares them on all cores, the other plans
+//! them and submits them to the engine. Invariant: at most [`WINDOWS_AHEAD`] windows are in memory at any time, finished or
+//! not.
 
 use super::collect::Event;
 use super::estimate::JobEstimator;
-use super::rows::WindowReader;
-use super::window::{PlannedWindow, plan_window};
-use crate::engine::handle::EngineHandle;
-use crate::format::RawRow;
+use super::rows::{FeedTimes, WindowReader};
+use super::window::{PlannedWindow, WindowRow, WindowSettings, plan_window};
+use crate::engine::handle::{EngineHandle, panic_message};
 use crate::journal::RowSet;
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::thread::Builder;
 use std::time::Instant;
 
-/// Windows that may be read and not finished.
-pub(super) const WINDOWS_AHEAD: usize = 2;
+/// Windows that may be read and not finished: one that is prepared, one that is planned and one that runs.
+pub(super) const WINDOWS_AHEAD: usize = 3;
 
-/// Everything the feeding thread owns.
+/// Everything the reading side owns.
 pub(super) struct Feed {
     pub(super) reader: WindowReader,
     /// Rows that an earlier run has finished.
@@ -33,37 +34,82 @@ pub(super) struct Feed {
 
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
-    pub(super) fn run(mut self) -> Result<u64> {
-        let (mut n_open, mut next_id) = (0, 0);
-        while !self.stop.load(Relaxed) {
-            if n_open == WINDOWS_AHEAD {
-                if self.finished_windows.recv().is_err() {
-                    break;
-                }
-                n_open -= 1;
+    pub(super) fn run(self) -> Result<u64> {
+        let Self { reader, done, engine, events, finished_windows, stop, estimator } = self;
+        let (settings, times) = (reader.settings, Arc::clone(&reader.times));
+        let planner = Planner { settings, times, done: &done, engine: &engine, events, stop: &stop, estimator: &estimator };
+        // Prepared windows are handed over one by one, none waits.
+        let (prepared, windows) = sync_channel(0);
+        std::thread::scope(|scope| {
+            let (done, stop) = (&*done, &*stop);
+            let read = move || read(reader, done, finished_windows, stop, prepared);
+            let reading =
+                Builder::new().name("reader".into()).spawn_scoped(scope, read).context("starting the reader's thread")?;
+            planner.run(windows);
+            reading.join().unwrap_or_else(|panic| Err(anyhow!("the reader panicked: {}", panic_message(&*panic))))
+        })
+    }
+}
+
+/// Reads and prepares windows until there are no more, or nobody wants them; returns the number of rows read.
+fn read(
+    mut reader: WindowReader,
+    done: &RowSet,
+    finished_windows: Receiver<()>,
+    stop: &AtomicBool,
+    prepared: SyncSender<Vec<WindowRow>>,
+) -> Result<u64> {
+    let mut n_open = 0;
+    while !stop.load(Relaxed) {
+        if n_open == WINDOWS_AHEAD {
+            if finished_windows.recv().is_err() {
+                break;
             }
-            let Some(rows) = self.reader.read()? else { break };
-            let Some(window) = self.prepare_window(rows, &mut next_id)? else { continue };
-            n_open += 1;
+            n_open -= 1;
+        }
+        let Some(rows) = reader.read()? else { break };
+        // Windows that an earlier run has finished need not be prepared.
+        if rows.iter().all(|row| done.contains(row.row_idx)) {
+            continue;
+        }
+        n_open += 1;
+        if prepared.send(reader.prepare(rows)?).is_err() {
+            break;
+        }
+    }
+    Ok(reader.n_rows())
+}
+
+/// Plans windows and submits them.
+struct Planner<'a> {
+    settings: WindowSettings,
+    times: Arc<FeedTimes>,
+    done: &'a RowSet,
+    engine: &'a EngineHandle,
+    events: Sender<Event>,
+    stop: &'a AtomicBool,
+    estimator: &'a Mutex<JobEstimator>,
+}
+
+impl Planner<'_> {
+    /// Until no more windows come, or the job is over.
+    fn run(self, windows: Receiver<Vec<WindowRow>>) {
+        let mut next_id = 0;
+        for rows in windows {
+            let window = self.plan(rows, &mut next_id);
             if !self.submit(window) {
                 break;
             }
         }
-        Ok(self.reader.n_rows())
     }
 
-    /// `None` if an earlier run has finished every row of the window.
-    fn prepare_window(&self, rows: Vec<RawRow>, next_id: &mut u64) -> Result<Option<PlannedWindow>> {
-        if rows.iter().all(|row| self.done.contains(row.row_idx)) {
-            return Ok(None);
-        }
-        let rows = self.reader.prepare(rows)?;
+    fn plan(&self, rows: Vec<WindowRow>, next_id: &mut u64) -> PlannedWindow {
         let start = Instant::now();
-        let mut window = plan_window(rows, self.reader.settings, next_id, |row_idx| self.done.contains(row_idx));
+        let mut window = plan_window(rows, self.settings, next_id, |row_idx| self.done.contains(row_idx));
         let from_before = self.estimator.lock().expect("an estimator does not panic").observe(&window);
         window.trie_tokens -= u64::from(from_before);
-        self.reader.times.planned(start.elapsed());
-        Ok(Some(window))
+        self.times.planned(start.elapsed());
+        window
     }
 
     /// Announces the window's rows, then submits them; false if the job is over.

@@ -92,7 +92,7 @@ impl WindowReader {
 }
 
 fn prepare(preparer: &Preparer, settings: WindowSettings, row: RawRow) -> WindowRow {
-    let prepared = match row.content {
+    let prepared = match row.text() {
         Ok(text) => preparer.prepare(row.row_idx, text),
         Err(error) => Prepared { origin: preparer.unread_origin(), prompts: Err(error) },
     };

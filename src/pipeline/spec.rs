@@ -313,7 +313,7 @@ pub struct JobSpec {
 
 impl Default for JobSpec {
     fn default() -> Self {
-        Self { seed: 0, window_rows: 32_768, window_bytes: 64 << 20, dedup: true }
+        Self { seed: 0, window_rows: 16_384, window_bytes: 64 << 20, dedup: true }
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, journal: &Journal, counts: &Cou
         prefill: meter.prefill.as_secs_f64(),
         decode: meter.decode.as_secs_f64(),
         answer: counts.answer.as_secs_f64(),
-        journal: counts.journal.as_secs_f64(),
+        journal: journal.commit_time().as_secs_f64(),
         finalise: counts.finalise.as_secs_f64(),
     };
     let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;

@@ -12,6 +12,7 @@ use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission}
 use crate::prepare::{Origin, Prepared, Prompt};
 use crate::request::{AnswerFormat, Params};
 use anyhow::Result;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::sync::Arc;
@@ -292,8 +293,19 @@ fn group_identical(ready: &[Ready]) -> (Vec<u32>, Vec<u32>) {
 /// Hash of all that a row's completions and their form depend on, besides the model: 128 bits of BLAKE3, collisions are
 /// out of reach. It stands in journals: another way to make it is another `FORMAT_VERSION`. Where later prompts are made of the row's columns, of all of them.
 fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
-    let n_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-    let mut content = Vec::with_capacity(512 + 4 * n_tokens);
+    thread_local! {
+        // What is hashed is as long as the prompts; rows come one after the other.
+        static CONTENT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    CONTENT.with_borrow_mut(|content| {
+        content.clear();
+        add_content(content, prompts, origin, has_steps);
+        short_hash(content)
+    })
+}
+
+/// Adds all that a row's completions and their form depend on, besides the model.
+fn add_content(content: &mut Vec<u8>, prompts: &[Prompt], origin: &Origin, has_steps: bool) {
     let mut add = |text: std::fmt::Arguments<'_>| content.write_fmt(text).expect("memory takes text");
     match origin {
         Origin::Request { endpoint, echo: None, .. } => content.push(*endpoint as u8),
@@ -306,18 +318,26 @@ fn content_key(prompts: &[Prompt], origin: &Origin, has_steps: bool) -> u128 {
         for number in [*step as u64, tokens.len() as u64, u64::from(*max_tokens), u64::from(score_from.unwrap_or(0))] {
             content.extend_from_slice(&number.to_le_bytes());
         }
-        add_params(&mut content, params);
+        add_params(content, params);
         let calls = call_format.is_some() || *one_call;
         content.push(u8::from(calls));
         if calls {
             write!(content, "{call_format:?}/{one_call}").expect("memory takes text");
         }
-        let start = content.len();
-        content.resize(start + 4 * tokens.len(), 0);
-        let (places, _) = content[start..].as_chunks_mut();
-        places.iter_mut().zip(tokens.iter()).for_each(|(place, id)| *place = id.to_le_bytes());
+        // Most vocabularies fit in two bytes, and hashing is most of what this costs.
+        let is_short = tokens.iter().all(|&id| u16::try_from(id).is_ok());
+        content.push(u8::from(is_short));
+        if is_short {
+            content.extend(tokens.iter().flat_map(|&id| (id as u16).to_le_bytes()));
+        } else {
+            content.extend(tokens.iter().flat_map(|id| id.to_le_bytes()));
+        }
     }
-    let hash = blake3::hash(&content);
+}
+
+/// 128 bits of BLAKE3.
+fn short_hash(content: &[u8]) -> u128 {
+    let hash = blake3::hash(content);
     let (key, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
     u128::from_le_bytes(*key)
 }

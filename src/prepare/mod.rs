@@ -104,7 +104,7 @@ pub struct Preparer {
 impl Preparer {
     /// Prepares one row from its text, a JSON object. A panic in a template or a parser is the row's error, not the
     /// job's end.
-    pub fn prepare(&self, row_idx: u64, text: String) -> Prepared {
+    pub fn prepare(&self, row_idx: u64, text: &str) -> Prepared {
         catch_unwind(AssertUnwindSafe(|| self.prepare_unguarded(row_idx, text)))
             .unwrap_or_else(|_| Prepared { origin: self.unread_origin(), prompts: Err(panicked()) })
     }
@@ -136,10 +136,10 @@ impl Preparer {
         }
     }
 
-    fn prepare_unguarded(&self, row_idx: u64, text: String) -> Prepared {
+    fn prepare_unguarded(&self, row_idx: u64, text: &str) -> Prepared {
         match &self.form {
             RowForm::Requests => {
-                let line = openai::parse_batch_line(row_idx, &text, &self.defaults);
+                let line = openai::parse_batch_line(row_idx, text, &self.defaults);
                 let (endpoint, echo, request) = match line.request {
                     Ok(BatchRequest { endpoint, request, echo }) => (endpoint, echo, Ok(request)),
                     Err(error) => (Endpoint::ChatCompletions, None, Err(error)),
@@ -148,7 +148,7 @@ impl Preparer {
                 Prepared { origin: Origin::Request { custom_id: line.custom_id, endpoint, echo }, prompts }
             }
             RowForm::Dataset(steps) => {
-                let columns = match self.read_columns(&text) {
+                let columns = match self.read_columns(text) {
                     Ok(columns) => columns,
                     Err(error) => return Prepared { origin: Origin::Dataset { columns: None }, prompts: Err(error) },
                 };

@@ -9,6 +9,7 @@ use std::io;
 use anyhow::Result;
 use bytes::Bytes;
 use object_store::{Attribute, AttributeValue, GetOptions, MultipartUpload, PutMultipartOptions, PutPayload};
+use tokio::task::JoinHandle;
 
 use super::remote::tell;
 use super::{Location, Storage};
@@ -23,6 +24,8 @@ pub struct Upload {
     at: Location,
     /// Begun with the first full part.
     multipart: Option<Box<dyn MultipartUpload>>,
+    /// The part that is being written, while the next one is filled.
+    under_way: Option<JoinHandle<object_store::Result<()>>>,
     /// Unlike that of any other upload.
     mark: String,
     part: Vec<u8>, // at most `part_bytes` of the storage
@@ -32,7 +35,7 @@ impl Upload {
     pub(super) fn new(storage: Storage, at: Location) -> Self {
         // Two hashers are seeded apart by the system's randomness.
         let [high, low] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
-        Self { storage, at, multipart: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
+        Self { storage, at, multipart: None, under_way: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
     }
 
     /// Makes the object appear under its name, complete and durable.
@@ -44,6 +47,7 @@ impl Upload {
         if !self.part.is_empty() {
             self.send_part().map_err(|e| self.failed(e))?;
         }
+        self.wait_for_part().map_err(|e| self.failed(e))?;
         let multipart = self.multipart.as_mut().expect("checked above");
         let completed = self.storage.wait(multipart.complete());
         if let Err(error) = completed {
@@ -71,13 +75,21 @@ impl Upload {
         PutMultipartOptions { attributes: mark.into_iter().collect(), ..PutMultipartOptions::default() }
     }
 
+    /// Begins to write the part; the one before is written then.
     fn send_part(&mut self) -> object_store::Result<()> {
+        self.wait_for_part()?;
         let content = Bytes::from(std::mem::replace(&mut self.part, Vec::with_capacity(self.storage.part_bytes)));
         if self.multipart.is_none() {
             self.multipart = Some(self.storage.wait(self.at.store.put_multipart_opts(&self.at.path, self.options()))?);
         }
         let multipart = self.multipart.as_mut().expect("begun above");
-        self.storage.wait(async { multipart.put_part(PutPayload::from_bytes(content)).await })
+        self.under_way = Some(self.storage.runtime.spawn(multipart.put_part(PutPayload::from_bytes(content))));
+        Ok(())
+    }
+
+    fn wait_for_part(&mut self) -> object_store::Result<()> {
+        let Some(part) = self.under_way.take() else { return Ok(()) };
+        self.storage.wait(part)?
     }
 
     fn failed(&self, error: object_store::Error) -> anyhow::Error {
@@ -104,6 +116,7 @@ impl io::Write for Upload {
 impl Drop for Upload {
     fn drop(&mut self) {
         if let Some(mut multipart) = self.multipart.take() {
+            self.wait_for_part().ok();
             // Nobody is left to tell if this fails too: the next writer's sweep removes what stayed.
             self.storage.wait(multipart.abort()).ok();
         }

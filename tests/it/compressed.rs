@@ -143,7 +143,7 @@ fn packed_outputs_are_the_same_bytes_every_time() {
         };
         let (bytes, rows) = write();
         assert_eq!(rows.len(), 1000);
-        assert_eq!(rows[999].content.as_deref(), Ok("{\"i\":999}"));
+        assert_eq!(rows[999].text(), Ok("{\"i\":999}"));
         assert_eq!(write().0, bytes, "{name}");
         assert!(bytes.len() < 6000, "{name} is {} bytes", bytes.len());
     }

@@ -61,7 +61,7 @@ impl Files {
 }
 
 fn texts(rows: &[RawRow]) -> Vec<&str> {
-    rows.iter().map(|row| row.content.as_deref().unwrap()).collect()
+    rows.iter().map(|row| row.text().unwrap()).collect()
 }
 
 fn parquet_file(batch: &RecordBatch, group_rows: usize) -> Bytes {
@@ -109,19 +109,19 @@ fn a_fault_of_a_row_is_that_rows_error() {
     let mut content = format!("{{\"a\":1}}\n\"{huge}\"\n{{\"b\":\"").into_bytes();
     content.extend(b"\xff\"}\n{\"a\":2}\n");
     let rows = files.rows(&[files.put("x.jsonl", content)], Limits::default());
-    let errors: Vec<_> = rows.iter().map(|row| row.content.as_ref().map_err(|e| (e.code, e.message.as_str()))).collect();
-    assert_eq!(errors[0].unwrap(), "{\"a\":1}");
-    let (code, message) = errors[1].unwrap_err();
+    let errors: Vec<_> = rows.iter().map(|row| row.text().map_err(|e| (e.code, e.message))).collect();
+    assert_eq!(errors[0], Ok("{\"a\":1}"));
+    let (code, message) = errors[1].clone().unwrap_err();
     assert!(code == ErrorCode::LineTooLong && message.contains("20971522") && message.contains("16777216"), "{message}");
-    let (code, message) = errors[2].unwrap_err();
+    let (code, message) = errors[2].clone().unwrap_err();
     assert!(code == ErrorCode::InvalidUtf8 && message.contains("byte 6 "), "{message}");
-    assert_eq!((rows[3].line, errors[3].unwrap().as_str()), (4, "{\"a\":2}"));
+    assert_eq!((rows[3].line, &errors[3]), (4, &Ok("{\"a\":2}")));
 
     let long: ArrayRef = Arc::new(StringArray::from(vec!["short", "quite long"]));
     let batch = RecordBatch::try_from_iter([("x", long)]).unwrap();
     let rows = files.rows(&[files.put("x.parquet", parquet_file(&batch, 10))], Limits { max_row_bytes: 16 });
-    assert_eq!(rows[0].content.as_deref(), Ok("{\"x\":\"short\"}"));
-    assert_eq!(rows[1].content.as_ref().unwrap_err().code, ErrorCode::LineTooLong);
+    assert_eq!(rows[0].text(), Ok("{\"x\":\"short\"}"));
+    assert_eq!(rows[1].text().unwrap_err().code, ErrorCode::LineTooLong);
 }
 
 #[test]
@@ -223,16 +223,16 @@ proptest! {
         let limits = Limits { max_row_bytes: 4 };
         let rows = files.rows(std::slice::from_ref(&at), limits);
         prop_assert_eq!(inspect(&files.storage, &at).unwrap().n_rows, rows.len() as u64);
-        let (mut splitter, mut input) = (LineSplitter::new(4), &content[..]);
+        let (mut splitter, mut input) = (LineSplitter::new(4), Bytes::from(content));
         let mut lines: Vec<_> = std::iter::from_fn(|| splitter.next_line(&mut input)).collect();
         lines.extend(splitter.last_line());
         prop_assert_eq!(rows.len(), lines.len());
         for (row, line) in rows.iter().zip(lines) {
             prop_assert_eq!(row.line, line.number);
-            match (&row.content, line.content) {
+            match (row.text(), line.content) {
                 (Ok(text), Ok(bytes)) => prop_assert_eq!(text.as_bytes(), &bytes[..]),
-                (Err(e), Ok(bytes)) => prop_assert!(e.code == ErrorCode::InvalidUtf8 && String::from_utf8(bytes).is_err()),
-                (found, line) => prop_assert!(found.as_ref().is_err_and(|e| e.code == ErrorCode::LineTooLong) && line.is_err()),
+                (Err(e), Ok(bytes)) => prop_assert!(e.code == ErrorCode::InvalidUtf8 && std::str::from_utf8(&bytes).is_err()),
+                (found, line) => prop_assert!(found.is_err_and(|e| e.code == ErrorCode::LineTooLong) && line.is_err()),
             }
         }
     }
@@ -254,7 +254,7 @@ proptest! {
         let rows = files.rows(&[files.at("x.parquet")], Limits::default());
         prop_assert_eq!(rows.len(), records.len());
         for (row, record) in rows.iter().zip(&records) {
-            let found = serde_json::from_str(row.content.as_ref().unwrap()).unwrap();
+            let found = serde_json::from_str(row.text().unwrap()).unwrap();
             prop_assert!(same(&serde_json::from_str(record).unwrap(), &found), "{record} came back as {found}");
         }
     }
@@ -413,7 +413,7 @@ fn many_rows_and_columns_are_read_block_by_block() {
     let rows = files.rows(&[at], Limits::default());
     assert_eq!(rows.len() as i64, n_rows);
     for (i, row) in rows.iter().enumerate().step_by(997) {
-        let found: Map<String, Value> = serde_json::from_str(row.content.as_ref().unwrap()).unwrap();
+        let found: Map<String, Value> = serde_json::from_str(row.text().unwrap()).unwrap();
         let wanted = (0..12).map(|c| (format!("c{c}"), json!(format!("{c}-{}", (i as i64 * 7919 + c) % 10_007))));
         assert_eq!(found, wanted.collect::<Map<_, _>>(), "row {i}");
         assert_eq!(row.line, i as u64 + 1);

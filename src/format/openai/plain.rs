@@ -108,25 +108,16 @@ impl<'a> Scan<'a> {
         self.eat(b'[')?;
         let mut ids = Vec::with_capacity(128);
         loop {
-            ids.push(self.id()?);
-            if !self.has_next(b']')? {
+            self.skip_blanks();
+            let (id, n_bytes) = id(&self.text.as_bytes()[self.at..])?;
+            ids.push(id);
+            self.at += n_bytes;
+            if self.peek() == Some(b',') {
+                self.at += 1;
+            } else if !self.has_next(b']')? {
                 return Some(ids);
             }
         }
-    }
-
-    /// A number without sign, fraction or exponent; whatever may not follow it is found by who reads on.
-    fn id(&mut self) -> Option<u32> {
-        self.skip_blanks();
-        let start = self.at;
-        let mut id = 0_u32;
-        while let Some(digit @ b'0'..=b'9') = self.peek() {
-            id = id.checked_mul(10)?.checked_add(u32::from(digit - b'0'))?;
-            self.at += 1;
-        }
-        let n_digits = self.at - start;
-        // Numbers have no leading zeros.
-        (n_digits == 1 || (n_digits > 1 && self.text.as_bytes()[start] != b'0')).then_some(id)
     }
 
     fn line(&mut self) -> Option<Line<'a>> {
@@ -160,6 +151,32 @@ impl<'a> Scan<'a> {
         })?;
         Some(body)
     }
+}
+
+/// The number without sign, fraction or exponent that `text` begins with, and its length; whatever may not follow it is
+/// found by who reads on.
+fn id(text: &[u8]) -> Option<(u32, usize)> {
+    // Up to seven digits and what follows them are one word of eight bytes, the first digit lowest.
+    if let Some(word) = text.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) {
+        const ONES: u64 = 0x0101_0101_0101_0101;
+        // A byte is a digit if its high half is 3, now and with 6 added to the low one. What a byte that is none carries into
+        // the next ones doesn't matter: it ends the number.
+        let not_digits =
+            ((word & (0xf0 * ONES)) ^ (0x30 * ONES)) | ((word.wrapping_add(6 * ONES) & (0xf0 * ONES)) ^ (0x30 * ONES));
+        let n_digits = (not_digits.trailing_zeros() / 8) as usize;
+        if (1..8).contains(&n_digits) {
+            // Zeros in front, then neighbours joined: digits to pairs, to fours, to the number.
+            let digits = (word << (64 - 8 * n_digits)) & (0x0f * ONES);
+            let pairs = (digits * 10 + (digits >> 8)) & 0x00ff_00ff_00ff_00ff;
+            let fours = (pairs * 100 + (pairs >> 16)) & 0x0000_ffff_0000_ffff;
+            let number = (fours * 10_000 + (fours >> 32)) as u32;
+            // Numbers have no leading zeros.
+            return (n_digits == 1 || text[0] != b'0').then_some((number, n_digits));
+        }
+    }
+    let n_digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let number = std::str::from_utf8(&text[..n_digits]).ok()?.parse().ok()?;
+    (n_digits == 1 || text[0] != b'0').then_some((number, n_digits))
 }
 
 /// Parses a line, if it is a plain one.
@@ -270,6 +287,17 @@ mod tests {
                 let (plain, general) = (plain.request.unwrap(), general.request.unwrap());
                 prop_assert_eq!((plain.endpoint, plain.request, plain.echo), (general.endpoint, general.request, general.echo));
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #[test]
+        fn numbers_are_read_whatever_follows_them(number in "0{0,2}[0-9]{0,11}", rest in "([,\\] \n.eE:/-9a-f\u{80}-\u{10ffff}]{0,9})?") {
+            let text = number.clone() + &rest;
+            let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+            let wanted = text[..digits].parse::<u32>().ok().filter(|_| digits == 1 || !text.starts_with('0'));
+            prop_assert_eq!(id(text.as_bytes()), wanted.map(|number| (number, digits)));
         }
     }
 
