@@ -171,6 +171,38 @@ pub enum MachineBench {
         #[arg(long)]
         threads: Option<usize>,
     },
+    /// Count what the order of a workload's rows is worth: tokens prefilled, beside the fewest possible
+    Plan(BenchPlanArgs),
+}
+
+/// `valar bench plan`
+#[derive(Debug, Args)]
+pub struct BenchPlanArgs {
+    /// JSONL or Parquet files of requests in `OpenAI` Batch form
+    #[arg(required = true)]
+    pub workloads: Vec<String>,
+    /// KV memory as a share of the tokens that all rows hold at their ends
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
+    pub kv_share: f64,
+    /// Write the prompts' token ids here, one JSON array a line
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// A name from `valar models`, or a path: whose tokenizer and template
+    #[arg(short, long)]
+    pub model: Option<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl BenchPlanArgs {
+    /// The pipeline keys of the workload: every row is computed.
+    pub fn overrides(&self) -> Vec<(String, Value)> {
+        let files = self.workloads.iter().cloned().map(Value::String).collect();
+        let mut overrides = vec![("input.files".into(), Value::Array(files)), ("job.dedup".into(), Value::Boolean(false))];
+        overrides.extend(self.model.iter().map(|model| ("model.name".into(), Value::String(model.clone()))));
+        overrides
+    }
 }
 
 /// `valar bench`

@@ -9,6 +9,7 @@ use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, cache_folder};
 use valar::device::cpu::Numerics;
 use valar::hub;
+use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
 use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, spec};
 use valar::server;
@@ -58,6 +59,12 @@ fn run(cli: Cli) -> Result<u8> {
             let settings = numerics.context("--numerics").and_then(|n| Ok((config::isa()?, n, config::n_threads(threads)?)));
             match settings {
                 Ok((isa, numerics, n_threads)) => kernels::show_kernels(isa, numerics, n_threads).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        Command::Bench(BenchArgs { machine: Some(MachineBench::Plan(args)), .. }) => {
+            match PlanBench::new(args.overrides(), args.kv_share, args.prompts) {
+                Ok(bench) => bench.run(args.json).map(|()| 0),
                 Err(error) => Ok(usage(&error)),
             }
         }

@@ -4,19 +4,21 @@
 use super::columns::ResultColumns;
 use super::estimate::{History, JobEstimator, seconds};
 use super::index::JobIndex;
-use super::job::{self, JobFiles};
-use super::load::{self, OpenModel};
-use super::rows::FeedTimes;
+use super::job::{self, Inputs, JobFiles};
+use super::load::{self, MemoryPlan, OpenModel};
+use super::rows::{FeedTimes, WindowReader};
 use super::spec::PriceSpec;
 use super::window::{PlannedWindow, plan_window};
 use super::{calibrate, needed_columns, preparer, steps, window_reader};
 use crate::config::Config;
+use crate::fingerprint::Fingerprint;
 use crate::format::Source;
 use crate::grammar::Grammars;
 use crate::outcome::RowError;
 use crate::plan::estimate::{Interval, Totals};
 use crate::prepare::RowForm;
 use crate::storage::Storage;
+use crate::text::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -139,8 +141,23 @@ pub fn show(config: &Config, calibrate: bool, json: bool) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")
 }
 
-fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
-    let start = Instant::now();
+/// A job's input and what it is read with; nothing of a job under way is touched.
+pub(super) struct Reading {
+    pub(super) inputs: Inputs,
+    pub(super) reader: WindowReader,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) model: String,
+    fingerprint: Fingerprint,
+    memory: MemoryPlan,
+    /// Steps whose prompts are made of others' answers.
+    later_steps: usize,
+}
+
+/// Opens a job's input as a run would.
+///
+/// # Errors
+/// As a job's before its work begins.
+pub(super) fn open_input(config: &Config) -> Result<Reading> {
     let storage = Storage::new()?;
     let files = JobFiles::new(&storage, &config.spec.output.file)?;
     let inputs = job::inspect_inputs(&storage, &config.spec, &files)?;
@@ -151,17 +168,23 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let grammars = Grammars::new(Arc::clone(&open.tokenizer));
     steps::check_formats(&form.rows, &grammars)?;
     let later_steps = n_later_steps(&form.rows);
-    let mut history = History::of(config, &open.fingerprint);
-    let mut estimator = JobEstimator::new(open.memory.setting(config, history.output_share()));
-    let (memory, device, model) = (open.memory, open.fingerprint.device.clone(), open.local.name.clone());
-    let OpenModel { local, tokenizer, template, .. } = open;
+    let OpenModel { local, tokenizer, template, fingerprint, memory, .. } = open;
+    let model = local.name.clone();
     let index = Arc::new(JobIndex::new(&std::env::temp_dir())?);
-    let model_parts = (local, tokenizer, template);
+    let model_parts = (local, Arc::clone(&tokenizer), template);
     let preparer = Arc::new(preparer(config, form.rows, grammars, &result_columns, model_parts, memory));
     // A plan writes no rows: it needs what the prompts are made of, and columns that a run would refuse.
     let columns = needed_columns(&preparer.form, Some(&preparer.result_columns));
     let source = Source::open(&storage, &inputs.files, inputs.limits)?.with_columns(columns);
-    let mut reader = window_reader(config, source, preparer, index, Arc::new(FeedTimes::default()));
+    let reader = window_reader(config, source, preparer, index, Arc::new(FeedTimes::default()));
+    Ok(Reading { inputs, reader, tokenizer, model, fingerprint, memory, later_steps })
+}
+
+fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
+    let start = Instant::now();
+    let Reading { inputs, mut reader, model, fingerprint, memory, later_steps, .. } = open_input(config)?;
+    let mut history = History::of(config, &fingerprint);
+    let mut estimator = JobEstimator::new(memory.setting(config, history.output_share()));
     let (mut rows, mut tree_tokens, mut next_id) = (Rows::default(), 0, 0);
     while let Some(window) = reader.read()? {
         let window = plan_window(reader.prepare(window)?, reader.settings, &mut next_id, |_| false);
@@ -182,7 +205,7 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let bytes = |tokens: f64| tokens * memory.kv_token_bytes as f64;
     Ok(Explanation {
         model,
-        device,
+        device: fingerprint.device,
         inputs: inputs.described.iter().map(|i| InputFile { file: i.url.clone(), bytes: i.n_bytes, rows: i.n_rows }).collect(),
         rows,
         later_steps,

@@ -42,7 +42,7 @@ impl Feed {
         let (prepared, windows) = sync_channel(0);
         std::thread::scope(|scope| {
             let (done, stop) = (&*done, &*stop);
-            let read = move || read(reader, done, finished_windows, stop, prepared);
+            let read = move || read(reader, done, &finished_windows, stop, &prepared);
             let reading =
                 Builder::new().name("reader".into()).spawn_scoped(scope, read).context("starting the reader's thread")?;
             planner.run(windows);
@@ -55,9 +55,9 @@ impl Feed {
 fn read(
     mut reader: WindowReader,
     done: &RowSet,
-    finished_windows: Receiver<()>,
+    finished_windows: &Receiver<()>,
     stop: &AtomicBool,
-    prepared: SyncSender<Vec<WindowRow>>,
+    prepared: &SyncSender<Vec<WindowRow>>,
 ) -> Result<u64> {
     let mut n_open = 0;
     while !stop.load(Relaxed) {

@@ -3,6 +3,7 @@
 
 mod answer;
 pub mod bench;
+pub mod bench_plan;
 mod calibrate;
 mod collect;
 mod columns;

@@ -30,6 +30,12 @@ impl NullRunner {
         };
         Self { limits, end }
     }
+
+    /// With room in KV memory for so many tokens (at least for one row of full length), whatever rows would need.
+    pub(super) fn with_kv_tokens(self, kv_tokens: usize) -> Self {
+        let n_blocks = kv_tokens.max(self.limits.max_context).div_ceil(BLOCK_TOKENS);
+        Self { limits: RunnerLimits { n_blocks, ..self.limits }, ..self }
+    }
 }
 
 impl Runner for NullRunner {

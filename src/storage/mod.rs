@@ -253,7 +253,7 @@ impl Object {
             });
             match read {
                 Ok(()) if have.len() as u64 == range.end - range.start => return Ok(have.into()),
-                Ok(_) => bail!("{} ended early: it changed while it was being read", at.url),
+                Ok(()) => bail!("{} ended early: it changed while it was being read", at.url),
                 Err(Error::Precondition { .. }) => bail!("{} changed while it was being read", at.url),
                 Err(e) => match pauses.next() {
                     Some(pause) if broke_off(&e) => std::thread::sleep(*pause),

@@ -2,6 +2,7 @@
 
 use crate::common::{Sandbox, chat_line, root};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::fs;
 use valar::device::cpu::Isa;
 
@@ -200,6 +201,35 @@ fn bench_prints_what_it_measured() {
         assert!(report["rates"][field].as_f64().unwrap() > 0.0, "{field}");
     }
     assert!(report["peak_memory_bytes"].as_u64().unwrap() > 0);
+}
+
+/// Groups of rows with long common beginnings, in an order that shares nothing by chance, over several windows, with KV
+/// memory for a fraction of them: what is prefilled is what an independent count of the prompts' trie says, and little more.
+#[test]
+fn bench_plan_counts_what_the_order_is_worth() {
+    let sandbox = Sandbox::new();
+    let prompt = |i: u32| -> Vec<u32> {
+        let (group, row) = (i % 23, i / 23);
+        (0..150 + group).map(|k| 100 + (group * 31 + k * 7) % 900).chain((0..5 + i % 40).map(|k| 2000 + row * 50 + k)).collect()
+    };
+    let line = |i: u32| {
+        let body = json!({"prompt": prompt(i), "max_tokens": 3 + i % 50, "ignore_eos": true, "temperature": 0});
+        json!({"custom_id": format!("{i}"), "method": "POST", "url": "/v1/completions", "body": body}).to_string()
+    };
+    let rows: Vec<u32> = (0..920).collect();
+    sandbox.write("w.jsonl", rows.iter().map(|&i| line(i)).collect::<Vec<_>>().join("\n"));
+    let output = sandbox.run(&["bench", "plan", "w.jsonl", "--json", "--prompts", "prompts.jsonl", "--kv-share", "0.1"]);
+    let outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let prompts: Vec<Vec<u32>> = sandbox.read("prompts.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (mut found, mut wanted) = (prompts.clone(), rows.iter().map(|&i| prompt(i)).collect::<Vec<_>>());
+    found.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(found, wanted);
+    let nodes: HashSet<&[u32]> = prompts.iter().flat_map(|prompt| (1..=prompt.len()).map(|n| &prompt[..n])).collect();
+    assert_eq!(outcome["minimum"], nodes.len());
+    assert_eq!(outcome["prompt_tokens"], prompts.iter().map(Vec::len).sum::<usize>());
+    let ratio = outcome["prefilled"].as_f64().unwrap() / nodes.len() as f64;
+    assert!((1.0..=1.02).contains(&ratio), "{outcome}");
 }
 
 /// Rows by the hundred thousand, each with an id to remember and an error to write: memory stays where it was.
