@@ -1,15 +1,19 @@
 //! What the user typed; nothing derived.
 
-use crate::pipeline::spec::{EngineKind, parse_override};
-use clap::{Args, Parser, Subcommand};
+use crate::journal::{IfRunning, Shard, Terms};
+use crate::pipeline::budget::Budget;
+use crate::pipeline::spec::{EngineKind, PriceSpec, parse_override};
+use clap::{Args, Parser, Subcommand, value_parser};
 use std::path::PathBuf;
+use std::time::Duration;
 use toml::Value;
 
 /// A self-hosted LLM engine for batch work: rows in, exactly one outcome per row out.
 #[derive(Debug, Parser)]
 #[command(name = "valar", version, about, max_term_width = 100)]
 #[command(after_help = "Exit codes: 0 every row completed, 3 finished but some rows are errors, 1 could not run, 2 usage,\n\
-    130 or 143 stopped by a signal (run the same command again to continue).")]
+    4 another run is at the job, 5 cancelled, 6 the budget is spent, 130 or 143 stopped by a signal (after 5 and more run the same command\n\
+    again to continue).")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -22,6 +26,22 @@ pub enum Command {
     /// Run a job: read rows, complete them, write one outcome per row
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
+    /// Publish a job that was run in shards, once all of them are done: the job's own arguments, without --shard
+    #[command(after_help = MERGE_HELP)]
+    Merge(RunArgs),
+    /// Show how far a job is, running or dead, shards included, from its store alone (exit code 1 if there is none)
+    Status {
+        /// The job's result file, such as out.jsonl: a path or a URL
+        output: String,
+        /// Print one JSON object instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the runs of a job to stop, wherever they are; what they have done stays (exit code 1 if one still runs)
+    Cancel {
+        /// The job's result file
+        output: String,
+    },
     /// Read a job's input and say what the run would take, running nothing
     #[command(after_help = PLAN_HELP)]
     Plan(PlanArgs),
@@ -63,6 +83,12 @@ Examples:
 Writes, for --output out.jsonl (or .parquet): out.jsonl (results, in input order), out.errors.jsonl (rows that failed),
 out.report.json, and out.job/ (manifest and journal) while the job runs. Killed at any moment, the same command goes on
 where it was.";
+
+const MERGE_HELP: &str = "\
+Examples:
+  valar run pipelines/quickstart.toml --shard 0/2     # on one machine
+  valar run pipelines/quickstart.toml --shard 1/2     # on another, at any time
+  valar merge pipelines/quickstart.toml               # the files of the whole job, as if it had been run as one";
 
 const PLAN_HELP: &str = "\
 Examples:
@@ -148,6 +174,21 @@ pub struct RunArgs {
     /// Throw away an earlier run's progress and results, and start anew
     #[arg(long)]
     pub restart: bool,
+    /// What keeps others away.
+    #[command(flatten)]
+    pub guard: GuardArgs,
+    /// Pause after so many tokens were computed (exit code 6); the same command goes on
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u64>,
+    /// Pause when tokens and time have cost so much, by the pipeline's prices
+    #[arg(long, value_name = "COST")]
+    pub max_cost: Option<f64>,
+    /// Pause so many seconds after the work began
+    #[arg(long, value_name = "SECONDS")]
+    pub deadline: Option<u64>,
+    /// Only part I of N (from 0) of the job's rows, with a state of its own; `valar merge` publishes the whole
+    #[arg(long, value_name = "I/N")]
+    pub shard: Option<Shard>,
     /// No progress, no report on the terminal
     #[arg(short, long)]
     pub quiet: bool,
@@ -267,7 +308,33 @@ impl EngineArgs {
     }
 }
 
+/// What keeps other runs of a job away.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    /// What to do if another run is at this job: leave (exit code 4), wait for its end, or take over from it at once
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "leave")]
+    pub if_running: IfRunning,
+    /// Seconds of silence after which another machine may take this run for dead (stores only)
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = value_parser!(u64).range(1..=86_400))]
+    pub lease: u64,
+    /// Use a store that does not honour conditional writes: nothing keeps two runs of this job apart there
+    #[arg(long)]
+    pub unguarded: bool,
+}
+
 impl RunArgs {
+    /// What the run may spend.
+    pub fn budget(&self, prices: &PriceSpec) -> Budget {
+        let deadline = self.deadline.map(Duration::from_secs);
+        Budget { max_tokens: self.max_tokens, max_cost: self.max_cost, deadline, prices: prices.clone() }
+    }
+
+    /// How the job's directory is taken.
+    pub fn terms(&self) -> Terms {
+        let GuardArgs { if_running, lease, unguarded } = self.guard;
+        Terms { if_running, lease: Duration::from_secs(lease), unguarded, restart: self.restart }
+    }
+
     /// The pipeline keys that flags stand for; `--set` comes last and wins.
     pub fn overrides(&self) -> Vec<(String, Value)> {
         let mut overrides = self.engine.overrides();

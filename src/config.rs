@@ -6,6 +6,8 @@ pub mod serve;
 
 use crate::device::cpu::{Isa, Numerics};
 use crate::hub::remote::Remote;
+use crate::journal::{Shard, Terms};
+use crate::pipeline::budget::Budget;
 use crate::pipeline::spec::{EngineKind, FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
 use anyhow::{Context, Result, bail};
@@ -30,8 +32,12 @@ pub struct Config {
     pub hub: Option<Remote>,
     /// `created` of the job's answers, unix seconds, if it starts now.
     pub created: u64,
-    /// Throw away what an earlier run of this job left.
-    pub restart: bool,
+    /// How the job's directory is taken.
+    pub terms: Terms,
+    /// The part of the job that is run; `None` for all of it.
+    pub shard: Option<Shard>,
+    /// What the run may spend.
+    pub budget: Budget,
     /// No progress lines.
     pub quiet: bool,
 }
@@ -132,7 +138,9 @@ impl Config {
             cache: cache_folder()?,
             hub: hub(),
             created: now_or_source_date_epoch()?,
-            restart,
+            terms: Terms { restart, ..Terms::default() },
+            shard: None,
+            budget: Budget::default(),
             quiet,
             spec,
         })

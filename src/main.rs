@@ -1,17 +1,18 @@
 //! The command line: maps errors to exit codes; one match on the subcommand.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
-use valar::cli::{BenchArgs, Cli, Command, MachineBench};
+use valar::cli::{BenchArgs, Cli, Command, MachineBench, PlanArgs, RunArgs};
 use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, cache_folder};
 use valar::device::cpu::Numerics;
 use valar::hub;
+use valar::journal::Apart;
 use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
-use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, spec};
+use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, spec, status};
 use valar::server;
 
 /// Rows are made on one thread and dropped on another, by the million: measured, it takes a fifth off what they cost.
@@ -23,23 +24,28 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             say(&format!("error: {error:#}"));
-            ExitCode::from(1)
+            ExitCode::from(if error.is::<Apart>() { 4 } else { 1 })
         }
     }
 }
 
 fn run(cli: Cli) -> Result<u8> {
     match cli.command {
-        Command::Run(args) => {
-            let spec = match spec::load(args.pipeline.as_deref(), &args.overrides()) {
-                Ok(spec) => spec,
-                Err(error) => return Ok(usage(&error)),
-            };
-            let config = match Config::new(spec, args.restart, args.quiet) {
-                Ok(config) => config,
-                Err(error) => return Ok(usage(&error)),
-            };
-            Ok(exit_code(&pipeline::run(&config)?))
+        Command::Run(args) => match job(&args) {
+            Ok(config) => pipeline::run(&config).map(|end| exit_code(&end)),
+            Err(error) => Ok(usage(&error)),
+        },
+        Command::Merge(args) if args.shard.is_some() || args.restart => {
+            Ok(usage(&anyhow!("merge takes the arguments of the whole job, without --shard and --restart")))
+        }
+        Command::Merge(args) => match job(&args) {
+            Ok(config) => merge::merge(&config).map(|end| exit_code(&end)),
+            Err(error) => Ok(usage(&error)),
+        },
+        Command::Status { output, json } => Ok(u8::from(!status::show(&output, json)?)),
+        Command::Cancel { output } => Ok(u8::from(!status::cancel(&output, &mut say)?)),
+        Command::Plan(PlanArgs { job: RunArgs { shard: Some(_), .. }, .. }) => {
+            Ok(usage(&anyhow!("--shard: a plan is of the whole job")))
         }
         Command::Plan(args) => {
             let spec = spec::load(args.job.pipeline.as_deref(), &args.overrides());
@@ -92,6 +98,15 @@ fn run(cli: Cli) -> Result<u8> {
     }
 }
 
+/// A job as typed.
+fn job(args: &RunArgs) -> Result<Config> {
+    let spec = spec::load(args.pipeline.as_deref(), &args.overrides())?;
+    let config = Config::new(spec, args.restart, args.quiet)?;
+    let budget = args.budget(&config.spec.prices);
+    budget.check()?;
+    Ok(Config { terms: args.terms(), shard: args.shard, budget, ..config })
+}
+
 /// A job that makes no sense as typed.
 fn usage(error: &anyhow::Error) -> u8 {
     say(&format!("error: {error:#}"));
@@ -103,6 +118,8 @@ fn exit_code(end: &JobEnd) -> u8 {
         JobEnd::Finished { failed: 0 } => 0,
         JobEnd::Finished { .. } => 3,
         JobEnd::Stopped { signal } => 128 + signal,
+        JobEnd::Cancelled => 5,
+        JobEnd::Paused => 6,
     }
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::{Field, SchemaRef};
 use bytes::Bytes;
 
-use super::{Journal, Place, segment};
+use super::{Journal, Place, SegmentId, segment};
 use crate::format::{Format, SchemaInference, Sink};
 use crate::storage::Location;
 
@@ -34,17 +34,26 @@ pub struct Outputs {
 /// Commits the journal and writes both files, also if one has no rows. An error, before anything is written, if not
 /// exactly the rows `0..n_rows` are journaled.
 pub fn finalise(journal: &mut Journal, outputs: &Outputs, n_rows: u64) -> Result<()> {
-    finalise_within(journal, outputs, n_rows, WAITING_BYTES)
+    journal.commit()?;
+    finalise_within(&[(&*journal, 0..n_rows)], outputs, WAITING_BYTES)
 }
 
-fn finalise_within(journal: &mut Journal, outputs: &Outputs, n_rows: u64, waiting_bytes: usize) -> Result<()> {
-    journal.commit()?;
-    check_complete(journal, n_rows)?;
-    let journal = &*journal;
-    let storage = &journal.dir.storage;
+/// Writes both files from journals of parts: each with its rows, one after the other. Everything was committed. An error,
+/// before anything is written, if not exactly these rows are journaled.
+pub fn finalise_parts(parts: &[(&Journal, Range<u64>)], outputs: &Outputs) -> Result<()> {
+    finalise_within(parts, outputs, WAITING_BYTES)
+}
+
+fn finalise_within(parts: &[(&Journal, Range<u64>)], outputs: &Outputs, waiting_bytes: usize) -> Result<()> {
+    for (journal, rows) in parts {
+        check_complete(journal, rows)?;
+    }
+    let Some((first, _)) = parts.first() else { bail!("a job has at least one part") };
+    let storage = &first.dir.storage;
     storage.sweep(&outputs.results)?;
     storage.sweep(&outputs.errors)?;
-    let in_order = |each: Each<'_>| InOrder::new(journal, waiting_bytes).run(n_rows, each);
+    let in_order =
+        |each: Each<'_>| parts.iter().try_for_each(|(journal, rows)| InOrder::new(journal, rows, waiting_bytes).run(rows, each));
 
     let schema = |at: &Location, ok: bool, known: Option<&SchemaRef>| match (Format::of(at)?, known) {
         (Format::Jsonl(_), _) => Ok(None),
@@ -65,8 +74,9 @@ fn finalise_within(journal: &mut Journal, outputs: &Outputs, n_rows: u64, waitin
     errors.publish()
 }
 
-fn check_complete(journal: &Journal, n_rows: u64) -> Result<()> {
-    let missing: Vec<Range<u64>> = journal.done.missing(n_rows).take(11).collect();
+fn check_complete(journal: &Journal, rows: &Range<u64>) -> Result<()> {
+    let n_rows = rows.end - rows.start;
+    let missing: Vec<Range<u64>> = journal.done.missing(rows.clone()).take(11).collect();
     if !missing.is_empty() {
         let shown = missing.iter().take(10).map(|rows| match rows.end - rows.start {
             1 => rows.start.to_string(),
@@ -88,8 +98,8 @@ struct InOrder<'a> {
     /// From row `next` on: where the row's record is, if it was seen. As long as the furthest row is ahead: some windows'
     /// rows as a rule, more where one row ran on while later ones ended.
     waiting: VecDeque<Option<Waiting>>,
-    /// Segments with records that wait, by number.
-    held: BTreeMap<u32, Held>,
+    /// Segments with records that wait.
+    held: BTreeMap<SegmentId, Held>,
     held_bytes: usize,
     max_held_bytes: usize,
 }
@@ -110,7 +120,7 @@ struct Held {
 
 /// A verified segment, read.
 struct Read {
-    number: u32,
+    id: SegmentId,
     text: Bytes,
     /// In the order they were journaled.
     records: Vec<(u64, Waiting)>,
@@ -120,35 +130,35 @@ struct Read {
 type Each<'e> = &'e mut dyn FnMut(u64, bool, &str) -> Result<()>;
 
 impl Read {
-    fn of(journal: &Journal, number: u32) -> Result<Self> {
-        let text = journal.read(number)?;
+    fn of(journal: &Journal, id: SegmentId) -> Result<Self> {
+        let text = journal.read(id)?;
         let mut records = Vec::new();
         for entry in segment::entries(&text)? {
             let segment::Entry { record, bytes } = entry?;
             // A record ends with its line, a brace and a line feed.
             let end = bytes.end as usize - 2;
-            let place = Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start };
+            let place = Place { segment: id, start: bytes.start, n_bytes: bytes.end - bytes.start };
             records.push((record.row, Waiting { ok: record.ok, place, line: end - record.line.len()..end }));
         }
-        Ok(Self { number, text, records })
+        Ok(Self { id, text, records })
     }
 }
 
 impl<'a> InOrder<'a> {
-    fn new(journal: &'a Journal, max_held_bytes: usize) -> Self {
-        Self { journal, next: 0, waiting: VecDeque::new(), held: BTreeMap::new(), held_bytes: 0, max_held_bytes }
+    fn new(journal: &'a Journal, rows: &Range<u64>, max_held_bytes: usize) -> Self {
+        Self { journal, next: rows.start, waiting: VecDeque::new(), held: BTreeMap::new(), held_bytes: 0, max_held_bytes }
     }
 
-    fn run(mut self, n_rows: u64, each: Each<'_>) -> Result<()> {
+    fn run(mut self, rows: &Range<u64>, each: Each<'_>) -> Result<()> {
         let journal = self.journal;
         // A segment is read and verified while the one before it is written.
         let (read, segments) = sync_channel(1);
         std::thread::scope(|scope| {
             let reader = std::thread::Builder::new().name("segments".into());
             let reader = reader.spawn_scoped(scope, move || {
-                for number in 1..journal.next_segment {
+                for &id in &journal.segments {
                     // Nobody takes more after an error.
-                    if read.send(Read::of(journal, number)).is_err() {
+                    if read.send(Read::of(journal, id)).is_err() {
                         return;
                     }
                 }
@@ -157,13 +167,13 @@ impl<'a> InOrder<'a> {
             segments.into_iter().try_for_each(|segment| self.take(segment?, each))
         })?;
         let is_empty = self.waiting.iter().all(Option::is_none);
-        assert!(self.next == n_rows && is_empty, "{} of {n_rows} rows after a complete journal", self.next);
+        assert!(self.next == rows.end && is_empty, "{} of the rows {rows:?} after a complete journal", self.next);
         Ok(())
     }
 
     /// Takes in a segment and hands out the rows whose turn has come.
     fn take(&mut self, segment: Read, each: Each<'_>) -> Result<()> {
-        let Read { number, text, records } = segment;
+        let Read { id, text, records } = segment;
         let mut n_waiting = 0;
         for (row, record) in records {
             let Some(ahead) = row.checked_sub(self.next) else { continue };
@@ -178,12 +188,12 @@ impl<'a> InOrder<'a> {
         }
         if n_waiting > 0 {
             self.held_bytes += text.len();
-            self.held.insert(number, Held { text, n_waiting });
+            self.held.insert(id, Held { text, n_waiting });
         }
         self.drain(each)?;
         // What is too much to wait in memory is read again when its turn comes.
         if self.held_bytes > self.max_held_bytes {
-            self.let_go(number);
+            self.let_go(id);
         }
         Ok(())
     }
@@ -208,8 +218,8 @@ impl<'a> InOrder<'a> {
         Ok(())
     }
 
-    fn let_go(&mut self, number: u32) {
-        self.held_bytes -= self.held.remove(&number).map_or(0, |held| held.text.len());
+    fn let_go(&mut self, id: SegmentId) {
+        self.held_bytes -= self.held.remove(&id).map_or(0, |held| held.text.len());
     }
 }
 
@@ -219,7 +229,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::journal::{JobDir, Manifest, Record};
+    use crate::journal::{JobDir, Manifest, Record, Terms};
     use crate::storage::Storage;
 
     fn record(row: u64) -> Record<'static> {
@@ -239,8 +249,9 @@ mod tests {
             model_fingerprint: String::new(),
             pipeline: String::new(),
             inputs: Vec::new(),
+            rows: 0..u64::MAX,
         };
-        let dir = JobDir::lock(&storage, &at.with_extension("job").unwrap()).unwrap();
+        let dir = JobDir::claim(&storage, &at.with_extension("job").unwrap(), &Terms::default()).unwrap();
         let mut journal = Journal::create(dir, &manifest).unwrap();
         for rows in segments {
             for &row in rows {
@@ -266,9 +277,9 @@ mod tests {
                 segments.push(segment.to_vec());
                 rest = after;
             }
-            let (storage, at, mut journal) = journal_of(&segments);
+            let (storage, at, journal) = journal_of(&segments);
             let outputs = Outputs { results: at.clone(), errors: at.with_extension("errors.jsonl").unwrap(), schema: None, columns: Vec::new() };
-            finalise_within(&mut journal, &outputs, rows.len() as u64, waiting_bytes).unwrap();
+            finalise_within(&[(&journal, 0..rows.len() as u64)], &outputs, waiting_bytes).unwrap();
             let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.into_owned()).collect();
             prop_assert_eq!(storage.get(&at).unwrap().unwrap(), wanted.join("\n") + "\n");
         }
@@ -278,9 +289,9 @@ mod tests {
     fn what_waits_is_bounded() {
         let segments: Vec<Vec<u64>> = (0..100).rev().map(|row| vec![row]).collect();
         let (_, _, journal) = journal_of(&segments);
-        let mut in_order = InOrder::new(&journal, 500);
+        let mut in_order = InOrder::new(&journal, &(0..100), 500);
         for number in 1..100 {
-            let segment = Read::of(&journal, number).unwrap();
+            let segment = Read::of(&journal, SegmentId { epoch: 1, number }).unwrap();
             in_order.take(segment, &mut |row, _, _| panic!("row {row} was handed out")).unwrap();
             let held: usize = in_order.held.values().map(|held| held.text.len()).sum();
             assert!(held == in_order.held_bytes && held <= 500, "{held} bytes held after {number} segments");

@@ -1,6 +1,9 @@
 //! What job a journal belongs to. Knows how to tell two jobs apart in words; does not decide what to do about it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -27,6 +30,57 @@ pub struct Manifest {
     pub pipeline: String,
     /// The input files, in order.
     pub inputs: Vec<Input>,
+    /// The rows of all inputs that this journal is of.
+    pub rows: Range<u64>,
+}
+
+/// One of the equal parts that a job's rows are cut into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Shard {
+    /// Which, from 0.
+    pub index: u32,
+    /// Of how many.
+    pub of: u32,
+}
+
+impl Shard {
+    /// Its rows of a job with so many.
+    pub fn rows(self, n_rows: u64) -> Range<u64> {
+        let cut = |i: u32| (u128::from(n_rows) * u128::from(i) / u128::from(self.of)) as u64;
+        cut(self.index)..cut(self.index + 1)
+    }
+
+    /// The name of its directory in the job's.
+    pub fn dir_name(self) -> String {
+        format!("shard-{:05}-of-{:05}", self.index, self.of)
+    }
+
+    /// The shard whose directory has that name.
+    pub fn of_dir_name(name: &str) -> Option<Self> {
+        let (index, of) = name.strip_prefix("shard-")?.split_once("-of-")?;
+        let shard: Self = format!("{index}/{of}").parse().ok()?;
+        (shard.dir_name() == name).then_some(shard)
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.index, self.of)
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (index, of) = text.split_once('/').ok_or("expected I/N, such as 0/3")?;
+        let number = |text: &str| text.parse::<u32>().map_err(|_| format!("{text:?} is not a number"));
+        let shard = Self { index: number(index)?, of: number(of)? };
+        if shard.index >= shard.of {
+            return Err(format!("shards of {of} are 0/{of} to {}/{of}", i64::from(shard.of) - 1));
+        }
+        Ok(shard)
+    }
 }
 
 /// One input file.
@@ -78,11 +132,25 @@ impl Manifest {
         compare("job seed", &self.job_seed.to_string(), &now.job_seed.to_string());
         found.extend(pipeline_differences(&self.pipeline, &now.pipeline));
         found.extend(input_differences(&self.inputs, &now.inputs));
+        if found.is_empty() && self.rows != now.rows {
+            found.push(format!("rows: {:?} -> {:?}", self.rows, now.rows));
+        }
         if found.is_empty() && self.job_fingerprint != now.job_fingerprint {
             found.push(format!("job fingerprint: {} -> {}", self.job_fingerprint, now.job_fingerprint));
         }
         found
     }
+}
+
+/// The name of the manifest that an epoch has written.
+pub(super) fn name_of(epoch: u32) -> String {
+    format!("manifest-{epoch:05}.json")
+}
+
+/// The epoch that wrote the manifest called `name`; `None` if it is not a manifest's name.
+pub(super) fn epoch_of(name: &str) -> Option<u32> {
+    let epoch = name.strip_prefix("manifest-")?.strip_suffix(".json")?.parse().ok()?;
+    (name_of(epoch) == name).then_some(epoch)
 }
 
 fn input_differences(old: &[Input], new: &[Input]) -> Vec<String> {
@@ -160,6 +228,7 @@ mod tests {
             model_fingerprint: "m1".to_owned(),
             pipeline: "model = \"a\"\n[sampling]\ntemperature = 0.0\nstop = [\"x\"]\n".to_owned(),
             inputs: vec![input("a.jsonl"), input("b.jsonl")],
+            rows: 0..6,
         }
     }
 
@@ -184,6 +253,22 @@ mod tests {
         check(|m| m.inputs[0].n_bytes = 9, &["input a.jsonl changed: 7 bytes -> 9"]);
         check(|m| m.inputs.swap(0, 1), &["the inputs come in another order"]);
         check(|m| m.inputs[1].url = "c.jsonl".to_owned(), &["input b.jsonl is no longer one", "input c.jsonl is new"]);
+    }
+
+    #[test]
+    fn shards_are_a_cut_of_the_rows() {
+        for (n_rows, of) in [(0, 1), (0, 3), (1, 3), (10, 3), (7, 7), (1_000_003, 64)] {
+            let rows: Vec<u64> = (0..of).flat_map(|index| Shard { index, of }.rows(n_rows)).collect();
+            assert_eq!(rows, (0..n_rows).collect::<Vec<_>>(), "{n_rows} rows in {of}");
+            let sizes = (0..of).map(|index| Shard { index, of }.rows(n_rows).count());
+            assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
+        }
+        let shard: Shard = "2/16".parse().unwrap();
+        assert_eq!((shard.to_string().as_str(), Shard::of_dir_name(&shard.dir_name())), ("2/16", Some(shard)));
+        for wrong in ["", "1", "3/3", "0/0", "-1/3", "a/3", "1/3/5"] {
+            assert!(wrong.parse::<Shard>().is_err(), "{wrong}");
+        }
+        assert_eq!(Shard::of_dir_name("shard-1-of-3"), None);
     }
 
     #[test]

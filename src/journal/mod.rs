@@ -1,30 +1,39 @@
 //! The durable state of a job: which rows are done, and what became of them. Knows nothing of requests or models. It
-//! lives in a directory of its own: `manifest.json` says what job it is, immutable segments `seg-00000001.jsonl` and so
-//! on hold finished output lines, each segment put atomically (object stores can't append).
+//! lives in a directory of its own: `lease.json` says who may write and what counts, `manifest-00001.json` what job it is,
+//! immutable segments `seg-00001-00000001.jsonl` and so on (epoch of the writer, number) hold finished output lines, each
+//! segment put atomically (object stores can't append).
 //!
-//! Invariant: a row whose commit returned is never lost and never computed again; a row counts once, with its first
-//! committed outcome, however often it was journaled.
+//! Invariant: a row whose commit returned is never lost and never computed again, unless its writer had been taken for dead;
+//! a row counts once, with its first committed outcome, however often it was journaled.
 
+mod dir;
 mod finalise;
+mod holder;
+mod keeper;
+pub mod lease;
+mod lock;
 mod manifest;
+mod overview;
 mod row_set;
 mod segment;
 
-pub use finalise::{Outputs, finalise};
-pub use manifest::{Input, Manifest};
+pub use dir::{JobDir, Terms};
+pub use finalise::{Outputs, finalise, finalise_parts};
+pub use keeper::{Apart, Standing};
+pub use lease::IfRunning;
+pub use manifest::{Input, Manifest, Shard};
+pub use overview::{Life, Overview, ask_to_stop, lease_in, overview};
 pub use row_set::RowSet;
-pub use segment::{Place, Record};
+pub use segment::{Place, Record, SegmentId};
 
-use std::fs::{File, TryLockError};
-use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 
-use crate::storage::{Location, Storage};
+use crate::storage::Location;
+use lease::Closed;
 use segment::Segment;
 
 /// Rows that make a segment full: each is a file that is synced, so that few of them cost less; how much work a crash
@@ -33,108 +42,6 @@ const SEGMENT_ROWS: u64 = 16_384;
 
 /// Text that makes a segment full, bytes.
 const SEGMENT_BYTES: usize = 8 << 20;
-
-const MANIFEST: &str = "manifest.json";
-const LOCK: &str = "lock";
-
-/// The directory of a job, held by this process alone (for local files; object stores have no locks).
-#[derive(Debug)]
-pub struct JobDir {
-    storage: Storage,
-    at: Location,
-    lock: Option<File>, // unlocked when closed
-}
-
-impl JobDir {
-    /// Takes the directory `at`, creating it if need be. An error if another process holds it.
-    pub fn lock(storage: &Storage, at: &Location) -> Result<Self> {
-        let lock = match &at.local {
-            Some(path) => Some(lock_dir(path).with_context(|| format!("can't use the job directory {}", at.url))?),
-            None => None,
-        };
-        storage.sweep_under(at)?;
-        Ok(Self { storage: storage.clone(), at: at.clone(), lock })
-    }
-
-    /// What job is under way here; `None` if none is.
-    pub fn manifest(&self) -> Result<Option<Manifest>> {
-        let at = self.at.child(MANIFEST)?;
-        let Some(text) = self.storage.get(&at)? else { return Ok(None) };
-        let manifest = Manifest::parse(&text);
-        manifest.map(Some).with_context(|| format!("{} is damaged; --restart begins the job anew", at.url))
-    }
-
-    /// Removes the job's state. Only for a job whose outputs are published, or that is to begin anew. Killed half-way,
-    /// it leaves no manifest, and the next job here removes the rest.
-    pub fn remove(self) -> Result<()> {
-        self.clear()?;
-        if let Some(dir) = &self.at.local {
-            match std::fs::remove_file(dir.join(LOCK)).and_then(|()| std::fs::remove_dir(dir)) {
-                // Somebody else's files, or the lock of the next job.
-                Err(e) if e.kind() != ErrorKind::DirectoryNotEmpty => {
-                    return Err(e).with_context(|| format!("can't remove {}", self.at.url));
-                }
-                _ => {}
-            }
-        }
-        drop(self.lock);
-        Ok(())
-    }
-
-    /// Manifest first: without it, segments mean nothing. Last segments first: what a power failure leaves is whole.
-    fn clear(&self) -> Result<()> {
-        self.storage.delete(&self.at.child(MANIFEST)?)?;
-        for number in self.segments()?.into_iter().rev() {
-            self.storage.delete(&self.segment(number)?)?;
-        }
-        Ok(())
-    }
-
-    /// Numbers of the segments there are, ascending.
-    fn segments(&self) -> Result<Vec<u32>> {
-        Ok(self.storage.list(&self.at)?.iter().filter_map(|name| segment::number_of(name)).collect())
-    }
-
-    fn segment(&self, number: u32) -> Result<Location> {
-        self.at.child(&segment::name_of(number))
-    }
-}
-
-fn lock_dir(dir: &Path) -> Result<File> {
-    let path = dir.join(LOCK);
-    loop {
-        create_dir(dir)?;
-        let file = match File::options().create(true).truncate(false).write(true).open(&path) {
-            Ok(file) => file,
-            // Whoever held it before has just removed the folder.
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(e.into()),
-        };
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("another valar process is running this job"),
-            Err(TryLockError::Error(e)) => return Err(e).context("can't lock it"),
-        }
-        // Whoever held it before may have removed the file since we opened it: then it locks nothing.
-        match std::fs::metadata(&path) {
-            Ok(there) if there.ino() == file.metadata()?.ino() => return Ok(file),
-            Ok(_) => {}
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) => return Err(e).context("can't lock it"),
-        }
-    }
-}
-
-/// Creates a directory and what is missing above it, durably: segments in a directory that a power failure takes away
-/// would not be durable.
-fn create_dir(dir: &Path) -> Result<()> {
-    let missing: Vec<PathBuf> = dir.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
-    std::fs::create_dir_all(dir)?;
-    for parent in missing.iter().filter_map(|dir| dir.parent()) {
-        File::open(parent)?.sync_all()?;
-    }
-    Ok(())
-}
 
 /// What was journaled, in sum.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -156,7 +63,9 @@ pub struct Totals {
 pub struct Journal {
     dir: JobDir,
     job: String, // the job's fingerprint
-    next_segment: u32,
+    /// Those that count, in the order they were written.
+    segments: Vec<SegmentId>,
+    next_segment: SegmentId,
     pending: Segment,
     done: RowSet,
     totals: Totals,
@@ -169,8 +78,7 @@ pub struct Journal {
 impl Journal {
     /// Begins a job in `dir`, removing whatever job was there before.
     pub fn create(dir: JobDir, manifest: &Manifest) -> Result<Self> {
-        dir.clear()?;
-        dir.storage.put(&dir.at.child(MANIFEST)?, Bytes::from(manifest.to_json()))?;
+        dir.begin(manifest)?;
         Ok(Self::empty(dir, manifest))
     }
 
@@ -179,44 +87,54 @@ impl Journal {
     /// every row's outcome and where it is.
     pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<Self> {
         let mut journal = Self::empty(dir, manifest);
-        let numbers = journal.dir.segments()?;
-        for (i, &number) in numbers.iter().enumerate() {
-            let wanted = i as u32 + 1;
-            ensure!(number == wanted, "the journal lacks {}; --restart begins the job anew", journal.dir.segment(wanted)?.url);
-            match journal.count(number, each) {
-                Ok(()) => journal.next_segment = number + 1,
-                Err(e) if i + 1 == numbers.len() && e.is::<segment::Damaged>() => {
-                    let url = journal.dir.segment(number)?.url;
-                    journal.warnings.push(format!("{url} is damaged ({}): its rows are computed again", e.root_cause()));
+        let closed = journal.dir.lease().closed;
+        let last = closed.last().map(|last| SegmentId { epoch: last.epoch, number: last.n_segments });
+        for Closed { epoch, n_segments } in closed {
+            for number in 1..=n_segments {
+                let id = SegmentId { epoch, number };
+                match journal.count(id, each) {
+                    Ok(()) => journal.segments.push(id),
+                    Err(e) if Some(id) == last && e.is::<segment::Damaged>() => journal.drop_damaged(id, &e)?,
+                    Err(e) => return Err(e.context("the journal is damaged; --restart begins the job anew")),
                 }
-                Err(e) => return Err(e.context("the journal is damaged; --restart begins the job anew")),
             }
         }
         Ok(journal)
     }
 
+    /// What its writer was killed in: from now on it does not count.
+    fn drop_damaged(&mut self, id: SegmentId, error: &anyhow::Error) -> Result<()> {
+        let url = self.dir.segment(id)?.url;
+        self.warnings.push(format!("{url} is damaged ({}): its rows are computed again", error.root_cause()));
+        self.dir.change(|lease| {
+            let last = lease.closed.last_mut().expect("it is the last segment's");
+            last.n_segments = id.number - 1;
+        })
+    }
+
     fn empty(dir: JobDir, manifest: &Manifest) -> Self {
         let (pending, done) = (Segment::default(), RowSet::default());
         let job = manifest.job_fingerprint.clone();
-        let (totals, commit_time) = (Totals::default(), Duration::ZERO);
-        Self { dir, job, next_segment: 1, pending, done, totals, commit_time, warnings: Vec::new() }
+        let next_segment = SegmentId { epoch: dir.lease().epoch, number: 1 };
+        let (segments, totals, commit_time) = (Vec::new(), Totals::default(), Duration::ZERO);
+        Self { dir, job, segments, next_segment, pending, done, totals, commit_time, warnings: Vec::new() }
     }
 
-    fn count(&mut self, number: u32, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
-        let content = self.read(number)?;
+    fn count(&mut self, id: SegmentId, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
+        let content = self.read(id)?;
         for entry in segment::entries(&content)? {
             let segment::Entry { record, bytes } = entry?;
             if self.done.insert(record.row) {
                 self.totals.add(&record);
-                each(&record, Place { segment: number, start: bytes.start, n_bytes: bytes.end - bytes.start })?;
+                each(&record, Place { segment: id, start: bytes.start, n_bytes: bytes.end - bytes.start })?;
             }
         }
         Ok(())
     }
 
     /// The verified lines of a segment.
-    fn read(&self, number: u32) -> Result<Bytes> {
-        let at = self.dir.segment(number)?;
+    fn read(&self, id: SegmentId) -> Result<Bytes> {
+        let at = self.dir.segment(id)?;
         let Some(content) = self.dir.storage.get(&at)? else { bail!("{} is gone", at.url) };
         segment::verify(&content, &self.job).with_context(|| at.url.to_string())
     }
@@ -248,19 +166,39 @@ impl Journal {
         record.map(Record::into_owned).with_context(|| format!("{} changed while it was being read", at.url))
     }
 
-    /// Makes what was appended durable. Does nothing if nothing was. After an error it may be called again.
+    /// Makes what was appended durable. Does nothing if nothing was. After an error it may be called again, unless the job
+    /// was taken over: then it says so each time.
     pub fn commit(&mut self) -> Result<()> {
         if self.pending.n_rows() == 0 {
             return Ok(());
         }
+        if self.standing() == Standing::Lost {
+            return Err(Apart::TakenOver.into());
+        }
         let start = Instant::now();
         let at = self.dir.segment(self.next_segment)?;
         let sealed = self.pending.seal(&self.job);
-        let put = self.dir.storage.put(&at, sealed.clone());
+        let put = self.dir.put_segment(&at, sealed.clone());
         self.pending.put_back(sealed, put.is_ok());
-        self.next_segment += u32::from(put.is_ok());
+        if put.is_ok() {
+            self.segments.push(self.next_segment);
+            self.next_segment.number += 1;
+        }
         self.commit_time += start.elapsed();
         put
+    }
+
+    /// Whether this process may still write here.
+    pub fn standing(&self) -> Standing {
+        self.dir.standing()
+    }
+
+    /// Writes an object beside the job, like the outputs: only while nobody else has taken the job over.
+    pub fn publish(&self, at: &Location, content: &[u8]) -> Result<()> {
+        self.dir.storage.sweep(at)?;
+        let mut upload = self.dir.storage.upload(at);
+        upload.write_all(content)?;
+        upload.publish()
     }
 
     /// Rows journaled, committed or not.
@@ -285,11 +223,34 @@ impl Journal {
 }
 
 impl Totals {
+    /// The sums of both.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            n_ok: self.n_ok + other.n_ok,
+            n_failed: self.n_failed + other.n_failed,
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            completion_tokens: self.completion_tokens + other.completion_tokens,
+            cached_tokens: self.cached_tokens + other.cached_tokens,
+        }
+    }
+
     fn add(&mut self, record: &Record<'_>) {
         self.n_ok += u64::from(record.ok);
         self.n_failed += u64::from(!record.ok);
         self.prompt_tokens += u64::from(record.prompt_tokens);
         self.completion_tokens += u64::from(record.completion_tokens);
         self.cached_tokens += u64::from(record.cached_tokens);
+    }
+}
+
+impl JobDir {
+    /// Puts what must not be there yet. Where a lock keeps others away, there is nobody who could have put it.
+    fn put_segment(&self, at: &Location, content: Bytes) -> Result<()> {
+        if self.is_shared { self.storage.put_new(at, &content) } else { self.storage.put(at, content) }
+    }
+
+    fn segment(&self, id: SegmentId) -> Result<Location> {
+        self.at.child(&segment::name_of(id))
     }
 }

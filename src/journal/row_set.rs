@@ -62,12 +62,12 @@ impl RowSet {
         self.len == 0
     }
 
-    /// The ranges of rows in `0..n_rows` that are not in the set, ascending.
-    pub fn missing(&self, n_rows: u64) -> impl Iterator<Item = Range<u64>> + '_ {
-        let mut next = 0;
+    /// The ranges of rows among these that are not in the set, ascending.
+    pub fn missing(&self, rows: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let mut next = rows.start;
         std::iter::from_fn(move || {
-            let start = (next..n_rows).find(|&row| !self.contains(row))?;
-            let end = (start..n_rows).find(|&row| self.contains(row)).unwrap_or(n_rows);
+            let start = (next..rows.end).find(|&row| !self.contains(row))?;
+            let end = (start..rows.end).find(|&row| self.contains(row)).unwrap_or(rows.end);
             next = end;
             Some(start..end)
         })
@@ -98,7 +98,7 @@ mod tests {
             for row in rows.iter().flat_map(|&row| [row, row ^ 1, row.wrapping_add(64)]) {
                 prop_assert_eq!(set.contains(row), oracle.contains(&row));
             }
-            let missing: Vec<u64> = set.missing(100).flatten().collect();
+            let missing: Vec<u64> = set.missing(0..100).flatten().collect();
             let wanted: Vec<u64> = (0..100).filter(|row| !oracle.contains(row)).collect();
             prop_assert_eq!(missing, wanted);
         }
@@ -114,6 +114,6 @@ mod tests {
         }
         assert_eq!(set.len(), n_rows);
         assert!(set.chunks.len() == 10 && set.chunks.values().all(|chunk| matches!(chunk, Chunk::Full)));
-        assert_eq!(set.missing(n_rows + 3).flatten().collect::<Vec<_>>(), [n_rows, n_rows + 1, n_rows + 2]);
+        assert_eq!(set.missing(0..n_rows + 3).flatten().collect::<Vec<_>>(), [n_rows, n_rows + 1, n_rows + 2]);
     }
 }

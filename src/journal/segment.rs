@@ -90,11 +90,32 @@ fn number_after<'a, T: FromStr>(text: &'a str, before: &str) -> Option<(T, &'a s
     Some((digits.parse().ok()?, rest))
 }
 
+/// Which segment: one of its writer's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SegmentId {
+    /// The epoch of its writer.
+    pub epoch: u32,
+    /// Its number there, from 1.
+    pub number: u32,
+}
+
+impl SegmentId {
+    /// As one number, never 0.
+    pub fn to_u64(self) -> u64 {
+        u64::from(self.epoch) << 32 | u64::from(self.number)
+    }
+
+    /// From [`SegmentId::to_u64`].
+    pub fn from_u64(number: u64) -> Self {
+        Self { epoch: (number >> 32) as u32, number: number as u32 }
+    }
+}
+
 /// Where a record is in the journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    /// Number of the segment.
-    pub segment: u32,
+    /// The segment.
+    pub segment: SegmentId,
     /// Its first byte there.
     pub start: u64,
     /// Its length, line feed included.
@@ -111,9 +132,11 @@ pub(super) struct Damaged(String);
 struct Seal {
     /// Records before it.
     rows: u64,
+    /// How many of them are errors.
+    failed: u64,
     /// Fingerprint of the job.
     job: String,
-    /// Hash of all bytes before it, hexadecimal.
+    /// Hash of all bytes before it and of the number of errors, hexadecimal.
     blake3: String,
 }
 
@@ -122,6 +145,7 @@ struct Seal {
 pub(super) struct Segment {
     lines: Vec<u8>,
     n_rows: u64,
+    n_failed: u64,
 }
 
 impl Segment {
@@ -140,6 +164,7 @@ impl Segment {
         record.write(&mut self.lines);
         self.lines.push(b'\n');
         self.n_rows += 1;
+        self.n_failed += u64::from(!record.ok);
         start..self.lines.len() as u64
     }
 
@@ -150,8 +175,8 @@ impl Segment {
 
     /// The whole segment, taken out: [`Segment::put_back`] must follow.
     pub(super) fn seal(&mut self, job: &str) -> Bytes {
-        let blake3 = blake3::hash(&self.lines).to_hex().to_string();
-        let seal = Seal { rows: self.n_rows, job: job.to_owned(), blake3 };
+        let blake3 = hash(&self.lines, self.n_failed);
+        let seal = Seal { rows: self.n_rows, failed: self.n_failed, job: job.to_owned(), blake3 };
         let mut content = std::mem::take(&mut self.lines);
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
@@ -164,7 +189,7 @@ impl Segment {
         self.lines = sealed.into();
         if is_durable {
             self.lines.clear();
-            self.n_rows = 0;
+            (self.n_rows, self.n_failed) = (0, 0);
         } else {
             self.lines.truncate(start_of_seal(&self.lines));
         }
@@ -177,6 +202,15 @@ fn start_of_seal(content: &[u8]) -> usize {
     memchr::memrchr(b'\n', before).map_or(0, |feed| feed + 1)
 }
 
+/// Bytes that hold a seal, at most, whatever is before it.
+pub(super) const SEAL_BYTES: u64 = 512;
+
+/// Rows and failed rows of a segment of `job`, as its end says; `None` if that is not its end.
+pub(super) fn counts(end: &[u8], job: &str) -> Option<(u64, u64)> {
+    let seal: Seal = serde_json::from_slice(&end[start_of_seal(end)..]).ok()?;
+    (seal.job == job).then_some((seal.rows, seal.failed))
+}
+
 /// The lines of records of a segment of `job`, or [`Damaged`].
 pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     let damaged = |what: String| Err(Damaged(what).into());
@@ -184,7 +218,7 @@ pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     let start = start_of_seal(content);
     let Ok(seal) = serde_json::from_slice::<Seal>(&text[start..]) else { return damaged("its end is missing".to_owned()) };
     let lines = content.slice(..start);
-    if blake3::hash(&lines).to_hex().as_str() != seal.blake3 {
+    if hash(&lines, seal.failed) != seal.blake3 {
         return damaged("its checksum is wrong".to_owned());
     }
     if seal.job != job {
@@ -195,6 +229,10 @@ pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
         return damaged(format!("it holds {n_rows} rows, not {}", seal.rows));
     }
     Ok(lines)
+}
+
+fn hash(lines: &[u8], n_failed: u64) -> String {
+    blake3::Hasher::new().update(lines).update(n_failed.to_string().as_bytes()).finalize().to_hex().to_string()
 }
 
 fn line_feeds(bytes: &[u8]) -> u64 {
@@ -224,16 +262,16 @@ pub(super) fn parse_record(line: &str) -> Result<Record<'_>> {
     Record::parse(line.trim_end_matches('\n')).context("a sealed record is not readable")
 }
 
-/// The name of segment `number`, from 1.
-pub(super) fn name_of(number: u32) -> String {
-    format!("seg-{number:08}.jsonl")
+/// The name of a segment.
+pub(super) fn name_of(id: SegmentId) -> String {
+    format!("seg-{:05}-{:08}.jsonl", id.epoch, id.number)
 }
 
-/// The number of the segment called `name`; `None` if it is not a segment's name.
-pub(super) fn number_of(name: &str) -> Option<u32> {
-    let digits = name.strip_prefix("seg-")?.strip_suffix(".jsonl")?;
-    let number = digits.parse().ok()?;
-    (name_of(number) == name).then_some(number)
+/// The segment called `name`; `None` if it is not a segment's name.
+pub(super) fn id_of(name: &str) -> Option<SegmentId> {
+    let (epoch, number) = name.strip_prefix("seg-")?.strip_suffix(".jsonl")?.split_once('-')?;
+    let id = SegmentId { epoch: epoch.parse().ok()?, number: number.parse().ok()? };
+    (name_of(id) == name).then_some(id)
 }
 
 #[cfg(test)]
@@ -293,10 +331,12 @@ mod tests {
 
     #[test]
     fn names_are_numbers() {
-        assert_eq!(name_of(7), "seg-00000007.jsonl");
-        assert_eq!(number_of("seg-00000007.jsonl"), Some(7));
-        for other in ["seg-7.jsonl", "seg-+0000007.jsonl", "manifest.json", "seg-00000007.jsonl#1"] {
-            assert_eq!(number_of(other), None, "{other}");
+        let id = SegmentId { epoch: 3, number: 7 };
+        assert_eq!((name_of(id).as_str(), SegmentId::from_u64(id.to_u64())), ("seg-00003-00000007.jsonl", id));
+        assert_eq!(id_of("seg-00003-00000007.jsonl"), Some(id));
+        assert_eq!(id_of("seg-123456-00000007.jsonl"), Some(SegmentId { epoch: 123_456, number: 7 }));
+        for other in ["seg-00000007.jsonl", "seg-3-7.jsonl", "seg-+0003-00000007.jsonl", "seg-00003-00000007.jsonl#1"] {
+            assert_eq!(id_of(other), None, "{other}");
         }
     }
 }

@@ -69,7 +69,7 @@ impl PlanBench {
         let (mut windows, mut minimum, mut next_id) = (Vec::new(), 0, 0);
         let mut last: Option<(Arc<[u32]>, u32)> = None;
         while let Some(rows) = reader.read()? {
-            let window = plan_window(reader.prepare(rows)?, reader.settings, &mut next_id, |_| false);
+            let window = plan_window(reader.prepare(rows)?, &reader.settings, &mut next_id, |_| false);
             if let Some((row, error)) = window.failed.first() {
                 return Err(anyhow::anyhow!("{}", error.message).context(format!("{}, line {}", row.file, row.line)));
             }

@@ -2,6 +2,7 @@
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
 use super::answer::{Answers, RowMeta, broken, step_answer};
+use super::budget::Budget;
 use super::flight::{Flight, OpenWindow};
 use super::index::JobIndex;
 use super::progress::{Progress, Snapshot};
@@ -9,7 +10,7 @@ use super::stepper::{FIRST_ID, PreparedStep, StepTask};
 use super::window::{Group, PlannedWindow};
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
 use crate::engine::{EngineStats, Finished};
-use crate::journal::{Journal, Place, Record};
+use crate::journal::{Apart, Journal, Place, Record, Standing};
 use crate::outcome::RowError;
 use crate::prepare::Origin;
 use anyhow::{Context, Result, bail};
@@ -50,6 +51,8 @@ pub(super) struct Counts {
     pub(super) submitted: u64,
     /// Putting output lines and records together.
     pub(super) answer: Duration,
+    /// Committing.
+    pub(super) journal: Duration,
     /// Writing the final files.
     pub(super) finalise: Duration,
     /// Most KV blocks in use at a time.
@@ -62,10 +65,21 @@ pub(super) struct Counts {
 pub(super) enum End {
     /// Every row has its record; so many were read.
     Complete(u64),
-    /// A signal.
-    Stopped(u8),
+    /// Before its end, in good order.
+    Stopped(Stop),
     /// The engine's thread has ended early; it knows why.
     EngineEnded,
+}
+
+/// Why a run ends before its job.
+#[derive(Debug, Clone)]
+pub(super) enum Stop {
+    /// A signal.
+    Signal(u8),
+    /// `valar cancel`.
+    Cancelled,
+    /// Its budget is spent: this one.
+    Budget(String),
 }
 
 /// The rows in flight and where their outcomes go.
@@ -80,6 +94,7 @@ pub(super) struct Collector {
     /// Set to stop the feed.
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
+    budget: Budget,
     /// Windows with rows that have no record yet, in order.
     windows: VecDeque<OpenWindow>,
     /// Rows that take more than one sequence, by the row that is computed.
@@ -107,7 +122,7 @@ impl Collector {
         (journal, index): (Journal, Arc<JobIndex>),
         (needs, step_tasks): (Vec<Vec<usize>>, Sender<StepTask>),
         answers: Answers,
-        progress: Progress,
+        (progress, budget): (Progress, Budget),
         n_rows: u64,
         (finished_windows, stop): (Sender<()>, Arc<AtomicBool>),
     ) -> Self {
@@ -122,6 +137,7 @@ impl Collector {
             finished_windows,
             stop,
             counts,
+            budget,
             windows: VecDeque::new(),
             flights: HashMap::new(),
             n_in_flight: 0,
@@ -146,7 +162,8 @@ impl Collector {
 
     fn collect(&mut self, events: &Receiver<Event>) -> Result<End> {
         let mut rows_read = None;
-        let mut stopped: Option<(u8, Instant)> = None;
+        let mut stopped: Option<(Stop, Instant)> = None;
+        let start = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
                 Ok(Event::Window(window)) => self.open_window(window)?,
@@ -154,23 +171,33 @@ impl Collector {
                 Ok(Event::Prepared(step)) => self.take_prepared(step)?,
                 Ok(Event::FeedEnded(result)) => rows_read = Some(result?),
                 Ok(Event::EngineEnded) => return Ok(End::EngineEnded),
-                Ok(Event::Signal(signal)) => {
-                    self.stop.store(true, Relaxed);
-                    stopped = Some((signal, Instant::now()));
-                }
+                Ok(Event::Signal(signal)) => stopped = Some((Stop::Signal(signal), Instant::now())),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the job's threads are gone"),
             }
             self.commit_if_due()?;
+            if stopped.is_none() {
+                stopped = self.must_stop(start)?.map(|why| (why, Instant::now()));
+            }
+            self.stop.fetch_or(stopped.is_some(), Relaxed);
             self.progress.show(self.snapshot());
-            match (rows_read, stopped) {
+            match (rows_read, &stopped) {
                 (Some(n_rows), None) if self.n_in_flight == 0 => return Ok(End::Complete(n_rows)),
                 // Rows that are running get a moment to finish; what is lost is only work, never a committed row.
-                (_, Some((signal, since))) if self.n_in_flight == 0 || since.elapsed().as_secs_f64() > DRAIN_SECONDS => {
-                    return Ok(End::Stopped(signal));
+                (_, Some((why, since))) if self.n_in_flight == 0 || since.elapsed().as_secs_f64() > DRAIN_SECONDS => {
+                    return Ok(End::Stopped(why.clone()));
                 }
                 _ => {}
             }
+        }
+    }
+
+    /// Whether others, or the budget, want the run to end.
+    fn must_stop(&self, start: Instant) -> Result<Option<Stop>> {
+        match self.journal.standing() {
+            Standing::Lost => Err(Apart::TakenOver.into()),
+            Standing::Cancelled => Ok(Some(Stop::Cancelled)),
+            Standing::Held => Ok(self.budget.reached(&self.counts.stats, start).map(Stop::Budget)),
         }
     }
 
@@ -416,7 +443,8 @@ impl Collector {
     }
 
     /// The journal and the counts, once nothing more comes. The feed is told that nobody waits for windows any more.
-    pub(super) fn into_parts(self) -> (Journal, Counts) {
+    pub(super) fn into_parts(mut self) -> (Journal, Counts) {
+        self.counts.journal = self.journal.commit_time();
         (self.journal, self.counts)
     }
 

@@ -176,7 +176,7 @@ pub(super) fn open_input(config: &Config) -> Result<Reading> {
     // A plan writes no rows: it needs what the prompts are made of, and columns that a run would refuse.
     let columns = needed_columns(&preparer.form, Some(&preparer.result_columns));
     let source = Source::open(&storage, &inputs.files, inputs.limits)?.with_columns(columns);
-    let reader = window_reader(config, source, preparer, index, Arc::new(FeedTimes::default()));
+    let reader = window_reader(config, (source, inputs.n_rows), preparer, index, Arc::new(FeedTimes::default()));
     Ok(Reading { inputs, reader, tokenizer, model, fingerprint, memory, later_steps })
 }
 
@@ -187,7 +187,7 @@ fn explain(config: &Config, calibrate: bool) -> Result<Explanation> {
     let mut estimator = JobEstimator::new(memory.setting(config, history.output_share()));
     let (mut rows, mut tree_tokens, mut next_id) = (Rows::default(), 0, 0);
     while let Some(window) = reader.read()? {
-        let window = plan_window(reader.prepare(window)?, reader.settings, &mut next_id, |_| false);
+        let window = plan_window(reader.prepare(window)?, &reader.settings, &mut next_id, |_| false);
         let _from_before = estimator.observe(&window);
         tree_tokens += window.trie_tokens;
         rows.count(window);

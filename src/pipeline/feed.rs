@@ -36,7 +36,7 @@ impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(self) -> Result<u64> {
         let Self { reader, done, engine, events, finished_windows, stop, estimator } = self;
-        let (settings, times) = (reader.settings, Arc::clone(&reader.times));
+        let (settings, times) = (reader.settings.clone(), Arc::clone(&reader.times));
         let planner = Planner { settings, times, done: &done, engine: &engine, events, stop: &stop, estimator: &estimator };
         // Prepared windows are handed over one by one, none waits.
         let (prepared, windows) = sync_channel(0);
@@ -60,7 +60,8 @@ fn read(
     prepared: &SyncSender<Vec<WindowRow>>,
 ) -> Result<u64> {
     let mut n_open = 0;
-    while !stop.load(Relaxed) {
+    let own_end = reader.settings.shard_rows.as_ref().map_or(u64::MAX, |rows| rows.end);
+    while !stop.load(Relaxed) && reader.n_rows() < own_end {
         if n_open == WINDOWS_AHEAD {
             if finished_windows.recv().is_err() {
                 break;
@@ -72,8 +73,13 @@ fn read(
         if rows.iter().all(|row| done.contains(row.row_idx)) {
             continue;
         }
+        let rows = reader.prepare(rows)?;
+        if rows.iter().all(|row| !reader.settings.is_own(row.row_idx) || done.contains(row.row_idx)) {
+            // Another shard's: their ids and contents are known now.
+            continue;
+        }
         n_open += 1;
-        if prepared.send(reader.prepare(rows)?).is_err() {
+        if prepared.send(rows).is_err() {
             break;
         }
     }
@@ -105,7 +111,7 @@ impl Planner<'_> {
 
     fn plan(&self, rows: Vec<WindowRow>, next_id: &mut u64) -> PlannedWindow {
         let start = Instant::now();
-        let mut window = plan_window(rows, self.settings, next_id, |row_idx| self.done.contains(row_idx));
+        let mut window = plan_window(rows, &self.settings, next_id, |row_idx| self.done.contains(row_idx));
         let from_before = self.estimator.lock().expect("an estimator does not panic").observe(&window);
         window.trie_tokens -= u64::from(from_before);
         self.times.planned(start.elapsed());

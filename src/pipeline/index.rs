@@ -3,7 +3,7 @@
 //! the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the number of rows.
 
 use super::first_rows::FirstRows;
-use crate::journal::{Place, Record};
+use crate::journal::{Place, Record, SegmentId};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Segment, first byte and length of a record, each of 8 bytes; a segment's number is never 0.
+/// Segment, first byte and length of a record, each of 8 bytes; a segment as a number is never 0.
 const PLACE_BYTES: usize = 24;
 /// Records that are noted together.
 const BATCH: usize = 16_384;
@@ -43,6 +43,12 @@ impl JobIndex {
         self.contents.lock().unwrap_or_else(PoisonError::into_inner).note(uses)
     }
 
+    /// The same among the rows of this shard alone.
+    pub(super) fn first_of_own_contents(&self, uses: &[(u64, u128)]) -> Result<Vec<u64>> {
+        let uses: Vec<(u64, u128)> = uses.iter().map(|(row, key)| (*row, own_key(*key))).collect();
+        self.first_of_contents(&uses)
+    }
+
     /// Notes where rows' records are.
     pub(super) fn add_places(&self, mut places: Vec<(u64, Place)>) -> Result<()> {
         places.sort_unstable_by_key(|(row, _)| *row);
@@ -51,7 +57,7 @@ impl JobIndex {
         for run in places.chunk_by(|(row, _), (next, _)| row + 1 == *next) {
             bytes.clear();
             for (_, Place { segment, start, n_bytes }) in run {
-                bytes.extend([u64::from(*segment), *start, *n_bytes].into_iter().flat_map(u64::to_le_bytes));
+                bytes.extend([segment.to_u64(), *start, *n_bytes].into_iter().flat_map(u64::to_le_bytes));
             }
             self.places
                 .write_all_at(&bytes, run[0].0 * PLACE_BYTES as u64)
@@ -70,7 +76,7 @@ impl JobIndex {
         }
         let (numbers, _) = bytes.as_chunks::<8>();
         let [segment, start, n_bytes] = [0, 1, 2].map(|i| u64::from_le_bytes(numbers[i]));
-        Ok((segment > 0).then_some(Place { segment: segment as u32, start, n_bytes }))
+        Ok((segment > 0).then(|| Place { segment: SegmentId::from_u64(segment), start, n_bytes }))
     }
 }
 
@@ -79,14 +85,16 @@ pub(super) struct Replay<'a> {
     index: &'a JobIndex,
     /// Whether rows have a `custom_id`.
     pub(super) requests: bool,
+    /// Whether the job is a shard of one.
+    pub(super) is_shard: bool,
     ids: Vec<(u64, u128)>,
     contents: Vec<(u64, u128)>,
     places: Vec<(u64, Place)>,
 }
 
 impl<'a> Replay<'a> {
-    pub(super) fn new(index: &'a JobIndex, requests: bool) -> Self {
-        Self { index, requests, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
+    pub(super) fn new(index: &'a JobIndex, requests: bool, is_shard: bool) -> Self {
+        Self { index, requests, is_shard, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
     }
 
     /// Notes one record.
@@ -107,6 +115,9 @@ impl<'a> Replay<'a> {
     pub(super) fn flush(&mut self) -> Result<()> {
         self.index.first_of_ids(&self.ids)?;
         self.index.first_of_contents(&self.contents)?;
+        if self.is_shard {
+            self.index.first_of_own_contents(&self.contents)?;
+        }
         self.ids.clear();
         self.contents.clear();
         self.index.add_places(std::mem::take(&mut self.places))
@@ -121,6 +132,11 @@ fn custom_id(record: &Record<'_>) -> Result<Option<String>> {
     }
     let line: Line = serde_json::from_str(&record.line).with_context(|| format!("the journaled line of row {}", record.row))?;
     Ok(line.custom_id)
+}
+
+/// What a content is known by among a shard's own rows.
+fn own_key(key: u128) -> u128 {
+    key ^ 0x6f77_6e20_726f_7773_206f_6620_6120_7368
 }
 
 /// What a `custom_id` is known by.
@@ -157,7 +173,8 @@ mod tests {
     #[test]
     fn places_are_found_by_row() {
         let index = index();
-        let place = |row: u64| Place { segment: 1 + row as u32, start: 10 * row, n_bytes: 1 << 40 };
+        let place =
+            |row: u64| Place { segment: SegmentId { epoch: 1, number: 1 + row as u32 }, start: 10 * row, n_bytes: 1 << 40 };
         index.add_places([9, 3, 4, 5, 0].map(|row| (row, place(row))).to_vec()).unwrap();
         for row in 0..20 {
             let wanted = [0, 3, 4, 5, 9].contains(&row).then(|| place(row));
@@ -177,8 +194,8 @@ mod tests {
             line: format!("{{\"custom_id\":\"id {row}\"}}").into(),
         };
         let index = index();
-        let mut replay = Replay::new(&index, true);
-        let place = Place { segment: 7, start: 1, n_bytes: 2 };
+        let mut replay = Replay::new(&index, true, false);
+        let place = Place { segment: SegmentId { epoch: 2, number: 7 }, start: 1, n_bytes: 2 };
         replay.note(&record(3, Some(255)), place).unwrap();
         replay.note(&record(4, None), place).unwrap();
         replay.flush().unwrap();

@@ -7,11 +7,12 @@ use super::load::OpenModel;
 use super::report::Report;
 use crate::config::Config;
 use crate::format::{self, Format, Limits};
-use crate::journal::{Input, JobDir, Journal, Manifest};
+use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
 use crate::pipeline::spec::{EngineSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, bail};
 use arrow::datatypes::{FieldRef, Schema, SchemaRef};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -24,7 +25,9 @@ pub(super) struct JobFiles {
     pub(super) errors: Location,
     /// `out.report.json`
     pub(super) report: Location,
-    /// `out.job/`
+    /// `out.job/`, which holds the directories of shards, too.
+    pub(super) job: Location,
+    /// The journal's: that directory, or a shard's in it.
     pub(super) journal: Location,
 }
 
@@ -33,12 +36,38 @@ impl JobFiles {
     pub(super) fn new(storage: &Storage, output: &str) -> Result<Self> {
         let results = Location::parse(output).context("output.file")?;
         format::check_output(storage, &results).context("output.file")?;
+        let job = results.with_extension("job")?;
         Ok(Self {
             errors: results.with_extension("errors.jsonl")?,
             report: results.with_extension("report.json")?,
-            journal: results.with_extension("job")?,
+            journal: job.clone(),
+            job,
             results,
         })
+    }
+
+    /// Those of a part of the job.
+    pub(super) fn of_shard(&self, shard: Shard) -> Result<Self> {
+        Ok(Self { journal: self.job.child(&shard.dir_name())?, ..self.clone() })
+    }
+
+    /// The shards whose directories are there, done with or not.
+    pub(super) fn shards(&self, storage: &Storage) -> Result<Vec<Shard>> {
+        Ok(storage.list_folders(&self.job)?.iter().filter_map(|name| Shard::of_dir_name(name)).collect())
+    }
+
+    /// Directories of the job cut in another way, where something is under way.
+    fn other_cuts(&self, storage: &Storage, shard: Option<Shard>) -> Result<Vec<Location>> {
+        let others = self.shards(storage)?.into_iter().filter(|other| shard.is_none_or(|shard| shard.of != other.of));
+        let mut dirs = others.map(|other| self.job.child(&other.dir_name())).collect::<Result<Vec<_>>>()?;
+        dirs.extend(shard.map(|_| self.job.clone()));
+        let mut under_way = Vec::new();
+        for dir in dirs {
+            if journal::lease_in(storage, &dir)?.is_some_and(|lease| lease.job.is_some()) {
+                under_way.push(dir);
+            }
+        }
+        Ok(under_way)
     }
 
     /// Where unnamed temporary files go: beside the journal, where there is room; for remote outputs, where the system
@@ -56,6 +85,13 @@ pub(super) struct Inputs {
     /// Rows to be read, the limit considered.
     pub(super) n_rows: u64,
     pub(super) limits: Limits,
+}
+
+impl Inputs {
+    /// Those that a run is to complete.
+    pub(super) fn own_rows(&self, shard: Option<Shard>) -> Range<u64> {
+        shard.map_or(0..self.n_rows, |shard| shard.rows(self.n_rows))
+    }
 }
 
 /// Finds the input files, hashes them and counts their rows.
@@ -124,6 +160,7 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
         model_fingerprint: fingerprint.to_string(),
         pipeline,
         inputs: inputs.described.clone(),
+        rows: inputs.own_rows(config.shard),
     })
 }
 
@@ -139,13 +176,25 @@ pub(super) enum Begin {
 ///
 /// # Errors
 /// If the output belongs to another job and `restart` was not asked for, or another process is at it.
-pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, requests: bool, restart: bool) -> Result<Begin> {
-    let dir = JobDir::lock(storage, &files.journal)?;
-    if restart {
-        for file in [&files.report, &files.results, &files.errors] {
-            storage.delete(file)?;
+pub(super) fn begin(
+    storage: &Storage,
+    files: &JobFiles,
+    manifest: Manifest,
+    requests: bool,
+    (shard, terms): (Option<Shard>, &Terms),
+) -> Result<Begin> {
+    let dir = JobDir::claim(storage, &files.journal, terms)?;
+    for other in files.other_cuts(storage, shard)? {
+        if !terms.restart {
+            bail!(
+                "the same output is under way cut in another way, in {}: go on with that, or throw it away with --restart",
+                other.url
+            );
         }
-    } else if let Some(earlier) = dir.manifest()? {
+        JobDir::claim(storage, &other, terms)?.remove()?;
+    }
+    let earlier = if terms.restart { None } else { dir.manifest()? };
+    if let Some(earlier) = earlier {
         let differences = earlier.differences(&manifest);
         if !differences.is_empty() {
             bail!(
@@ -155,11 +204,13 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, req
             );
         }
         let index = JobIndex::new(&files.scratch_folder())?;
-        let mut replay = Replay::new(&index, requests);
+        let mut replay = Replay::new(&index, requests, manifest.rows != (0..manifest.n_rows()));
         let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
         replay.flush()?;
         return Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)));
-    } else {
+    }
+    // What --restart replaces stays until it is replaced: a reader finds the old state or the new one.
+    if !terms.restart {
         // Nothing to do here, or nothing we may do: then the folder was made for the lock alone.
         match look_at_outputs(storage, files, &manifest) {
             Ok(None) => {}
@@ -173,7 +224,7 @@ pub(super) fn begin(storage: &Storage, files: &JobFiles, manifest: Manifest, req
 }
 
 /// The report, if the job is finished already; an error if the files of another job are in the way.
-fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Report>> {
+pub(super) fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Report>> {
     let report: Option<Report> = storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok());
     let own = report.filter(|report| report.job_fingerprint == manifest.job_fingerprint);
     let mut there = Vec::new();

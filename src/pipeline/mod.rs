@@ -4,9 +4,11 @@
 mod answer;
 pub mod bench;
 pub mod bench_plan;
+pub mod budget;
 mod calibrate;
 mod collect;
 mod columns;
+mod described;
 mod estimate;
 pub mod explain;
 mod feed;
@@ -17,6 +19,7 @@ pub mod inspect;
 mod job;
 pub mod kernels;
 pub mod load;
+pub mod merge;
 pub mod meter;
 mod null;
 pub mod progress;
@@ -24,6 +27,7 @@ pub mod report;
 mod rows;
 mod signals;
 pub mod spec;
+pub mod status;
 mod stepper;
 mod steps;
 mod summary;
@@ -45,22 +49,21 @@ use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use answer::Answers;
 use anyhow::{Context, Result};
-use collect::{Collector, End, Event};
+use collect::{Collector, End, Event, Stop};
 use columns::ResultColumns;
-use estimate::{History, JobEstimator};
+use described::{Described, Measured};
 use feed::Feed;
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
 use load::{MemoryPlan, OpenModel};
-use meter::Meter;
 use progress::{Progress, say};
 use report::Report;
 use rows::{FeedTimes, WindowReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use stepper::Stepper;
 use window::WindowSettings;
 
@@ -77,6 +80,10 @@ pub enum JobEnd {
         /// The signal's number.
         signal: u8,
     },
+    /// `valar cancel` stopped it; it can be continued.
+    Cancelled,
+    /// Its budget is spent; it can be continued.
+    Paused,
 }
 
 /// Runs a job and shows what it did.
@@ -84,21 +91,33 @@ pub enum JobEnd {
 /// # Errors
 /// If the job can't run, or can't go on; what was committed stays.
 pub fn run(config: &Config) -> Result<JobEnd> {
+    let storage = Storage::new()?;
+    let mut files = JobFiles::new(&storage, &config.spec.output.file)?;
+    if let Some(shard) = config.shard {
+        files = files.of_shard(shard)?;
+    }
+    let end = run_job(config, &storage, &files)?;
+    show(&end, config, &storage, &files)
+}
+
+/// Says how a job ended.
+fn show(end: &Ended, config: &Config, storage: &Storage, files: &JobFiles) -> Result<JobEnd> {
     let tell = |line: &str| {
         if !config.quiet {
             say(line);
         }
     };
-    let storage = Storage::new()?;
-    let files = JobFiles::new(&storage, &config.spec.output.file)?;
-    let end = run_job(config, &storage, &files)?;
-    match &end {
-        Ended::Stopped(_) => tell("stopped; run the same command again to go on from here"),
+    match end {
+        Ended::Shard { failed } => {
+            tell(&format!("this shard is done, {failed} rows are errors; valar merge writes the results of all"));
+        }
+        Ended::Stopped(_) | Ended::Cancelled => tell("stopped; run the same command again to go on from here"),
+        Ended::Paused(limit) => tell(&format!("paused: {limit} is reached; the same command goes on from here")),
         Ended::Before(_) => tell("finished by an earlier run; --restart does it again"),
         Ended::Now(report) => tell(report.table().trim_end()),
     }
-    if let Ended::Before(report) | Ended::Now(report) = &end {
-        if let Some(line) = first_line(&storage, &files)? {
+    if let Ended::Before(report) | Ended::Now(report) = end {
+        if let Some(line) = first_line(storage, files)? {
             tell(&format!("first result: {line}"));
         }
         tell(&format!("results: {}", files.results.url));
@@ -134,6 +153,15 @@ pub(crate) enum Ended {
     Before(Box<Report>),
     /// By a signal, not finished.
     Stopped(u8),
+    /// By `valar cancel`, not finished.
+    Cancelled,
+    /// By this limit, not finished.
+    Paused(String),
+    /// Every row of a shard has its outcome.
+    Shard {
+        /// Rows that failed.
+        failed: u64,
+    },
 }
 
 impl Ended {
@@ -141,49 +169,27 @@ impl Ended {
         match self {
             Self::Now(report) | Self::Before(report) => JobEnd::Finished { failed: report.rows.failed },
             Self::Stopped(signal) => JobEnd::Stopped { signal: *signal },
+            Self::Cancelled => JobEnd::Cancelled,
+            Self::Paused(_) => JobEnd::Paused,
+            Self::Shard { failed } => JobEnd::Finished { failed: *failed },
         }
     }
 }
 
 /// Runs a job. Everything that can be wrong with it is found before anything of an earlier one is touched.
 fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
-    let start = Instant::now();
-    let inputs = job::inspect_inputs(storage, &config.spec, files)?;
-    let inspect = start.elapsed();
-    let form = steps::read(config, storage)?;
-    let columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
-    let schema = job::schema(storage, config, &inputs, &columns)?;
-    let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema, columns: columns.fields() };
-    let load_start = Instant::now();
-    let open = load::open(&config.model())?;
-    let grammars = Grammars::new(Arc::clone(&open.tokenizer));
-    steps::check_formats(&form.rows, &grammars)?;
-    let manifest = job::manifest(config, &inputs, &form.files_hash, &open)?;
-    let requests = matches!(form.rows, RowForm::Requests);
-    let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, config.restart)? {
+    let Described { inputs, form, columns, outputs, open, grammars, manifest, measured, load_start } =
+        Described::new(config, storage, files)?;
+    let requests = matches!(form, RowForm::Requests);
+    let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, (config.shard, &config.terms))? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
         Begin::Work(manifest, journal, index) => (*manifest, *journal, *index),
     };
     for warning in &journal.warnings {
         say(&format!("warning: {warning}"));
     }
-    let meter = Arc::new(Meter::default());
-    let history = History::of(config, &open.fingerprint);
-    let setting = open.memory.setting(config, history.output_share());
-    let measured = Measured {
-        model: open.local.name.clone(),
-        device: open.fingerprint.device.clone(),
-        start,
-        load: Duration::ZERO,
-        inspect,
-        feed: Arc::new(FeedTimes::default()),
-        meter,
-        kv_tokens: open.memory.kv_tokens(),
-        estimator: Arc::new(Mutex::new(JobEstimator::new(setting))),
-        history,
-    };
     let run = Run { config, storage, files, inputs, outputs, manifest };
-    run.work(open, (form.rows, columns, grammars), (journal, index), measured, load_start)
+    run.work(open, (form, columns, grammars), (journal, index), measured, load_start)
 }
 
 /// What a job's rows are prepared with.
@@ -220,7 +226,7 @@ fn needed_columns(form: &RowForm, more: Option<&[String]>) -> Option<Vec<String>
 /// Reads a job's windows.
 fn window_reader(
     config: &Config,
-    source: Source,
+    (source, n_rows): (Source, u64),
     preparer: Arc<Preparer>,
     index: Arc<JobIndex>,
     times: Arc<FeedTimes>,
@@ -228,7 +234,7 @@ fn window_reader(
     let job = &config.spec.job;
     WindowReader {
         source,
-        settings: window_settings(config, &preparer.form),
+        settings: window_settings(config, &preparer.form, n_rows),
         preparer,
         index,
         window_rows: job.window_rows,
@@ -239,14 +245,15 @@ fn window_reader(
     }
 }
 
-fn window_settings(config: &Config, form: &RowForm) -> WindowSettings {
+fn window_settings(config: &Config, form: &RowForm, n_rows: u64) -> WindowSettings {
     let (has_steps, all_deterministic) = match form {
         RowForm::Requests => (false, true),
         RowForm::Dataset(steps) => (steps.iter().any(|s| !s.needs.is_empty()), steps.iter().all(|s| s.params.is_deterministic())),
     };
     // Which rows are identical must be known before later steps are.
     let dedup = config.spec.job.dedup && (!has_steps || all_deterministic);
-    WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps }
+    let shard_rows = config.shard.map(|shard| shard.rows(n_rows));
+    WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps, shard_rows }
 }
 
 /// A job that is under way.
@@ -257,23 +264,6 @@ struct Run<'a> {
     inputs: Inputs,
     outputs: Outputs,
     manifest: Manifest,
-}
-
-/// What the report says besides what the collector counts.
-struct Measured {
-    model: String,
-    device: String,
-    start: Instant,
-    load: Duration,
-    /// Hashing and counting the inputs.
-    inspect: Duration,
-    feed: Arc<FeedTimes>,
-    meter: Arc<Meter>,
-    kv_tokens: u64,
-    /// Reckons what the rows of this run should take.
-    estimator: Arc<Mutex<JobEstimator>>,
-    /// How fast the model was before this run.
-    history: History,
 }
 
 /// The job's threads, once they run.
@@ -293,7 +283,9 @@ impl Run<'_> {
         mut measured: Measured,
         load_start: Instant,
     ) -> Result<Ended> {
-        if journal.done_rows().len() == self.inputs.n_rows {
+        let own_rows = self.inputs.own_rows(self.config.shard);
+        let n_rows = own_rows.end - own_rows.start;
+        if journal.done_rows().len() == n_rows {
             // An earlier run was killed while it wrote the final files.
             let counts = collect::Counts { resumed: journal.done_rows().len(), ..collect::Counts::default() };
             return self.finish(self.inputs.n_rows, journal, counts, measured);
@@ -311,10 +303,10 @@ impl Run<'_> {
         let (window_finished, finished_windows) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(journal.done_rows().clone());
-        let (answers, progress) = (self.answers(&local.name, &tokenizer, columns), Progress::new(self.config.quiet));
+        let answers = self.answers(&local.name, &tokenizer, columns);
+        let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
         let index = Arc::new(index);
         let indexed = (journal, Arc::clone(&index));
-        let n_rows = self.inputs.n_rows;
         let mut collector =
             Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
         let needed = needed_columns(&preparer.form, self.config.spec.output.columns.as_deref());
@@ -324,7 +316,7 @@ impl Run<'_> {
             let stepper =
                 Stepper { preparer: Arc::clone(&preparer), engine: engine_too, tasks, events: events.clone(), job_seed };
             let feed = Feed {
-                reader: window_reader(self.config, source, preparer, index, Arc::clone(&measured.feed)),
+                reader: window_reader(self.config, (source, self.inputs.n_rows), preparer, index, Arc::clone(&measured.feed)),
                 done,
                 engine,
                 events,
@@ -340,7 +332,9 @@ impl Run<'_> {
         let stopped = threads.end();
         match end? {
             End::Complete(n_rows) => stopped.and_then(|()| self.finish(n_rows, journal, counts, measured)),
-            End::Stopped(signal) => stopped.map(|()| Ended::Stopped(signal)),
+            End::Stopped(Stop::Signal(signal)) => stopped.map(|()| Ended::Stopped(signal)),
+            End::Stopped(Stop::Cancelled) => stopped.map(|()| Ended::Cancelled),
+            End::Stopped(Stop::Budget(limit)) => stopped.map(|()| Ended::Paused(limit)),
             End::EngineEnded => match stopped {
                 Ok(()) => anyhow::bail!("the engine stopped before the job was done"),
                 Err(error) => Err(error.context("the engine failed; what was committed stays")),
@@ -386,6 +380,14 @@ impl Run<'_> {
 
     /// Writes the final files and the report, then removes the journal.
     fn finish(&self, n_rows: u64, mut journal: Journal, mut counts: collect::Counts, measured: Measured) -> Result<Ended> {
+        if self.config.shard.is_some() {
+            // What it has is for the merge to publish.
+            journal.commit()?;
+            let n_own = self.manifest.rows.end - self.manifest.rows.start;
+            let n_done = journal.done_rows().len();
+            anyhow::ensure!(n_done == n_own, "{n_done} of {n_own} rows have an outcome: the inputs changed meanwhile");
+            return Ok(Ended::Shard { failed: journal.totals().n_failed });
+        }
         anyhow::ensure!(
             n_rows == self.inputs.n_rows,
             "the inputs had {} rows when the job began, {n_rows} when they were read: they changed meanwhile",
@@ -394,11 +396,8 @@ impl Run<'_> {
         let start = Instant::now();
         journal::finalise(&mut journal, &self.outputs, n_rows)?;
         counts.finalise += start.elapsed();
-        let report = summary::report(self, n_rows, &journal, &counts, &measured);
-        let mut text = serde_json::to_string_pretty(&report).context("cannot write down the report")?;
-        text.push('\n');
-        self.storage.sweep(&self.files.report)?;
-        self.storage.put(&self.files.report, text.into())?;
+        let report = summary::report(self, n_rows, journal.totals(), &counts, &measured);
+        journal.publish(&self.files.report, report.to_json()?.as_bytes())?;
         journal.remove()?;
         summary::remember(measured, &counts);
         Ok(Ended::Now(Box::new(report)))

@@ -3,6 +3,7 @@
 //! counted apart.
 
 use crate::plan::estimate::Interval;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -211,6 +212,13 @@ impl Report {
         }
         line("peak memory", format!("{} MiB", self.peak_memory_bytes >> 20), format!("KV cache of {} tokens", self.kv_tokens));
         table
+    }
+
+    /// As it is written beside the results.
+    pub(super) fn to_json(&self) -> Result<String> {
+        let mut text = serde_json::to_string_pretty(self).context("cannot write down the report")?;
+        text.push('\n');
+        Ok(text)
     }
 
     fn error_codes(&self) -> String {

@@ -80,18 +80,18 @@ impl WindowReader {
     /// Prepares a window's rows. Must see the windows in order, but for those that the index knows.
     pub(super) fn prepare(&self, rows: Vec<RawRow>) -> Result<Vec<WindowRow>> {
         let start = Instant::now();
-        let (preparer, settings) = (&self.preparer, self.settings);
+        let (preparer, settings) = (&self.preparer, &self.settings);
         let mut rows: Vec<WindowRow> = rows.into_par_iter().map(|row| prepare(preparer, settings, row)).collect();
         let prepared = Instant::now();
         refuse_second_uses(&mut rows, &self.index)?;
-        find_first(&mut rows, &self.index)?;
+        find_first(&mut rows, settings, &self.index)?;
         self.times.prepare.fetch_add((prepared - start).as_nanos() as u64, Relaxed);
         self.times.index.fetch_add(prepared.elapsed().as_nanos() as u64, Relaxed);
         Ok(rows)
     }
 }
 
-fn prepare(preparer: &Preparer, settings: WindowSettings, row: RawRow) -> WindowRow {
+fn prepare(preparer: &Preparer, settings: &WindowSettings, row: RawRow) -> WindowRow {
     let prepared = match row.text() {
         Ok(text) => preparer.prepare(row.row_idx, text),
         Err(error) => Prepared { origin: preparer.unread_origin(), prompts: Err(error) },

@@ -7,11 +7,11 @@ use super::progress::say;
 use super::report::{self, Actual, Estimate, Report};
 use super::{Measured, Run};
 use crate::device::BLOCK_TOKENS;
-use crate::journal::Journal;
+use crate::journal::Totals;
 
 /// The report of a job that has finished now.
-pub(super) fn report(run: &Run<'_>, n_rows: u64, journal: &Journal, counts: &Counts, measured: &Measured) -> Report {
-    let (totals, stats, meter) = (journal.totals(), &counts.stats, measured.meter.read());
+pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts, measured: &Measured) -> Report {
+    let (stats, meter) = (&counts.stats, measured.meter.read());
     let feed = measured.feed.read();
     let total = measured.start.elapsed().saturating_sub(measured.load).as_secs_f64();
     let seconds = report::Seconds {
@@ -25,7 +25,7 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, journal: &Journal, counts: &Cou
         prefill: meter.prefill.as_secs_f64(),
         decode: meter.decode.as_secs_f64(),
         answer: counts.answer.as_secs_f64(),
-        journal: journal.commit_time().as_secs_f64(),
+        journal: counts.journal.as_secs_f64(),
         finalise: counts.finalise.as_secs_f64(),
     };
     let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;

@@ -15,6 +15,7 @@ use anyhow::Result;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Output length that an unfinished row is expected to have at most, for the order only.
@@ -32,6 +33,8 @@ pub(super) struct WindowRow {
     pub(super) key: Option<u128>,
     /// The lowest row of the job with that key; itself if there is none.
     pub(super) first: u64,
+    /// The lowest of the rows that this run is to complete.
+    pub(super) own_first: u64,
 }
 
 /// What a window comes to.
@@ -66,7 +69,7 @@ pub(super) struct Group {
 }
 
 /// Settings of the job that a window needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct WindowSettings {
     /// What derived seeds are derived from.
     pub(super) job_seed: u64,
@@ -74,11 +77,20 @@ pub(super) struct WindowSettings {
     pub(super) dedup: bool,
     /// Whether some prompts are made of others' answers.
     pub(super) has_steps: bool,
+    /// The rows of a shard; `None` if the job is run as a whole.
+    pub(super) shard_rows: Option<Range<u64>>,
+}
+
+impl WindowSettings {
+    /// Whether this run is to complete a row.
+    pub(super) fn is_own(&self, row_idx: u64) -> bool {
+        self.shard_rows.as_ref().is_none_or(|rows| rows.contains(&row_idx))
+    }
 }
 
 impl WindowRow {
     /// A row as it was prepared.
-    pub(super) fn new(row_idx: u64, file: Arc<str>, line: u64, prepared: Prepared, settings: WindowSettings) -> Self {
+    pub(super) fn new(row_idx: u64, file: Arc<str>, line: u64, prepared: Prepared, settings: &WindowSettings) -> Self {
         let prompts = prepared.prompts.as_ref().ok();
         let prompts = prompts.filter(|prompts| settings.dedup && prompts.iter().all(|p| p.params.is_deterministic()));
         let key = prompts.map(|prompts| content_key(prompts, &prepared.origin, settings.has_steps));
@@ -86,7 +98,7 @@ impl WindowRow {
             Origin::Request { custom_id: Some(id), .. } => Some(id_key(id)),
             _ => None,
         };
-        Self { row_idx, file, line, prepared, id_key, key, first: row_idx }
+        Self { row_idx, file, line, prepared, id_key, key, first: row_idx, own_first: row_idx }
     }
 }
 
@@ -95,6 +107,7 @@ struct Ready {
     meta: RowMeta,
     prompts: Vec<Prompt>,
     first: u64,
+    own_first: u64,
     done: bool,
 }
 
@@ -117,7 +130,7 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Re
 }
 
 /// Finds each row's first of the same content. Must see the windows in order, but for those that the index knows.
-pub(super) fn find_first(rows: &mut [WindowRow], index: &JobIndex) -> Result<()> {
+pub(super) fn find_first(rows: &mut [WindowRow], settings: &WindowSettings, index: &JobIndex) -> Result<()> {
     let mut keyed: Vec<&mut WindowRow> =
         rows.iter_mut().filter(|row| row.key.is_some() && row.prepared.prompts.is_ok()).collect();
     let uses: Vec<(u64, u128)> = keyed.iter().filter_map(|row| Some((row.row_idx, row.key?))).collect();
@@ -125,24 +138,34 @@ pub(super) fn find_first(rows: &mut [WindowRow], index: &JobIndex) -> Result<()>
         return Ok(());
     }
     for (row, first) in keyed.iter_mut().zip(index.first_of_contents(&uses)?) {
-        row.first = first;
+        (row.first, row.own_first) = (first, first);
+    }
+    if settings.shard_rows.is_some() {
+        keyed.retain(|row| settings.is_own(row.row_idx));
+        let uses: Vec<(u64, u128)> = keyed.iter().filter_map(|row| Some((row.row_idx, row.key?))).collect();
+        for (row, first) in keyed.iter_mut().zip(index.first_of_own_contents(&uses)?) {
+            row.own_first = first;
+        }
     }
     Ok(())
 }
 
-/// Plans a window; `is_done` rows take part in the plan but are not run. Sequences are named from `next_id` on.
+/// Plans a window; `is_done` rows, and those of other shards, take part in the plan but are not run. Sequences are named
+/// from `next_id` on.
 pub(super) fn plan_window(
     rows: Vec<WindowRow>,
-    settings: WindowSettings,
+    settings: &WindowSettings,
     next_id: &mut u64,
     is_done: impl Fn(u64) -> bool,
 ) -> PlannedWindow {
     let mut window = PlannedWindow::default();
     let mut ready = Vec::with_capacity(rows.len());
+    // Rows whose first is another shard's, in an earlier window: they are no part of this one's plan, but must be run.
+    let mut late = Vec::new();
     let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
-        let done = is_done(row.row_idx);
-        let WindowRow { row_idx, file, line, prepared, key, first, .. } = row;
+        let done = is_done(row.row_idx) || !settings.is_own(row.row_idx);
+        let WindowRow { row_idx, file, line, prepared, key, first, own_first, .. } = row;
         let mut meta = RowMeta { row_idx, file, line, origin: prepared.origin, prompts: Vec::new(), key };
         match prepared.prompts {
             Err(_) if done => {}
@@ -151,9 +174,12 @@ pub(super) fn plan_window(
                 meta.prompts =
                     prompts.iter().map(|prompt| PromptMeta::new(prompt, || derived_seed(settings.job_seed, row_idx))).collect();
                 if first >= start {
-                    ready.push(Ready { meta, prompts, first, done });
+                    ready.push(Ready { meta, prompts, first, own_first, done });
+                } else if !done && own_first < start {
+                    window.follow(own_first, meta);
                 } else if !done {
-                    window.follow(first, meta);
+                    meta.share_all();
+                    late.push(Ready { meta, prompts, first, own_first, done });
                 }
             }
         }
@@ -162,8 +188,13 @@ pub(super) fn plan_window(
     all.set_cached_tokens(&mut ready);
     // The last row of a window keeps what the next window is likely to begin with.
     let keep_at_end = all.plan.common_tokens;
-    if ready.iter().any(|row| row.done) {
+    if !late.is_empty() || ready.iter().any(|row| row.done) {
         ready.retain(|row| !row.done);
+        ready.append(&mut late);
+        ready.sort_unstable_by_key(|row| row.meta.row_idx);
+        for row in &mut ready {
+            row.first = row.own_first;
+        }
         // Rows whose first is done already need not be run either.
         let (followers, ready): (Vec<_>, Vec<_>) = ready.into_iter().partition(|row| is_done(row.first));
         for row in followers {

@@ -1,11 +1,13 @@
 //! Where an object is: what the user typed, and the store and path it means. Knows nothing of what lies there.
 
+use std::fmt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
+use object_store::multipart::MultipartStore;
 use url::Url;
 
 use super::remote;
@@ -24,12 +26,24 @@ pub struct Location {
     pub local: Option<PathBuf>,
     /// The store, where it is another machine; else empty. Two places are in one store if these are equal.
     pub(super) remote: Arc<str>,
+    /// The same store where its uploads can be told by their ids.
+    pub(super) uploads: Option<Uploads>,
+}
+
+/// A store whose uploads have ids, by which others can break them off.
+#[derive(Clone)]
+pub(super) struct Uploads(pub(super) Arc<dyn MultipartStore>);
+
+impl fmt::Debug for Uploads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Uploads")
+    }
 }
 
 impl Location {
     /// A place in a given store.
     pub fn new(store: Arc<dyn ObjectStore>, path: object_store::path::Path, url: impl Into<Arc<str>>) -> Self {
-        Self { store, path, url: url.into(), local: None, remote: "".into() }
+        Self { store, path, url: url.into(), local: None, remote: "".into(), uploads: None }
     }
 
     /// Understands plain paths (relative to the working directory; `~` is the shell's business), `file://` URLs, and those
@@ -41,10 +55,10 @@ impl Location {
         let typed = match text.split_once("://") {
             Some(("file", _)) => file_url_path(text)?,
             Some((scheme, rest)) if is_scheme(scheme) => {
-                let (store, path) = remote::open(scheme, text)?;
+                let remote::Opened { store, uploads, path } = remote::open(scheme, text)?;
                 let scheme = if scheme == "s3a" { "s3" } else { scheme };
                 let remote = format!("{scheme}://{}", rest.split('/').next().unwrap_or_default()).into();
-                return Ok(Self { store, path, url: text.into(), local: None, remote });
+                return Ok(Self { store, path, url: text.into(), local: None, remote, uploads });
             }
             _ => PathBuf::from(text),
         };
@@ -56,6 +70,7 @@ impl Location {
             url: text.into(),
             local: Some(local),
             remote: "".into(),
+            uploads: None,
         })
     }
 
@@ -102,13 +117,21 @@ impl Location {
         let path = object_store::path::Path::parse(format!("{}/{name}", self.path))
             .with_context(|| format!("can't use the name {name:?} under {}", self.url))?;
         let local = self.local.as_ref().map(|dir| dir.join(name));
-        Ok(Self { store: self.store.clone(), path, url: url.into(), local, remote: self.remote.clone() })
+        Ok(Self { path, url: url.into(), local, ..self.clone() })
+    }
+
+    /// The place `path` of the same store.
+    pub fn same_store(&self, path: &str) -> Result<Self> {
+        let path = object_store::path::Path::parse(path).with_context(|| format!("can't use the path {path:?}"))?;
+        let url = format!("{}/{path}", self.remote).into();
+        Ok(Self { path, url, local: None, ..self.clone() })
     }
 
     /// The place beside this one whose name has `extension` instead of its last one (and of a `.gz` or `.zst` behind
     /// it): `a/out.jsonl` with `job` is `a/out.job`, and so is `a/out.jsonl.gz`.
     pub fn with_extension(&self, extension: &str) -> Result<Self> {
-        let Some(name) = self.path.filename() else { bail!("{} names no file", self.url) };
+        let name = self.path.filename().filter(|_| !self.url.ends_with('/'));
+        let Some(name) = name else { bail!("{} names no file", self.url) };
         let unpacked = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name);
         let stem = unpacked.rsplit_once('.').map_or(unpacked, |(stem, _)| stem);
         let beside = format!("{stem}.{extension}");
@@ -117,7 +140,7 @@ impl Location {
         let path = object_store::path::Path::parse(format!("{parent}{beside}")).context("a name beside a valid one")?;
         let local = self.local.as_ref().map(|local| local.with_file_name(&beside));
         let url = format!("{typed}{beside}").into();
-        Ok(Self { store: self.store.clone(), path, url, local, remote: self.remote.clone() })
+        Ok(Self { path, url, local, ..self.clone() })
     }
 }
 

@@ -6,13 +6,15 @@
 //! `LocalFileSystem::with_fsync(true)` writes beside the target (`name#1`), syncs the file, renames it and syncs the
 //! directory, for puts as for multipart uploads (read in `object_store` 0.14.2).
 
+mod conditional;
 mod glob;
 mod location;
 mod remote;
 mod upload;
 
+pub use conditional::Version;
 pub use location::Location;
-pub use upload::Upload;
+pub use upload::{Announce, Upload};
 
 use std::fs::File;
 use std::future::Future;
@@ -20,7 +22,7 @@ use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
@@ -47,19 +49,28 @@ const PAUSES: [Duration; 4] =
 pub struct Storage {
     runtime: Arc<Runtime>,
     part_bytes: usize,
+    announce: Option<Announce>,
 }
 
 impl Storage {
     /// Starts the runtime that drives stores. Fails if the machine can't start a thread.
     pub fn new() -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("valar-storage").enable_all().build();
-        Ok(Self { runtime: Arc::new(runtime.context("can't start the storage thread")?), part_bytes: PART_BYTES })
+        let runtime = Arc::new(runtime.context("can't start the storage thread")?);
+        Ok(Self { runtime, part_bytes: PART_BYTES, announce: None })
     }
 
     /// The same with uploads in parts of `part_bytes`, at least 1; each upload under way holds one part in memory.
     #[must_use]
     pub fn with_part_bytes(self, part_bytes: usize) -> Self {
         Self { part_bytes: part_bytes.max(1), ..self }
+    }
+
+    /// The same with uploads to remote stores that begin only after they were announced. There, every object that is
+    /// [uploaded](Storage::upload) has an id, however small it is.
+    #[must_use]
+    pub fn announcing(self, announce: Announce) -> Self {
+        Self { announce: Some(announce), ..self }
     }
 
     fn wait<F: Future>(&self, future: F) -> F::Output {
@@ -144,6 +155,18 @@ impl Storage {
         read.map_err(|e| tell(e).context(format!("can't read {}", at.url)))
     }
 
+    /// The last `n_bytes` of an object, or all of it.
+    pub fn get_end(&self, at: &Location, n_bytes: u64) -> Result<Bytes> {
+        let options = GetOptions { range: Some(GetRange::Suffix(n_bytes)), ..GetOptions::default() };
+        let read = self.patiently(|| async { at.store.get_opts(&at.path, options.clone()).await?.bytes().await });
+        read.map_err(|e| tell(e).context(format!("can't read {}", at.url)))
+    }
+
+    /// When an object was written, by its store's clock; `None` if there is none.
+    pub fn changed_at(&self, at: &Location) -> Result<Option<SystemTime>> {
+        Ok(self.head(at)?.map(|meta| meta.last_modified.into()))
+    }
+
     /// Puts a small object, replacing what is there; durable when this returns.
     pub fn put(&self, at: &Location, content: Bytes) -> Result<()> {
         let content = PutPayload::from_bytes(content);
@@ -163,6 +186,15 @@ impl Storage {
     pub fn list(&self, at: &Location) -> Result<Vec<String>> {
         let listed = self.list_level(at)?;
         let mut names: Vec<String> = listed.objects.iter().filter_map(|o| o.location.filename().map(str::to_owned)).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Names of the folders directly under `at`, sorted.
+    pub fn list_folders(&self, at: &Location) -> Result<Vec<String>> {
+        let listed = self.list_level(at)?;
+        let mut names: Vec<String> =
+            listed.common_prefixes.iter().filter_map(|prefix| prefix.filename().map(str::to_owned)).collect();
         names.sort_unstable();
         Ok(names)
     }

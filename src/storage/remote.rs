@@ -4,43 +4,67 @@
 
 use std::error::Error as StdError;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, AwsCredentialProvider};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, AwsCredentialProvider};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{ClientConfigKey, CredentialProvider, HttpError, HttpErrorKind};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, Error, ObjectStore, RetryConfig};
 use url::Url;
+
+use super::location::Uploads;
 
 /// Times that a request is tried again, at most.
 const MAX_RETRIES: usize = 10;
 /// How long a request is tried again, at most.
 const RETRY_TIMEOUT: Duration = Duration::from_mins(3);
 
+/// What a URL means.
+pub(super) struct Opened {
+    pub(super) store: Arc<dyn ObjectStore>,
+    /// The same, where uploads can be told by their ids.
+    pub(super) uploads: Option<Uploads>,
+    pub(super) path: Path,
+}
+
+impl Opened {
+    /// A store whose uploads have ids and keep what is said of them.
+    fn with_uploads<S: ObjectStore + MultipartStore>(store: S, path: Path) -> Self {
+        let store = Arc::new(store);
+        Self { store: store.clone(), uploads: Some(Uploads(store)), path }
+    }
+
+    fn without_uploads(store: impl ObjectStore, path: Path) -> Self {
+        Self { store: Arc::new(store), uploads: None, path }
+    }
+}
+
 /// The store and the path that a URL with this scheme means.
-pub(super) fn open(scheme: &str, text: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+pub(super) fn open(scheme: &str, text: &str) -> Result<Opened> {
     install_cryptography();
     match scheme {
         "s3" | "s3a" | "gs" | "az" => {
             let (bucket, key) = text[scheme.len() + 3..].split_once('/').unwrap_or((&text[scheme.len() + 3..], ""));
             ensure!(!bucket.is_empty(), "{text} names no bucket: write {scheme}://bucket/key");
+            ensure!(!key.starts_with('/'), "the key of {text} begins with a slash: such keys can't be named here");
             let path = Path::parse(key).map_err(|e| anyhow!("can't use the key of {text}: {e}"))?;
-            let store: Arc<dyn ObjectStore> = match scheme {
+            Ok(match scheme {
                 "gs" => {
                     let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).with_retry(retries());
-                    Arc::new(builder.build().map_err(|e| settings(text, &e))?)
+                    Opened::with_uploads(builder.build().map_err(|e| settings(text, &e))?, path)
                 }
                 "az" => {
                     let builder = MicrosoftAzureBuilder::from_env().with_container_name(bucket).with_retry(retries());
-                    Arc::new(builder.build().map_err(|e| settings(text, &e))?)
+                    Opened::without_uploads(builder.build().map_err(|e| settings(text, &e))?, path)
                 }
-                _ => s3(text, bucket)?,
-            };
-            Ok((store, path))
+                _ => Opened::with_uploads(s3(text, bucket)?, path),
+            })
         }
         "http" | "https" => http(text),
         _ => bail!("{text}: {scheme}:// is not known; give a path, or a URL with file, s3, gs, az, http or https"),
@@ -57,7 +81,7 @@ fn retries() -> RetryConfig {
     RetryConfig { backoff: BackoffConfig::default(), max_retries: MAX_RETRIES, retry_timeout: RETRY_TIMEOUT }
 }
 
-fn s3(text: &str, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+fn s3(text: &str, bucket: &str) -> Result<AmazonS3> {
     let builder = || AmazonS3Builder::from_env().with_bucket_name(bucket);
     let settled = builder();
     let value = |key| settled.get_config_value(&key).unwrap_or_default();
@@ -70,12 +94,12 @@ fn s3(text: &str, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
     // A machine that is no cloud instance answers nothing where credentials would be: that must not take minutes.
     let soon = RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(10), ..retries() };
     let found = builder().with_retry(soon).build().map_err(|e| settings(text, &e))?;
-    let credentials = Arc::new(Told(Arc::clone(found.credentials())));
+    let credentials = Arc::new(Told { inner: Arc::clone(found.credentials()), had_some: AtomicBool::new(false) });
     let store = builder().with_credentials(credentials).with_retry(retries()).build();
-    Ok(Arc::new(store.map_err(|e| settings(text, &e))?))
+    store.map_err(|e| settings(text, &e))
 }
 
-fn http(text: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+fn http(text: &str) -> Result<Opened> {
     let url = Url::parse(text).map_err(|e| anyhow!("an http(s) URL can't be read: {e}"))?;
     let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
     ensure!(plain, "an http(s) URL must have no user, password, query or fragment: it is kept in reports and journals");
@@ -84,7 +108,7 @@ fn http(text: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
     let options = ClientOptions::default().with_allow_http(url.scheme() == "http");
     let origin = url.origin().ascii_serialization();
     let store = HttpBuilder::new().with_url(origin).with_client_options(options).with_retry(retries()).build();
-    Ok((Arc::new(store.map_err(|e| settings(text, &e))?), path))
+    Ok(Opened::without_uploads(store.map_err(|e| settings(text, &e))?, path))
 }
 
 /// What a builder refuses. It may quote a variable's content, so that only what never does is shown.
@@ -99,19 +123,43 @@ fn settings(text: &str, error: &Error) -> anyhow::Error {
 
 /// Tells that what failed were the credentials.
 #[derive(Debug)]
-struct Told(AwsCredentialProvider);
+struct Told {
+    inner: AwsCredentialProvider,
+    /// Whether there were credentials before: then a failure is one of the moment.
+    had_some: AtomicBool,
+}
 
 /// There are no credentials.
 #[derive(Debug, thiserror::Error)]
 #[error("no credentials")]
 struct NoCredentials;
 
+/// There should be credentials, but whoever gives them does not.
+#[derive(Debug, thiserror::Error)]
+#[error("the credentials can't be fetched")]
+struct CredentialsFailed(#[source] Error);
+
 #[async_trait::async_trait]
 impl CredentialProvider for Told {
     type Credential = AwsCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
-        self.0.get_credential().await.map_err(|_| Error::Generic { store: "S3", source: Box::new(NoCredentials) })
+        let error = match self.inner.get_credential().await {
+            Ok(credential) => {
+                self.had_some.store(true, Ordering::Relaxed);
+                return Ok(credential);
+            }
+            Err(error) => error,
+        };
+        // Where nobody answers that might give some, there are none.
+        let nobody =
+            has::<HttpError>(&error).is_some_and(|e| [HttpErrorKind::Connect, HttpErrorKind::Timeout].contains(&e.kind()));
+        let source: Box<dyn StdError + Send + Sync> = if nobody && !self.had_some.load(Ordering::Relaxed) {
+            Box::new(NoCredentials)
+        } else {
+            Box::new(CredentialsFailed(error))
+        };
+        Err(Error::Generic { store: "S3", source })
     }
 }
 
@@ -121,6 +169,10 @@ pub(super) fn tell(error: Error) -> anyhow::Error {
         return anyhow!(
             "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where a container or instance role gives them"
         );
+    }
+    if let Some(CredentialsFailed(why)) = has(&error) {
+        let why = has::<HttpError>(why).map_or("what gives them refuses", |http| kind(http.kind()));
+        return anyhow!("the credentials can't be fetched ({why})");
     }
     let whole = whole_text(&error);
     let code = between(&whole, "<Code>", "</Code>").filter(|code| code.chars().all(|c| c.is_ascii_alphanumeric()));

@@ -1,18 +1,34 @@
 //! Writing one object of any size in bounded memory. Invariant: nothing is visible under the object's name until
 //! [`Upload::publish`], and nothing stays behind if that is never reached (but for parts in a remote store if the process is
-//! killed: stores are told to expire them).
+//! killed: whoever was told of the upload can break it off, or the store is told to expire them).
 
 use std::borrow::Cow;
+use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
+use std::sync::Arc;
 
 use anyhow::Result;
 use bytes::Bytes;
+use object_store::multipart::PartId;
 use object_store::{Attribute, AttributeValue, GetOptions, MultipartUpload, PutMultipartOptions, PutPayload};
 use tokio::task::JoinHandle;
 
+use super::location::Uploads;
 use super::remote::tell;
 use super::{Location, Storage};
+
+type Hear = dyn Fn(&Location, &str) -> Result<()> + Send + Sync;
+
+/// Told of an upload's place and id before it has a part; an error ends the upload.
+#[derive(Clone)]
+pub struct Announce(pub Arc<Hear>);
+
+impl fmt::Debug for Announce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Announce")
+    }
+}
 
 /// Where an object's metadata says which upload wrote it.
 const MARK: Attribute = Attribute::Metadata(Cow::Borrowed("valarupload"));
@@ -22,8 +38,8 @@ const MARK: Attribute = Attribute::Metadata(Cow::Borrowed("valarupload"));
 pub struct Upload {
     storage: Storage,
     at: Location,
-    /// Begun with the first full part.
-    multipart: Option<Box<dyn MultipartUpload>>,
+    /// Begun with the first full part; an announced one in any case.
+    sending: Option<Sending>,
     /// The part that is being written, while the next one is filled.
     under_way: Option<JoinHandle<object_store::Result<()>>>,
     /// Unlike that of any other upload.
@@ -31,25 +47,38 @@ pub struct Upload {
     part: Vec<u8>, // at most `part_bytes` of the storage
 }
 
+/// An upload that has begun.
+#[derive(Debug)]
+enum Sending {
+    Unnamed(Box<dyn MultipartUpload>),
+    Named { uploads: Uploads, id: String, parts: Vec<PartId> },
+}
+
 impl Upload {
     pub(super) fn new(storage: Storage, at: Location) -> Self {
         // Two hashers are seeded apart by the system's randomness.
         let [high, low] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
-        Self { storage, at, multipart: None, under_way: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
+        Self { storage, at, sending: None, under_way: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
     }
 
     /// Makes the object appear under its name, complete and durable.
     pub fn publish(mut self) -> Result<()> {
-        if self.multipart.is_none() {
+        if self.sending.is_none() && self.announced().is_none() {
             let content = Bytes::from(std::mem::take(&mut self.part));
             return self.storage.put(&self.at, content);
         }
-        if !self.part.is_empty() {
-            self.send_part().map_err(|e| self.failed(e))?;
+        // An empty object has one part, too.
+        if !self.part.is_empty() || self.sending.is_none() {
+            self.send_part()?;
         }
-        self.wait_for_part().map_err(|e| self.failed(e))?;
-        let multipart = self.multipart.as_mut().expect("checked above");
-        let completed = self.storage.wait(multipart.complete());
+        self.wait_for_part()?;
+        let completed = match self.sending.as_mut().expect("a part was sent") {
+            Sending::Unnamed(upload) => self.storage.wait(upload.complete()).map(drop),
+            Sending::Named { uploads, id, parts } => {
+                let complete = || uploads.0.complete_multipart(&self.at.path, id, parts.clone());
+                self.storage.patiently(complete).map(drop)
+            }
+        };
         if let Err(error) = completed {
             // Completing is tried again inside: where the first answer was lost, the second says that there is no such
             // upload. Then the object is there, and carries this upload's mark.
@@ -57,7 +86,7 @@ impl Upload {
                 return Err(self.failed(error));
             }
         }
-        self.multipart = None;
+        self.sending = None;
         Ok(())
     }
 
@@ -75,21 +104,46 @@ impl Upload {
         PutMultipartOptions { attributes: mark.into_iter().collect(), ..PutMultipartOptions::default() }
     }
 
-    /// Begins to write the part; the one before is written then.
-    fn send_part(&mut self) -> object_store::Result<()> {
+    /// Who must be told of this upload.
+    fn announced(&self) -> Option<(&Announce, &Uploads)> {
+        self.storage.announce.as_ref().zip(self.at.uploads.as_ref())
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        let Some((announce, uploads)) = self.announced() else {
+            let begun = self.storage.wait(self.at.store.put_multipart_opts(&self.at.path, self.options()));
+            self.sending = Some(Sending::Unnamed(begun.map_err(|e| self.failed(e))?));
+            return Ok(());
+        };
+        let (announce, uploads) = (announce.clone(), uploads.clone());
+        let begun = self.storage.patiently(|| uploads.0.create_multipart_opts(&self.at.path, self.options()));
+        let id = begun.map_err(|e| self.failed(e))?;
+        self.sending = Some(Sending::Named { uploads, id: id.clone(), parts: Vec::new() });
+        announce.0(&self.at, &id)
+    }
+
+    /// Sends the part; where it may end later, the one before has ended then.
+    fn send_part(&mut self) -> Result<()> {
         self.wait_for_part()?;
         let content = Bytes::from(std::mem::replace(&mut self.part, Vec::with_capacity(self.storage.part_bytes)));
-        if self.multipart.is_none() {
-            self.multipart = Some(self.storage.wait(self.at.store.put_multipart_opts(&self.at.path, self.options()))?);
+        if self.sending.is_none() {
+            self.begin()?;
         }
-        let multipart = self.multipart.as_mut().expect("begun above");
-        self.under_way = Some(self.storage.runtime.spawn(multipart.put_part(PutPayload::from_bytes(content))));
+        let content = PutPayload::from_bytes(content);
+        match self.sending.as_mut().expect("begun above") {
+            Sending::Unnamed(upload) => self.under_way = Some(self.storage.runtime.spawn(upload.put_part(content))),
+            Sending::Named { uploads, id, parts } => {
+                let send = || uploads.0.put_part(&self.at.path, id, parts.len(), content.clone());
+                let sent = self.storage.patiently(send).map(|part| parts.push(part));
+                sent.map_err(|e| self.failed(e))?;
+            }
+        }
         Ok(())
     }
 
-    fn wait_for_part(&mut self) -> object_store::Result<()> {
+    fn wait_for_part(&mut self) -> Result<()> {
         let Some(part) = self.under_way.take() else { return Ok(()) };
-        self.storage.wait(part)?
+        self.storage.wait(part)?.map_err(|e| self.failed(e))
     }
 
     fn failed(&self, error: object_store::Error) -> anyhow::Error {
@@ -102,7 +156,7 @@ impl io::Write for Upload {
         let taken = bytes.len().min(self.storage.part_bytes - self.part.len());
         self.part.extend_from_slice(&bytes[..taken]);
         if self.part.len() == self.storage.part_bytes {
-            self.send_part().map_err(|e| io::Error::other(self.failed(e)))?;
+            self.send_part().map_err(io::Error::other)?;
         }
         Ok(taken)
     }
@@ -115,10 +169,12 @@ impl io::Write for Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if let Some(mut multipart) = self.multipart.take() {
-            self.wait_for_part().ok();
-            // Nobody is left to tell if this fails too: the next writer's sweep removes what stayed.
-            self.storage.wait(multipart.abort()).ok();
+        // Nobody is left to tell if this fails too: the next writer removes what stayed.
+        drop(self.wait_for_part());
+        match self.sending.take() {
+            Some(Sending::Unnamed(mut upload)) => drop(self.storage.wait(upload.abort())),
+            Some(Sending::Named { id, .. }) => drop(self.storage.abort_upload(&self.at, &id)),
+            None => {}
         }
     }
 }

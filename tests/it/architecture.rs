@@ -11,8 +11,8 @@ use valar::pipeline::spec;
 
 /// Modules and what each may use besides the vocabulary. A line is an edge that somebody meant to make.
 const EDGES: &[(&str, &[&str])] = &[
-    ("cli", &["pipeline"]),
-    ("config", &["cli", "device", "hub", "pipeline", "server"]),
+    ("cli", &["journal", "pipeline"]),
+    ("config", &["cli", "device", "hub", "journal", "pipeline", "server"]),
     ("device", &["tensor"]),
     ("engine", &["model", "text", "device"]),
     ("fingerprint", &[]),
@@ -22,7 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hf", &["device", "map", "model", "tensor"]),
     ("hub", &["storage"]),
     ("journal", &["storage", "format"]),
-    ("main", &["cli", "config", "device", "pipeline", "hub", "server"]),
+    ("main", &["cli", "config", "device", "journal", "pipeline", "hub", "server"]),
     ("model", &["device", "gguf", "tensor"]),
     (
         "pipeline",

@@ -136,7 +136,7 @@ fn a_signal_stops_the_run_in_good_order() {
     assert!(killed.success());
     let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(143), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(sandbox.path("out.job/manifest.json").exists() && !sandbox.path("out.jsonl").exists());
+    assert!(sandbox.path("out.job/manifest-00001.json").exists() && !sandbox.path("out.jsonl").exists());
     // A changed job is refused, in words; the same one goes on.
     let mut changed = ARGS.to_vec();
     changed.extend(["--set", "sampling.top_k=3"]);
@@ -154,8 +154,8 @@ fn two_runs_of_one_job_do_not_collide() {
     while n_segments(&sandbox) == 0 {
         sleep(Duration::from_millis(5));
     }
-    let said = sandbox.expect(&ARGS, 1);
-    assert!(said.contains("another"), "{said}");
+    let said = sandbox.expect(&ARGS, 4);
+    assert!(said.contains("another run is at this job"), "{said}");
     child.kill().expect("it can be killed");
     child.wait().expect("it ends");
 }

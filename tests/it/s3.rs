@@ -3,8 +3,8 @@
 
 use crate::common::{Sandbox, chat_line, model_path};
 use crate::faults::{Fault, S3, proxy};
-use serde_json::json;
-use std::process::{Command, Stdio};
+use serde_json::{Value, json};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -57,11 +57,15 @@ fn prepare(server: &S3, sandbox: &Sandbox, output: &str) -> Vec<u8> {
     std::fs::read(sandbox.path(output)).unwrap()
 }
 
-/// Only results, errors and report are left.
+/// Only results, errors and report are left, and the lease, which nobody holds.
 #[track_caller]
 fn check_tidy(server: &S3, stem: &str) {
     let keys: Vec<String> = server.keys().into_iter().filter(|key| key.starts_with(stem)).collect();
-    assert!(keys.len() == 3 && keys.iter().all(|key| !key.contains(".job/")), "{keys:?}");
+    let in_job: Vec<&str> = keys.iter().filter_map(|key| key.split_once(".job/")).map(|(_, name)| name).collect();
+    assert!(keys.len() == 4 && in_job == ["lease.json"], "{keys:?}");
+    let lease: Value = serde_json::from_slice(&server.get(&format!("{stem}job/lease.json"))).unwrap();
+    assert!(lease["held"] == false && lease["job"].is_null(), "{lease}");
+    assert!(!server.has_uploads(), "parts of uploads are left");
 }
 
 #[test]
@@ -133,33 +137,101 @@ fn a_store_that_fails_loses_and_doubles_nothing() {
     }
 }
 
+/// Rows of the real model that take several seconds.
+const SLOW: [&str; 12] = [
+    "run",
+    "-i",
+    "s3://bucket/in.jsonl",
+    "-o",
+    "s3://bucket/out.jsonl",
+    "--quiet",
+    "--set",
+    "job.seed=3",
+    "--set",
+    "engine.max_running=3",
+    "--set",
+    "job.window_rows=16",
+];
+
+fn put_slow_rows(server: &S3) {
+    let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true}));
+    server.put("in.jsonl", (0..40).map(line).collect::<Vec<_>>().join("\n").as_bytes());
+}
+
+fn n_segments(server: &S3) -> usize {
+    server.keys().iter().filter(|key| key.contains("out.job/seg-")).count()
+}
+
+/// A run that has committed something since it was started.
+fn started(server: &S3, mut command: Command) -> Child {
+    let before = n_segments(server);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_mins(5);
+    while n_segments(server) == before {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was disturbed");
+        assert!(Instant::now() < deadline, "the run does not get on");
+        sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn signal(child: &Child, name: &str) {
+    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
+    let (server, calm, sandbox) = (S3::start(), S3::start(), Sandbox::new());
+    put_slow_rows(&server);
+    put_slow_rows(&calm);
+    expect(command(&sandbox, calm.port, &SLOW), 0);
+    let with = |more: &[&str]| command(&sandbox, server.port, &[&SLOW[..], &["--lease", "3"], more].concat());
+    let first = started(&server, with(&[]));
+    let said = expect(with(&[]), 4);
+    assert!(said.contains("another run is at this job: process "), "{said}");
+    signal(&first, "-STOP");
+    // It does not know that the first one will come back.
+    let second = with(&["--if-running", "wait"]).stderr(Stdio::piped()).spawn().unwrap();
+    let ended = second.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ");
+    signal(&first, "-CONT");
+    let ended = first.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(ended.status.code() == Some(4) && said.contains("taken this job over"), "{said}");
+    assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ after it came back");
+    expect(command(&sandbox, server.port, &SLOW), 0);
+    check_tidy(&server, "out.");
+}
+
+#[test]
+fn a_store_without_conditions_is_refused() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let wanted = prepare(&server, &sandbox, "out.jsonl");
+    let (ignoring, _) = proxy(server.port, Box::new(|_| Fault::Unconditional));
+    let args = null_job("s3://bucket/in/*.jsonl", "s3://bucket/out.jsonl");
+    let said = expect(command(&sandbox, ignoring, &args), 1);
+    assert!(said.contains("does not honour conditional writes") && said.contains("--unguarded"), "{said}");
+    expect(command(&sandbox, ignoring, &[&args[..], &["--unguarded"]].concat()), 0);
+    assert!(server.get("out.jsonl") == wanted, "the output differs");
+    check_tidy(&server, "out.");
+}
+
 #[test]
 fn a_killed_job_on_s3_goes_on_where_it_was() {
     let (server, calm, sandbox) = (S3::start(), S3::start(), Sandbox::new());
-    let lines: Vec<String> = (0..40)
-        .map(|i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true})))
-        .collect();
-    server.put("in.jsonl", lines.join("\n").as_bytes());
-    calm.put("in.jsonl", lines.join("\n").as_bytes());
-    let few = ["--quiet", "--set", "job.seed=3", "--set", "engine.max_running=3", "--set", "job.window_rows=16"];
-    let args = [&["run", "-i", "s3://bucket/in.jsonl", "-o", "s3://bucket/out.jsonl"], &few[..]].concat();
+    put_slow_rows(&server);
+    put_slow_rows(&calm);
+    let args = &SLOW;
     // The same job on a server of its own, undisturbed: ids are made of the input's URL, too.
-    expect(command(&sandbox, calm.port, &args), 0);
-    let n_segments = || server.keys().iter().filter(|key| key.contains("out.job/seg-")).count();
+    expect(command(&sandbox, calm.port, args), 0);
     for _ in 0..2 {
-        let before = n_segments();
-        let mut child = command(&sandbox, server.port, &args).stderr(Stdio::null()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_mins(5);
-        while n_segments() == before {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
-            assert!(Instant::now() < deadline, "the run does not get on");
-            sleep(Duration::from_millis(5));
-        }
+        let mut child = started(&server, command(&sandbox, server.port, args));
         child.kill().unwrap();
         child.wait().unwrap();
     }
     assert!(!server.keys().contains(&"out.jsonl".to_owned()));
-    expect(command(&sandbox, server.port, &args), 0);
+    expect(command(&sandbox, server.port, args), 0);
     assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ");
     check_tidy(&server, "out.");
 }

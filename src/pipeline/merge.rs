@@ -1,0 +1,101 @@
+//! The shards of a job -> its outputs, once every row of every shard has its outcome. Computes nothing.
+//! Invariant: the files are those that the job would have written as a whole.
+
+use super::collect::Counts;
+use super::described::Described;
+use super::job::{self, JobFiles};
+use super::{Ended, JobEnd, Run, show, summary};
+use crate::config::Config;
+use crate::journal::{self, JobDir, Journal, Manifest, Shard, Totals};
+use crate::storage::Storage;
+use anyhow::{Result, bail};
+use std::io::ErrorKind;
+use std::ops::Range;
+use std::time::Instant;
+
+/// Publishes a job that was run in shards, and removes what they left.
+///
+/// # Errors
+/// If a shard is missing, unfinished, being run, or one of another job.
+pub fn merge(config: &Config) -> Result<JobEnd> {
+    let storage = Storage::new()?;
+    let files = JobFiles::new(&storage, &config.spec.output.file)?;
+    let end = merge_job(config, &storage, &files)?;
+    show(&end, config, &storage, &files)
+}
+
+fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
+    let Described { inputs, outputs, manifest, measured, .. } = Described::new(config, storage, files)?;
+    let shards = under_way(storage, files)?;
+    if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest) {
+        // Merged before, and perhaps killed while tidying up.
+        for shard in shards {
+            JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?.remove()?;
+        }
+        remove_folder(files)?;
+        return Ok(Ended::Before(Box::new(report)));
+    }
+    let Some(of) = shards.first().map(|shard| shard.of) else {
+        bail!("{}: no shard of this job is there; run them with --shard 0/N and so on", files.job.url);
+    };
+    let mut parts = Vec::new();
+    for shard in (0..of).map(|index| Shard { index, of }) {
+        if !shards.contains(&shard) {
+            bail!("shard {shard} has not begun: run it with --shard {shard}");
+        }
+        let rows = shard.rows(inputs.n_rows);
+        parts.push((open(config, storage, files, shard, &Manifest { rows: rows.clone(), ..manifest.clone() })?, rows));
+    }
+    let start = Instant::now();
+    let borrowed: Vec<(&Journal, Range<u64>)> = parts.iter().map(|(journal, rows)| (journal, rows.clone())).collect();
+    journal::finalise_parts(&borrowed, &outputs)?;
+    let totals = parts.iter().map(|(journal, _)| journal.totals()).fold(Totals::default(), Totals::plus);
+    let n_rows = inputs.n_rows;
+    let counts = Counts { resumed: n_rows, finalise: start.elapsed(), ..Counts::default() };
+    let run = Run { config, storage, files, inputs, outputs, manifest };
+    let report = summary::report(&run, n_rows, totals, &counts, &measured);
+    parts[0].0.publish(&files.report, report.to_json()?.as_bytes())?;
+    for (journal, _) in parts {
+        journal.remove()?;
+    }
+    remove_folder(files)?;
+    Ok(Ended::Now(Box::new(report)))
+}
+
+/// Shards with something to publish; all of one cut.
+fn under_way(storage: &Storage, files: &JobFiles) -> Result<Vec<Shard>> {
+    let mut shards = Vec::new();
+    for shard in files.shards(storage)? {
+        let lease = journal::lease_in(storage, &files.of_shard(shard)?.journal)?;
+        shards.extend(lease.filter(|lease| lease.job.is_some()).map(|_| shard));
+    }
+    if let Some(other) = shards.iter().find(|shard| shard.of != shards[0].of) {
+        bail!("{}: there are shards {} and {other}, which are of two cuts", files.job.url, shards[0]);
+    }
+    Ok(shards)
+}
+
+/// The journal of a shard, complete.
+fn open(config: &Config, storage: &Storage, files: &JobFiles, shard: Shard, wanted: &Manifest) -> Result<Journal> {
+    let dir = JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?;
+    let Some(manifest) = dir.manifest()? else { bail!("shard {shard} has not begun: run it with --shard {shard}") };
+    let differences = manifest.differences(wanted);
+    if !differences.is_empty() {
+        bail!("shard {shard} is of another job:\n  {}", differences.join("\n  "));
+    }
+    let journal = Journal::resume(dir, &manifest, &mut |_, _| Ok(()))?;
+    let left = wanted.rows.end - wanted.rows.start - journal.done_rows().len();
+    if left > 0 {
+        bail!("shard {shard} has {left} rows without an outcome: run it again with --shard {shard}");
+    }
+    Ok(journal)
+}
+
+/// The folder of the shards' folders, on a local disk, if it is empty.
+fn remove_folder(files: &JobFiles) -> Result<()> {
+    let Some(dir) = &files.job.local else { return Ok(()) };
+    match std::fs::remove_dir(dir) {
+        Err(e) if ![ErrorKind::NotFound, ErrorKind::DirectoryNotEmpty].contains(&e.kind()) => Err(e.into()),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,161 @@
+//! How far a job is and how to stop it, from wherever its store can be reached. Needs no model and no inputs.
+//! Invariant: looking changes nothing.
+
+use super::job::JobFiles;
+use super::report::Report;
+use crate::journal::{self, Life, Overview, Shard};
+use crate::storage::{Location, Storage};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::{Duration, Instant};
+
+/// How long is waited for a run to stop: as long as running rows may take to end, and the time to notice.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// A job, as it is shown.
+#[derive(Debug, Serialize)]
+struct Shown {
+    /// The result file.
+    job: String,
+    /// `finished`, or the state of its parts: `running` if one is, else `dead` if one is, else `stopped`; `none`.
+    state: &'static str,
+    /// Rows of the parts that have begun, or of the finished job.
+    rows: u64,
+    done: u64,
+    failed: u64,
+    parts: Vec<Part>,
+}
+
+/// The whole job or a shard.
+#[derive(Debug, Serialize)]
+struct Part {
+    /// `0/3`; absent if the job is not cut.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shard: Option<String>,
+    state: &'static str,
+    rows: u64,
+    done: u64,
+    failed: u64,
+    holder: String,
+    /// Seconds since the holder's last sign of life, where it gives any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    silence_s: Option<u64>,
+}
+
+/// Shows a job by its result file; whether there is one.
+///
+/// # Errors
+/// If its store can't be read.
+pub fn show(output: &str, json: bool) -> Result<bool> {
+    let storage = Storage::new()?;
+    let files = JobFiles::new(&storage, output)?;
+    let shown = look(&storage, &files)?;
+    let text = if json { serde_json::to_string(&shown).context("cannot write down the state")? + "\n" } else { shown.table() };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")?;
+    Ok(shown.state != "none")
+}
+
+/// Asks the runs of a job to stop and waits until they have; whether none is left.
+///
+/// # Errors
+/// If its store can't be reached.
+pub fn cancel(output: &str, say: &mut dyn FnMut(&str)) -> Result<bool> {
+    let storage = Storage::new()?;
+    let files = JobFiles::new(&storage, output)?;
+    let mut asked = Vec::new();
+    for (shard, dir) in dirs(&storage, &files)? {
+        if journal::ask_to_stop(&storage, &dir)? {
+            say(&format!("asked {} to stop", shard.map_or("the run".to_owned(), |shard| format!("the run of shard {shard}"))));
+            asked.push(dir);
+        }
+    }
+    if asked.is_empty() {
+        say("no run is at this job");
+        return Ok(true);
+    }
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        let mut n_running = 0;
+        for dir in &asked {
+            n_running += usize::from(journal::overview(&storage, dir)?.is_some_and(|part| part.life == Life::Running));
+        }
+        if n_running == 0 {
+            say("stopped; its progress stays, and the same command goes on from there");
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    say("it still runs; it stops when it sees that it was asked");
+    Ok(false)
+}
+
+/// Directories of a job and of its shards.
+fn dirs(storage: &Storage, files: &JobFiles) -> Result<Vec<(Option<Shard>, Location)>> {
+    let mut dirs = vec![(None, files.job.clone())];
+    for shard in files.shards(storage)? {
+        dirs.push((Some(shard), files.of_shard(shard)?.journal));
+    }
+    Ok(dirs)
+}
+
+fn look(storage: &Storage, files: &JobFiles) -> Result<Shown> {
+    let mut parts = Vec::new();
+    for (shard, dir) in dirs(storage, files)? {
+        parts.extend(journal::overview(storage, &dir)?.map(|found| Part::new(shard, found)));
+    }
+    let job = files.results.url.to_string();
+    if !parts.is_empty() {
+        let sum = |of: fn(&Part) -> u64| parts.iter().map(of).sum();
+        let state = ["running", "dead"].into_iter().find(|state| parts.iter().any(|part| part.state == *state));
+        let (rows, done, failed) = (sum(|part| part.rows), sum(|part| part.done), sum(|part| part.failed));
+        return Ok(Shown { job, state: state.unwrap_or("stopped"), rows, done, failed, parts });
+    }
+    let report: Option<Report> = storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok());
+    Ok(match report {
+        Some(Report { rows, .. }) => {
+            let done = rows.completed + rows.failed;
+            Shown { job, state: "finished", rows: rows.total, done, failed: rows.failed, parts }
+        }
+        None => Shown { job, state: "none", rows: 0, done: 0, failed: 0, parts },
+    })
+}
+
+impl Part {
+    fn new(shard: Option<Shard>, found: Overview) -> Self {
+        let rows = found.manifest.rows.end - found.manifest.rows.start;
+        let state = match found.life {
+            Life::Running => "running",
+            Life::Dead => "dead",
+            Life::Stopped if found.n_done == rows => "done",
+            Life::Stopped => "stopped",
+        };
+        Self {
+            shard: shard.map(|shard| shard.to_string()),
+            state,
+            rows,
+            done: found.n_done,
+            failed: found.n_failed,
+            holder: found.holder,
+            silence_s: found.silence.map(|silence| silence.as_secs()),
+        }
+    }
+}
+
+impl Shown {
+    fn table(&self) -> String {
+        let Self { job, state, rows, done, failed, parts } = self;
+        if *state == "none" {
+            return format!("{job}: no job\n");
+        }
+        let mut table = format!("{job}: {state}, {done} of {rows} rows, {failed} errors\n");
+        for Part { shard, state, rows, done, failed, holder, silence_s } in parts {
+            let name = shard.as_ref().map_or("run".to_owned(), |shard| format!("shard {shard}"));
+            let silence = silence_s.map(|s| format!(", last sign of life {s} s ago")).unwrap_or_default();
+            let line = writeln!(table, "  {name}: {state}, {done} of {rows} rows, {failed} errors; {holder}{silence}");
+            line.expect("memory takes text");
+        }
+        table
+    }
+}
