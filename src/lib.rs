@@ -20,6 +20,7 @@ pub mod prepare;
 pub mod request;
 pub mod server;
 pub mod storage;
+pub mod store;
 pub mod tensor;
 pub mod text;
 pub mod window;

@@ -48,6 +48,14 @@ pub struct ServeLimits {
     pub max_body_bytes: usize,
     /// Most calls of a class that wait to run, for each model; more are refused.
     pub max_queued: usize,
+    /// Most background responses that are open; more are refused.
+    pub max_background: usize,
+    /// Longest file.
+    pub max_file_bytes: u64,
+    /// Most requests of a batch.
+    pub max_batch_rows: u64,
+    /// How long responses are kept.
+    pub retention: Duration,
     /// Most connections at a time; further ones wait.
     pub max_connections: usize,
     /// Time that a client has to send its headers.
@@ -79,7 +87,11 @@ struct ServerSpec {
     data: PathBuf,
     api_keys: Vec<String>,
     max_body: String,
+    max_file: String,
+    max_batch_rows: u64,
     max_queued: usize,
+    max_background: usize,
+    retention_days: u64,
     max_connections: usize,
     header_timeout_s: u64,
     body_timeout_s: u64,
@@ -95,7 +107,11 @@ impl Default for ServerSpec {
             data: "valar-data".into(),
             api_keys: Vec::new(),
             max_body: "32MiB".into(),
+            max_file: "512MiB".into(),
+            max_batch_rows: 100_000,
             max_queued: 4096,
+            max_background: 100_000,
+            retention_days: 30,
             max_connections: 8192,
             header_timeout_s: 30,
             body_timeout_s: 300,
@@ -161,7 +177,11 @@ impl ServeConfig {
             defaults: sampling_params(&spec.sampling, false)?,
             limits: ServeLimits {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
+                max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,
+                max_batch_rows: server.max_batch_rows,
                 max_queued: server.max_queued,
+                max_background: server.max_background,
+                retention: Duration::from_secs(86_400 * server.retention_days),
                 max_connections: server.max_connections,
                 header_timeout: Duration::from_secs(server.header_timeout_s),
                 body_timeout: Duration::from_secs(server.body_timeout_s),

@@ -34,6 +34,8 @@ pub(super) enum Event {
     EngineEnded,
     /// A signal asks for an end.
     Signal(u8),
+    /// It ends here and now: what runs is not waited for.
+    Halt,
 }
 
 /// How often the display is brought up to date at least.
@@ -80,6 +82,8 @@ pub(super) enum Stop {
     Cancelled,
     /// Its budget is spent: this one.
     Budget(String),
+    /// Whoever runs it on an engine that others use, too.
+    Halted,
 }
 
 /// The rows in flight and where their outcomes go.
@@ -171,6 +175,10 @@ impl Collector {
                 Ok(Event::Prepared(step)) => self.take_prepared(step)?,
                 Ok(Event::FeedEnded(result)) => rows_read = Some(result?),
                 Ok(Event::EngineEnded) => return Ok(End::EngineEnded),
+                Ok(Event::Halt) => {
+                    self.stop.store(true, Relaxed);
+                    return Ok(End::Stopped(Stop::Halted));
+                }
                 Ok(Event::Signal(signal)) => stopped = Some((Stop::Signal(signal), Instant::now())),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the job's threads are gone"),
@@ -440,6 +448,11 @@ impl Collector {
         self.index.add_places(std::mem::take(&mut self.places))?;
         self.last_commit = Instant::now();
         Ok(())
+    }
+
+    /// Names of sequences that may not have finished.
+    pub(super) fn open_sequences(&self) -> Vec<u64> {
+        self.windows.iter().flat_map(|window| (window.first_id..).take(window.sequences.len())).collect()
     }
 
     /// The journal and the counts, once nothing more comes. The feed is told that nobody waits for windows any more.

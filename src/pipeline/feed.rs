@@ -28,16 +28,28 @@ pub(super) struct Feed {
     /// One message per finished window.
     pub(super) finished_windows: Receiver<()>,
     pub(super) stop: Arc<AtomicBool>,
-    /// Told of every window, before it runs.
-    pub(super) estimator: Arc<Mutex<JobEstimator>>,
+    /// Told of every window, before it runs; `None` where nobody reckons.
+    pub(super) estimator: Option<Arc<Mutex<JobEstimator>>>,
+    /// The name of the first sequence.
+    pub(super) first_id: u64,
+    /// What rows share prefixes in, where the engine is not the job's own.
+    pub(super) stream: Option<u32>,
 }
 
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(self) -> Result<u64> {
-        let Self { reader, done, engine, events, finished_windows, stop, estimator } = self;
-        let (settings, times) = (reader.settings.clone(), Arc::clone(&reader.times));
-        let planner = Planner { settings, times, done: &done, engine: &engine, events, stop: &stop, estimator: &estimator };
+        let Self { reader, done, engine, events, finished_windows, stop, estimator, first_id, stream } = self;
+        let planner = Planner {
+            settings: reader.settings.clone(),
+            times: Arc::clone(&reader.times),
+            done: &done,
+            engine: &engine,
+            events,
+            stop: &stop,
+            estimator: estimator.as_deref(),
+            stream,
+        };
         // Prepared windows are handed over one by one, none waits.
         let (prepared, windows) = sync_channel(0);
         std::thread::scope(|scope| {
@@ -45,7 +57,7 @@ impl Feed {
             let read = move || read(reader, done, &finished_windows, stop, &prepared);
             let reading =
                 Builder::new().name("reader".into()).spawn_scoped(scope, read).context("starting the reader's thread")?;
-            planner.run(windows);
+            planner.run(windows, first_id);
             reading.join().unwrap_or_else(|panic| Err(anyhow!("the reader panicked: {}", panic_message(&*panic))))
         })
     }
@@ -94,13 +106,13 @@ struct Planner<'a> {
     engine: &'a EngineHandle,
     events: Sender<Event>,
     stop: &'a AtomicBool,
-    estimator: &'a Mutex<JobEstimator>,
+    estimator: Option<&'a Mutex<JobEstimator>>,
+    stream: Option<u32>,
 }
 
 impl Planner<'_> {
     /// Until no more windows come, or the job is over.
-    fn run(self, windows: Receiver<Vec<WindowRow>>) {
-        let mut next_id = 0;
+    fn run(self, windows: Receiver<Vec<WindowRow>>, mut next_id: u64) {
         for rows in windows {
             let window = self.plan(rows, &mut next_id);
             if !self.submit(window) {
@@ -112,8 +124,13 @@ impl Planner<'_> {
     fn plan(&self, rows: Vec<WindowRow>, next_id: &mut u64) -> PlannedWindow {
         let start = Instant::now();
         let mut window = plan_window(rows, &self.settings, next_id, |row_idx| self.done.contains(row_idx));
-        let from_before = self.estimator.lock().expect("an estimator does not panic").observe(&window);
-        window.trie_tokens -= u64::from(from_before);
+        if let Some(estimator) = self.estimator {
+            let from_before = estimator.lock().expect("an estimator does not panic").observe(&window);
+            window.trie_tokens -= u64::from(from_before);
+        }
+        if let Some(stream) = self.stream {
+            window.submissions.iter_mut().for_each(|submission| submission.stream = stream);
+        }
         self.times.planned(start.elapsed());
         window
     }

@@ -14,6 +14,7 @@ pub mod explain;
 mod feed;
 mod first_rows;
 mod flight;
+pub mod hosted;
 mod index;
 pub mod inspect;
 mod job;
@@ -322,7 +323,9 @@ impl Run<'_> {
                 events,
                 finished_windows,
                 stop,
-                estimator: Arc::clone(&measured.estimator),
+                estimator: Some(Arc::clone(&measured.estimator)),
+                first_id: 0,
+                stream: None,
             };
             Ok((feed, stepper))
         };
@@ -335,6 +338,7 @@ impl Run<'_> {
             End::Stopped(Stop::Signal(signal)) => stopped.map(|()| Ended::Stopped(signal)),
             End::Stopped(Stop::Cancelled) => stopped.map(|()| Ended::Cancelled),
             End::Stopped(Stop::Budget(limit)) => stopped.map(|()| Ended::Paused(limit)),
+            End::Stopped(Stop::Halted) => unreachable!("nobody halts a job with an engine of its own"),
             End::EngineEnded => match stopped {
                 Ok(()) => anyhow::bail!("the engine stopped before the job was done"),
                 Err(error) => Err(error.context("the engine failed; what was committed stays")),

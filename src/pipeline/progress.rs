@@ -33,6 +33,8 @@ pub(super) enum Progress {
     Quiet,
     /// A live line.
     Live(ProgressBar, Instant),
+    /// Whoever asked is told.
+    Told(Box<dyn FnMut(Snapshot) + Send>),
     /// A line now and then.
     Lines {
         /// When the job started.
@@ -62,6 +64,7 @@ impl Progress {
     pub(super) fn show(&mut self, snapshot: Snapshot) {
         match self {
             Self::Quiet => {}
+            Self::Told(tell) => tell(snapshot),
             Self::Live(bar, start) => {
                 bar.set_length(snapshot.total.max(1));
                 bar.set_position(snapshot.done);

@@ -37,28 +37,24 @@ impl Call {
     /// # Errors
     /// What is wrong with it, or that too many calls wait.
     pub async fn start(app: &App, endpoint: Endpoint, body: &Map<String, Value>, mode: Mode) -> Result<Self, ApiError> {
-        let (model, window, prompts, echo) = Self::prepare(app, endpoint, body, mode).await?;
-        Self::submit(model, window, &prompts, echo)
+        let prepared = Self::prepare(app, endpoint, body, Asked { mode, window: None }).await?;
+        Self::submit(&prepared, &Identity::new())
     }
 
     /// Starts prompts that are prepared.
     ///
     /// # Errors
     /// Too many calls wait.
-    pub fn submit(model: Arc<Offered>, window: Window, prompts: &[Prompt], echo: Option<Box<Value>>) -> Result<Self, ApiError> {
+    pub fn submit(prepared: &Prepared, identity: &Identity) -> Result<Self, ApiError> {
+        let Prepared { model, window, prompts, echo } = prepared;
         let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
         if n_sequences > MAX_SEQUENCES {
             let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
             return Err(ApiError::invalid_value("n", message));
         }
-        let flow = model.live.submit(prompts, window.class(), ids::seed()).map_err(|_busy| ApiError::busy())?;
-        let stamp = Stamp {
-            job_fingerprint: String::new(),
-            created: now(),
-            model: model.id.clone(),
-            system_fingerprint: model.live.fingerprint.clone(),
-        };
-        Ok(Self { model, window, id: ids::fresh(), stamp, echo, flow })
+        let flow = model.live.submit(prompts, window.class(), identity.seed).map_err(|_busy| ApiError::busy())?;
+        let (model, stamp) = (Arc::clone(model), identity.stamp(model));
+        Ok(Self { model, window: *window, id: identity.id.clone(), stamp, echo: echo.clone(), flow })
     }
 
     /// What a request's prompts are counted as; nothing is run.
@@ -66,23 +62,25 @@ impl Call {
     /// # Errors
     /// What is wrong with it.
     pub async fn count(app: &App, endpoint: Endpoint, body: &Map<String, Value>) -> Result<usize, ApiError> {
-        let (_, _, prompts, _) = Self::prepare(app, endpoint, body, Mode::Foreground).await?;
+        let asked = Asked { mode: Mode::Foreground, window: None };
+        let Prepared { prompts, .. } = Self::prepare(app, endpoint, body, asked).await?;
         Ok(prompts.iter().map(|prompt| prompt.tokens.len()).sum())
     }
 
-    async fn prepare(
-        app: &App,
-        endpoint: Endpoint,
-        body: &Map<String, Value>,
-        mode: Mode,
-    ) -> Result<(Arc<Offered>, Window, Vec<Prompt>, Option<Box<Value>>), ApiError> {
+    /// Checks a request; nothing is run.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub async fn prepare(app: &App, endpoint: Endpoint, body: &Map<String, Value>, asked: Asked) -> Result<Prepared, ApiError> {
         let model = Arc::clone(app.models.named(body)?);
-        let window = windows::resolve(windows::asked(windows::metadata(body)?), mode, &model.id, &model.windows)?;
+        let metadata = windows::metadata(body)?;
+        let window = asked.window.map(Window::as_str).or_else(|| windows::asked(metadata));
+        let window = windows::resolve(window, asked.mode, &model.id, &model.windows)?;
         let (mut request, echo) = parse_body(0, endpoint, body, &app.defaults)?;
         // The name is the server's matter, not the weights'.
         request.model = None;
         let prompts = model.live.prepare(request, endpoint).await.map_err(|error| named(error, endpoint, body))?;
-        Ok((model, window, prompts, echo))
+        Ok(Prepared { model, window, prompts, echo })
     }
 
     /// Of its model.
@@ -97,6 +95,56 @@ impl Call {
     pub async fn answer(mut self, endpoint: Endpoint) -> Result<Value, ApiError> {
         let completion = self.flow.complete(&self.model.live.preparer.tokenizer).await?;
         Ok(self.stamp.answer(&self.id, endpoint, self.echo.as_deref(), &completion))
+    }
+}
+
+/// How a call is to be carried out.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// Whether its caller waits.
+    pub mode: Mode,
+    /// The window, where it is not the body's to say.
+    pub window: Option<Window>,
+}
+
+/// A request that can run.
+pub struct Prepared {
+    /// Who answers.
+    pub model: Arc<Offered>,
+    /// What it is billed as and scheduled by.
+    pub window: Window,
+    /// What is completed.
+    pub prompts: Vec<Prompt>,
+    /// What the answer repeats of the request (Responses only).
+    pub echo: Option<Box<Value>>,
+}
+
+/// What makes two runs of a request the same answer.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The end of its ids.
+    pub id: String,
+    /// Unix seconds.
+    pub created: u64,
+    /// What it draws with, where it names no seed.
+    pub seed: u64,
+}
+
+impl Identity {
+    /// A new one.
+    #[expect(clippy::new_without_default, reason = "each is another")]
+    pub fn new() -> Self {
+        Self { id: ids::fresh(), created: now(), seed: ids::seed() }
+    }
+
+    /// What the answer of a model is stamped with.
+    pub fn stamp(&self, model: &Offered) -> Stamp {
+        Stamp {
+            job_fingerprint: String::new(),
+            created: self.created,
+            model: model.id.clone(),
+            system_fingerprint: model.live.fingerprint.clone(),
+        }
     }
 }
 

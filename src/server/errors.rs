@@ -3,6 +3,7 @@
 
 use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
+use crate::pipeline::progress::say;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -177,6 +178,14 @@ impl From<RowError> for ApiError {
         };
         let param = error.field.map(|field| field.strip_prefix("body.").unwrap_or(&field).to_owned());
         Self { param, ..Self::new(StatusCode::BAD_REQUEST, code, error.message.replace("body.", "")) }
+    }
+}
+
+/// A fault of ours, of which callers are told no more than that.
+impl From<anyhow::Error> for ApiError {
+    fn from(error: anyhow::Error) -> Self {
+        say(&format!("error: {error:#}"));
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, None, "the server could not read or write what it stores")
     }
 }
 

@@ -4,8 +4,9 @@
 
 use super::live::Place;
 use super::metrics::Times;
-use crate::engine::{Finished, Progress, SeqLogprob};
+use crate::engine::{EngineStats, Finished, Progress, SeqLogprob};
 use crate::outcome::{Completion, ErrorCode, RowError, Usage};
+use crate::pipeline::hosted::Link;
 use crate::prepare::sequences::PromptMeta;
 use crate::text::tokenizer::Tokenizer;
 use std::collections::HashMap;
@@ -66,6 +67,20 @@ impl Pending {
     }
 }
 
+/// Sequences from this name on are those of jobs: each has so many names as its shift says.
+const JOB_IDS: u64 = 1 << 61;
+const JOB_SHIFT: u32 = 40;
+
+/// The job that a sequence is of.
+fn job_of(id: u64) -> u64 {
+    (id - JOB_IDS) >> JOB_SHIFT
+}
+
+/// The first name of a job's sequences.
+pub(super) fn first_id(job: u64) -> u64 {
+    JOB_IDS + (job << JOB_SHIFT)
+}
+
 /// Whose each running sequence is.
 #[derive(Default)]
 pub(super) struct Routes(Mutex<Table>);
@@ -74,6 +89,8 @@ pub(super) struct Routes(Mutex<Table>);
 struct Table {
     /// By the engine's name of the sequence.
     routes: HashMap<u64, (Arc<Mailbox>, usize)>,
+    /// Jobs, by number.
+    jobs: HashMap<u64, Link>,
     is_closed: bool,
 }
 
@@ -93,8 +110,30 @@ impl Routes {
         }
     }
 
-    pub(super) fn deliver(&self, progress: Vec<Progress>, finished: Vec<Finished>) {
+    /// Sequences of a job's are its own from now on.
+    pub(super) fn open_job(&self, number: u64, link: &Link) {
+        let is_closed = self.with(|table| {
+            table.jobs.insert(number, link.clone());
+            table.is_closed
+        });
+        if is_closed {
+            link.engine_ended();
+        }
+    }
+
+    /// The job has ended.
+    pub(super) fn close_job(&self, number: u64) {
+        self.with(|table| table.jobs.remove(&number));
+    }
+
+    pub(super) fn deliver(&self, progress: Vec<Progress>, finished: Vec<Finished>, stats: &EngineStats) {
+        let (of_jobs, finished): (Vec<Finished>, Vec<Finished>) = finished.into_iter().partition(|done| done.id >= JOB_IDS);
         self.with(|table| {
+            for own in of_jobs.chunk_by(|a, b| job_of(a.id) == job_of(b.id)) {
+                if let Some(link) = table.jobs.get(&job_of(own[0].id)) {
+                    link.step(own.to_vec(), *stats);
+                }
+            }
             for next in progress {
                 if let Some((mailbox, sequence)) = table.routes.get(&next.id) {
                     mailbox.update(|pending| pending.note(*sequence, next));
@@ -115,6 +154,7 @@ impl Routes {
             for (mailbox, _) in table.routes.values() {
                 mailbox.update(|pending| pending.is_closed = true);
             }
+            table.jobs.values().for_each(Link::engine_ended);
         });
     }
 

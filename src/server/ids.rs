@@ -10,6 +10,13 @@ pub fn fresh() -> String {
     format!("{:032x}", u128::from_le_bytes(random()))
 }
 
+/// The digits of an id that follows from what a thing is, and from what it is to be used for.
+pub fn derived(context: &str, thing: &[u8]) -> String {
+    let key = blake3::derive_key(context, thing);
+    let (digits, _) = key.split_first_chunk().expect("a key has 32 bytes");
+    format!("{:032x}", u128::from_le_bytes(*digits))
+}
+
 /// A seed that survives JSON readers that keep numbers as doubles: 53 bits.
 pub fn seed() -> u64 {
     u64::from_le_bytes(random()) >> 11

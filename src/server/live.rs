@@ -3,7 +3,7 @@
 //! the same request; a caller that goes away leaves nothing behind; memory held for a caller that reads slowly is bounded
 //! by its answer.
 
-use super::flow::{Flow, Mailbox, Routes};
+use super::flow::{Flow, Mailbox, Routes, first_id};
 use super::metrics::Times;
 use super::pace::Pace;
 use crate::config::ModelConfig;
@@ -13,6 +13,7 @@ use crate::engine::{Engine, EngineConfig, EngineStats, Submission};
 use crate::format::openai::Endpoint;
 use crate::grammar::Grammars;
 use crate::outcome::{ErrorCode, RowError};
+use crate::pipeline::hosted::{Link, Seat};
 use crate::pipeline::load;
 use crate::pipeline::meter::Meter;
 use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission};
@@ -45,6 +46,7 @@ pub struct LiveModel {
     /// As many requests as are prepared at a time.
     preparing: Semaphore,
     next_id: AtomicU64,
+    next_job: AtomicU64,
     stats: Arc<Mutex<EngineStats>>,
     /// True once the engine has ended, however it did.
     ended: watch::Receiver<bool>,
@@ -63,14 +65,15 @@ struct Work {
 pub struct Busy;
 
 impl LiveModel {
-    /// Loads a model and starts its engine. While a call of class asap is there, a step takes about `limits.max_step` at
+    /// Loads a model, which rows may also call by these names, and starts its engine. While a call of class asap is there, a step takes about `limits.max_step` at
     /// most.
     ///
     /// # Errors
     /// No such model, one that can't be used, or not enough memory.
-    pub fn start(config: &ModelConfig, defaults: Params, limits: &ServeLimits) -> Result<Self> {
+    pub fn start(config: &ModelConfig, names: Vec<String>, defaults: Params, limits: &ServeLimits) -> Result<Self> {
         let open = load::open(config)?;
-        let (tokenizer, model, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
+        let (tokenizer, mut model, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
+        model.names.extend(names);
         let fingerprint = open.fingerprint.to_string();
         let meter = Arc::new(Meter::default());
         let (runner, template) = load::load(open, config, &meter)?;
@@ -109,6 +112,7 @@ impl LiveModel {
             max_queued: limits.max_queued,
             preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
+            next_job: AtomicU64::new(0),
             stats,
             ended,
         })
@@ -173,6 +177,21 @@ impl LiveModel {
         Ok(flow)
     }
 
+    /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
+    pub fn seat(&self, link: &Link) -> JobPlace {
+        let number = self.next_job.fetch_add(1, Relaxed);
+        self.routes.open_job(number, link);
+        let seat = Seat {
+            preparer: Arc::clone(&self.preparer),
+            engine: Arc::clone(&self.engine),
+            fingerprint: self.fingerprint.clone(),
+            first_id: first_id(number),
+            // Calls of each class have a stream of their own.
+            stream: Class::ALL.len() as u32 + number as u32,
+        };
+        JobPlace { seat, routes: Arc::clone(&self.routes), number }
+    }
+
     /// The engine's counters, as of its last step.
     pub fn stats(&self) -> EngineStats {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
@@ -192,6 +211,20 @@ impl LiveModel {
     pub async fn ended(&self) {
         // An error means that the sender is gone: ended too.
         drop(self.ended.clone().wait_for(|ended| *ended).await);
+    }
+}
+
+/// A job's place on an engine.
+pub struct JobPlace {
+    /// What the job needs of it.
+    pub seat: Seat,
+    routes: Arc<Routes>,
+    number: u64,
+}
+
+impl Drop for JobPlace {
+    fn drop(&mut self) {
+        self.routes.close_job(self.number);
     }
 }
 
@@ -216,7 +249,7 @@ impl Receiving {
     fn take(&mut self, step: Delivery<'_>) {
         self.pace.note(step.stats);
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = *step.stats;
-        self.routes.deliver(step.progress, step.finished);
+        self.routes.deliver(step.progress, step.finished, step.stats);
     }
 }
 

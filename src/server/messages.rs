@@ -3,17 +3,15 @@
 
 use super::App;
 use super::body::JsonObject;
-use super::call::{Call, Streaming, named};
+use super::call::{Call, Identity, Prepared, Streaming, named};
 use super::errors::{ApiError, Dialect, json_response};
 use super::ids;
 use super::shown::Shown;
 use super::sse;
-use super::windows::{self, Mode, Window};
+use super::windows::{self, Mode};
 use crate::format::anthropic::parse_messages;
 use crate::format::openai::Endpoint;
 use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError};
-use crate::prepare::Prompt;
-use crate::server::models::Offered;
 use async_stream::stream;
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -22,13 +20,6 @@ use futures::Stream;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
-/// A prepared request.
-struct Prepared {
-    model: Arc<Offered>,
-    window: Window,
-    prompts: Vec<Prompt>,
-}
-
 /// Answers a message.
 pub(super) async fn create(
     State(app): State<Arc<App>>,
@@ -36,9 +27,9 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let Prepared { model, window, prompts } = prepare(&app, &headers, &body, true).await?;
-    let stops = prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
-    let mut call = Call::submit(model, window, &prompts, None)?;
+    let prepared = prepare(&app, &headers, &body, true).await?;
+    let stops = prepared.prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
+    let mut call = Call::submit(&prepared, &Identity::new())?;
     if streaming.is_on {
         return Ok(sse::response(events(call, stops)));
     }
@@ -77,7 +68,7 @@ async fn prepare(
     let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
     let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
     let prompts = prompts.map_err(|error| too_long(error, body))?;
-    Ok(Prepared { model, window, prompts })
+    Ok(Prepared { model, window, prompts, echo: None })
 }
 
 /// Clients know a prompt that is too long by the beginning of this text.

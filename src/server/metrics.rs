@@ -108,6 +108,13 @@ pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
     for model in &models {
         line(&mut out, "valar_open_calls", &format!("model={:?}", model.id), &model.live.n_open());
     }
+    for (name, help, n_open) in [
+        ("valar_background_responses", "Background responses that have not ended.", app.background.n_open()),
+        ("valar_batches", "Batches that have not ended.", app.batches.n_open()),
+    ] {
+        head(&mut out, name, "gauge", help);
+        writeln!(out, "{name} {n_open}").expect("memory takes text");
+    }
     head(&mut out, "valar_time_to_first_token_seconds", "histogram", "From a call's start to its first token.");
     for model in &models {
         model.live.first_tokens.write(&mut out, "valar_time_to_first_token_seconds", &model.id);

@@ -3,11 +3,16 @@
 //! accepted is answered, or its caller is gone; the same request has the same bits as through `valar run`.
 
 mod auth;
+pub mod background;
+pub mod batch_runs;
+mod batches;
 mod body;
 pub mod call;
 mod chat;
 mod completions;
+mod conversation;
 pub mod errors;
+mod files;
 pub mod flow;
 mod http;
 pub mod ids;
@@ -16,27 +21,34 @@ mod messages;
 mod metrics;
 pub mod models;
 mod pace;
+mod paging;
+pub mod response_events;
 pub mod responses;
 mod shown;
 mod sse;
+mod stored;
 mod tokens;
 pub mod windows;
 
 use crate::config::serve::ServeConfig;
 use crate::pipeline::progress::say;
 use crate::request::Params;
+use crate::store::Store;
 use anyhow::{Context, Result, bail};
-use auth::Keys;
+use auth::{Keys, Owner};
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use background::Background;
+use batch_runs::Batches;
 use errors::{ApiError, Dialect, json_response};
 use metrics::Counters;
 use models::Models;
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
@@ -55,6 +67,16 @@ pub struct App {
     counters: Counters,
     max_body_bytes: usize,
     body_timeout: Duration,
+    /// What lasts.
+    pub store: Store,
+    /// Responses that are fetched later.
+    pub background: Background,
+    /// Batches that have not ended.
+    pub batches: Batches,
+    /// The data folder.
+    pub data: PathBuf,
+    max_file_bytes: u64,
+    max_batch_rows: u64,
     /// Set by the first signal: new requests are sent away.
     is_draining: AtomicBool,
 }
@@ -73,8 +95,18 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         let address = (config.host.as_str(), config.port);
         let listener = TcpListener::bind(address).await;
         let listener = listener.with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
+        let store = Store::open(&config.data)?;
+        let models = Models::load(config)?;
+        let n_running = 2 * config.models.iter().map(|offered| offered.model.max_running).max().unwrap_or(1);
+        let (background, queues) = Background::new(&models, config.limits.max_background, n_running);
         let app = Arc::new(App {
-            models: Models::load(config)?,
+            models,
+            store,
+            background,
+            batches: Batches::default(),
+            data: config.data.clone(),
+            max_file_bytes: config.limits.max_file_bytes,
+            max_batch_rows: config.limits.max_batch_rows,
             keys: Keys::new(config.api_keys.iter().map(String::as_str)),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
@@ -82,6 +114,10 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             body_timeout: config.limits.body_timeout,
             is_draining: AtomicBool::new(false),
         });
+        files::sweep(&app).await?;
+        background::start(&app, queues).await?;
+        batch_runs::start(&app).await?;
+        tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
         let ended = run(listener, Arc::clone(&app), config).await;
         if let Some(id) = app.models.ended() {
             bail!("the engine of {id} failed");
@@ -111,6 +147,9 @@ async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Resu
         () = any_signal() => {}
     }
     app.is_draining.store(true, Relaxed);
+    // It goes on at the next start.
+    app.background.close_all();
+    app.batches.pause_all();
     let connections = server.into_connections();
     say("finishing what runs; a second signal ends it at once");
     tokio::select! {
@@ -120,6 +159,21 @@ async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Resu
         () = app.models.any_ended() => {}
     }
     Ok(())
+}
+
+/// How often what is old is looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(30);
+
+/// Removes what is too old, until the server ends.
+async fn sweep(app: Arc<App>, retention: Duration) {
+    while !app.is_draining.load(Relaxed) {
+        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await] {
+            if let Err(error) = swept {
+                say(&format!("removing what is old: {error:#}"));
+            }
+        }
+        tokio::time::sleep(SWEEP_EVERY).await;
+    }
 }
 
 /// All routes.
@@ -133,9 +187,20 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
-        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses", post(responses::create).get(stored::list))
+        .route("/v1/responses/wait", post(stored::wait))
         .route("/v1/responses/input_tokens", post(responses::input_tokens))
-        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::retrieve))
+        .route("/v1/responses/{id}", get(stored::retrieve).delete(stored::delete))
+        .route("/v1/responses/{id}/cancel", post(stored::cancel))
+        .route("/v1/responses/{id}/input_items", get(stored::input_items))
+        // Its own limit stands in `files`.
+        .route("/v1/files", post(files::create).layer(DefaultBodyLimit::disable()).get(files::list))
+        .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::content))
+        .route("/v1/batches", post(batches::create).get(batches::list))
+        .route("/v1/batches/{id}", get(batches::retrieve))
+        .route("/v1/batches/{id}/cancel", post(batches::cancel))
+        .route("/v1/batches/{id}/{custom_id}", get(batches::result))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         // Clients that add `/v1` themselves, given a base that has it.
@@ -162,14 +227,17 @@ async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 }
 
 /// What every request passes through: its id, whether it may, and the form of its error.
-async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+async fn front(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let request_id = ids::new("req_");
     let path = request.uri().path();
     let dialect = Dialect::of(path, request.headers());
     let is_open = path == "/health" || path == "/ready";
-    let allowed = if is_open { Ok(()) } else { app.admit(&request) };
+    let allowed = if is_open { Ok(None) } else { app.admit(&request).map(Some) };
     let response = match allowed {
-        Ok(()) => next.run(request).await,
+        Ok(owner) => {
+            owner.and_then(|owner| request.extensions_mut().insert(owner));
+            next.run(request).await
+        }
         Err(error) => error.into_response(),
     };
     let mut response = match response.extensions().get::<ApiError>() {
@@ -191,8 +259,8 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
 }
 
 impl App {
-    fn admit(&self, request: &Request) -> Result<(), ApiError> {
-        self.keys.check(request.headers())?;
-        if self.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(()) }
+    fn admit(&self, request: &Request) -> Result<Owner, ApiError> {
+        let owner = self.keys.check(request.headers())?;
+        if self.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(owner) }
     }
 }

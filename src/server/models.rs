@@ -48,7 +48,9 @@ impl Models {
             let live = if let Some((_, live)) = known {
                 Arc::clone(live)
             } else {
-                let live = Arc::new(LiveModel::start(model, config.defaults.clone(), &config.limits)?);
+                let same = config.models.iter().filter(|other| key(&other.model) == key(model));
+                let names = same.filter_map(|other| other.id.clone()).collect();
+                let live = Arc::new(LiveModel::start(model, names, config.defaults.clone(), &config.limits)?);
                 loaded.push((model, Arc::clone(&live)));
                 live
             };
@@ -73,7 +75,7 @@ impl Models {
     }
 
     /// By its public name, or by any other that its weights are known by.
-    fn find(&self, name: &str) -> Option<&Arc<Offered>> {
+    pub fn find(&self, name: &str) -> Option<&Arc<Offered>> {
         let by_id = self.0.iter().find(|model| model.id == name);
         by_id.or_else(|| self.0.iter().find(|model| model.live.preparer.model.is_called(name)))
     }

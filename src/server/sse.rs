@@ -20,6 +20,11 @@ pub(super) fn data(value: &Value) -> String {
 
 /// `event:` and `data:`.
 pub(super) fn event(name: &str, value: &Value) -> String {
+    event_text(name, &value.to_string())
+}
+
+/// The same, of JSON that is text already.
+pub(super) fn event_text(name: &str, value: &str) -> String {
     format!("event: {name}\ndata: {value}\n\n")
 }
 

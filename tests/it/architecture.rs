@@ -47,8 +47,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("plan", &["text"]),
     ("prepare", &["text", "format", "hub", "engine", "grammar"]),
-    ("server", &["config", "engine", "format", "grammar", "pipeline", "prepare", "text"]),
+    ("server", &["config", "engine", "format", "grammar", "pipeline", "prepare", "store", "text"]),
     ("storage", &[]),
+    ("store", &[]),
     ("text", &["gguf"]),
 ];
 /// Imported by all, imports nothing of the crate.

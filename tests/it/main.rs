@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod architecture;
+mod background;
+mod batches;
 mod cli;
 mod columns;
 mod common;

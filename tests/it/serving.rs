@@ -19,7 +19,27 @@ pub(crate) struct Server {
     pub(crate) child: Child,
     pub(crate) address: String,
     pub(crate) sandbox: Sandbox,
+    args: Vec<String>,
     agent: Agent,
+}
+
+/// Starts the program; where it listens.
+fn spawn(sandbox: &Sandbox, args: &[String]) -> (Child, String) {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut before = String::new();
+    let address = loop {
+        let mut line = String::new();
+        assert!(said.read_line(&mut line).unwrap() > 0, "the server ended before it listened: {before}");
+        if let Some((_, address)) = line.split_once("listening on http://") {
+            break address.trim().to_owned();
+        }
+        before.push_str(&line);
+    };
+    // Whatever else it says goes nowhere, and must not stop it.
+    std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+    (child, address)
 }
 
 /// What came back.
@@ -71,21 +91,18 @@ impl Server {
     pub(crate) fn with(config: &str, flags: &[&str]) -> Self {
         let sandbox = Sandbox::new();
         sandbox.write("valar.toml", config);
-        let mut args = vec!["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
-        args.extend(flags);
-        let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
-        let mut said = BufReader::new(child.stderr.take().unwrap());
-        let address = loop {
-            let mut line = String::new();
-            assert!(said.read_line(&mut line).unwrap() > 0, "the server ended before it listened");
-            if let Some((_, address)) = line.split_once("listening on http://") {
-                break address.trim().to_owned();
-            }
-        };
-        // Whatever else it says goes nowhere, and must not stop it.
-        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        let args = ["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
+        let args: Vec<String> = args.iter().chain(flags).map(|&arg| arg.to_owned()).collect();
+        let (child, address) = spawn(&sandbox, &args);
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_mins(5)));
-        Self { child, address, sandbox, agent: agent.build().into() }
+        Self { child, address, sandbox, args, agent: agent.build().into() }
+    }
+
+    /// Kills it, if it still runs, and starts it again on what it left.
+    pub(crate) fn restart(&mut self) {
+        drop(self.child.kill());
+        self.child.wait().unwrap();
+        (self.child, self.address) = spawn(&self.sandbox, &self.args);
     }
 
     /// A request with our key.

@@ -8,6 +8,7 @@ The examples of the service's documents stand here word for word, but for the mo
 
 import json
 import sys
+import time
 
 import anthropic
 import openai
@@ -252,10 +253,84 @@ def documents_realtime():
     print(response.output_text)
 
 
+def documents_async():
+    """The example of async in "Inference modes"; then what becomes of it."""
+    started = client.responses.create(
+        model="moonshotai/Kimi-K2.6",
+        input="Classify this ticket and draft a reply.",
+        background=True,  # returns a response id right away
+        metadata={"completion_window": "standard"},
+    )
+
+    print("Queued:", started.id)
+    assert started.status == "queued" and started.background, started
+    events = list(client.responses.retrieve(started.id, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    ended = client.responses.retrieve(started.id)
+    assert events[-1].response == ended and ended.status in ("completed", "incomplete"), ended
+    assert list(client.responses.retrieve(started.id, stream=True, starting_after=4)) == events[5:]
+    open_responses.ResponseResource.model_validate(ended.to_dict())
+    try:
+        client.responses.cancel(started.id)
+        raise AssertionError("cancelled")
+    except openai.BadRequestError as error:
+        assert "Cannot cancel" in str(error), error
+
+
+def stored():
+    first = client.responses.create(model=MODEL, input="My name is Ann.", temperature=0, max_output_tokens=8)
+    items = [{"role": "user", "content": "What"}, {"role": "user", "content": "is my name?"}]
+    second = client.responses.create(model=MODEL, input=items, previous_response_id=first.id, max_output_tokens=8)
+    assert client.responses.retrieve(second.id) == second and second.previous_response_id == first.id
+    listed = list(client.responses.input_items.list(second.id, limit=1, order="asc"))
+    assert [item.content[0].text for item in listed] == ["What", "is my name?"], listed
+    client.responses.delete(first.id)
+    for call in [lambda: client.responses.retrieve(first.id), lambda: client.responses.input_items.list(first.id)]:
+        try:
+            call()
+            raise AssertionError("found")
+        except openai.NotFoundError:
+            pass
+    stream = client.responses.create(model=MODEL, input="Count.", background=True, max_output_tokens=3000, stream=True)
+    for event in stream:
+        if event.type == "response.created":
+            running = event.response.id
+        if event.type == "response.output_text.delta":
+            break
+    stream.close()
+    assert client.responses.cancel(running).status == "cancelled"
+    assert client.responses.retrieve(running).status == "cancelled"
+
+
+def batches():
+    body = {"model": MODEL, "messages": HI, "max_tokens": 4, "temperature": 0}
+    rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(5)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("rows.jsonl", lines), purpose="batch")
+    assert file.bytes == len(lines) and file.filename == "rows.jsonl" and file.expires_at > file.created_at, file
+    assert client.files.retrieve(file.id) == file and file.id in [found.id for found in client.files.list(purpose="batch")]
+    assert client.files.content(file.id).read() == lines
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"a": "b"}
+    )
+    assert client.files.delete(file.id).deleted
+    while batch.status not in ("completed", "failed"):
+        time.sleep(0.05)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed" and batch.request_counts.completed == 5 and not batch.error_file_id, batch
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert {answer["custom_id"] for answer in answers} == {row["custom_id"] for row in rows}
+    plain = client.chat.completions.create(**body)
+    text = answers[0]["response"]["body"]["choices"][0]["message"]["content"]
+    assert text == plain.choices[0].message.content, (text, plain)
+    assert batch.id in [found.id for found in client.batches.list(limit=1)]
+    assert client.batches.cancel(batch.id).status == "completed"
+
+
 if __name__ == "__main__":
     for check in [
         models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
-        documents_realtime,
+        documents_realtime, documents_async, stored, batches,
     ]:
         check()
         print(f"ok {check.__name__}", flush=True)

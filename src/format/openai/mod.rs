@@ -56,7 +56,13 @@ impl Endpoint {
         ("/v1/responses", Self::Responses),
     ];
 
-    fn parse(url: &str) -> Option<Self> {
+    /// Its path.
+    pub fn path(self) -> &'static str {
+        Self::ALL.iter().find(|(_, endpoint)| *endpoint == self).map_or("", |(path, _)| path)
+    }
+
+    /// The endpoint of a path.
+    pub fn parse(url: &str) -> Option<Self> {
         Self::ALL.iter().find(|(path, _)| *path == url).map(|&(_, endpoint)| endpoint)
     }
 }

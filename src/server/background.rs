@@ -1,0 +1,368 @@
+//! Responses that are fetched later: accepted into the store, run when there is room, their events stored as they come.
+//! Invariants: what was accepted is on the disk and runs, after any end of the process too, with the same bits; a response
+//! ends once, and what it ended as never changes.
+
+use super::App;
+use super::auth::Owner;
+use super::call::{Asked, Call, Identity};
+use super::errors::ApiError;
+use super::ids;
+use super::models::{Models, now};
+use super::response_events::{Event, TERMINAL, Told, event, events, failed};
+use super::responses::Own;
+use super::windows::{Mode, Window};
+use crate::format::openai::Endpoint;
+use crate::outcome::{ErrorCode, RowError};
+use crate::pipeline::progress::say;
+use crate::store::Connection;
+use crate::store::responses::{self, StoredEvent, StoredResponse};
+use anyhow::{Context, Result};
+use futures::{FutureExt as _, StreamExt as _};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{Semaphore, watch};
+
+/// How often what nobody watches is stored.
+const STORE_EVERY: Duration = Duration::from_millis(250);
+/// Pause before a call that the engine has no room for is tried again.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
+/// Pause after a fault of the disk.
+const FAULT_PAUSE: Duration = Duration::from_secs(5);
+/// Events that are read at a time.
+const EVENTS: usize = 512;
+
+/// The background responses that are open.
+pub struct Background {
+    /// By id; a bell that rings when something was stored, gone when nothing more will be.
+    bells: Mutex<HashMap<String, watch::Sender<()>>>,
+    /// Counts those that ended.
+    ended: watch::Sender<u64>,
+    queues: HashMap<(String, Window), UnboundedSender<String>>,
+    max_open: usize,
+    is_closed: AtomicBool,
+}
+
+/// What waits to be run, of a model and a window.
+pub(super) struct Queue {
+    ids: UnboundedReceiver<String>,
+    /// How many run at a time.
+    n_running: usize,
+}
+
+/// What is kept of a request to run it, perhaps again.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    model: String,
+    window: Window,
+    seed: u64,
+    /// Whether its events are wanted as they come.
+    is_streamed: bool,
+    body: Map<String, Value>,
+}
+
+impl Background {
+    /// At most so many may be open; `n_running` of a model and a window run at a time.
+    pub(super) fn new(models: &Models, max_open: usize, n_running: usize) -> (Self, Vec<Queue>) {
+        let (mut queues, mut receivers) = (HashMap::new(), Vec::new());
+        for model in models.all() {
+            for window in &model.windows {
+                let (sender, ids) = unbounded_channel();
+                queues.insert((model.id.clone(), *window), sender);
+                receivers.push(Queue { ids, n_running });
+            }
+        }
+        let (bells, ended) = (Mutex::default(), watch::Sender::new(0));
+        (Self { bells, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, watch::Sender<()>>) -> T) -> T {
+        work(&mut self.bells.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes a place for one more; false if there is none.
+    fn open(&self, id: &str) -> bool {
+        self.with(|bells| {
+            let has_room = bells.len() < self.max_open && !self.is_closed.load(SeqCst);
+            if has_room {
+                bells.insert(id.to_owned(), watch::Sender::new(()));
+            }
+            has_room
+        })
+    }
+
+    fn enqueue(&self, id: String, model: &str, window: Window) {
+        // Of a model that is not offered any more: whoever takes it up finds that out.
+        let queue = self.queues.get(&(model.to_owned(), window)).or_else(|| self.queues.values().next());
+        if let Some(queue) = queue {
+            // Refused only when the server ends; it is in the store.
+            drop(queue.send(id));
+        }
+    }
+
+    /// Rings when more of it was stored; ends when nothing more will be. `None`: nothing more will be.
+    pub(super) fn listen(&self, id: &str) -> Option<watch::Receiver<()>> {
+        self.with(|bells| bells.get(id).map(watch::Sender::subscribe))
+    }
+
+    fn ring(&self, id: &str) {
+        self.with(|bells| {
+            if let Some(bell) = bells.get(id) {
+                bell.send_replace(());
+            }
+        });
+    }
+
+    /// Nothing more will be stored of it.
+    pub(super) fn close(&self, id: &str) {
+        if self.with(|bells| bells.remove(id)).is_some() {
+            self.ended.send_modify(|n_ended| *n_ended += 1);
+        }
+    }
+
+    /// Nothing more will be stored of any: the server ends.
+    pub(super) fn close_all(&self) {
+        self.is_closed.store(true, SeqCst);
+        self.with(HashMap::clear);
+        self.ended.send_modify(|n_ended| *n_ended += 1);
+    }
+
+    /// Whether something may come of it still.
+    pub(super) fn is_open(&self, id: &str) -> bool {
+        self.with(|bells| bells.contains_key(id))
+    }
+
+    /// Changes when one ends.
+    pub(super) fn ends(&self) -> watch::Receiver<u64> {
+        self.ended.subscribe()
+    }
+
+    /// How many there are.
+    pub(super) fn n_open(&self) -> usize {
+        self.with(|bells| bells.len())
+    }
+}
+
+/// Accepts a response; its id. When this returns, it is on the disk. `items` are its own input.
+pub(super) async fn create(
+    app: &App,
+    owner: &Owner,
+    own: Own,
+    body: Map<String, Value>,
+    items: Vec<Value>,
+) -> Result<String, ApiError> {
+    let asked = Asked { mode: Mode::Background, window: own.window };
+    // What is wrong with it is found now; what it comes to is thrown away, so that a long queue is short in memory.
+    let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await?;
+    let identity = Identity::new();
+    let stamp = identity.stamp(&prepared.model);
+    let mut response = stamp.response_in_progress(&identity.id, prepared.echo.as_deref().unwrap_or(&Value::Null));
+    own.put_on(&mut response, prepared.window);
+    response["status"] = "queued".into();
+    let id = format!("resp_{}", identity.id);
+    let (model, window) = (prepared.model.id.clone(), prepared.window);
+    let is_streamed = own.is_streamed;
+    let kept = Kept { model: model.clone(), window, seed: ids::seed(), is_streamed, body };
+    let new = StoredResponse {
+        id: id.clone(),
+        owner: owner.to_string(),
+        created_at: identity.created,
+        status: "queued".into(),
+        is_background: true,
+        previous: own.previous,
+        input: Value::from(items).to_string(),
+        body: response.to_string(),
+        request: Some(serde_json::to_string(&kept).map_err(anyhow::Error::from)?),
+    };
+    let first = [event(0, "response.created", &response), event(1, "response.queued", &response)];
+    if !app.background.open(&id) {
+        return Err(ApiError::busy());
+    }
+    let stored = app.store.write(move |connection| {
+        responses::insert(connection, &new)?;
+        responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
+    });
+    if let Err(error) = stored.await {
+        app.background.close(&id);
+        return Err(error.into());
+    }
+    app.background.enqueue(id.clone(), &model, window);
+    Ok(id)
+}
+
+fn numbered(from: u64, events: &[Event]) -> Vec<StoredEvent> {
+    (from..).zip(events).map(|(number, (name, data))| (number, (*name).to_owned(), data.to_string())).collect()
+}
+
+/// Takes up what the store holds, and runs what comes.
+pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
+    let open = app.store.read(|connection| {
+        let mut open = Vec::new();
+        responses::open(connection, &mut |id, request| {
+            #[derive(Deserialize)]
+            struct Where {
+                model: String,
+                window: Window,
+            }
+            open.push((id, serde_json::from_str::<Where>(request).map(|at| (at.model, at.window)).ok()));
+        })?;
+        Ok(open)
+    });
+    for (id, place) in open.await? {
+        app.background.with(|bells| bells.insert(id.clone(), watch::Sender::new(())));
+        let (model, window) = place.unwrap_or((String::new(), Window::Standard));
+        app.background.enqueue(id, &model, window);
+    }
+    for Queue { mut ids, n_running } in queues {
+        let app = Arc::clone(app);
+        let places = Arc::new(Semaphore::new(n_running));
+        tokio::spawn(async move {
+            while let (Some(id), Ok(place)) = (ids.recv().await, Arc::clone(&places).acquire_owned().await) {
+                let end = Closing { app: Arc::clone(&app), id };
+                tokio::spawn(async move {
+                    while let Err(error) = run(&end.app, &end.id).await {
+                        say(&format!("response {}: {error:#}", end.id));
+                        tokio::time::sleep(FAULT_PAUSE).await;
+                    }
+                    drop(place);
+                });
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Says that a response's run has ended, however it did.
+struct Closing {
+    app: Arc<App>,
+    id: String,
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.app.background.close(&self.id);
+    }
+}
+
+/// Runs a response to its end, unless somebody else ends it. An error is the store's.
+async fn run(app: &Arc<App>, id: &str) -> Result<()> {
+    let Some(mut bell) = app.background.listen(id) else { return Ok(()) };
+    let key = id.to_owned();
+    let read = app.store.read(move |connection| {
+        let mut told = Told::default();
+        loop {
+            let events = responses::events(connection, &key, told.n_events(), EVENTS)?;
+            told.take_in(&events);
+            if events.len() < EVENTS {
+                return Ok((responses::any(connection, &key)?, told));
+            }
+        }
+    });
+    let (Some(stored), told) = read.await? else { return Ok(()) };
+    if !stored.is_open() {
+        return Ok(());
+    }
+    let response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
+    let (call, own, is_streamed) = match begin(app, &stored, &response).await {
+        Ok(begun) => begun,
+        Err(error) => {
+            let response = failed(response, &error);
+            let last = event(told.n_events(), "response.failed", &response);
+            return store_events(app, id, told.n_events(), vec![last]).await.map(drop);
+        }
+    };
+    let mut n_stored = told.n_events();
+    let mut events = pin!(events(call, own, told));
+    loop {
+        let mut pending = Vec::new();
+        tokio::select! {
+            next = events.next() => pending.extend(next),
+            () = closed(&mut bell) => return Ok(()),
+        }
+        while let Some(Some(next)) = events.next().now_or_never() {
+            pending.push(next);
+        }
+        let is_end = pending.last().is_none_or(|(name, _)| TERMINAL.contains(name));
+        let n_pending = pending.len() as u64;
+        if !store_events(app, id, n_stored, pending).await? || is_end {
+            return Ok(());
+        }
+        n_stored += n_pending;
+        app.background.ring(id);
+        if !is_streamed {
+            tokio::select! {
+                () = tokio::time::sleep(STORE_EVERY) => {}
+                () = closed(&mut bell) => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Returns when nothing more will be stored of a response.
+async fn closed(bell: &mut watch::Receiver<()>) {
+    while bell.changed().await.is_ok() {}
+}
+
+/// Makes a call of a stored response again. An error is the response's end.
+async fn begin(app: &App, stored: &StoredResponse, response: &Value) -> Result<(Call, Own, bool), RowError> {
+    let refuse = |message: String| RowError::row(ErrorCode::EngineError, message);
+    let request = stored.request.as_deref().unwrap_or_default();
+    let kept: Kept = serde_json::from_str(request).map_err(|error| refuse(format!("the stored request: {error}")))?;
+    let Kept { window, seed, is_streamed, body, .. } = kept;
+    let asked = Asked { mode: Mode::Background, window: Some(window) };
+    let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
+    if response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
+        return Err(refuse("the model is another one than when the request was accepted".into()));
+    }
+    let id = stored.id.trim_start_matches("resp_").to_owned();
+    let identity = Identity { id, created: stored.created_at, seed };
+    let previous = stored.previous.clone();
+    let own = Own { store: true, background: true, previous, window: None, is_streamed };
+    loop {
+        match Call::submit(&prepared, &identity) {
+            Ok(call) => return Ok((call, own, is_streamed)),
+            Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
+            Err(error) => return Err(refuse(error.message)),
+        }
+    }
+}
+
+/// Stores a response's events, and what they say of its state; false if it has ended before.
+async fn store_events(app: &App, id: &str, from: u64, events: Vec<Event>) -> Result<bool> {
+    let id = id.to_owned();
+    app.store
+        .write(move |connection| {
+            let last = events.iter().rev().map(|(_, data)| &data["response"]).find(|response| response.is_object());
+            let status = last.and_then(|response| response["status"].as_str()).unwrap_or("in_progress");
+            let body = last.map(ToString::to_string);
+            responses::update(connection, &id, status, body.as_deref(), &numbered(from, &events))
+        })
+        .await
+}
+
+/// Ends an open response as cancelled; the response as it is then.
+pub(super) fn cancel(connection: &Connection, stored: &StoredResponse) -> Result<Value> {
+    let mut response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
+    if !stored.is_open() {
+        return Ok(response);
+    }
+    response["status"] = "cancelled".into();
+    let n_events = responses::next_event(connection, &stored.id)?;
+    let last = event(n_events, "response.failed", &response);
+    responses::update(connection, &stored.id, "cancelled", Some(&response.to_string()), &numbered(n_events, &[last]))?;
+    Ok(response)
+}
+
+/// Responses that are forgotten at a time.
+const AT_A_TIME: usize = 256;
+
+/// Forgets responses that are older than that.
+pub(super) async fn forget_old(app: &App, retention: Duration) -> Result<()> {
+    let before = now().saturating_sub(retention.as_secs());
+    app.store.write(move |connection| responses::forget_before(connection, before, AT_A_TIME)).await.map(drop)
+}

@@ -1,0 +1,455 @@
+//! Batches at work: each is checked, waits for a place, runs as a job on its model's engine, and ends in its files.
+//! Invariants: a batch that was accepted ends, whatever ends the process; of two that wait, the one that expires first runs
+//! first; what it ended as never changes.
+
+use super::App;
+use super::files::BATCH_OUTPUT;
+use super::ids;
+use super::models::{Offered, now};
+use crate::format::openai::{Endpoint, parse_object};
+use crate::outcome::ErrorCode;
+use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
+use crate::pipeline::progress::say;
+use crate::store::batches::{self, StoredBatch};
+use crate::store::files::{self as stored_files, StoredFile};
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::spawn_blocking;
+
+/// Batches that run at a time; more would only share the machine.
+const N_RUNNING: usize = 2;
+/// Faults of lines that are told.
+const MAX_FAULTS: usize = 1000;
+/// Times that a batch is tried whose run ends by a fault of the disk.
+const MAX_TRIES: usize = 3;
+const FAULT_PAUSE: Duration = Duration::from_secs(5);
+/// Longest beginning of a file that is searched for the name of its model.
+const FIRST_LINE_BYTES: u64 = 16 << 20;
+
+/// What is kept of a batch beside its object.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Settings {
+    pub(super) endpoint: String,
+    /// How long its files are kept.
+    pub(super) output_seconds: Option<u64>,
+}
+
+/// The batches that are open.
+#[derive(Default)]
+pub struct Batches {
+    open: Mutex<HashMap<String, Arc<Open>>>,
+    places: Places,
+    is_closed: AtomicBool,
+}
+
+/// A batch that is open.
+#[derive(Default)]
+struct Open {
+    /// (completed, failed) of its rows.
+    counts: Mutex<(u64, u64)>,
+    control: Mutex<Control>,
+}
+
+#[derive(Default)]
+struct Control {
+    ending: Option<Ending>,
+    /// To its job, while it runs.
+    link: Option<Link>,
+    /// To its wait for a place.
+    wake: Option<oneshot::Sender<()>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Open {
+    /// It ends early; the first reason stays.
+    fn end(&self, ending: Ending) {
+        let mut control = lock(&self.control);
+        control.ending.get_or_insert(ending);
+        if let Some(link) = &control.link {
+            link.halt();
+        }
+        drop(control.wake.take());
+    }
+
+    fn ending(&self) -> Option<Ending> {
+        lock(&self.control).ending.clone()
+    }
+}
+
+/// Who runs, and who waits for it.
+#[derive(Default)]
+struct Places(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    n_running: usize,
+    /// By time of expiry and name.
+    queue: BTreeMap<(u64, String), oneshot::Sender<()>>,
+}
+
+impl Places {
+    /// Takes a place, if there is one and nobody waits; otherwise rings when it has one.
+    fn enter(&self, expires_at: u64, id: &str) -> Option<oneshot::Receiver<()>> {
+        let mut waiting = lock(&self.0);
+        if waiting.n_running < N_RUNNING {
+            waiting.n_running += 1;
+            return None;
+        }
+        let (bell, rung) = oneshot::channel();
+        waiting.queue.insert((expires_at, id.to_owned()), bell);
+        Some(rung)
+    }
+
+    /// Gives the place to the next.
+    fn leave(&self) {
+        let mut waiting = lock(&self.0);
+        while let Some((_, bell)) = waiting.queue.pop_first() {
+            // Who does not wait any more needs none.
+            if bell.send(()).is_ok() {
+                return;
+            }
+        }
+        waiting.n_running -= 1;
+    }
+}
+
+/// A place that is given back.
+struct Place<'a>(&'a Places);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl Batches {
+    fn open(&self, id: &str) -> Option<Arc<Open>> {
+        lock(&self.open).get(id).cloned()
+    }
+
+    /// (completed, failed) of an open batch's rows.
+    pub(super) fn counts(&self, id: &str) -> Option<(u64, u64)> {
+        self.open(id).map(|open| *lock(&open.counts))
+    }
+
+    /// Ends a batch early.
+    pub(super) fn end(&self, id: &str, ending: Ending) {
+        if let Some(open) = self.open(id) {
+            open.end(ending);
+        }
+    }
+
+    /// The server ends: all are gone on with at the next start.
+    pub(super) fn pause_all(&self) {
+        self.is_closed.store(true, SeqCst);
+        lock(&self.open).values().for_each(|open| open.end(Ending::Pause));
+    }
+
+    /// How many there are.
+    pub(super) fn n_open(&self) -> usize {
+        lock(&self.open).len()
+    }
+}
+
+/// What a batch that was cancelled says of the rows that did not run.
+pub(super) fn cancelled() -> Ending {
+    Ending::Rest("batch_cancelled", "the batch was cancelled before this request ran".into())
+}
+
+fn expired() -> Ending {
+    Ending::Rest("batch_expired", "the batch expired before this request ran".into())
+}
+
+/// The folder of a batch, in the data folder.
+pub(super) fn folder(id: &str) -> PathBuf {
+    Path::new("batches").join(id)
+}
+
+/// Takes up what the store holds; removes what belongs to no batch.
+pub(super) async fn start(app: &Arc<App>) -> Result<()> {
+    let root = app.data.join("batches");
+    std::fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
+    for entry in std::fs::read_dir(&root)? {
+        let entry = entry?;
+        let id = entry.file_name().to_string_lossy().into_owned();
+        if app.store.read(move |connection| batches::any(connection, &id)).await?.is_none() {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    for id in app.store.read(batches::open).await? {
+        take_up(app, id);
+    }
+    Ok(())
+}
+
+/// Carries a batch to its end, beside everything else.
+pub(super) fn take_up(app: &Arc<App>, id: String) {
+    let open = Arc::new(Open::default());
+    lock(&app.batches.open).insert(id.clone(), Arc::clone(&open));
+    if app.batches.is_closed.load(SeqCst) {
+        open.end(Ending::Pause);
+    }
+    let app = Arc::clone(app);
+    tokio::spawn(async move {
+        for n_tries in 1.. {
+            match carry(&app, &id, &open).await {
+                Ok(()) => break,
+                Err(error) => {
+                    say(&format!("batch {id}: {error:#}"));
+                    if n_tries == MAX_TRIES {
+                        let fault = json!({"code": "server_error", "message": format!("{error:#}"), "param": null, "line": null});
+                        if let Err(error) = fail(&app, &id, vec![fault]).await {
+                            say(&format!("batch {id}: {error:#}"));
+                        }
+                        break;
+                    }
+                    tokio::time::sleep(FAULT_PAUSE).await;
+                }
+            }
+        }
+        lock(&app.batches.open).remove(&id);
+    });
+}
+
+async fn load(app: &App, id: &str) -> Result<(StoredBatch, Value)> {
+    let key = id.to_owned();
+    let stored = app.store.read(move |connection| batches::any(connection, &key)).await?;
+    let stored = stored.context("it is not in the database")?;
+    let body = serde_json::from_str(&stored.body).context("its object is no JSON")?;
+    Ok((stored, body))
+}
+
+async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
+    let (stored, _) = load(app, id).await?;
+    let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
+    let endpoint = Endpoint::parse(&settings.endpoint).context("its endpoint")?;
+    let folder = app.data.join(folder(id));
+    let named = spawn_blocking({
+        let path = folder.join("input.jsonl");
+        move || first_model(&path)
+    });
+    let named = named.await.context("reading the input panicked")??;
+    let model = named.as_deref().and_then(|name| app.models.find(name)).cloned();
+    let is_known = model.is_some() || named.is_none();
+    let model = model.unwrap_or_else(|| Arc::clone(&app.models.all()[0]));
+    let job = HostedJob { folder, name: id.to_owned(), endpoint, created_unix_s: stored.created_at, model: model.id.clone() };
+    if stored.status == "validating" && !validate(app, &job, &model, is_known).await? {
+        return Ok(());
+    }
+    let (stored, _) = load(app, id).await?;
+    if stored.status == "cancelling" {
+        open.end(cancelled());
+    }
+    let timer = tokio::spawn({
+        let (open, left) = (Arc::clone(open), stored.expires_at.saturating_sub(now()));
+        async move {
+            tokio::time::sleep(Duration::from_secs(left)).await;
+            open.end(expired());
+        }
+    });
+    let ended = wait_and_run(app, &stored, open, job, &model).await;
+    timer.abort();
+    if let Some(ended) = ended? {
+        conclude(app, id, open, &settings, &ended).await?;
+        spawn_blocking(move || ended.forget()).await.context("removing a journal panicked")??;
+    }
+    Ok(())
+}
+
+/// The model that the first line names.
+fn first_model(path: &Path) -> Result<Option<String>> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut line = Vec::new();
+    let mut lines = BufReader::new(file.take(FIRST_LINE_BYTES));
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_start_matches('\u{feff}').trim();
+        if !text.is_empty() {
+            let model = parse_object(text).ok().and_then(|object| Some(object.get("body")?.get("model")?.as_str()?.to_owned()));
+            return Ok(model);
+        }
+        line.clear();
+    }
+    Ok(None)
+}
+
+/// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
+async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bool) -> Result<bool> {
+    let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
+    let checked = spawn_blocking(move || own.check(&preparer, max_rows, MAX_FAULTS));
+    let Checked { n_rows, faults } = checked.await.context("checking the lines panicked")??;
+    let fault = |code: &str, message: String| json!({"code": code, "message": message, "param": null, "line": null});
+    let faults: Vec<Value> = if n_rows > max_rows {
+        vec![fault("too_many_tasks", format!("the file has more than {max_rows} requests"))]
+    } else if n_rows == 0 {
+        vec![fault("empty_file", "the file has no requests".into())]
+    } else {
+        let shown = faults.iter().map(|fault| {
+            let code = if !is_known && fault.error.code == ErrorCode::ModelMismatch {
+                "model_not_found"
+            } else {
+                fault.error.code.as_str()
+            };
+            json!({"code": code, "message": fault.error.message, "param": fault.error.field, "line": fault.line})
+        });
+        shown.collect()
+    };
+    if !faults.is_empty() {
+        fail(app, &job.name, faults).await?;
+        return Ok(false);
+    }
+    let (_, mut body) = load(app, &job.name).await?;
+    body["status"] = "in_progress".into();
+    body["in_progress_at"] = now().into();
+    body["model"] = job.model.clone().into();
+    body["request_counts"]["total"] = n_rows.into();
+    let (id, text) = (job.name.clone(), body.to_string());
+    app.store
+        .write(move |connection| {
+            if batches::update(connection, &id, ("validating", "in_progress"), &text)? {
+                return Ok(());
+            }
+            // It was cancelled meanwhile.
+            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            let mut cancelling: Value = serde_json::from_str(&stored.body)?;
+            cancelling["request_counts"]["total"] = n_rows.into();
+            batches::update(connection, &id, ("cancelling", "cancelling"), &cancelling.to_string()).map(drop)
+        })
+        .await?;
+    Ok(true)
+}
+
+/// Ends a batch of which nothing was run, or nothing can be.
+async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
+    let id = id.to_owned();
+    app.store
+        .write(move |connection| {
+            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            let mut body: Value = serde_json::from_str(&stored.body)?;
+            body["errors"] = json!({"object": "list", "data": faults});
+            let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
+            body["status"] = state.into();
+            body[at] = now().into();
+            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+        })
+        .await
+}
+
+/// Runs the job when it has a place; `None` if it is to be gone on with at another start.
+async fn wait_and_run(
+    app: &Arc<App>,
+    stored: &StoredBatch,
+    open: &Arc<Open>,
+    job: HostedJob,
+    model: &Arc<Offered>,
+) -> Result<Option<Ended>> {
+    let mut place = None;
+    if open.ending().is_none() {
+        if let Some(mut rung) = app.batches.places.enter(stored.expires_at, &stored.id) {
+            let (wake, woken) = oneshot::channel();
+            {
+                let mut control = lock(&open.control);
+                // Whoever has ended it before this finds no wait to end.
+                control.wake = control.ending.is_none().then_some(wake);
+            }
+            tokio::select! {
+                rung = &mut rung => place = rung.ok().map(|()| Place(&app.batches.places)),
+                // Nobody sends: it is dropped.
+                _ = woken => {
+                    rung.close();
+                    place = rung.try_recv().ok().map(|()| Place(&app.batches.places));
+                }
+            }
+        } else {
+            place = Some(Place(&app.batches.places));
+        }
+    }
+    if open.ending() == Some(Ending::Pause) {
+        return Ok(None);
+    }
+    let (model, open) = (Arc::clone(model), Arc::clone(open));
+    let ran = spawn_blocking(move || {
+        let (link, inbox) = Inbox::new();
+        let at = model.live.seat(&link);
+        {
+            let mut control = lock(&open.control);
+            if control.ending.is_some() {
+                link.halt();
+            }
+            control.link = Some(link);
+        }
+        let told = Arc::clone(&open);
+        let progress = move |completed, failed| *lock(&told.counts) = (completed, failed);
+        let ran = job.run(&at.seat, inbox, &|| open.ending(), progress);
+        lock(&open.control).link = None;
+        ran
+    });
+    let ran = ran.await.context("the batch panicked")?;
+    drop(place);
+    ran
+}
+
+/// Writes down how a batch ended, with its files, all at once.
+async fn conclude(app: &App, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
+    let (totals, ending) = (ended.totals, open.ending());
+    let output = |name: &str, suffix: &str| -> Result<StoredFile> {
+        let path = folder(id).join(name);
+        let at = app.data.join(&path);
+        let bytes = std::fs::metadata(&at).with_context(|| at.display().to_string())?.len();
+        let digits = ids::derived("valar file of a batch 1", format!("{id} {suffix}").as_bytes());
+        Ok(StoredFile {
+            id: format!("file-{digits}"),
+            owner: String::new(),
+            created_at: now(),
+            expires_at: settings.output_seconds.map(|seconds| now() + seconds),
+            purpose: BATCH_OUTPUT.into(),
+            filename: format!("{id}_{suffix}.jsonl"),
+            bytes,
+            path: path.to_string_lossy().into_owned(),
+        })
+    };
+    let (results, errors) = (output("output.jsonl", "output")?, output("output.errors.jsonl", "error")?);
+    let id = id.to_owned();
+    app.store
+        .write(move |connection| {
+            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            let mut body: Value = serde_json::from_str(&stored.body)?;
+            let (state, at) = match (stored.status.as_str(), &ending) {
+                ("cancelling", _) => ("cancelled", "cancelled_at"),
+                (_, Some(Ending::Rest("batch_expired", _))) => ("expired", "expired_at"),
+                _ => ("completed", "completed_at"),
+            };
+            body["status"] = state.into();
+            body["finalizing_at"] = now().into();
+            body[at] = now().into();
+            body["request_counts"]["completed"] = totals.n_ok.into();
+            body["request_counts"]["failed"] = totals.n_failed.into();
+            body["usage"] = json!({
+                "input_tokens": totals.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": totals.cached_tokens},
+                "output_tokens": totals.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": totals.prompt_tokens + totals.completion_tokens,
+            });
+            for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
+                if file.bytes > 0 {
+                    body[key] = file.id.clone().into();
+                    stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
+                }
+            }
+            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+        })
+        .await
+}

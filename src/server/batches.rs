@@ -1,0 +1,318 @@
+//! `/v1/batches` over HTTP: created from a file or from requests in the body, fetched, listed, cancelled. What becomes of
+//! them is in `batch_runs`. Invariant: a batch that was answered is on the disk with a copy of its own of its input.
+
+use super::App;
+use super::auth::Owner;
+use super::batch_runs::{self, Settings, cancelled, folder};
+use super::body::JsonObject;
+use super::errors::{ApiError, json_response};
+use super::models::now;
+use super::paging::{Page, Pairs};
+use super::stored::listed;
+use super::{files, ids, windows};
+use crate::format::openai::{Endpoint, kind};
+use crate::store::batches::{self, StoredBatch};
+use anyhow::Context as _;
+use axum::Extension;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde_json::{Map, Value, json};
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::task::spawn_blocking;
+
+/// The window of a batch that names none.
+const DEFAULT_HOURS: u64 = 24;
+/// Longest window.
+const MAX_HOURS: u64 = 24 * 30;
+/// Most requests in a body.
+const MAX_INLINE: usize = 100_000;
+/// Longest `custom_id` of a request in a body.
+const MAX_INLINE_ID: usize = 64;
+/// Seconds that output files may be kept.
+const OUTPUT_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
+
+/// Where the rows of a new batch come from.
+enum Rows {
+    File { id: String, path: PathBuf },
+    Inline(Vec<String>),
+}
+
+/// `POST /v1/batches`
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    JsonObject(body): JsonObject,
+) -> Result<Response, ApiError> {
+    const KNOWN: [&str; 7] =
+        ["input_file_id", "requests", "endpoint", "completion_window", "metadata", "output_expires_after", "label"];
+    if let Some((name, _)) = body.iter().find(|(name, value)| !KNOWN.contains(&name.as_str()) && !value.is_null()) {
+        return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported"));
+    }
+    let endpoint = match text(&body, "endpoint")? {
+        None => return Err(ApiError::missing("endpoint")),
+        Some(url) => Endpoint::parse(url).ok_or_else(|| {
+            let message = format!("{url:?} is not supported; supported: /v1/chat/completions, /v1/completions, /v1/responses");
+            ApiError::invalid_value("endpoint", message)
+        })?,
+    };
+    let hours = hours(text(&body, "completion_window")?)?;
+    let metadata = windows::metadata(&body)?.cloned();
+    let output_seconds = output_seconds(&body)?;
+    let rows = match (text(&body, "input_file_id")?, body.get("requests").filter(|value| !value.is_null())) {
+        (Some(_), Some(_)) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
+        (None, None) => return Err(ApiError::missing("input_file_id")),
+        (Some(id), None) => {
+            let file = files::find(&app, &owner, id).await?;
+            if file.purpose != "batch" {
+                let message = format!("is a file of purpose {:?}, not batch", file.purpose);
+                return Err(ApiError::invalid_value("input_file_id", message));
+            }
+            Rows::File { id: file.id, path: app.data.join(file.path) }
+        }
+        (None, Some(requests)) => Rows::Inline(inline(requests, endpoint)?),
+    };
+    let (id, created_at) = (ids::new("batch_"), now());
+    let object = json!({
+        "id": id, "object": "batch", "endpoint": endpoint.path(),
+        "input_file_id": match &rows { Rows::File { id, .. } => Some(id), Rows::Inline(_) => None },
+        "completion_window": text(&body, "completion_window")?.unwrap_or("24h"),
+        "status": "validating", "created_at": created_at, "expires_at": created_at + 3600 * hours,
+        "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
+        "cancelling_at": null, "cancelled_at": null, "output_file_id": null, "error_file_id": null, "errors": null,
+        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "metadata": metadata, "label": text(&body, "label")?, "model": null, "usage": null,
+    });
+    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds };
+    let settings = serde_json::to_string(&settings).context("settings are JSON")?;
+    let expires_at = created_at + 3600 * hours;
+    let status = "validating".to_owned();
+    let new = StoredBatch {
+        id: id.clone(),
+        owner: owner.to_string(),
+        created_at,
+        expires_at,
+        status,
+        settings,
+        body: object.to_string(),
+    };
+    let at = app.data.join(folder(&id));
+    spawn_blocking(move || put_input(&at, rows)).await.context("writing the input panicked")??;
+    app.store.write(move |connection| batches::insert(connection, &new)).await?;
+    batch_runs::take_up(&app, id);
+    Ok(json_response(&object))
+}
+
+fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, ApiError> {
+    match body.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(other) => Err(ApiError::invalid_type(key, "a string", other)),
+    }
+}
+
+/// `24h`, and other numbers of hours; the names of windows stand for 24.
+fn hours(window: Option<&str>) -> Result<u64, ApiError> {
+    let Some(window) = window.filter(|window| !["asap", "standard"].contains(window)) else { return Ok(DEFAULT_HOURS) };
+    let hours = window.strip_suffix('h').and_then(|hours| hours.parse().ok()).filter(|hours| (1..=MAX_HOURS).contains(hours));
+    hours.ok_or_else(|| {
+        let message = format!("{window:?} is not one of 24h, another number of hours up to {MAX_HOURS}h, asap, standard");
+        ApiError::invalid_value("completion_window", message)
+    })
+}
+
+fn output_seconds(body: &Map<String, Value>) -> Result<Option<u64>, ApiError> {
+    let field = "output_expires_after";
+    let after = match body.get(field) {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Object(after)) => after,
+        Some(other) => return Err(ApiError::invalid_type(field, "an object", other)),
+    };
+    if text(after, "anchor")? != Some("created_at") {
+        return Err(ApiError::invalid_value(format!("{field}.anchor"), "must be \"created_at\""));
+    }
+    let seconds = after.get("seconds").and_then(Value::as_u64).filter(|seconds| OUTPUT_S.contains(seconds));
+    let fault =
+        || ApiError::invalid_value(format!("{field}.seconds"), format!("must be {} to {}", OUTPUT_S.start(), OUTPUT_S.end()));
+    seconds.ok_or_else(fault).map(Some)
+}
+
+/// Lines of requests that stand in the body: `{custom_id, params}`.
+fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError> {
+    let requests = requests.as_array().ok_or_else(|| ApiError::invalid_type("requests", "an array", requests))?;
+    if requests.is_empty() || requests.len() > MAX_INLINE {
+        let message = format!("must hold 1 to {MAX_INLINE} requests, holds {}", requests.len());
+        return Err(ApiError::invalid_value("requests", message));
+    }
+    let mut used = HashSet::new();
+    let lines = requests.iter().enumerate().map(|(i, request)| {
+        let path = |key: &str| format!("requests[{i}].{key}");
+        let Value::Object(request) = request else {
+            return Err(ApiError::invalid_type(format!("requests[{i}]"), "an object", request));
+        };
+        let id = match request.get("custom_id") {
+            Some(Value::String(id)) => id,
+            None | Some(Value::Null) => return Err(ApiError::missing(path("custom_id"))),
+            Some(other) => return Err(ApiError::invalid_type(path("custom_id"), "a string", other)),
+        };
+        let is_fine = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+        let begins_well = id.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if !begins_well || id.len() > MAX_INLINE_ID || !id.chars().all(is_fine) {
+            let message = format!("{id:?} is not a letter or digit and up to {} more, - or _", MAX_INLINE_ID - 1);
+            return Err(ApiError::invalid_value(path("custom_id"), message));
+        }
+        if !used.insert(id) {
+            return Err(ApiError::field("duplicate_custom_id", path("custom_id"), format!("{id:?} was used before")));
+        }
+        let Some(params @ Value::Object(_)) = request.get("params") else {
+            let found = request.get("params").map_or("nothing", kind);
+            return Err(ApiError::field("invalid_type", path("params"), format!("must be an object, is {found}")));
+        };
+        if let Some(other) = request.keys().find(|key| !["custom_id", "params"].contains(&key.as_str())) {
+            return Err(ApiError::field("unsupported_parameter", path(other), "is not supported"));
+        }
+        Ok(json!({"custom_id": id, "method": "POST", "url": endpoint.path(), "body": params}).to_string())
+    });
+    lines.collect()
+}
+
+/// Makes the batch's folder with its input, durably.
+fn put_input(folder: &Path, rows: Rows) -> anyhow::Result<()> {
+    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
+    let at = folder.join("input.jsonl");
+    match rows {
+        // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
+        Rows::File { path, .. } => std::fs::hard_link(&path, &at).with_context(|| format!("{}", path.display()))?,
+        Rows::Inline(lines) => {
+            let mut file = BufWriter::new(File::create(&at).with_context(|| at.display().to_string())?);
+            for line in lines {
+                writeln!(file, "{line}")?;
+            }
+            file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+        }
+    }
+    for folder in [Some(folder), folder.parent()].into_iter().flatten() {
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn not_found(id: &str) -> ApiError {
+    ApiError::not_found("batch_id", format!("No batch found with id '{id}'."))
+}
+
+/// The batch object, with its counts of now.
+fn shown(app: &App, stored: &StoredBatch) -> Result<Value, ApiError> {
+    let mut body: Value = serde_json::from_str(&stored.body).map_err(anyhow::Error::from)?;
+    if let Some((completed, failed)) = app.batches.counts(&stored.id).filter(|_| body["usage"].is_null()) {
+        body["request_counts"]["completed"] = completed.into();
+        body["request_counts"]["failed"] = failed.into();
+    }
+    Ok(body)
+}
+
+async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredBatch, ApiError> {
+    let (owner, key) = (owner.to_string(), id.to_owned());
+    let found = app.store.read(move |connection| batches::get(connection, &owner, &key)).await?;
+    found.ok_or_else(|| not_found(id))
+}
+
+type Id = Result<UrlPath<String>, PathRejection>;
+
+/// `GET /v1/batches/{id}`
+pub(super) async fn retrieve(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    path: Id,
+) -> Result<Response, ApiError> {
+    let UrlPath(id) = path.map_err(|_| not_found(""))?;
+    Ok(json_response(&shown(&app, &find(&app, &owner, &id).await?)?))
+}
+
+/// `GET /v1/batches`: newest first.
+pub(super) async fn list(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    query: Pairs,
+) -> Result<Response, ApiError> {
+    let Page { after, limit, .. } = Page::of(&query, (20, 100))?;
+    let found = app.store.read(move |connection| batches::list(connection, &owner, after.as_deref(), limit + 1)).await?;
+    let data: Vec<Value> = found.iter().take(limit).map(|stored| shown(&app, stored)).collect::<Result<_, _>>()?;
+    Ok(json_response(&listed(&data, found.len() > data.len())))
+}
+
+/// `POST /v1/batches/{id}/cancel`: one that has ended stays as it is.
+pub(super) async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    path: Id,
+) -> Result<Response, ApiError> {
+    let UrlPath(id) = path.map_err(|_| not_found(""))?;
+    find(&app, &owner, &id).await?;
+    let key = id.clone();
+    app.store
+        .write(move |connection| {
+            let stored = batches::any(connection, &key)?.context("the batch is gone")?;
+            if !["validating", "in_progress"].contains(&stored.status.as_str()) {
+                return Ok(());
+            }
+            let mut body: Value = serde_json::from_str(&stored.body)?;
+            body["status"] = "cancelling".into();
+            body["cancelling_at"] = now().into();
+            batches::update(connection, &key, (&stored.status, "cancelling"), &body.to_string()).map(drop)
+        })
+        .await?;
+    let stored = find(&app, &owner, &id).await?;
+    if stored.status == "cancelling" {
+        app.batches.end(&id, cancelled());
+    }
+    Ok(json_response(&shown(&app, &stored)?))
+}
+
+/// `GET /v1/batches/{id}/{custom_id}`: the line of one request, once the batch has ended.
+pub(super) async fn result(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    path: Result<UrlPath<(String, String)>, PathRejection>,
+) -> Result<Response, ApiError> {
+    let UrlPath((id, custom_id)) = path.map_err(|_| not_found(""))?;
+    let stored = find(&app, &owner, &id).await?;
+    let folder = app.data.join(folder(&stored.id));
+    let wanted = custom_id.clone();
+    let line = spawn_blocking(move || find_line(&folder, &wanted)).await.context("reading the results panicked")??;
+    let message = if line.is_none() && ["validating", "in_progress", "cancelling"].contains(&stored.status.as_str()) {
+        format!("The batch is {}: there is no result of '{custom_id}' yet.", stored.status)
+    } else {
+        format!("The batch has no result of '{custom_id}'.")
+    };
+    let line =
+        line.ok_or_else(|| ApiError { param: Some("custom_id".into()), ..ApiError::new(StatusCode::NOT_FOUND, None, message) })?;
+    Ok(json_response(&line))
+}
+
+fn find_line(folder: &Path, custom_id: &str) -> anyhow::Result<Option<Value>> {
+    // Most lines can be told apart without reading them as JSON.
+    let quoted = json!(custom_id).to_string();
+    for name in ["output.jsonl", "output.errors.jsonl"] {
+        let path = folder.join(name);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            file => file.with_context(|| path.display().to_string())?,
+        };
+        for line in BufReader::new(file).lines() {
+            let line = line?;
+            if line.contains(&quoted) {
+                let value: Value = serde_json::from_str(&line)?;
+                if value["custom_id"] == custom_id {
+                    return Ok(Some(value));
+                }
+            }
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,114 @@
+//! Batches: what they are and how far they are; not their rows, which are files and journals. Invariant: a batch that is
+//! terminal never changes again.
+
+use super::Connection;
+use anyhow::Result;
+use rusqlite::{OptionalExtension, Row, params};
+
+/// The schema.
+pub(super) const TABLES: &str = "
+    CREATE TABLE batch (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        owner TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL,
+        status TEXT NOT NULL,
+        settings TEXT NOT NULL, -- what is not in the body
+        body TEXT NOT NULL -- as it is answered
+    ) STRICT;
+    CREATE INDEX batch_open ON batch (seq) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+";
+
+/// A batch.
+#[derive(Debug, Clone)]
+pub struct StoredBatch {
+    /// `batch_…`
+    pub id: String,
+    /// Whose it is.
+    pub owner: String,
+    /// Unix seconds.
+    pub created_at: u64,
+    /// Unix seconds.
+    pub expires_at: u64,
+    /// As on the wire.
+    pub status: String,
+    /// What is not in the body.
+    pub settings: String,
+    /// The object.
+    pub body: String,
+}
+
+impl StoredBatch {
+    fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            owner: row.get("owner")?,
+            created_at: row.get("created_at")?,
+            expires_at: row.get("expires_at")?,
+            status: row.get("status")?,
+            settings: row.get("settings")?,
+            body: row.get("body")?,
+        })
+    }
+}
+
+/// Adds a batch.
+///
+/// # Errors
+/// The database's.
+pub fn insert(connection: &Connection, new: &StoredBatch) -> Result<()> {
+    let sql = "INSERT INTO batch (id, owner, created_at, expires_at, status, settings, body)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+    let StoredBatch { id, owner, created_at, expires_at, status, settings, body } = new;
+    connection.execute(sql, params![id, owner, created_at, expires_at, status, settings, body])?;
+    Ok(())
+}
+
+/// A batch of an owner's.
+///
+/// # Errors
+/// The database's.
+pub fn get(connection: &Connection, owner: &str, id: &str) -> Result<Option<StoredBatch>> {
+    Ok(any(connection, id)?.filter(|batch| batch.owner == owner))
+}
+
+/// A batch, whoever owns it.
+///
+/// # Errors
+/// The database's.
+pub fn any(connection: &Connection, id: &str) -> Result<Option<StoredBatch>> {
+    Ok(connection.prepare_cached("SELECT * FROM batch WHERE id = ?1")?.query_row([id], StoredBatch::of).optional()?)
+}
+
+/// Batches of an owner's, newest first, after one of them.
+///
+/// # Errors
+/// The database's.
+pub fn list(connection: &Connection, owner: &str, after: Option<&str>, limit: usize) -> Result<Vec<StoredBatch>> {
+    let sql = "SELECT * FROM batch WHERE owner = ?1
+               AND (?2 IS NULL OR seq < (SELECT seq FROM batch WHERE id = ?2 AND owner = ?1)) ORDER BY seq DESC LIMIT ?3";
+    let mut statement = connection.prepare_cached(sql)?;
+    let rows = statement.query_map(params![owner, after, limit], StoredBatch::of)?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Batches that something may come of, oldest first.
+///
+/// # Errors
+/// The database's.
+pub fn open(connection: &Connection) -> Result<Vec<String>> {
+    let sql = "SELECT id FROM batch WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling') ORDER BY seq";
+    let mut statement = connection.prepare(sql)?;
+    let rows = statement.query_map([], |row| row.get(0))?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Changes a batch that is in the state `from`; false, and nothing is done, if it is in another.
+///
+/// # Errors
+/// The database's.
+pub fn update(connection: &Connection, id: &str, (from, to): (&str, &str), body: &str) -> Result<bool> {
+    let sql = "UPDATE batch SET status = ?3, body = ?4 WHERE id = ?1 AND status = ?2";
+    Ok(connection.execute(sql, [id, from, to, body])? > 0)
+}

@@ -1,0 +1,226 @@
+//! What the server must remember: one `SQLite` database, written by one thread. Knows nothing of HTTP, models or what
+//! the texts that it keeps say. Invariants: what a write gave back is on the disk; a write is done as a whole or not at
+//! all; of one data folder there is one server.
+
+pub mod batches;
+pub mod files;
+pub mod responses;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+pub use rusqlite::Connection;
+use rusqlite::TransactionBehavior::Immediate;
+use rusqlite::{OpenFlags, Transaction};
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Statements that bring a database from each version to the next.
+const MIGRATIONS: &[&str] = &[responses::TABLES, files::TABLES, batches::TABLES];
+/// Most writes that share one commit.
+const GROUP: usize = 256;
+/// How long a statement may wait for another process that looks at the database.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub struct Store {
+    writer: Sender<Work>,
+    reader: Sender<Work>,
+    /// Held as long as the store is open.
+    _lock: File,
+}
+
+/// Does something, and gives what is to be told once that is committed, or why it was not.
+type Work = Box<dyn FnOnce(&Connection) -> Told + Send>;
+type Told = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+impl Store {
+    /// Opens the database of a data folder; makes it if it is not there.
+    ///
+    /// # Errors
+    /// Another server uses the folder, the database is of a later version, or the disk fails.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let shown = folder.display();
+        let lock = File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
+        let lock = lock.with_context(|| format!("cannot use the data folder {shown}"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!("another server uses the data folder {shown}"),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {shown}")),
+        }
+        let path = folder.join("valar.db");
+        let open = || -> Result<(Connection, Connection)> {
+            let mut writer = Connection::open(&path)?;
+            writer.busy_timeout(BUSY)?;
+            writer.pragma_update(None, "journal_mode", "WAL")?;
+            writer.pragma_update(None, "synchronous", "FULL")?;
+            migrate(&mut writer)?;
+            let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let reader = Connection::open_with_flags(&path, flags)?;
+            reader.busy_timeout(BUSY)?;
+            Ok((writer, reader))
+        };
+        let (writer, reader) = open().with_context(|| format!("{}", path.display()))?;
+        Ok(Self {
+            writer: thread("store-write", writer, write_all)?,
+            reader: thread("store-read", reader, read_all)?,
+            _lock: lock,
+        })
+    }
+
+    /// Writes; when this returns well, it is on the disk.
+    ///
+    /// # Errors
+    /// The work's own, or the disk's: then nothing was written.
+    pub async fn write<T: Send + 'static>(&self, work: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        let answer = send(&self.writer, |connection| in_savepoint(connection, work));
+        answer.await.map_err(|_| ended())?
+    }
+
+    /// As [`Store::write`], on a thread that may wait.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_blocking<T: Send + 'static>(&self, work: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        let answer = send(&self.writer, |connection| in_savepoint(connection, work));
+        answer.blocking_recv().map_err(|_| ended())?
+    }
+
+    /// Reads what was committed; whoever has written sees it.
+    ///
+    /// # Errors
+    /// The work's own, or the disk's.
+    pub async fn read<T: Send + 'static>(&self, work: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        send(&self.reader, work).await.map_err(|_| ended())?
+    }
+}
+
+fn ended() -> anyhow::Error {
+    anyhow!("the database's thread has ended")
+}
+
+fn send<T: Send + 'static>(
+    thread: &Sender<Work>,
+    work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+) -> oneshot::Receiver<Result<T>> {
+    let (reply, answer) = oneshot::channel();
+    let work = move |connection: &Connection| -> Told {
+        let done = work(connection);
+        Box::new(move |committed| {
+            let result = committed.map_err(|why| anyhow!("cannot write to the database: {why}")).and(done);
+            // Whoever asked may be gone; what was done is done.
+            drop(reply.send(result));
+        })
+    };
+    // A thread that has ended drops the work, and the answer says so.
+    drop(thread.send(Box::new(work)));
+    answer
+}
+
+fn thread(
+    name: &str,
+    mut connection: Connection,
+    run: impl FnOnce(&mut Connection, &Receiver<Work>) + Send + 'static,
+) -> Result<Sender<Work>> {
+    let (sender, work) = channel();
+    let thread = std::thread::Builder::new().name(name.into());
+    thread.spawn(move || run(&mut connection, &work)).context("cannot start the database's thread")?;
+    Ok(sender)
+}
+
+/// Commits what waits together: each commit waits for the disk.
+fn write_all(connection: &mut Connection, work: &Receiver<Work>) {
+    while let Ok(first) = work.recv() {
+        let mut told = Vec::new();
+        let group = || -> rusqlite::Result<()> {
+            let transaction = Transaction::new(connection, Immediate)?;
+            told.push(first(&transaction));
+            while told.len() < GROUP
+                && let Ok(next) = work.try_recv()
+            {
+                told.push(next(&transaction));
+            }
+            transaction.commit()
+        };
+        let committed = group().map_err(|error| error.to_string());
+        for tell in told {
+            tell(committed.clone());
+        }
+    }
+}
+
+fn read_all(connection: &mut Connection, work: &Receiver<Work>) {
+    for work in work {
+        // One moment of the database for all statements of a read.
+        match connection.unchecked_transaction() {
+            Ok(transaction) => work(&transaction)(Ok(())),
+            Err(error) => work(connection)(Err(error.to_string())),
+        }
+    }
+}
+
+/// What fails leaves nothing behind in the group's transaction.
+fn in_savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    connection.execute_batch("SAVEPOINT work")?;
+    let done = work(connection);
+    connection.execute_batch(if done.is_ok() { "RELEASE work" } else { "ROLLBACK TO work; RELEASE work" })?;
+    done
+}
+
+fn migrate(connection: &mut Connection) -> Result<()> {
+    let transaction = Transaction::new(connection, Immediate)?;
+    let version: usize = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    ensure!(version <= MIGRATIONS.len(), "version {version} is later than this program's, {}", MIGRATIONS.len());
+    for next in &MIGRATIONS[version..] {
+        transaction.execute_batch(next)?;
+    }
+    transaction.pragma_update(None, "user_version", MIGRATIONS.len())?;
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(connection: &Connection) -> Result<u64> {
+        Ok(connection.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?)
+    }
+
+    #[tokio::test]
+    async fn a_write_is_done_whole_or_not_at_all_and_lasts() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        assert!(Store::open(folder.path()).is_err(), "two servers");
+        store.write(|c| Ok(c.execute_batch("CREATE TABLE t (x)")?)).await.unwrap();
+        // Side by side, so that they share commits; every third fails after it has written.
+        let writes = (0..300).map(|i| {
+            store.write(move |c| {
+                c.execute("INSERT INTO t VALUES (?1)", [i])?;
+                ensure!(i % 3 != 0, "refused");
+                Ok(())
+            })
+        });
+        let done = futures::future::join_all(writes).await;
+        assert_eq!(done.iter().filter(|done| done.is_err()).count(), 100);
+        assert_eq!(store.read(count).await.unwrap(), 200);
+        drop(store);
+        let mut again = Err(anyhow!(""));
+        // The threads of the first one end in their own time.
+        while again.is_err() {
+            again = Store::open(folder.path());
+        }
+        assert_eq!(again.unwrap().read(count).await.unwrap(), 200);
+    }
+
+    #[test]
+    fn a_later_version_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(Store::open(folder.path()).unwrap());
+        let connection = Connection::open(folder.path().join("valar.db")).unwrap();
+        connection.pragma_update(None, "user_version", 999).unwrap();
+        let error = format!("{:#}", Store::open(folder.path()).err().unwrap());
+        assert!(error.contains("version 999"), "{error}");
+    }
+}
