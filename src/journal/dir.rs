@@ -16,6 +16,9 @@ use super::manifest::{self, Manifest};
 use super::{holder, lock, segment};
 use crate::storage::{Announce, Location, Storage};
 
+/// How far ahead of the last epoch that left something the next one is, where nothing says which was the last.
+const EPOCHS_AHEAD: u32 = 1000;
+
 /// What older programs called the manifest.
 const OLD_MANIFEST: &str = "manifest.json";
 
@@ -64,8 +67,10 @@ impl JobDir {
         let root = Root { storage: storage.clone(), at: at.clone(), swaps };
         let lease_ms = terms.lease.as_millis() as u64;
         let found = match root.read() {
-            Err(_) if terms.restart => {
-                root.replace_damaged(&Lease { held: false, epoch: last_epoch(&root)?, ..Lease::first(me.clone(), lease_ms) })?;
+            Err(error) if terms.restart && error.root_cause().is::<serde_json::Error>() => {
+                // A holder that still lives has not come so far.
+                let epoch = last_epoch(&root)? + EPOCHS_AHEAD;
+                root.replace_damaged(&Lease { held: false, epoch, ..Lease::first(me.clone(), lease_ms) })?;
                 None
             }
             found => found?,
@@ -76,10 +81,16 @@ impl JobDir {
         // Whoever has the lock is alone, whatever the lease says.
         let if_running = if lock.is_some() { IfRunning::TakeOver } else { terms.if_running };
         let tenure = root.claim(Claim::new(me, lease_ms, if_running)).with_context(in_words)?;
+        let keeper = Keeper::start(root.clone(), tenure)?;
+        if swaps && at.is_remote() && !at.names_uploads() {
+            bail!(
+                "{}: uploads to this kind of store can't be broken off by another run, so that two runs of this job could \
+                 not be kept apart; see to it that there is only one, and say --unguarded",
+                at.url
+            );
+        }
         // What a store that ignores conditions did to the lease is mended: nobody could be told from this run there.
-        let is_honoured = !swaps || root.is_honoured().with_context(in_words)?;
-        let keeper = Keeper::start(root, tenure)?;
-        if !is_honoured {
+        if swaps && !root.is_honoured().with_context(in_words)? {
             bail!(
                 "{}: this store does not honour conditional writes, so that two runs of this job could not be kept apart; \
                  see to it that there is only one, and say --unguarded",

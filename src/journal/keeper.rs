@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 
 use super::lease::{Ask, Changed, Claim, Claimed, Lease, Tenure, Told};
@@ -19,8 +19,12 @@ use crate::storage::{Location, Storage, Version};
 pub(super) const LEASE: &str = "lease.json";
 /// Whoever wants the holder to stop puts its epoch here.
 pub(super) const CANCEL: &str = "cancel";
-/// Signs of life in a lease's time.
+/// Signs of life in a lease's time, and the longest time between two.
 const BEATS: u32 = 6;
+const MAX_BEAT: Duration = Duration::from_secs(10);
+/// Puts that may be refused one after the other, and the pause after the first; it grows with each.
+const MAX_REFUSALS: u32 = 12;
+const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
 /// How often is looked for a wish to stop, where no sign of life is needed.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -109,13 +113,35 @@ impl Root {
     pub(super) fn claim(&self, mut claim: Claim<LeaseVersion>) -> Result<Tenure<LeaseVersion>> {
         let start = Instant::now();
         let mut told = Told::Nothing;
+        let mut refusals = Refusals::default();
         loop {
             match claim.next(start.elapsed(), told) {
-                Claimed::Asks(ask) => told = self.answer(ask)?,
+                Claimed::Asks(ask) => told = refusals.note(self.answer(ask)?, self)?,
                 Claimed::Held(tenure) => return Ok(*tenure),
                 Claimed::Busy(lease) => return Err(Apart::Busy(shown(&lease)).into()),
             }
         }
+    }
+}
+
+/// Puts that were refused one after the other: a few are others who want the same, many a store that never takes one.
+#[derive(Default)]
+struct Refusals(u32);
+
+impl Refusals {
+    /// Pauses after each, and gives up after too many.
+    fn note(&mut self, told: Told<LeaseVersion>, root: &Root) -> Result<Told<LeaseVersion>> {
+        if let Told::Unsure = told {
+            self.0 += 1;
+            ensure!(
+                self.0 <= MAX_REFUSALS,
+                "{}: the store refuses to replace {LEASE} on a condition that holds; \
+                 if only one run is at this job, say --unguarded",
+                root.at.url
+            );
+            std::thread::sleep(REFUSAL_PAUSE * self.0);
+        }
+        Ok(told)
     }
 }
 
@@ -169,9 +195,10 @@ impl Kept {
             return Err(Apart::TakenOver.into());
         }
         let mut step = tenure.change(change);
+        let mut refusals = Refusals::default();
         loop {
             match step {
-                Changed::Asks(ask) => step = tenure.next(self.root.answer(ask)?),
+                Changed::Asks(ask) => step = tenure.next(refusals.note(self.root.answer(ask)?, &self.root)?),
                 Changed::Done => return Ok(()),
                 Changed::Lost => {
                     self.standing.store(Standing::Lost as u8, Ordering::Relaxed);
@@ -202,7 +229,9 @@ impl Kept {
 impl Keeper {
     /// Begins to show signs of life.
     pub(super) fn start(root: Root, tenure: Tenure<LeaseVersion>) -> Result<Self> {
-        let beat = if root.swaps { Duration::from_millis(tenure.lease().lease_ms) / BEATS } else { LOOK };
+        // Where a lock keeps others away, nobody looks for signs of life.
+        let beats = root.swaps || root.at.is_remote();
+        let beat = if beats { (Duration::from_millis(tenure.lease().lease_ms) / BEATS).min(MAX_BEAT) } else { LOOK };
         let epoch = tenure.lease().epoch;
         let kept = Arc::new(Kept { root, tenure: Mutex::new(tenure), standing: AtomicU8::new(Standing::Held as u8) });
         let (stop, stopped) = channel();
@@ -211,7 +240,7 @@ impl Keeper {
             while stopped.recv_timeout(beat) == Err(RecvTimeoutError::Timeout) {
                 // A store that can't be reached now may be later: until then nobody else can take over either, and whoever
                 // commits hears of it.
-                let _tried_again_soon = if shared.root.swaps { shared.change(|_| {}) } else { Ok(()) };
+                let _tried_again_soon = if beats { shared.change(|_| {}) } else { Ok(()) };
                 let _tried_again_too = shared.look(epoch);
                 if shared.standing() == Standing::Lost {
                     return;

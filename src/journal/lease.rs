@@ -142,8 +142,9 @@ pub enum Claimed<V> {
     Busy(Box<Lease>),
 }
 
-/// How often a lease that somebody holds is looked at, in parts of its time.
+/// How often a lease that somebody holds is looked at, in parts of its time, and the longest time between two looks.
 const LOOKS: u32 = 8;
+const MAX_LOOK: Duration = Duration::from_secs(5);
 
 /// Tries to get the lease.
 #[derive(Debug)]
@@ -194,18 +195,18 @@ impl<V: Clone> Claim<V> {
         }
         if lease.held && !is_dead && self.if_running != IfRunning::TakeOver {
             let silence = Duration::from_millis(lease.lease_ms);
-            let sign = (lease.epoch, lease.serial);
+            let (sign, pause) = ((lease.epoch, lease.serial), (silence / LOOKS).min(MAX_LOOK));
             match self.watched {
                 Some((seen, since)) if seen == sign => {
                     // A quarter more than it asks for, since clocks run differently fast.
                     if now.saturating_sub(since) < silence + silence / 4 {
-                        return Claimed::Asks(Ask::Wait(silence / LOOKS));
+                        return Claimed::Asks(Ask::Wait(pause));
                     }
                 }
                 Some(_) if self.if_running == IfRunning::Leave => return Claimed::Busy(lease),
                 _ => {
                     self.watched = Some((sign, now));
-                    return Claimed::Asks(Ask::Wait(silence / LOOKS));
+                    return Claimed::Asks(Ask::Wait(pause));
                 }
             }
         }

@@ -193,6 +193,12 @@ impl Journal {
         self.dir.standing()
     }
 
+    /// Gives the job back. [`Apart::TakenOver`] if another run had taken this one for dead: then what was committed since
+    /// does not count.
+    pub fn leave(&self) -> Result<()> {
+        self.dir.change(|lease| lease.held = false)
+    }
+
     /// Writes an object beside the job, like the outputs: only while nobody else has taken the job over.
     pub fn publish(&self, at: &Location, content: &[u8]) -> Result<()> {
         self.dir.storage.sweep(at)?;

@@ -184,7 +184,9 @@ impl Collector {
                 Err(RecvTimeoutError::Disconnected) => bail!("the job's threads are gone"),
             }
             self.commit_if_due()?;
-            if stopped.is_none() {
+            // A job that is complete needs no more time or money.
+            let is_complete = rows_read.is_some() && self.n_in_flight == 0;
+            if stopped.is_none() && !is_complete {
                 stopped = self.must_stop(start)?.map(|why| (why, Instant::now()));
             }
             self.stop.fetch_or(stopped.is_some(), Relaxed);

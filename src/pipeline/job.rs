@@ -204,7 +204,7 @@ pub(super) fn begin(
             );
         }
         let index = JobIndex::new(&files.scratch_folder())?;
-        let mut replay = Replay::new(&index, requests, manifest.rows != (0..manifest.n_rows()));
+        let mut replay = Replay::new(&index, requests, shard.is_some());
         let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
         replay.flush()?;
         return Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)));

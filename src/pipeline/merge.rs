@@ -27,7 +27,9 @@ pub fn merge(config: &Config) -> Result<JobEnd> {
 fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
     let Described { inputs, outputs, manifest, measured, .. } = Described::new(config, storage, files)?;
     let shards = under_way(storage, files)?;
-    if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest) {
+    if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest)
+        && !has_newer(config, storage, files, &shards, report.created)?
+    {
         // Merged before, and perhaps killed while tidying up.
         for shard in shards {
             JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?.remove()?;
@@ -73,6 +75,17 @@ fn under_way(storage: &Storage, files: &JobFiles) -> Result<Vec<Shard>> {
         bail!("{}: there are shards {} and {other}, which are of two cuts", files.job.url, shards[0]);
     }
     Ok(shards)
+}
+
+/// Whether a shard was begun anew after the job was merged.
+fn has_newer(config: &Config, storage: &Storage, files: &JobFiles, shards: &[Shard], merged_unix_s: u64) -> Result<bool> {
+    for &shard in shards {
+        let dir = JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?;
+        if dir.manifest()?.is_some_and(|manifest| manifest.created_unix_s > merged_unix_s) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The journal of a shard, complete.

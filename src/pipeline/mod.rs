@@ -42,7 +42,7 @@ use crate::format::openai::answer::Stamp;
 use crate::format::{Compression, Format, Source};
 use crate::grammar::Grammars;
 use crate::hub::LocalModel;
-use crate::journal::{self, Journal, Manifest, Outputs};
+use crate::journal::{self, Apart, Journal, Manifest, Outputs, Standing};
 use crate::model::Runner;
 use crate::prepare::{Preparer, RowForm};
 use crate::storage::Storage;
@@ -390,6 +390,8 @@ impl Run<'_> {
             let n_own = self.manifest.rows.end - self.manifest.rows.start;
             let n_done = journal.done_rows().len();
             anyhow::ensure!(n_done == n_own, "{n_done} of {n_own} rows have an outcome: the inputs changed meanwhile");
+            // Whoever was taken for dead before this hears of it here: what it committed since does not count.
+            journal.leave()?;
             return Ok(Ended::Shard { failed: journal.totals().n_failed });
         }
         anyhow::ensure!(
@@ -397,14 +399,30 @@ impl Run<'_> {
             "the inputs had {} rows when the job began, {n_rows} when they were read: they changed meanwhile",
             self.inputs.n_rows
         );
-        let start = Instant::now();
-        journal::finalise(&mut journal, &self.outputs, n_rows)?;
-        counts.finalise += start.elapsed();
-        let report = summary::report(self, n_rows, journal.totals(), &counts, &measured);
-        journal.publish(&self.files.report, report.to_json()?.as_bytes())?;
+        let report = match self.publish(n_rows, &mut journal, &mut counts, &measured) {
+            // Then the next holder broke it off, or removed what it was reading.
+            Err(_) if journal.standing() == Standing::Lost => return Err(Apart::TakenOver.into()),
+            published => published?,
+        };
         journal.remove()?;
         summary::remember(measured, &counts);
         Ok(Ended::Now(Box::new(report)))
+    }
+
+    /// Writes the final files and the report.
+    fn publish(
+        &self,
+        n_rows: u64,
+        journal: &mut Journal,
+        counts: &mut collect::Counts,
+        measured: &Measured,
+    ) -> Result<Report> {
+        let start = Instant::now();
+        journal::finalise(journal, &self.outputs, n_rows)?;
+        counts.finalise += start.elapsed();
+        let report = summary::report(self, n_rows, journal.totals(), counts, measured);
+        journal.publish(&self.files.report, report.to_json()?.as_bytes())?;
+        Ok(report)
     }
 
     fn answers(&self, model: &str, tokenizer: &Arc<Tokenizer>, columns: ResultColumns) -> Answers {

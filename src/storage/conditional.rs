@@ -6,7 +6,7 @@ use bytes::Bytes;
 use object_store::{Error, GetOptions, PutMode, PutOptions, PutPayload, UpdateVersion};
 
 use super::remote::tell;
-use super::{Location, Storage};
+use super::{Location, PAUSES, Storage};
 
 /// A version of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,10 +45,18 @@ impl Storage {
 
     /// Puts a small object that must be new, durably. An error if there is another one; that the same is there is fine.
     pub fn put_new(&self, at: &Location, content: &Bytes) -> Result<()> {
-        if self.put_over(at, content, None)?.is_some() || self.get(at)?.as_ref() == Some(content) {
-            return Ok(());
+        for pause in PAUSES {
+            if self.put_over(at, content, None)?.is_some() {
+                return Ok(());
+            }
+            match self.get(at)? {
+                Some(there) if there == *content => return Ok(()),
+                Some(_) => bail!("{} is there already, with another content", at.url),
+                // Refused because another put was under way, perhaps our own first try.
+                None => std::thread::sleep(pause),
+            }
         }
-        bail!("{} is there already, with another content", at.url)
+        bail!("{} can't be created: the store refuses it, and has nothing there", at.url)
     }
 
     /// Whether the store refuses what it must: to create the object at `at`, which is there, and to replace a version of it

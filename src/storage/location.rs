@@ -74,6 +74,11 @@ impl Location {
         })
     }
 
+    /// Whether another process can break off uploads to the store.
+    pub fn names_uploads(&self) -> bool {
+        self.uploads.is_some()
+    }
+
     /// Whether `text` names a place in a remote store.
     pub fn is_remote_url(text: &str) -> bool {
         text.split_once("://").is_some_and(|(scheme, _)| scheme != "file" && is_scheme(scheme))
