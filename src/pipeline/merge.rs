@@ -30,8 +30,8 @@ fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<End
     if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest)
         && !has_newer(config, storage, files, &shards, report.created)?
     {
-        // Merged before, and perhaps killed while tidying up.
-        for shard in shards {
+        // Merged before, and perhaps killed while tidying up: then a shard may have state that its lease does not mean any more.
+        for shard in files.shards(storage)? {
             JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?.remove()?;
         }
         remove_folder(files)?;

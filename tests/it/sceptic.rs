@@ -114,15 +114,18 @@ impl Job {
     /// Lets a run go on for a while, then kills it; whether it had ended before.
     fn kill(&mut self, mut child: Child, before: usize) -> bool {
         // Most moments are while it decodes; some while it starts or ends.
-        let (wait_ms, until_finalising) = match self.below(10) {
-            0 => (self.below(400), false),
-            1 | 2 => (60_000, true),
-            _ => (800 + self.below(3200), false),
-        };
-        let end = Instant::now() + Duration::from_millis(wait_ms);
-        while Instant::now() < end && child.try_wait().unwrap().is_none() {
-            if until_finalising && self.is_finalising() {
-                sleep(Duration::from_micros(self.below(30_000)));
+        let (early, finalising) = (Duration::from_millis(self.below(3000)), Duration::from_micros(self.below(30_000)));
+        let decoding = Duration::from_millis(self.below(1500));
+        let moment = self.below(10);
+        let start = Instant::now();
+        while child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_mins(5) {
+            let (is_there, then) = match moment {
+                0 => (true, early),
+                1 | 2 => (self.is_finalising(), finalising),
+                _ => (self.n_segments() > before, decoding),
+            };
+            if is_there {
+                sleep(then);
                 break;
             }
             sleep(Duration::from_millis(2));
