@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -184,8 +184,14 @@ pub(super) async fn start(app: &Arc<App>) -> Result<()> {
     for entry in std::fs::read_dir(&root)? {
         let entry = entry?;
         let id = entry.file_name().to_string_lossy().into_owned();
-        if app.store.read(move |connection| batches::any(connection, &id)).await?.is_none() {
-            std::fs::remove_dir_all(entry.path())?;
+        match app.store.read(move |connection| batches::any(connection, &id)).await? {
+            None => std::fs::remove_dir_all(entry.path())?,
+            Some(stored) if stored.is_open() => {}
+            // It ended, and the process before its journal was gone.
+            Some(_) => match std::fs::remove_dir_all(entry.path().join("output.job")) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            },
         }
     }
     for id in app.store.read(batches::open).await? {
@@ -233,6 +239,9 @@ async fn load(app: &App, id: &str) -> Result<(StoredBatch, Value)> {
 
 async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let (stored, _) = load(app, id).await?;
+    if !stored.is_open() {
+        return Ok(());
+    }
     let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
     let endpoint = Endpoint::parse(&settings.endpoint).context("its endpoint")?;
     let folder = app.data.join(folder(id));
@@ -337,6 +346,9 @@ async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
     app.store
         .write(move |connection| {
             let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            if !stored.is_open() {
+                return Ok(());
+            }
             let mut body: Value = serde_json::from_str(&stored.body)?;
             body["errors"] = json!({"object": "list", "data": faults});
             let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };

@@ -20,6 +20,9 @@ pub(super) const TABLES: &str = "
     CREATE INDEX batch_open ON batch (seq) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
+/// States that something may come of.
+const OPEN: [&str; 4] = ["validating", "in_progress", "finalizing", "cancelling"];
+
 /// A batch.
 #[derive(Debug, Clone)]
 pub struct StoredBatch {
@@ -50,6 +53,13 @@ impl StoredBatch {
             settings: row.get("settings")?,
             body: row.get("body")?,
         })
+    }
+}
+
+impl StoredBatch {
+    /// Whether something may come of it still.
+    pub fn is_open(&self) -> bool {
+        OPEN.contains(&self.status.as_str())
     }
 }
 

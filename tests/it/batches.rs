@@ -56,7 +56,7 @@ impl Server {
             if !["validating", "in_progress", "finalizing", "cancelling"].contains(&batch["status"].as_str().unwrap()) {
                 return batch;
             }
-            assert!(start.elapsed() < Duration::from_mins(3), "{batch}");
+            assert!(start.elapsed() < Duration::from_mins(5), "{batch}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -175,7 +175,11 @@ fn what_is_wrong_is_said_before_any_work() {
     let code = |content: &str| server.ended(&server.batch_of(content)["id"])["errors"]["data"][0]["code"].clone();
     assert_eq!(code("\n\n"), "empty_file");
     assert_eq!(code(&fine().replace(MODEL, "nobody")), "model_not_found");
+}
 
+#[test]
+fn what_is_wrong_with_a_call_is_said_by_its_field() {
+    let server = Server::start();
     assert_eq!(server.upload("nothing", "x").json()["error"]["param"], "purpose");
     assert_eq!(server.upload("batch", "").json()["error"]["param"], "file");
     let broken = server.send(
@@ -211,7 +215,7 @@ fn what_is_wrong_is_said_before_any_work() {
 #[test]
 fn a_batch_is_cancelled_in_time_and_every_request_stands_once() {
     let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
-    let batch = server.batch_of(&lines(400, 90).join("\n"));
+    let batch = server.batch_of(&lines(300, 90).join("\n"));
     let start = Instant::now();
     while server.batch(&batch["id"])["request_counts"]["completed"].as_u64().unwrap() < 5 {
         assert!(start.elapsed() < Duration::from_mins(2));
@@ -225,9 +229,9 @@ fn a_batch_is_cancelled_in_time_and_every_request_stands_once() {
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert_eq!((&ended["status"], ended["cancelled_at"].is_u64()), (&json!("cancelled"), true));
     let (done, rest) = (server.results(&ended["output_file_id"]), server.results(&ended["error_file_id"]));
-    assert!(done.len() >= 5 && done.len() + rest.len() == 400 && done.keys().all(|id| !rest.contains_key(id)));
+    assert!(done.len() >= 5 && done.len() + rest.len() == 300 && done.keys().all(|id| !rest.contains_key(id)));
     assert!(rest.values().all(|line| line["error"]["code"] == "batch_cancelled" && line["response"].is_null()));
-    assert_eq!(ended["request_counts"], json!({"total": 400, "completed": done.len(), "failed": rest.len()}));
+    assert_eq!(ended["request_counts"], json!({"total": 300, "completed": done.len(), "failed": rest.len()}));
     assert_eq!(server.post(&path, Value::Null).json(), ended, "a batch that has ended stays as it is");
     server.wait_idle();
     // Live calls have what the batch gave back.
@@ -237,7 +241,7 @@ fn a_batch_is_cancelled_in_time_and_every_request_stands_once() {
 #[test]
 fn batches_go_on_after_kills_and_expire() {
     let mut server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
-    let content = lines(120, 40).join("\n");
+    let content = lines(80, 30).join("\n");
     let calm = server.ended(&server.batch_of(&content)["id"]);
     let expected: BTreeMap<String, Value> =
         server.results(&calm["output_file_id"]).iter().map(|(id, line)| (id.clone(), essence(line))).collect();
@@ -254,7 +258,13 @@ fn batches_go_on_after_kills_and_expire() {
         server.results(&ended["output_file_id"]).iter().map(|(id, line)| (id.clone(), essence(line))).collect();
     assert_eq!(ended["status"], "completed");
     assert!(found == expected, "other answers after kills");
-    assert!(!server.sandbox.path(&format!("data/batches/{}/output.job", batch["id"].as_str().unwrap())).exists());
+    // The journal goes when the end is written down.
+    let journal = server.sandbox.path(&format!("data/batches/{}/output.job", batch["id"].as_str().unwrap()));
+    let start = Instant::now();
+    while journal.exists() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", journal.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 
     // One whose time is up when the server starts again.
     let batch = server.batch_of(&lines(2000, 90).join("\n"));
