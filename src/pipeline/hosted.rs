@@ -19,6 +19,7 @@ use crate::format::openai::{Endpoint, PlainLines, parse_object};
 use crate::format::{self, Limits, RawRow, Source};
 use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms, Totals};
 use crate::outcome::{ErrorCode, RowError};
+use crate::prepare::sequences::n_computed;
 use crate::prepare::{Origin, Preparer, RowForm};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, ensure};
@@ -32,6 +33,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 /// Rows that are planned together, and their bytes: fewer than those of a job that has the machine for itself.
 const WINDOW_ROWS: usize = 8192;
 const WINDOW_BYTES: usize = 16 << 20;
+/// Most completions of a row.
+const MAX_ROW_SEQUENCES: usize = 1024;
 /// Longest line.
 const MAX_LINE_BYTES: usize = 16 << 20;
 
@@ -197,6 +200,10 @@ impl HostedJob {
                         let message = format!("is not the batch's endpoint, {}", self.endpoint.path());
                         RowError::field(ErrorCode::UrlMismatch, "url", message)
                     }
+                    (Ok(prompts), _) if prompts.iter().map(n_computed).sum::<usize>() > MAX_ROW_SEQUENCES => {
+                        let message = format!("prompts times n is more than {MAX_ROW_SEQUENCES}");
+                        RowError::field(ErrorCode::InvalidValue, "body.n", message)
+                    }
                     _ => continue,
                 };
                 faults.push(Fault { line: row.line, error });
@@ -225,7 +232,7 @@ impl HostedJob {
         let files = self.files(&storage)?;
         let input = Location::parse(&self.input_path().to_string_lossy())?;
         let found = format::inspect(&storage, &input)?;
-        let manifest = self.manifest(seat, &input, &found);
+        let manifest = self.manifest(seat, &found);
         let (manifest, journal, index) = match job::begin(&storage, &files, manifest, true, (None, &Terms::default()))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
@@ -250,7 +257,7 @@ impl HostedJob {
     }
 
     /// What makes it this job.
-    fn manifest(&self, seat: &Seat, input: &Location, found: &format::Inspection) -> Manifest {
+    fn manifest(&self, seat: &Seat, found: &format::Inspection) -> Manifest {
         let pipeline = toml::Table::from_iter([
             ("batch".to_owned(), toml::Value::from(self.name.clone())),
             ("endpoint".to_owned(), self.endpoint.path().into()),
@@ -267,7 +274,8 @@ impl HostedJob {
             model_fingerprint: seat.fingerprint.clone(),
             pipeline,
             inputs: vec![Input {
-                url: input.url.to_string(),
+                // Its folder may be called otherwise at another start.
+                url: "input.jsonl".to_owned(),
                 n_bytes: found.n_bytes,
                 blake3: found.blake3.clone(),
                 n_rows: found.n_rows,

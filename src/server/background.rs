@@ -150,7 +150,7 @@ impl Background {
 
 /// Accepts a response; its id. When this returns, it is on the disk. `items` are its own input.
 pub(super) async fn create(
-    app: &App,
+    app: &Arc<App>,
     owner: &Owner,
     own: Own,
     body: Map<String, Value>,
@@ -183,16 +183,23 @@ pub(super) async fn create(
     if !app.background.open(&id) {
         return Err(ApiError::busy());
     }
-    let stored = app.store.write(move |connection| {
-        responses::insert(connection, &new)?;
-        responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
+    // A caller who goes away now must not leave a response behind that is stored and never run.
+    let app = Arc::clone(app);
+    let accepted = tokio::spawn(async move {
+        let stored = app.store.write(move |connection| {
+            responses::insert(connection, &new)?;
+            responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
+        });
+        match stored.await {
+            Ok(()) => app.background.enqueue(id.clone(), &model, window),
+            Err(error) => {
+                app.background.close(&id);
+                return Err(error);
+            }
+        }
+        Ok(id)
     });
-    if let Err(error) = stored.await {
-        app.background.close(&id);
-        return Err(error.into());
-    }
-    app.background.enqueue(id.clone(), &model, window);
-    Ok(id)
+    Ok(accepted.await.context("accepting a response panicked")??)
 }
 
 fn numbered(from: u64, events: &[Event]) -> Vec<StoredEvent> {
@@ -364,5 +371,7 @@ const AT_A_TIME: usize = 256;
 /// Forgets responses that are older than that.
 pub(super) async fn forget_old(app: &App, retention: Duration) -> Result<()> {
     let before = now().saturating_sub(retention.as_secs());
-    app.store.write(move |connection| responses::forget_before(connection, before, AT_A_TIME)).await.map(drop)
+    // In small bites, between which others get to write.
+    while app.store.write(move |connection| responses::forget_before(connection, before, AT_A_TIME)).await? == AT_A_TIME {}
+    Ok(())
 }

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 
 /// Batches that run at a time; more would only share the machine.
@@ -44,11 +44,19 @@ pub(super) struct Settings {
 }
 
 /// The batches that are open.
-#[derive(Default)]
 pub struct Batches {
     open: Mutex<HashMap<String, Arc<Open>>>,
     places: Places,
+    /// For whoever checks lines.
+    checking: Semaphore,
     is_closed: AtomicBool,
+}
+
+impl Default for Batches {
+    fn default() -> Self {
+        let (open, places) = (Mutex::default(), Places::default());
+        Self { open, places, checking: Semaphore::new(1), is_closed: AtomicBool::new(false) }
+    }
 }
 
 /// A batch that is open.
@@ -296,6 +304,8 @@ fn first_model(path: &Path) -> Result<Option<String>> {
 
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
 async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bool) -> Result<bool> {
+    // One after the other: each takes all cores, and a thread that live calls would have.
+    let _turn = app.batches.checking.acquire().await.context("nobody closes it")?;
     let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
     let checked = spawn_blocking(move || own.check(&preparer, max_rows, MAX_FAULTS));
     let Checked { n_rows, faults } = checked.await.context("checking the lines panicked")??;

@@ -34,6 +34,8 @@ const MAX_HOURS: u64 = 24 * 30;
 const MAX_INLINE: usize = 100_000;
 /// Longest `custom_id` of a request in a body.
 const MAX_INLINE_ID: usize = 64;
+/// Batches that may be open at a time.
+const MAX_OPEN: usize = 1000;
 /// Seconds that output files may be kept.
 const OUTPUT_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
@@ -77,6 +79,9 @@ pub(super) async fn create(
         }
         (None, Some(requests)) => Rows::Inline(inline(requests, endpoint)?),
     };
+    if app.batches.n_open() >= MAX_OPEN {
+        return Err(ApiError::busy());
+    }
     let (id, created_at) = (ids::new("batch_"), now());
     let object = json!({
         "id": id, "object": "batch", "endpoint": endpoint.path(),
@@ -102,9 +107,14 @@ pub(super) async fn create(
         body: object.to_string(),
     };
     let at = app.data.join(folder(&id));
-    spawn_blocking(move || put_input(&at, rows)).await.context("writing the input panicked")??;
-    app.store.write(move |connection| batches::insert(connection, &new)).await?;
-    batch_runs::take_up(&app, id);
+    // A caller who goes away now must not leave a batch behind that is stored and never run.
+    let accepted = tokio::spawn(async move {
+        spawn_blocking(move || put_input(&at, rows)).await.context("writing the input panicked")??;
+        app.store.write(move |connection| batches::insert(connection, &new)).await?;
+        batch_runs::take_up(&app, id);
+        anyhow::Ok(())
+    });
+    accepted.await.context("accepting a batch panicked")??;
     Ok(json_response(&object))
 }
 

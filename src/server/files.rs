@@ -60,6 +60,9 @@ pub(super) async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredFil
     found.ok_or_else(|| not_found(id))
 }
 
+/// Fields of the form besides the file.
+const FIELDS: [&str; 3] = ["purpose", "expires_after[anchor]", "expires_after[seconds]"];
+
 /// A file that is being written; gone again, unless it is kept.
 struct Arriving {
     path: PathBuf,
@@ -96,11 +99,13 @@ pub(super) async fn create(
             let file = Arriving { path, is_kept: false };
             let n_bytes = receive(&app, &mut field, &file.path).await?;
             arrived = Some((file, filename, n_bytes));
-        } else {
+        } else if FIELDS.contains(&name.as_str()) {
             values.insert(name, text_of(&app, &mut field).await?);
+        } else {
+            return Err(ApiError::field("unsupported_parameter", name, "is not supported"));
         }
     }
-    let Some((mut file, filename, bytes)) = arrived else { return Err(ApiError::missing("file")) };
+    let Some((file, filename, bytes)) = arrived else { return Err(ApiError::missing("file")) };
     let purpose = values.remove("purpose").ok_or_else(|| ApiError::missing("purpose"))?;
     if !PURPOSES.contains(&purpose.as_str()) {
         return Err(refuse("purpose", format!("{purpose:?} is not one of {}", PURPOSES.join(", "))));
@@ -110,15 +115,18 @@ pub(super) async fn create(
     }
     let created_at = now();
     let kept_s = kept_seconds(&mut values)?.or_else(|| (purpose == "batch").then_some(BATCH_DAYS * 86_400));
-    if let Some(name) = values.keys().next() {
-        return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported"));
-    }
     let (owner, path) = (owner.to_string(), format!("files/{id}"));
     let expires_at = kept_s.map(|seconds| created_at + seconds);
     let new = StoredFile { id, owner, created_at, expires_at, purpose, filename, bytes, path };
     let answer = shown(&new);
-    app.store.write(move |connection| files::insert(connection, &new)).await?;
-    file.is_kept = true;
+    // A caller who goes away now must not leave a file behind that is known and has no content.
+    let kept = tokio::spawn(async move {
+        let mut file = file; // as a whole
+        app.store.write(move |connection| files::insert(connection, &new)).await?;
+        file.is_kept = true;
+        anyhow::Ok(())
+    });
+    kept.await.context("keeping a file panicked")??;
     Ok(json_response(&answer))
 }
 
@@ -304,8 +312,14 @@ const AT_A_TIME: usize = 256;
 
 /// Removes files whose time has come.
 pub(super) async fn expire(app: &App) -> anyhow::Result<()> {
-    for file in app.store.read(|connection| files::expired(connection, now(), AT_A_TIME)).await? {
-        remove(app, file).await.context("a file that has expired")?;
+    loop {
+        let expired = app.store.read(|connection| files::expired(connection, now(), AT_A_TIME)).await?;
+        let is_last = expired.len() < AT_A_TIME;
+        for file in expired {
+            remove(app, file).await.context("a file that has expired")?;
+        }
+        if is_last {
+            return Ok(());
+        }
     }
-    Ok(())
 }

@@ -17,6 +17,7 @@ pub(super) const TABLES: &str = "
         settings TEXT NOT NULL, -- what is not in the body
         body TEXT NOT NULL -- as it is answered
     ) STRICT;
+    CREATE INDEX batch_owner ON batch (owner);
     CREATE INDEX batch_open ON batch (seq) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 

@@ -17,6 +17,7 @@ pub(super) const TABLES: &str = "
         bytes INTEGER NOT NULL,
         path TEXT NOT NULL -- in the data folder
     ) STRICT;
+    CREATE INDEX file_owner ON file (owner);
     CREATE INDEX file_expires ON file (expires_at) WHERE expires_at IS NOT NULL;
 ";
 

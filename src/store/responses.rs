@@ -20,6 +20,7 @@ pub(super) const TABLES: &str = "
         request TEXT -- while it is open: what is run
     ) STRICT;
     CREATE INDEX response_open ON response (seq) WHERE status IN ('queued', 'in_progress');
+    CREATE INDEX response_owner ON response (owner, status);
     CREATE INDEX response_created ON response (created_at);
     CREATE TABLE event (
         response INTEGER NOT NULL REFERENCES response (seq),
