@@ -50,6 +50,8 @@ pub struct ServeLimits {
     pub max_queued: usize,
     /// Most background responses that are open; more are refused.
     pub max_background: usize,
+    /// Whether webhooks may be sent to addresses of this machine and its network.
+    pub webhook_private_addresses: bool,
     /// Longest file.
     pub max_file_bytes: u64,
     /// Most requests of a batch.
@@ -88,6 +90,7 @@ struct ServerSpec {
     api_keys: Vec<String>,
     max_body: String,
     max_file: String,
+    webhook_private_addresses: bool,
     max_batch_rows: u64,
     max_queued: usize,
     max_background: usize,
@@ -108,6 +111,7 @@ impl Default for ServerSpec {
             api_keys: Vec::new(),
             max_body: "32MiB".into(),
             max_file: "512MiB".into(),
+            webhook_private_addresses: false,
             max_batch_rows: 100_000,
             max_queued: 4096,
             max_background: 100_000,
@@ -179,6 +183,7 @@ impl ServeConfig {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
                 max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,
                 max_batch_rows: server.max_batch_rows,
+                webhook_private_addresses: server.webhook_private_addresses,
                 max_queued: server.max_queued,
                 max_background: server.max_background,
                 retention: Duration::from_secs(86_400 * server.retention_days),

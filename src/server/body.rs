@@ -62,6 +62,11 @@ fn too_large(limit: usize) -> ApiError {
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("request_too_large"), message)
 }
 
+/// A body that may be left out.
+pub(super) fn parse_or_empty(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    if bytes.trim_ascii().is_empty() { Ok(Map::new()) } else { parse(bytes) }
+}
+
 fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     let refuse = |message: String| ApiError::new(StatusCode::BAD_REQUEST, None, message);
     if bytes.trim_ascii().is_empty() {

@@ -11,6 +11,7 @@ pub mod call;
 mod chat;
 mod completions;
 mod conversation;
+pub mod deliveries;
 pub mod errors;
 mod files;
 pub mod flow;
@@ -28,6 +29,7 @@ mod shown;
 mod sse;
 mod stored;
 mod tokens;
+mod webhooks;
 pub mod windows;
 
 use crate::config::serve::ServeConfig;
@@ -44,6 +46,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use background::Background;
 use batch_runs::Batches;
+use deliveries::Deliveries;
 use errors::{ApiError, Dialect, json_response};
 use metrics::Counters;
 use models::Models;
@@ -73,6 +76,8 @@ pub struct App {
     pub background: Background,
     /// Batches that have not ended.
     pub batches: Batches,
+    /// What is told to webhooks.
+    pub deliveries: Deliveries,
     /// The data folder.
     pub data: PathBuf,
     max_file_bytes: u64,
@@ -104,6 +109,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             store,
             background,
             batches: Batches::default(),
+            deliveries: Deliveries::new(config.limits.webhook_private_addresses)?,
             data: config.data.clone(),
             max_file_bytes: config.limits.max_file_bytes,
             max_batch_rows: config.limits.max_batch_rows,
@@ -117,6 +123,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         files::sweep(&app).await?;
         background::start(&app, queues).await?;
         batch_runs::start(&app).await?;
+        tokio::spawn(deliveries::run(Arc::clone(&app)));
         tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
         let ended = run(listener, Arc::clone(&app), config).await;
         if let Some(id) = app.models.ended() {
@@ -166,8 +173,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
 /// Removes what is too old, until the server ends.
 async fn sweep(app: Arc<App>, retention: Duration) {
-    while !app.is_draining.load(Relaxed) {
-        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await] {
+    while !app.is_draining() {
+        let told = deliveries::forget_old(&app, retention).await;
+        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, told] {
             if let Err(error) = swept {
                 say(&format!("removing what is old: {error:#}"));
             }
@@ -201,6 +209,12 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/batches/{id}", get(batches::retrieve))
         .route("/v1/batches/{id}/cancel", post(batches::cancel))
         .route("/v1/batches/{id}/{custom_id}", get(batches::result))
+        .route("/v1/webhook_endpoints", post(webhooks::create).get(webhooks::list))
+        .route("/v1/webhook_endpoints/{id}", get(webhooks::retrieve).post(webhooks::update).delete(webhooks::delete))
+        .route("/v1/webhook_endpoints/{id}/rotate_secret", post(webhooks::rotate_secret))
+        .route("/v1/webhook_endpoints/{id}/test", post(webhooks::test))
+        .route("/v1/webhook_endpoints/{id}/redeliver", post(webhooks::redeliver))
+        .route("/v1/webhook_event_types", get(webhooks::event_types_list))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         // Clients that add `/v1` themselves, given a base that has it.
@@ -259,6 +273,10 @@ async fn front(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
 }
 
 impl App {
+    fn is_draining(&self) -> bool {
+        self.is_draining.load(Relaxed)
+    }
+
     fn admit(&self, request: &Request) -> Result<Owner, ApiError> {
         let owner = self.keys.check(request.headers())?;
         if self.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(owner) }

@@ -1,7 +1,7 @@
 //! Batches: what they are and how far they are; not their rows, which are files and journals. Invariant: a batch that is
 //! terminal never changes again.
 
-use super::Connection;
+use super::{Connection, webhooks};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -115,11 +115,17 @@ pub fn open(connection: &Connection) -> Result<Vec<String>> {
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Changes a batch that is in the state `from`; false, and nothing is done, if it is in another.
+/// Changes a batch that is in the state `from`; false, and nothing is done, if it is in another. A
+/// terminal state is told to who wants to know.
 ///
 /// # Errors
 /// The database's.
 pub fn update(connection: &Connection, id: &str, (from, to): (&str, &str), body: &str) -> Result<bool> {
-    let sql = "UPDATE batch SET status = ?3, body = ?4 WHERE id = ?1 AND status = ?2";
-    Ok(connection.execute(sql, [id, from, to, body])? > 0)
+    let sql = "UPDATE batch SET status = ?3, body = ?4 WHERE id = ?1 AND status = ?2 RETURNING owner";
+    let owner: Option<String> = connection.query_row(sql, [id, from, to, body], |row| row.get(0)).optional()?;
+    let Some(owner) = owner else { return Ok(false) };
+    if !OPEN.contains(&to) {
+        webhooks::tell(connection, &owner, &format!("batch.{to}"), id)?;
+    }
+    Ok(true)
 }

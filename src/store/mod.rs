@@ -5,6 +5,7 @@
 pub mod batches;
 pub mod files;
 pub mod responses;
+pub mod webhooks;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 pub use rusqlite::Connection;
@@ -17,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// Statements that bring a database from each version to the next.
-const MIGRATIONS: &[&str] = &[responses::TABLES, files::TABLES, batches::TABLES];
+const MIGRATIONS: &[&str] = &[responses::TABLES, files::TABLES, batches::TABLES, webhooks::TABLES];
 /// Most writes that share one commit.
 const GROUP: usize = 256;
 /// How long a statement may wait for another process that looks at the database.

@@ -1,7 +1,7 @@
 //! Stored responses and the events of background ones. Invariants: a response that is terminal never changes again, but
 //! that it may be deleted; events have numbers without gaps, and the last is written with the terminal state.
 
-use super::Connection;
+use super::{Connection, webhooks};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -156,16 +156,20 @@ pub fn any(connection: &Connection, id: &str) -> Result<Option<StoredResponse>> 
 }
 
 /// Changes an open response and adds events; false, and nothing is done, if it is not open any more. A terminal state is
-/// its last.
+/// its last, and is told to who wants to know.
 ///
 /// # Errors
 /// The database's.
 pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str>, events: &[StoredEvent]) -> Result<bool> {
     let sql = "UPDATE response SET status = ?2, body = coalesce(?3, body),
                request = CASE WHEN ?2 IN ('queued', 'in_progress') THEN request END
-               WHERE id = ?1 AND status IN ('queued', 'in_progress') RETURNING seq";
-    let seq: Option<i64> = connection.prepare_cached(sql)?.query_row(params![id, status, body], |row| row.get(0)).optional()?;
-    let Some(seq) = seq else { return Ok(false) };
+               WHERE id = ?1 AND status IN ('queued', 'in_progress') RETURNING seq, owner";
+    let changed = connection.prepare_cached(sql)?.query_row(params![id, status, body], |row| Ok((row.get(0)?, row.get(1)?)));
+    let changed: Option<(i64, String)> = changed.optional()?;
+    let Some((seq, owner)) = changed else { return Ok(false) };
+    if !OPEN.contains(&status) {
+        webhooks::tell(connection, &owner, &format!("response.{status}"), id)?;
+    }
     let mut insert = connection.prepare_cached("INSERT INTO event VALUES (?1, ?2, ?3, ?4)")?;
     for (number, name, data) in events {
         insert.execute(params![seq, number, name, data])?;

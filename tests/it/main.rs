@@ -43,4 +43,5 @@ mod shards;
 mod simulation;
 mod text;
 mod tokenizers;
+mod webhooks;
 mod weights;

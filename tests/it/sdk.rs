@@ -31,13 +31,13 @@ fn the_official_clients_find_nothing_wrong() {
     let template = root().join("tests/sdk/tools.jinja");
     let named = format!("[[model]]\nid = \"moonshotai/Kimi-K2.6\"\n{weights}\n");
     let with_tools = format!("[[model]]\nid = \"with-tools\"\n{weights}\nchat_template = {template:?}\n");
-    let config = named + &with_tools;
+    let config = format!("[server]\nwebhook_private_addresses = true\n{named}{with_tools}");
     let server = Server::with(&config, &["--api-key", KEY]);
     let url = format!("http://{}", server.address);
     let script = root().join("tests/sdk/check.py");
     let output = Command::new(python).arg(script).args([&url, KEY, "moonshotai/Kimi-K2.6"]).output().unwrap();
     let (said, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{complaints}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 13, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 14, "{said}");
     server.wait_idle();
 }

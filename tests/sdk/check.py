@@ -6,8 +6,11 @@ types, and responses against Open Responses' own.
 The examples of the service's documents stand here word for word, but for the model's name and the address.
 """
 
+import http.server
 import json
+import queue
 import sys
+import threading
 import time
 
 import anthropic
@@ -327,10 +330,49 @@ def batches():
     assert client.batches.cancel(batch.id).status == "completed"
 
 
+def webhooks():
+    """What a webhook is told, as the official client's `unwrap` takes it."""
+    heard = queue.Queue()
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.put((self.rfile.read(int(self.headers["content-length"])), dict(self.headers)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    receiver = http.server.HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{receiver.server_port}/"
+    endpoint = client.webhooks.create(name="ours", url=url, event_types=["response.incomplete", "batch.completed"])
+    assert endpoint.id in [found.id for found in client.webhooks.list()]
+    assert client.webhooks.retrieve(endpoint.id).url == url
+    started = client.responses.create(model=MODEL, input="Count.", background=True, max_output_tokens=1, seed=1)
+    body, headers = heard.get(timeout=60)
+    event = client.webhooks.unwrap(body, headers, secret=endpoint.signing_secret)
+    assert event.type == "response.incomplete" and event.data.id == started.id, event
+    assert client.responses.retrieve(started.id).status == "incomplete"
+    try:
+        client.webhooks.unwrap(body + b" ", headers, secret=endpoint.signing_secret)
+        raise AssertionError("taken")
+    except openai.InvalidWebhookSignatureError:
+        pass
+    assert client.webhooks.test(endpoint.id, event_type="batch.completed").status_code == 200
+    body, headers = heard.get(timeout=60)
+    assert client.webhooks.unwrap(body, headers, secret=endpoint.signing_secret).type == "batch.completed"
+    rotated = client.webhooks.rotate_secret(endpoint.id)
+    assert rotated.signing_secret != endpoint.signing_secret
+    assert client.webhooks.update(endpoint.id, name="theirs").name == "theirs"
+    assert client.webhooks.delete(endpoint.id).deleted
+    receiver.shutdown()
+
+
 if __name__ == "__main__":
     for check in [
         models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
-        documents_realtime, documents_async, stored, batches,
+        documents_realtime, documents_async, stored, batches, webhooks,
     ]:
         check()
         print(f"ok {check.__name__}", flush=True)

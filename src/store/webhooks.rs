@@ -1,0 +1,224 @@
+//! Webhook endpoints, and the outbox of what is to be told to them. Invariant: what a state's change has to tell is written
+//! with the change; it is taken out when it was told, or given up.
+
+use super::Connection;
+use anyhow::Result;
+use rusqlite::{OptionalExtension, Row, params};
+
+/// The schema.
+pub(super) const TABLES: &str = "
+    CREATE TABLE endpoint (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        owner TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        updated_at INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        url TEXT NOT NULL,
+        event_types TEXT NOT NULL, -- a JSON array
+        secret TEXT NOT NULL,
+        old_secret TEXT,
+        old_until INTEGER,
+        is_disabled INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE TABLE delivery (
+        seq INTEGER PRIMARY KEY,
+        endpoint INTEGER NOT NULL REFERENCES endpoint (seq) ON DELETE CASCADE,
+        id TEXT NOT NULL UNIQUE,
+        created_at INTEGER NOT NULL,
+        body TEXT NOT NULL,
+        n_tries INTEGER NOT NULL DEFAULT 0,
+        next_at INTEGER -- NULL: told, or given up
+        , is_told INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE INDEX delivery_next ON delivery (next_at) WHERE next_at IS NOT NULL;
+    CREATE INDEX delivery_endpoint ON delivery (endpoint);
+";
+
+/// Somebody who wants to be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `we_…`
+    pub id: String,
+    /// Whose it is.
+    pub owner: String,
+    /// Unix seconds.
+    pub created_at: u64,
+    /// Unix seconds.
+    pub updated_at: u64,
+    /// As its owner calls it.
+    pub name: String,
+    /// Where it is told.
+    pub url: String,
+    /// Of what, a JSON array of names.
+    pub event_types: String,
+    /// `whsec_…`
+    pub secret: String,
+    /// The one before, and until when it is used too.
+    pub old_secret: Option<(String, u64)>,
+}
+
+impl Endpoint {
+    fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
+        let old: (Option<String>, Option<u64>) = (row.get("old_secret")?, row.get("old_until")?);
+        Ok(Self {
+            id: row.get("id")?,
+            owner: row.get("owner")?,
+            created_at: row.get("created_at")?,
+            updated_at: row.get("updated_at")?,
+            name: row.get("name")?,
+            url: row.get("url")?,
+            event_types: row.get("event_types")?,
+            secret: row.get("secret")?,
+            old_secret: old.0.zip(old.1),
+        })
+    }
+}
+
+/// Adds an endpoint, or changes the one of that id.
+///
+/// # Errors
+/// The database's.
+pub fn put(connection: &Connection, new: &Endpoint) -> Result<()> {
+    let sql = "INSERT INTO endpoint (id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+               ON CONFLICT (id) DO UPDATE SET updated_at = ?4, name = ?5, url = ?6, event_types = ?7, secret = ?8,
+               old_secret = ?9, old_until = ?10, is_disabled = 0";
+    let Endpoint { id, owner, created_at, updated_at, name, url, event_types, secret, old_secret } = new;
+    let (old_secret, old_until) = old_secret.clone().unzip();
+    connection.execute(sql, params![id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until])?;
+    Ok(())
+}
+
+/// An endpoint of an owner's.
+///
+/// # Errors
+/// The database's.
+pub fn get(connection: &Connection, owner: &str, id: &str) -> Result<Option<Endpoint>> {
+    let sql = "SELECT * FROM endpoint WHERE id = ?1 AND owner = ?2";
+    Ok(connection.prepare_cached(sql)?.query_row([id, owner], Endpoint::of).optional()?)
+}
+
+/// Endpoints of an owner's, newest first, after one of them.
+///
+/// # Errors
+/// The database's.
+pub fn list(connection: &Connection, owner: &str, after: Option<&str>, limit: usize) -> Result<Vec<Endpoint>> {
+    let sql = "SELECT * FROM endpoint WHERE owner = ?1
+               AND (?2 IS NULL OR seq < (SELECT seq FROM endpoint WHERE id = ?2 AND owner = ?1)) ORDER BY seq DESC LIMIT ?3";
+    let mut statement = connection.prepare_cached(sql)?;
+    let rows = statement.query_map(params![owner, after, limit], Endpoint::of)?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Forgets an endpoint and what was to be told to it.
+///
+/// # Errors
+/// The database's.
+pub fn delete(connection: &Connection, id: &str) -> Result<()> {
+    connection.execute("DELETE FROM delivery WHERE endpoint = (SELECT seq FROM endpoint WHERE id = ?1)", [id])?;
+    connection.execute("DELETE FROM endpoint WHERE id = ?1", [id])?;
+    Ok(())
+}
+
+/// Puts into the outbox, for everybody who wants to know, what has become of an object.
+///
+/// # Errors
+/// The database's.
+pub(super) fn tell(connection: &Connection, owner: &str, event_type: &str, object: &str) -> Result<()> {
+    let sql = "WITH made AS (
+                   SELECT seq, 'evt_' || lower(hex(randomblob(16))) AS id, unixepoch() AS now FROM endpoint
+                   WHERE owner = ?1 AND NOT is_disabled AND EXISTS (SELECT 1 FROM json_each(event_types) WHERE value = ?2))
+               INSERT INTO delivery (endpoint, id, created_at, body, next_at)
+               SELECT seq, id, now, json_object('id', id, 'object', 'event', 'created_at', now, 'type', ?2,
+                                                'data', json_object('id', ?3)), now FROM made";
+    connection.prepare_cached(sql)?.execute([owner, event_type, object])?;
+    Ok(())
+}
+
+/// Something to be told.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// `evt_…`
+    pub id: String,
+    /// When it happened, unix seconds.
+    pub created_at: u64,
+    /// What is said.
+    pub body: String,
+    /// How often that was tried.
+    pub n_tries: u32,
+    /// To whom.
+    pub to: Endpoint,
+}
+
+/// What is due: of each endpoint the oldest, so that a slow one holds up nobody else.
+///
+/// # Errors
+/// The database's.
+pub fn due(connection: &Connection, now: u64, limit: usize) -> Result<Vec<Delivery>> {
+    let sql = "SELECT delivery.id AS event, delivery.created_at AS happened, body, n_tries, endpoint.* FROM delivery
+               JOIN endpoint ON endpoint.seq = delivery.endpoint
+               WHERE delivery.seq IN (SELECT min(seq) FROM delivery WHERE next_at <= ?1 GROUP BY endpoint)
+               AND NOT is_disabled LIMIT ?2";
+    let mut statement = connection.prepare_cached(sql)?;
+    let rows = statement.query_map(params![now, limit], |row| {
+        let (id, created_at) = (row.get("event")?, row.get("happened")?);
+        Ok(Delivery { id, created_at, body: row.get("body")?, n_tries: row.get("n_tries")?, to: Endpoint::of(row)? })
+    })?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// What became of a try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tried {
+    /// It was told.
+    Told,
+    /// It is to be tried again then.
+    Again(u64),
+    /// It is given up.
+    GivenUp,
+    /// The endpoint wants to hear nothing any more.
+    Gone,
+}
+
+/// Notes what became of a try.
+///
+/// # Errors
+/// The database's.
+pub fn note(connection: &Connection, id: &str, tried: Tried) -> Result<()> {
+    let (next_at, is_told) = match tried {
+        Tried::Again(at) => (Some(at), false),
+        Tried::Told => (None, true),
+        Tried::GivenUp | Tried::Gone => (None, false),
+    };
+    let sql = "UPDATE delivery SET n_tries = n_tries + 1, next_at = ?2, is_told = ?3 WHERE id = ?1";
+    connection.execute(sql, params![id, next_at, is_told])?;
+    if tried == Tried::Gone {
+        let sql = "UPDATE endpoint SET is_disabled = 1 WHERE seq = (SELECT endpoint FROM delivery WHERE id = ?1)";
+        connection.execute(sql, [id])?;
+    }
+    Ok(())
+}
+
+/// Puts what was given up into the outbox again, or one event whatever became of it; how many.
+///
+/// # Errors
+/// The database's.
+pub fn again(connection: &Connection, endpoint: &str, event: Option<&str>, now: u64) -> Result<usize> {
+    connection.execute("UPDATE endpoint SET is_disabled = 0 WHERE id = ?1", [endpoint])?;
+    let sql =
+        "UPDATE delivery SET next_at = ?3, n_tries = 0, is_told = 0 WHERE endpoint = (SELECT seq FROM endpoint WHERE id = ?1)
+               AND CASE WHEN ?2 IS NULL THEN next_at IS NULL AND NOT is_told ELSE id = ?2 END";
+    Ok(connection.execute(sql, params![endpoint, event, now])?)
+}
+
+/// Forgets what was told or given up before that, at most `limit`.
+///
+/// # Errors
+/// The database's.
+pub fn forget_before(connection: &Connection, created_at: u64, limit: usize) -> Result<()> {
+    let sql = "DELETE FROM delivery WHERE seq IN
+               (SELECT seq FROM delivery WHERE next_at IS NULL AND created_at < ?1 ORDER BY seq LIMIT ?2)";
+    connection.execute(sql, params![created_at, limit])?;
+    Ok(())
+}
