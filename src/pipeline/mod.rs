@@ -410,13 +410,7 @@ impl Run<'_> {
     }
 
     /// Writes the final files and the report.
-    fn publish(
-        &self,
-        n_rows: u64,
-        journal: &mut Journal,
-        counts: &mut collect::Counts,
-        measured: &Measured,
-    ) -> Result<Report> {
+    fn publish(&self, n_rows: u64, journal: &mut Journal, counts: &mut collect::Counts, measured: &Measured) -> Result<Report> {
         let start = Instant::now();
         journal::finalise(journal, &self.outputs, n_rows)?;
         counts.finalise += start.elapsed();

@@ -11,7 +11,9 @@ use super::paging::{Page, Pairs};
 use super::stored::listed;
 use super::{files, ids, windows};
 use crate::format::openai::{Endpoint, kind};
+use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
+use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::Context as _;
 use axum::Extension;
 use axum::extract::rejection::PathRejection;
@@ -39,10 +41,13 @@ const MAX_OPEN: usize = 1000;
 /// Seconds that output files may be kept.
 const OUTPUT_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
-/// Where the rows of a new batch come from.
-enum Rows {
-    File { id: String, path: PathBuf },
-    Inline(Vec<String>),
+/// The file of a new batch.
+struct Input {
+    id: String,
+    /// Where it lies.
+    path: PathBuf,
+    /// Its lines, if they came with the batch: then it is to be made.
+    lines: Option<Vec<String>>,
 }
 
 /// `POST /v1/batches`
@@ -66,7 +71,7 @@ pub(super) async fn create(
     let hours = hours(text(&body, "completion_window")?)?;
     let metadata = windows::metadata(&body)?.cloned();
     let output_seconds = output_seconds(&body)?;
-    let rows = match (text(&body, "input_file_id")?, body.get("requests").filter(|value| !value.is_null())) {
+    let input = match (text(&body, "input_file_id")?, body.get("requests").filter(|value| !value.is_null())) {
         (Some(_), Some(_)) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
         (None, None) => return Err(ApiError::missing("input_file_id")),
         (Some(id), None) => {
@@ -75,9 +80,12 @@ pub(super) async fn create(
                 let message = format!("is a file of purpose {:?}, not batch", file.purpose);
                 return Err(ApiError::invalid_value("input_file_id", message));
             }
-            Rows::File { id: file.id, path: app.data.join(file.path) }
+            Input { id: file.id, path: app.data.join(file.path), lines: None }
         }
-        (None, Some(requests)) => Rows::Inline(inline(requests, endpoint)?),
+        (None, Some(requests)) => {
+            let (id, lines) = (ids::new("file-"), inline(requests, endpoint)?);
+            Input { path: app.data.join("files").join(&id), id, lines: Some(lines) }
+        }
     };
     if app.batches.n_open() >= MAX_OPEN {
         return Err(ApiError::busy());
@@ -85,7 +93,7 @@ pub(super) async fn create(
     let (id, created_at) = (ids::new("batch_"), now());
     let object = json!({
         "id": id, "object": "batch", "endpoint": endpoint.path(),
-        "input_file_id": match &rows { Rows::File { id, .. } => Some(id), Rows::Inline(_) => None },
+        "input_file_id": input.id,
         "completion_window": text(&body, "completion_window")?.unwrap_or("24h"),
         "status": "validating", "created_at": created_at, "expires_at": created_at + 3600 * hours,
         "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
@@ -106,16 +114,34 @@ pub(super) async fn create(
         settings,
         body: object.to_string(),
     };
-    let at = app.data.join(folder(&id));
     // A caller who goes away now must not leave a batch behind that is stored and never run.
-    let accepted = tokio::spawn(async move {
-        spawn_blocking(move || put_input(&at, rows)).await.context("writing the input panicked")??;
-        app.store.write(move |connection| batches::insert(connection, &new)).await?;
-        batch_runs::take_up(&app, id);
-        anyhow::Ok(())
-    });
-    accepted.await.context("accepting a batch panicked")??;
+    tokio::spawn(accept(app, new, input)).await.context("accepting a batch panicked")??;
     Ok(json_response(&object))
+}
+
+/// Puts a batch on the disk, and has it run.
+async fn accept(app: Arc<App>, new: StoredBatch, input: Input) -> anyhow::Result<()> {
+    let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
+    let file = input.lines.is_some().then(|| StoredFile {
+        id: input.id.clone(),
+        owner: new.owner.clone(),
+        created_at: new.created_at,
+        expires_at: Some(new.created_at + files::BATCH_DAYS * 86_400),
+        purpose: "batch".into(),
+        filename: format!("{id}.jsonl"),
+        bytes: 0,
+        path: format!("files/{}", input.id),
+    });
+    let n_bytes = spawn_blocking(move || put_input(&at, input)).await.context("writing the input panicked")??;
+    let write = move |connection: &Connection| {
+        if let Some(file) = file {
+            stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;
+        }
+        batches::insert(connection, &new)
+    };
+    app.store.write(write).await?;
+    batch_runs::take_up(&app, id);
+    Ok(())
 }
 
 fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, ApiError> {
@@ -191,25 +217,22 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
     lines.collect()
 }
 
-/// Makes the batch's folder with its input, durably.
-fn put_input(folder: &Path, rows: Rows) -> anyhow::Result<()> {
-    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
-    let at = folder.join("input.jsonl");
-    match rows {
-        // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
-        Rows::File { path, .. } => std::fs::hard_link(&path, &at).with_context(|| format!("{}", path.display()))?,
-        Rows::Inline(lines) => {
-            let mut file = BufWriter::new(File::create(&at).with_context(|| at.display().to_string())?);
-            for line in lines {
-                writeln!(file, "{line}")?;
-            }
-            file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+/// Makes the batch's folder with its input, durably; the input's length.
+fn put_input(folder: &Path, Input { path, lines, .. }: Input) -> anyhow::Result<u64> {
+    if let Some(lines) = lines {
+        let mut file = BufWriter::new(File::create_new(&path).with_context(|| path.display().to_string())?);
+        for line in lines {
+            writeln!(file, "{line}")?;
         }
+        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
     }
-    for folder in [Some(folder), folder.parent()].into_iter().flatten() {
+    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
+    // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
+    std::fs::hard_link(&path, folder.join("input.jsonl")).with_context(|| path.display().to_string())?;
+    for folder in [Some(folder), folder.parent(), path.parent()].into_iter().flatten() {
         File::open(folder)?.sync_all()?;
     }
-    Ok(())
+    Ok(std::fs::metadata(&path)?.len())
 }
 
 fn not_found(id: &str) -> ApiError {

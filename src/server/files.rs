@@ -31,7 +31,7 @@ const PURPOSES: [&str; 6] = ["batch", "user_data", "assistants", "vision", "fine
 /// What a batch writes.
 pub(super) const BATCH_OUTPUT: &str = "batch_output";
 /// How long an input of batches is kept, where nothing is said.
-const BATCH_DAYS: u64 = 30;
+pub(super) const BATCH_DAYS: u64 = 30;
 /// Seconds that a file may be kept, where they are given.
 const EXPIRES_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 /// Bytes that are written or read at a time.

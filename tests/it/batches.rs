@@ -119,6 +119,8 @@ fn a_batch_has_the_answers_of_a_job() {
     let inline = server
         .post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests, "metadata": {"a": "b"}}))
         .json();
+    let kept = server.get(&format!("/v1/files/{}/content", inline["input_file_id"].as_str().unwrap()));
+    assert_eq!(kept.text.lines().count(), requests.len());
     let inline = server.ended(&inline["id"]);
     assert_eq!(inline["metadata"], json!({"a": "b"}));
     let again = server.results(&inline["output_file_id"]);
