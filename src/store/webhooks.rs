@@ -126,7 +126,7 @@ pub fn delete(connection: &Connection, id: &str) -> Result<()> {
 /// # Errors
 /// The database's.
 pub(super) fn tell(connection: &Connection, owner: &str, event_type: &str, object: &str) -> Result<()> {
-    let sql = "WITH made AS (
+    let sql = "WITH made AS MATERIALIZED (
                    SELECT seq, 'evt_' || lower(hex(randomblob(16))) AS id, unixepoch() AS now FROM endpoint
                    WHERE owner = ?1 AND NOT is_disabled AND EXISTS (SELECT 1 FROM json_each(event_types) WHERE value = ?2))
                INSERT INTO delivery (endpoint, id, created_at, body, next_at)

@@ -31,7 +31,9 @@ fn the_official_clients_find_nothing_wrong() {
     let template = root().join("tests/sdk/tools.jinja");
     let named = format!("[[model]]\nid = \"moonshotai/Kimi-K2.6\"\n{weights}\n");
     let with_tools = format!("[[model]]\nid = \"with-tools\"\n{weights}\nchat_template = {template:?}\n");
-    let config = format!("[server]\nwebhook_private_addresses = true\n{named}{with_tools}");
+    // Examples that set no limit would go on to the end of the context.
+    let limit = "[sampling]\nmax_tokens = 400\n";
+    let config = format!("[server]\nwebhook_private_addresses = true\n{limit}{named}{with_tools}");
     let server = Server::with(&config, &["--api-key", KEY]);
     let url = format!("http://{}", server.address);
     let script = root().join("tests/sdk/check.py");
