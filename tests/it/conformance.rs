@@ -321,6 +321,8 @@ proptest! {
             }
             for (i, &got) in out.values().iter().enumerate() {
                 let (want, size) = next.product(numerics, i % 5, &gated.values()[i / 5 * n..][..n]);
+                // AMX takes sums under 2^-126 for 0, the others don't.
+                prop_assume!(size == 0.0 || size > 1e-36);
                 prop_assert!((f64::from(got) - want).abs() <= 1e-5 * size, "{got}, not {want} (of terms {size})");
             }
             let got = (bits(gated.values()), bits(out.values()));
