@@ -84,3 +84,12 @@ pub(crate) fn chat_line(custom_id: &str, content: &str, extra: Value) -> String 
     body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
     serde_json::json!({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).to_string()
 }
+
+/// The next number of a sequence that depends on its seed alone (Steele, Lea, Flood 2014).
+pub(crate) fn splitmix64(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

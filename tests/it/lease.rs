@@ -4,6 +4,7 @@
 //! reads is what every later one reads, and that what is published stays what the last job published. Mistakes that are
 //! planted must be found.
 
+use crate::common::splitmix64;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
@@ -239,13 +240,8 @@ impl World {
         world
     }
 
-    /// splitmix64
     fn below(&mut self, end: u64) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
+        splitmix64(&mut self.random) % end
     }
 
     fn chance(&mut self, percent: u64) -> bool {

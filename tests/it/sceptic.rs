@@ -6,7 +6,7 @@
 //!
 //! Each kill is logged with its phase.
 
-use crate::common::{Sandbox, chat_line};
+use crate::common::{Sandbox, chat_line, splitmix64};
 use crate::faults::S3;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -58,13 +58,8 @@ impl Job {
         Self { sandbox, place, random: seed, log: Vec::new() }
     }
 
-    /// splitmix64
     fn below(&mut self, end: u64) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
+        splitmix64(&mut self.random) % end
     }
 
     fn command(&self, what: &str, more: &[&str]) -> Command {
