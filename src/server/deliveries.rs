@@ -168,15 +168,15 @@ fn sign(secret: &str, id: &str, timestamp: u64, body: &str) -> Result<String> {
     Ok(format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes())))
 }
 
-/// What follows from a try.
-fn judge(delivery: &Delivery, answer: &Result<(u16, Option<u64>)>, draw: f64) -> Tried {
-    let pause = PAUSES_S.get(delivery.n_tries as usize).copied();
+/// What follows from a try that ended at `now`, of a message that was tried `n_tries` times before.
+fn judge(n_tries: u32, answer: &Result<(u16, Option<u64>)>, now: u64, draw: f64) -> Tried {
+    let pause = PAUSES_S.get(n_tries as usize).copied();
     match (answer, pause) {
         (Ok((200..300, _)), _) => Tried::Told,
         (Ok((410, _)), _) => Tried::Gone,
         (_, None) => Tried::GivenUp,
-        (Ok((429 | 502..=504, Some(asked))), Some(pause)) => Tried::Again(now() + pause.max(*asked).min(MAX_RETRY_AFTER_S)),
-        (_, Some(pause)) => Tried::Again(now() + (pause as f64 * (1.0 + JITTER * draw)).round() as u64),
+        (Ok((429 | 502..=504, Some(asked))), Some(pause)) => Tried::Again(now + pause.max(*asked).min(MAX_RETRY_AFTER_S)),
+        (_, Some(pause)) => Tried::Again(now + (pause as f64 * (1.0 + JITTER * draw)).round() as u64),
     }
 }
 
@@ -215,7 +215,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 async fn deliver(app: Arc<App>, delivery: Delivery) {
     let answer = app.deliveries.send(&delivery).await;
     // Endpoints that failed together are not to be tried together.
-    let tried = judge(&delivery, &answer, super::ids::seed() as f64 / (1_u64 << 53) as f64);
+    let tried = judge(delivery.n_tries, &answer, now(), super::ids::seed() as f64 / (1_u64 << 53) as f64);
     let id = delivery.id.clone();
     if let Err(error) = app.store.write(move |connection| webhooks::note(connection, &id, tried)).await {
         say(&format!("webhooks: {error:#}"));
@@ -269,6 +269,31 @@ mod tests {
         }
         assert!(guarded.check_url("https://example.com/hook").is_ok());
         assert!(Deliveries::new(true).unwrap().check_url("http://127.0.0.1:80/x").is_ok());
+    }
+
+    #[test]
+    fn a_message_is_tried_at_growing_pauses_for_about_three_days() {
+        let n_pauses = u32::try_from(PAUSES_S.len()).unwrap();
+        for answer in [Ok((500, None)), Ok((302, Some(1))), Err(anyhow::anyhow!("refused"))] {
+            let (mut earliest, mut latest) = (0, 0);
+            for n_tries in 0..n_pauses {
+                let at = |draw| match judge(n_tries, &answer, 1000, draw) {
+                    Tried::Again(at) => at - 1000,
+                    other => panic!("{other:?}"),
+                };
+                let pause = PAUSES_S[n_tries as usize];
+                assert!(at(0.0) == pause && at(0.5) > pause && at(1.0) <= pause * 6 / 5, "{n_tries}");
+                (earliest, latest) = (earliest + at(0.0), latest + at(1.0));
+            }
+            assert!(earliest > 60 * 3600 && latest < 84 * 3600, "{earliest} to {latest} s");
+            assert_eq!(judge(n_pauses, &answer, 1000, 0.0), Tried::GivenUp);
+        }
+        // What a receiver that is busy asks for, but not sooner than otherwise, and not for ever.
+        for (asked, pause) in [(1, 5), (77, 77), (1 << 40, MAX_RETRY_AFTER_S)] {
+            assert_eq!(judge(0, &Ok((503, Some(asked))), 1000, 1.0), Tried::Again(1000 + pause));
+        }
+        assert_eq!(judge(3, &Ok((204, None)), 1000, 0.0), Tried::Told);
+        assert_eq!(judge(0, &Ok((410, None)), 1000, 0.0), Tried::Gone);
     }
 
     /// The vector of the Standard Webhooks' own libraries.

@@ -73,8 +73,9 @@ impl Server {
     }
 }
 
+/// The next message; the limit is for one that never comes.
 fn next(heard: &Receiver<Heard>) -> Heard {
-    heard.recv_timeout(Duration::from_mins(1)).unwrap()
+    heard.recv_timeout(Duration::from_mins(10)).unwrap()
 }
 
 #[test]
@@ -95,11 +96,12 @@ fn what_ends_is_told_until_it_is_heard() {
         json!({"id": first.id, "object": "event", "created_at": first.body["created_at"], "type": "response.incomplete", "data": {"id": id}})
     );
     assert_eq!(server.get(&format!("/v1/responses/{id}")).json()["status"], "incomplete");
-    // What was not heard is told again, by the server after it too.
+    // What was not heard is told again, by the server after it too: at once, if the first was killed before it had noted the
+    // answer. Each try is signed with its own time.
     server.restart();
     let second = next(&heard);
     assert_eq!((&second.id, &second.body), (&first.id, &first.body));
-    assert!(second.timestamp >= first.timestamp + 3 && second.signature != first.signature);
+    assert_eq!(second.signature == first.signature, second.timestamp == first.timestamp);
     // Other events wait for nobody but their turn; what is not wanted is not told.
     let server = server;
     let long = server.background(4000);
