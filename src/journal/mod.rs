@@ -8,6 +8,7 @@
 
 mod dir;
 mod finalise;
+mod flight;
 mod holder;
 mod keeper;
 pub mod lease;
@@ -33,6 +34,7 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 
 use crate::storage::Location;
+use flight::Flight;
 use lease::Closed;
 use segment::Segment;
 
@@ -61,6 +63,8 @@ pub struct Totals {
 /// The journal of one job, open for appending.
 #[derive(Debug)]
 pub struct Journal {
+    /// The segment that is being put. Dropped before the directory is given back: nothing is written after that.
+    flight: Option<Flight>,
     dir: JobDir,
     job: String, // the job's fingerprint
     /// Those that count, in the order they were written.
@@ -69,8 +73,9 @@ pub struct Journal {
     pending: Segment,
     done: RowSet,
     totals: Totals,
-    /// Spent in making outcomes durable.
+    /// Spent in making outcomes durable, and what of it the caller waited for.
     commit_time: Duration,
+    wait_time: Duration,
     /// What was found wrong on opening, and set right; for people.
     pub warnings: Vec<String>,
 }
@@ -116,8 +121,19 @@ impl Journal {
         let (pending, done) = (Segment::default(), RowSet::default());
         let job = manifest.job_fingerprint.clone();
         let next_segment = SegmentId { epoch: dir.lease().epoch, number: 1 };
-        let (segments, totals, commit_time) = (Vec::new(), Totals::default(), Duration::ZERO);
-        Self { dir, job, segments, next_segment, pending, done, totals, commit_time, warnings: Vec::new() }
+        Self {
+            flight: None,
+            dir,
+            job,
+            segments: Vec::new(),
+            next_segment,
+            pending,
+            done,
+            totals: Totals::default(),
+            commit_time: Duration::ZERO,
+            wait_time: Duration::ZERO,
+            warnings: Vec::new(),
+        }
     }
 
     fn count(&mut self, id: SegmentId, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
@@ -139,8 +155,8 @@ impl Journal {
         segment::verify(&content, &self.job).with_context(|| at.url.to_string())
     }
 
-    /// Journals an outcome; durable once the next [`Journal::commit`] returns. Commits by itself when a segment is full.
-    /// A row that is journaled already is left as it is; otherwise says where the record is.
+    /// Journals an outcome; durable once the next [`Journal::commit`] returns. Begins to commit by itself when a segment is
+    /// full. A row that is journaled already is left as it is; otherwise says where the record is.
     pub fn append(&mut self, record: &Record<'_>) -> Result<Option<Place>> {
         if !self.done.insert(record.row) {
             return Ok(None);
@@ -149,43 +165,73 @@ impl Journal {
         let bytes = self.pending.push(record);
         let place = Place { segment: self.next_segment, start: bytes.start, n_bytes: bytes.end - bytes.start };
         if self.pending.n_rows() >= SEGMENT_ROWS || self.pending.n_bytes() >= SEGMENT_BYTES {
-            self.commit()?;
+            self.begin_commit()?;
         }
         Ok(Some(place))
     }
 
     /// The record at a place, committed or not.
     pub fn record(&self, place: Place) -> Result<Record<'static>> {
-        let bytes = place.start..place.start + place.n_bytes;
+        let bytes = place.start as usize..(place.start + place.n_bytes) as usize;
         if place.segment == self.next_segment {
-            return self.pending.record(bytes.start as usize..bytes.end as usize);
+            return segment::record_in(self.pending.lines(), bytes);
+        }
+        if let Some(flight) = self.flight.as_ref().filter(|flight| flight.id == place.segment) {
+            return segment::record_in(&flight.sealed, bytes);
         }
         let at = self.dir.segment(place.segment)?;
-        let line = self.dir.storage.get_range(&at, bytes)?;
-        let record = std::str::from_utf8(&line).map_err(anyhow::Error::from).and_then(segment::parse_record);
-        record.map(Record::into_owned).with_context(|| format!("{} changed while it was being read", at.url))
+        let line = self.dir.storage.get_range(&at, place.start..place.start + place.n_bytes)?;
+        segment::record_in(&line, 0..line.len()).with_context(|| format!("{} changed while it was being read", at.url))
     }
 
     /// Makes what was appended durable. Does nothing if nothing was. After an error it may be called again, unless the job
     /// was taken over: then it says so each time.
     pub fn commit(&mut self) -> Result<()> {
+        self.begin_commit()?;
+        self.land()
+    }
+
+    /// Begins to make durable what was appended, and returns while the store is at it; waits only for the commit before
+    /// this one. What goes wrong is said by the next commit.
+    pub fn begin_commit(&mut self) -> Result<()> {
+        self.land()?;
         if self.pending.n_rows() == 0 {
             return Ok(());
-        }
-        if self.standing() == Standing::Lost {
-            return Err(Apart::TakenOver.into());
         }
         let start = Instant::now();
         let at = self.dir.segment(self.next_segment)?;
         let sealed = self.pending.seal(&self.job);
-        let put = self.dir.put_segment(&at, sealed.clone());
-        self.pending.put_back(sealed, put.is_ok());
-        if put.is_ok() {
-            self.segments.push(self.next_segment);
-            self.next_segment.number += 1;
-        }
+        self.flight = Some(Flight { id: self.next_segment, at, sealed, put: None });
+        self.next_segment.number += 1;
+        let begun = self.put_flight();
+        self.wait_time += start.elapsed();
         self.commit_time += start.elapsed();
-        put
+        begun
+    }
+
+    /// Waits until the segment that is being put is durable.
+    fn land(&mut self) -> Result<()> {
+        if self.flight.as_ref().is_some_and(|flight| flight.put.is_none()) {
+            self.put_flight()?;
+        }
+        let Some(flight) = &mut self.flight else { return Ok(()) };
+        let start = Instant::now();
+        let (put, time) = flight.wait();
+        self.wait_time += start.elapsed();
+        self.commit_time += time;
+        put?;
+        if let Some(mut flight) = self.flight.take() {
+            self.segments.push(flight.id);
+            self.pending.reuse(std::mem::take(&mut flight.sealed));
+        }
+        Ok(())
+    }
+
+    fn put_flight(&mut self) -> Result<()> {
+        if self.standing() == Standing::Lost {
+            return Err(Apart::TakenOver.into());
+        }
+        self.flight.as_mut().map_or(Ok(()), |flight| flight.begin(&self.dir))
     }
 
     /// Whether this process may still write here.
@@ -222,6 +268,11 @@ impl Journal {
         self.commit_time
     }
 
+    /// How long the callers were held up by it.
+    pub fn wait_time(&self) -> Duration {
+        self.wait_time
+    }
+
     /// Removes the journal; see [`JobDir::remove`].
     pub fn remove(self) -> Result<()> {
         self.dir.remove()
@@ -251,11 +302,6 @@ impl Totals {
 }
 
 impl JobDir {
-    /// Puts what must not be there yet. Where a lock keeps others away, there is nobody who could have put it.
-    fn put_segment(&self, at: &Location, content: Bytes) -> Result<()> {
-        if self.is_shared { self.storage.put_new(at, &content) } else { self.storage.put(at, content) }
-    }
-
     fn segment(&self, id: SegmentId) -> Result<Location> {
         self.at.child(&segment::name_of(id))
     }

@@ -168,32 +168,34 @@ impl Segment {
         start..self.lines.len() as u64
     }
 
-    /// The record at these bytes.
-    pub(super) fn record(&self, bytes: Range<usize>) -> Result<Record<'static>> {
-        parse_record(std::str::from_utf8(&self.lines[bytes])?).map(Record::into_owned)
+    /// All records' text.
+    pub(super) fn lines(&self) -> &[u8] {
+        &self.lines
     }
 
-    /// The whole segment, taken out: [`Segment::put_back`] must follow.
+    /// The whole segment, taken out.
     pub(super) fn seal(&mut self, job: &str) -> Bytes {
         let blake3 = hash(&self.lines, self.n_failed);
         let seal = Seal { rows: self.n_rows, failed: self.n_failed, job: job.to_owned(), blake3 };
         let mut content = std::mem::take(&mut self.lines);
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
+        (self.n_rows, self.n_failed) = (0, 0);
         content.into()
     }
 
-    /// Takes back what was sealed: nothing of it if it is durable now, else all its records, to be sealed again.
-    pub(super) fn put_back(&mut self, sealed: Bytes, is_durable: bool) {
-        // The same memory, if nobody else holds it any more.
-        self.lines = sealed.into();
-        if is_durable {
+    /// Takes memory that nobody else holds any more for the next lines.
+    pub(super) fn reuse(&mut self, sealed: Bytes) {
+        if self.lines.is_empty() {
+            self.lines = sealed.into();
             self.lines.clear();
-            (self.n_rows, self.n_failed) = (0, 0);
-        } else {
-            self.lines.truncate(start_of_seal(&self.lines));
         }
     }
+}
+
+/// The record at these bytes of a segment.
+pub(super) fn record_in(lines: &[u8], bytes: Range<usize>) -> Result<Record<'static>> {
+    parse_record(std::str::from_utf8(&lines[bytes])?).map(Record::into_owned)
 }
 
 /// Where the last line begins.
@@ -286,13 +288,7 @@ mod tests {
             let line = format!("{{\"x\": {row} }}").into();
             segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
         }
-        let n_bytes = segment.n_bytes();
         let sealed = segment.seal("job");
-        // A segment that could not be written is sealed again as it was.
-        segment.put_back(sealed.clone(), false);
-        assert_eq!((segment.n_rows(), segment.n_bytes()), (3, n_bytes));
-        assert_eq!(segment.seal("job"), sealed);
-        segment.put_back(sealed.clone(), true);
         assert_eq!((segment.n_rows(), segment.n_bytes()), (0, 0));
         let lines = verify(&sealed, "job").unwrap();
         let records: Vec<Record<'_>> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();

@@ -160,7 +160,7 @@ impl Collector {
     pub(super) fn run(&mut self, events: &Receiver<Event>) -> Result<End> {
         let end = self.collect(events);
         self.progress.finish();
-        self.commit()?;
+        self.journal.commit()?;
         end
     }
 
@@ -303,11 +303,11 @@ impl Collector {
         self.last_step = now;
         self.counts.stats = stats;
         self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
-        let journal = self.journal.commit_time();
+        let waited = self.journal.wait_time();
         for sequence in finished {
             self.take_sequence(sequence)?;
         }
-        self.counts.answer += (now.elapsed() + journal).saturating_sub(self.journal.commit_time());
+        self.counts.answer += (now.elapsed() + waited).saturating_sub(self.journal.wait_time());
         Ok(())
     }
 
@@ -442,11 +442,10 @@ impl Collector {
     }
 
     fn commit_if_due(&mut self) -> Result<()> {
-        if self.last_commit.elapsed().as_secs_f64() >= COMMIT_SECONDS { self.commit() } else { Ok(()) }
-    }
-
-    fn commit(&mut self) -> Result<()> {
-        self.journal.commit()?;
+        if self.last_commit.elapsed().as_secs_f64() < COMMIT_SECONDS {
+            return Ok(());
+        }
+        self.journal.begin_commit()?;
         self.index.add_places(std::mem::take(&mut self.places))?;
         self.last_commit = Instant::now();
         Ok(())

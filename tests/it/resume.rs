@@ -281,6 +281,37 @@ fn five_segments() -> (Storage, Arc<dyn ObjectStore>, Places) {
     (storage, store, places)
 }
 
+#[test]
+fn what_could_not_be_committed_is_committed_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = Location::parse(folder.path().join("x.job").to_str().unwrap()).unwrap();
+    let storage = storage();
+    let mut journal = Journal::create(JobDir::claim(&storage, &at, &TERMS).unwrap(), &manifest()).unwrap();
+    let in_the_way = folder.path().join("x.job/seg-00001-00000001.jsonl");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let mut append = |journal: &mut Journal, row| journal.append(&outcome(row)).unwrap().unwrap();
+    let first = append(&mut journal, 3);
+    journal.begin_commit().unwrap();
+    let second = append(&mut journal, 4);
+    for _ in 0..2 {
+        journal.commit().unwrap_err();
+        let read = [first, second].map(|place| journal.record(place).unwrap());
+        assert_eq!(read, [outcome(3), outcome(4)]);
+    }
+    std::fs::remove_dir(&in_the_way).unwrap();
+    journal.commit().unwrap();
+    assert_eq!([first, second].map(|place| journal.record(place).unwrap()), [outcome(3), outcome(4)]);
+    drop(journal);
+    let mut rows = Vec::new();
+    let dir = JobDir::claim(&storage, &at, &TERMS).unwrap();
+    let mut note = |record: &Record<'_>, place| {
+        rows.push((record.row, place));
+        Ok(())
+    };
+    Journal::resume(dir, &manifest(), &mut note).unwrap();
+    assert_eq!(rows, [(3, first), (4, second)]);
+}
+
 fn resume(storage: &Storage, places: &Places) -> Result<Journal> {
     Journal::resume(JobDir::claim(storage, &places.dir, &TERMS)?, &manifest(), &mut |_, _| Ok(()))
 }
