@@ -2,7 +2,8 @@
 # How fast everything but the model is: makes distinct rows of 100 tokens, runs them with `--engine null` (every row gets
 # its last prompt token back, then the end token), checks that every custom_id came out once and in order, and prints rows
 # per second, CPU time per row and peak memory. Both figures count the whole command: inputs hashed, journal synced,
-# results published.
+# results published. With TOKENIZER naming a tokenizer.json, rows of text are also tokenized by the crate alone, before
+# and after (tests/bench/tokenizers_alone), so that machines can be compared.
 #
 # usage: tests/bench/pipeline.sh [ROWS [tokens|text [VALAR OPTIONS…]]]     (100000 tokens)
 set -euo pipefail
@@ -12,7 +13,8 @@ valar=${VALAR:-target/release/valar}
 folder=$(mktemp -d "${BENCH_FOLDER:-${TMPDIR:-/tmp}}/valar-bench.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
 
-awk -v rows="$rows" -v kind="$kind" 'BEGIN {
+make() { # kind, rows
+  awk -v rows="$2" -v kind="$1" 'BEGIN {
     srand(7)
     n = split("the of and to in is that it was for on are as with his they at be this from have or by one had not but what all " \
         "were when we there can an your which their said if do will each about how up out them then she many some so", words, " ")
@@ -27,8 +29,18 @@ awk -v rows="$rows" -v kind="$kind" 'BEGIN {
         printf "{\"custom_id\":\"row-%d\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{\"prompt\":%s%s%s,\"max_tokens\":4,\"temperature\":0}}\n",
             row, head, rest[row % 997], kind == "text" ? "\"" : "]"
     }
-}' >"$folder/in.jsonl"
+}'
+}
+make "$kind" "$rows" >"$folder/in.jsonl"
 
+if [ -n "${TOKENIZER:-}" ]; then
+  cargo build --quiet --release --target-dir target --manifest-path tests/bench/tokenizers_alone/Cargo.toml
+  make text 50000 >"$folder/text.jsonl"
+fi
+alone() {
+  [ -z "${TOKENIZER:-}" ] || target/release/tokenizers-alone "$TOKENIZER" "$folder/text.jsonl"
+}
+alone
 TIMEFORMAT='%R %U %S'
 spent=$( { time "$valar" run --engine null -q -i "$folder/in.jsonl" -o "$folder/out.jsonl" "$@" >&2; } 2> >(tee /dev/stderr | tail -1))
 awk -v rows="$rows" '
@@ -39,3 +51,4 @@ peak=$(awk -F '[:,]' '/"peak_memory_bytes"/ { print int($2 / 1048576) }' "$folde
 echo "$rows $kind $spent $peak" | awk '{
     printf "%d rows (%s): %.0f rows/s; %.1f us of CPU time a row; peak memory %d MiB; all outputs checked\n", $1, $2, $1 / $3, ($4 + $5) / $1 * 1e6, $6 }'
 awk '/"seconds": \{/ && !seen { seen = 1; show = 1 } show { gsub(/[ "{]/, ""); printf "%s ", $0 } /}/ { if (show) { print ""; show = 0 } }' "$folder/out.report.json"
+alone
