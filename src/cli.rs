@@ -29,6 +29,9 @@ pub enum Command {
     /// Publish a job that was run in shards, once all of them are done: the job's own arguments, without --shard
     #[command(after_help = MERGE_HELP)]
     Merge(RunArgs),
+    /// Run a job's rows that ended as errors again, and publish the whole: all other rows stay as they are
+    #[command(after_help = RETRY_HELP)]
+    Retry(RetryArgs),
     /// Show how far a job is, running or dead, shards included, from its store alone (exit code 1 if there is none)
     Status {
         /// The job's result file, such as out.jsonl: a path or a URL
@@ -89,6 +92,15 @@ Examples:
   valar run pipelines/quickstart.toml --shard 0/2     # on one machine
   valar run pipelines/quickstart.toml --shard 1/2     # on another, at any time
   valar merge pipelines/quickstart.toml               # the files of the whole job, as if it had been run as one";
+
+const RETRY_HELP: &str = "\
+Examples:
+  valar retry --errors pipelines/quickstart.toml                                  # the job's own arguments
+  valar retry --errors pipelines/quickstart.toml --set input.max_line_bytes=1000000
+
+Of a finished job, with the same inputs; settings and model may be others, for the rows that are run again. Rows that
+completed keep their lines, byte for byte, and cost nothing. A job that is not finished goes on without its errors. Killed at
+any moment, the same command goes on where it was; the old files stay until the new ones replace them.";
 
 const PLAN_HELP: &str = "\
 Examples:
@@ -186,12 +198,26 @@ pub struct RunArgs {
     /// Pause so many seconds after the work began
     #[arg(long, value_name = "SECONDS")]
     pub deadline: Option<u64>,
+    /// Journal rows that are not done each time they have so many more tokens, to go on from there after a kill; 0: never
+    #[arg(long, value_name = "N")]
+    pub checkpoint_tokens: Option<u32>,
     /// Only part I of N (from 0) of the job's rows, with a state of its own; `valar merge` publishes the whole
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
     /// No progress, no report on the terminal
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// `valar retry`
+#[derive(Debug, Args)]
+pub struct RetryArgs {
+    /// The rows that ended as errors
+    #[arg(long, required = true)]
+    pub errors: bool,
+    /// The job, as for `valar run`
+    #[command(flatten)]
+    pub job: RunArgs,
 }
 
 /// Measurements of the machine.
@@ -344,6 +370,7 @@ impl RunArgs {
         }
         overrides.extend(self.output.clone().map(|file| ("output.file".into(), Value::String(file))));
         overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
+        overrides.extend(self.checkpoint_tokens.map(|n| ("engine.checkpoint_tokens".into(), Value::Integer(n.into()))));
         overrides.extend(self.set.iter().cloned());
         overrides
     }

@@ -36,6 +36,8 @@ pub struct Config {
     pub terms: Terms,
     /// The part of the job that is run; `None` for all of it.
     pub shard: Option<Shard>,
+    /// Whether only rows that ended as errors are run, again.
+    pub retry: bool,
     /// What the run may spend.
     pub budget: Budget,
     /// No progress lines.
@@ -77,6 +79,8 @@ pub struct ModelConfig {
 pub const COMMIT_SECONDS: f64 = 1.0;
 /// Seconds that running rows are given to finish after a signal.
 pub const DRAIN_SECONDS: f64 = 5.0;
+/// Seconds that the step under way is given after that, so that rows are kept as far as they came.
+pub const KEEP_SECONDS: f64 = 20.0;
 /// Seconds between progress lines where there is no terminal.
 pub const PROGRESS_LINE_SECONDS: f64 = 5.0;
 
@@ -140,6 +144,7 @@ impl Config {
             created: now_or_source_date_epoch()?,
             terms: Terms { restart, ..Terms::default() },
             shard: None,
+            retry: false,
             budget: Budget::default(),
             quiet,
             spec,

@@ -12,7 +12,7 @@ use valar::hub;
 use valar::journal::Apart;
 use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
-use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, spec, status};
+use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, retry, spec, status};
 use valar::server;
 
 /// Rows are made on one thread and dropped on another, by the million: measured, it takes a tenth off what they cost.
@@ -42,6 +42,7 @@ fn run(cli: Cli) -> Result<u8> {
             Ok(config) => merge::merge(&config).map(|end| exit_code(&end)),
             Err(error) => Ok(usage(&error)),
         },
+        Command::Retry(args) => retry_errors(&args.job),
         Command::Status { output, json } => Ok(u8::from(!status::show(&output, json)?)),
         Command::Cancel { output } => Ok(u8::from(!status::cancel(&output, &mut say)?)),
         Command::Plan(PlanArgs { job: RunArgs { shard: Some(_), .. }, .. }) => {
@@ -95,6 +96,16 @@ fn run(cli: Cli) -> Result<u8> {
             Ok(0)
         }
         Command::Man => manual().map(|()| 0),
+    }
+}
+
+fn retry_errors(args: &RunArgs) -> Result<u8> {
+    match job(args) {
+        Ok(_) if args.restart => {
+            Ok(usage(&anyhow!("--restart: a retry keeps what completed; valar run --restart does all rows again")))
+        }
+        Ok(config) => retry::retry(&Config { retry: true, ..config }).map(|end| exit_code(&end)),
+        Err(error) => Ok(usage(&error)),
     }
 }
 

@@ -9,7 +9,7 @@ use std::thread::{Builder, JoinHandle};
 
 use anyhow::{Context, anyhow};
 
-use super::{Engine, EngineStats, Finished, Progress, Submission};
+use super::{Checkpoint, Engine, EngineStats, Finished, Progress, Submission};
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
@@ -32,6 +32,8 @@ pub struct Delivery<'a> {
     pub finished: Vec<Finished>,
     /// What watched rows gained.
     pub progress: Vec<Progress>,
+    /// What rows that want it are to go on from, should all this end.
+    pub checkpoints: Vec<Checkpoint>,
     /// Counters and gauges.
     pub stats: &'a EngineStats,
 }
@@ -138,8 +140,8 @@ impl EngineHandle {
         join(self.thread)
     }
 
-    /// Asks the engine to stop after the step under way; rows that have not finished are dropped. `submit` returns then,
-    /// and [`EngineHandle::drain`] waits for it.
+    /// Asks the engine to stop after the step under way; rows that have not finished are dropped, after a last checkpoint.
+    /// `submit` returns then, and [`EngineHandle::drain`] waits for it.
     pub fn abort(&self) {
         self.control(Command::Abort);
     }
@@ -177,7 +179,8 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                     audit_at = engine.stats().steps + AUDIT_STEPS;
                 }
                 // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
-                deliver(Delivery { finished: Vec::new(), progress: Vec::new(), stats: engine.stats() });
+                let (finished, progress, checkpoints) = Default::default();
+                deliver(Delivery { finished, progress, checkpoints, stats: engine.stats() });
                 inbox.recv().map_err(|_| TryRecvError::Disconnected)
             };
             match command {
@@ -198,7 +201,12 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                     }
                 }
                 Ok(Command::EndStream(stream)) => engine.end_stream(stream),
-                Ok(Command::Abort) => return Ok(*engine.stats()),
+                Ok(Command::Abort) => {
+                    engine.checkpoint_all();
+                    let (finished, progress, checkpoints) = (Vec::new(), Vec::new(), engine.take_checkpoints());
+                    deliver(Delivery { finished, progress, checkpoints, stats: engine.stats() });
+                    return Ok(*engine.stats());
+                }
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => is_open = false,
             }
@@ -211,7 +219,7 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
         engine.step(&mut finished)?;
         leave(&engine, &mut n_known, gate);
         let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
-        deliver(Delivery { finished, progress, stats: engine.stats() });
+        deliver(Delivery { finished, progress, checkpoints: engine.take_checkpoints(), stats: engine.stats() });
     }
 }
 

@@ -8,6 +8,7 @@
 mod audit;
 mod batch;
 mod blocks;
+mod checkpoint;
 pub mod handle;
 mod progress;
 pub mod sampling;
@@ -31,6 +32,7 @@ use crate::window::Class;
 use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
+pub use checkpoint::{Begun, Checkpoint};
 pub use progress::Progress;
 pub use sequence::Submission;
 
@@ -116,7 +118,7 @@ pub struct EngineStats {
     pub generated_tokens: u64,
     /// Prompt tokens that did not have to be computed because the trunk had them.
     pub shared_tokens: u64,
-    /// Tokens computed again: the tax of preemptions.
+    /// Tokens computed again: the tax of preemptions, and of rows that begin with what another life has drawn.
     pub recomputed_tokens: u64,
     /// Times that a row lost its blocks.
     pub preemptions: u64,
@@ -170,6 +172,8 @@ pub struct Engine {
     broken: Vec<(usize, String)>,
     /// What watched rows gained since it was taken.
     progress: Vec<Progress>,
+    /// Those that were due since they were taken.
+    checkpoints: Vec<Checkpoint>,
 }
 
 impl Engine {
@@ -201,6 +205,7 @@ impl Engine {
             out,
             broken: Vec::new(),
             progress: Vec::new(),
+            checkpoints: Vec::new(),
         })
     }
 
@@ -226,7 +231,7 @@ impl Engine {
     /// As [`Engine::submit`], of a submission that was checked.
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     fn queue(&mut self, submission: Submission) -> Result<(), Submission> {
-        let queued = self.scheduler.submit(submission);
+        let queued = self.scheduler.submit(submission, &*self.tokens);
         self.scheduler.measure();
         queued
     }
@@ -316,6 +321,27 @@ impl Engine {
         stats.steps += 1;
         self.scheduler.settle();
         self.scheduler.measure();
+        // Together, so that they are kept together: those that are half-way to theirs have it now, too.
+        if self.scheduler.running.iter().any(Sequence::wants_checkpoint) {
+            self.checkpoint(|seq| seq.params.checkpoint.div_ceil(2) as usize);
+        }
+    }
+
+    /// Makes checkpoints of all sequences that gained at least so many tokens since their last.
+    fn checkpoint(&mut self, least: impl Fn(&Sequence) -> usize) {
+        let waiting = self.scheduler.waiting.iter_mut().flatten();
+        let rows = self.scheduler.running.iter_mut().chain(waiting);
+        self.checkpoints.extend(rows.filter_map(|seq| seq.take_checkpoint(least(seq))));
+    }
+
+    /// Makes checkpoints of all sequences that want any.
+    pub fn checkpoint_all(&mut self) {
+        self.checkpoint(|_| 1);
+    }
+
+    /// Checkpoints that were due since they were last taken, in order.
+    pub fn take_checkpoints(&mut self) -> Vec<Checkpoint> {
+        std::mem::take(&mut self.checkpoints)
     }
 
     /// What watched rows gained since it was last asked for, in order; a row's last comes with its [`Finished`].
@@ -373,6 +399,14 @@ impl Submission {
         }
         let edited = self.params.logit_bias.iter().map(|&(token, _)| token).chain(self.params.stop_tokens.iter().copied());
         assert!(edited.into_iter().all(|t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
+        if let Some(begun) = &self.params.begun {
+            let (n_begun, n_entries) = (begun.tokens.len(), begun.logprobs.len());
+            assert!(n_begun < self.params.max_tokens as usize && n_prompt + n_begun < limits.max_context, "row {id}: is over");
+            assert!(begun.tokens.iter().all(|&t| (t as usize) < limits.n_vocab), "row {id}: a token id over {}", limits.n_vocab);
+            let n_scores = self.params.score_from.map_or(0, |first| n_prompt.saturating_sub(first as usize));
+            let wanted = if self.params.logprobs.is_some() && n_begun > 0 { n_begun + n_scores } else { 0 };
+            assert!(n_entries == wanted, "row {id}: begins with {n_entries} log-probabilities, not {wanted}");
+        }
         assert!(self.params.logprobs.is_none_or(|n| n as usize <= MAX_TOP_LOGPROBS), "row {id}: too many alternatives");
     }
 }

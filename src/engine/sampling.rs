@@ -2,6 +2,7 @@
 //! the device's (`device::sample`). Invariant: a draw is keyed by (seed, choice, position) alone, so that preemption,
 //! batch mix and order can't change it.
 
+use super::checkpoint::Begun;
 use super::shaping::Grammar;
 use crate::device::batch::{Draw, HeadRow, Want};
 use std::sync::Arc;
@@ -48,6 +49,10 @@ pub struct SeqParams {
     pub logprobs: Option<u8>,
     /// After each step the caller is told what the sequence gained: see `Progress`.
     pub watch: bool,
+    /// After so many tokens the caller is given a `Checkpoint`; 0 for never.
+    pub checkpoint: u32,
+    /// What the sequence begins with: fewer tokens than it may have, none of which ended it.
+    pub begun: Option<Arc<Begun>>,
 }
 
 impl Default for SeqParams {
@@ -73,6 +78,8 @@ impl Default for SeqParams {
             ignore_eos: false,
             logprobs: None,
             watch: false,
+            checkpoint: 0,
+            begun: None,
         }
     }
 }

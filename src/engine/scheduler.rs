@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use super::blocks::Blocks;
 use super::sequence::{Phase, Sequence, Submission};
 use super::stream::Stream;
-use super::{EngineConfig, EngineStats, Scheduled};
+use super::{EngineConfig, EngineStats, Scheduled, TokenTable};
 use crate::device::BLOCK_TOKENS;
 use crate::device::batch::BlockCopy;
 use crate::model::RunnerLimits;
@@ -81,7 +81,7 @@ impl Scheduler {
 
     /// Queues a row, unless its class's queue is full.
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
-    pub(super) fn submit(&mut self, submission: Submission) -> Result<(), Submission> {
+    pub(super) fn submit(&mut self, submission: Submission, tokens: &dyn TokenTable) -> Result<(), Submission> {
         let class = submission.class as usize;
         if self.n_queued[class] >= self.config.max_waiting {
             return Err(submission);
@@ -89,7 +89,9 @@ impl Scheduler {
         let stream_idx = self.stream_idx(submission.stream);
         self.streams[stream_idx].n_live += 1;
         self.n_queued[class] += 1;
-        self.waiting[class].push_back(Sequence::new(submission, stream_idx, self.limits.max_context));
+        let mut row = Sequence::new(submission, stream_idx, self.limits.max_context);
+        row.restore(tokens);
+        self.waiting[class].push_back(row);
         Ok(())
     }
 
@@ -237,9 +239,10 @@ impl Scheduler {
         assert!(start >= row.n_shared_blocks * BLOCK_TOKENS && end <= row.buffers.table.len() * BLOCK_TOKENS && start < end);
         let seen = row.high_water.clamp(start, end);
         let prompt_end = row.prompt.len().clamp(seen, end);
-        self.stats.recomputed_tokens += (seen - start) as u64;
+        let restored_end = row.restored_end.clamp(prompt_end, end);
+        self.stats.recomputed_tokens += (seen - start + restored_end - prompt_end) as u64;
         self.stats.prefill_tokens += (prompt_end - seen) as u64;
-        self.stats.decode_tokens += (end - prompt_end) as u64;
+        self.stats.decode_tokens += (end - restored_end) as u64;
         row.computed = end;
         row.high_water = row.high_water.max(end);
         row.in_step = self.step;
@@ -353,7 +356,7 @@ impl Scheduler {
         if is_new {
             row.is_admitted = true;
             row.n_cached = n_shared;
-            row.constraint = row.params.grammar.as_ref().map(|grammar| grammar.start());
+            row.start_constraint();
             self.n_queued[class as usize] -= 1;
         }
         row.n_shared_blocks = n_shared / BLOCK_TOKENS;

@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::checkpoint::Kept;
 use super::progress::Told;
 use super::sampling::SeqParams;
 use super::shaping::{Constraint, LogitHistory};
@@ -93,6 +94,10 @@ pub(super) struct Sequence {
     pub(super) n_cached: usize,
     /// How far its watcher was told of it.
     pub(super) told: Told,
+    /// How far it stands in checkpoints.
+    pub(super) kept: Kept,
+    /// Drawn tokens before this position were drawn in another life: computing them is done again.
+    pub(super) restored_end: usize,
     /// The last step that it has tokens in.
     pub(super) in_step: u64,
     pub(super) n_preemptions: u32,
@@ -120,6 +125,8 @@ impl Sequence {
             is_admitted: false,
             n_cached: 0,
             told: Told::default(),
+            kept: Kept::default(),
+            restored_end: 0,
             in_step: 0,
             n_preemptions: 0,
         }
@@ -208,12 +215,17 @@ impl Sequence {
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(row.token)?;
         }
-        let is_text = ignore_eos || !tokens.is_special(row.token);
-        if is_text && buffers.text.push(tokens.token_bytes(row.token), &self.params.stop) {
+        if self.push_text(row.token, tokens) {
             return Ok(Some(FinishReason::Stop));
         }
-        let is_full = buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
+        let is_full = self.buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
         Ok(is_full.then_some(FinishReason::Length))
+    }
+
+    /// Appends a drawn token to the text, if it is part of it; says whether that completes a stop string.
+    pub(super) fn push_text(&mut self, token: u32, tokens: &dyn TokenTable) -> bool {
+        let is_text = self.params.ignore_eos || !tokens.is_special(token);
+        is_text && self.buffers.text.push(tokens.token_bytes(token), &self.params.stop)
     }
 
     /// The entries from `start` on, whose alternatives begin at `top_start`.
@@ -247,6 +259,13 @@ impl Sequence {
 }
 
 impl Buffers {
+    /// Takes in entries of another life, of which the first so many are of prompt tokens.
+    pub(super) fn restore_logprobs(&mut self, entries: &[SeqLogprob], n_scores: usize) {
+        self.n_scores = n_scores;
+        self.logprobs.extend(entries.iter().map(|entry| (entry.logprob, entry.top.len() as u8)));
+        self.top.extend(entries.iter().flat_map(|entry| &entry.top));
+    }
+
     fn note_logprob(&mut self, row: &HeadOut) {
         self.logprobs.push((row.logprob, row.n_top));
         self.top.extend_from_slice(&row.top[..row.n_top as usize]);

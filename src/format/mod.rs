@@ -9,12 +9,14 @@ mod jsonl;
 pub mod openai;
 mod parquet;
 mod parquet_sink;
+mod reread;
 
 pub use compressed::{Compression, Packer};
 pub use infer::{SchemaInference, json_field};
 pub use jsonl::{Line, LineSplitter};
 pub use parquet::schema_of;
 pub use parquet_sink::check_schema;
+pub use reread::Records;
 
 use std::collections::VecDeque;
 use std::io::Write as _;
@@ -213,6 +215,8 @@ pub struct Inspection {
     pub blake3: String,
     /// The rows a [`Source`] will find in it.
     pub n_rows: u64,
+    /// As [`crate::storage::Object::version`].
+    pub version: String,
 }
 
 /// Reads a file to know its content's hash and to count its rows; a packed one twice, as it is and unpacked.
@@ -251,7 +255,8 @@ pub fn inspect(storage: &Storage, at: &Location) -> Result<Inspection> {
         }
         Format::Parquet => parquet::count_rows(&object)?,
     };
-    Ok(Inspection { n_bytes: object.n_bytes(), blake3: hasher.finalize().to_hex().to_string(), n_rows })
+    let (n_bytes, version) = (object.n_bytes(), object.version());
+    Ok(Inspection { n_bytes, blake3: hasher.finalize().to_hex().to_string(), n_rows, version })
 }
 
 /// Counts rows without keeping any.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
 use arrow::array::{Array, RecordBatch, StructArray};
-use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema};
+use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 use arrow::json::writer::{EncoderOptions, make_encoder};
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
@@ -112,6 +112,13 @@ pub fn schema_of(storage: &Storage, at: &Location) -> Result<Schema> {
     let builder = open_file(&storage.open(at)?)?;
     let fields: Fields = builder.schema().fields().iter().map(|field| writable_field(field)).collect();
     Ok(Schema::new(fields))
+}
+
+/// The columns of a Parquet file that a [`super::Sink`] has written, as it was told them.
+pub(super) fn written_schema(storage: &Storage, at: &Location) -> Result<SchemaRef> {
+    let object = storage.open(at)?;
+    let found = ArrowReaderMetadata::load(&BlockFile::new(object), ArrowReaderOptions::new());
+    Ok(found.with_context(|| format!("{} is not a readable Parquet file", at.url))?.schema().clone())
 }
 
 /// Rows of a file, by its footer.

@@ -70,13 +70,15 @@ impl ParquetSink {
             .build();
         let plain = Arc::new(without_dictionaries(&schema));
         let has_dictionaries = plain != schema;
-        // Without an embedded Arrow schema: Parquet's own says all there is to say of these types, but of dictionaries.
-        let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(!has_dictionaries);
+        let has_json = schema.fields().iter().any(|field| holds_json(field));
+        // Without an embedded Arrow schema: Parquet's own says all there is to say of these types, but of dictionaries and
+        // of JSON.
+        let is_plain = !has_dictionaries && !has_json;
+        let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(is_plain);
         let writer = ArrowWriter::try_new_with_options(upload, schema.clone(), options);
         let writer = writer.with_context(|| format!("can't write {url} with these columns"))?;
         let decoder = ReaderBuilder::new(plain).with_batch_size(2 * BATCH_ROWS).with_strict_mode(true).build_decoder();
         let decoder = decoder.with_context(|| format!("can't write {url} with these columns"))?;
-        let has_json = schema.fields().iter().any(|field| holds_json(field));
         Ok(Self { url, schema, has_json, has_dictionaries, decoder, n_bytes: 0, text: Vec::new(), writer })
     }
 
@@ -129,7 +131,8 @@ fn without_dictionaries(schema: &Schema) -> Schema {
     Schema::new(schema.fields().iter().map(plain).collect::<Fields>())
 }
 
-fn holds_json(field: &Field) -> bool {
+/// Whether a column, or something inside it, holds JSON texts.
+pub(super) fn holds_json(field: &Field) -> bool {
     is_json(field)
         || match field.data_type() {
             DataType::List(item) => holds_json(item),

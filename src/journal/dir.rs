@@ -13,7 +13,7 @@ use bytes::Bytes;
 use super::keeper::{CANCEL, Keeper, LEASE, Root, Standing};
 use super::lease::{Begun, Claim, IfRunning, Lease};
 use super::manifest::{self, Manifest};
-use super::{holder, lock, segment};
+use super::{holder, lock, segment, start};
 use crate::storage::{Announce, Location, Storage};
 
 /// How far ahead of the last epoch that left something the next one is, where nothing says which was the last.
@@ -138,6 +138,16 @@ impl JobDir {
         self.keeper.kept().change(change)
     }
 
+    /// Makes errors of the job under way count no more: their rows have no outcome from now on. For a journal that is not open.
+    pub fn forget_errors(&self) -> Result<()> {
+        self.change(|lease| lease.errors_from = lease.epoch)
+    }
+
+    /// Whether some errors do not count.
+    pub fn has_forgotten(&self) -> bool {
+        self.lease().errors_from > 0
+    }
+
     /// Begins a job here, in place of what was.
     pub(super) fn begin(&self, manifest: &Manifest) -> Result<()> {
         self.clear()?;
@@ -164,12 +174,12 @@ impl JobDir {
     fn clear(&self) -> Result<()> {
         let lease = self.lease();
         if lease.job.is_some() || !lease.closed.is_empty() {
-            self.change(|lease| (lease.job, lease.closed) = (None, Vec::new()))?;
+            self.change(|lease| (lease.job, lease.closed, lease.errors_from) = (None, Vec::new(), 0))?;
         }
         for name in self.storage.list(&self.at)?.iter().rev() {
             let epoch = segment::id_of(name).map(|id| id.epoch).or_else(|| manifest::epoch_of(name));
             let is_old = epoch.is_some_and(|epoch| epoch <= lease.epoch) || is_of_old_form(name);
-            if is_old || name == CANCEL {
+            if is_old || name == CANCEL || name == start::NAME {
                 self.storage.delete(&self.at.child(name)?)?;
             }
         }

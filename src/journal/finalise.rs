@@ -134,7 +134,10 @@ impl Read {
         let text = journal.read(id)?;
         let mut records = Vec::new();
         for entry in segment::entries(&text)? {
-            let segment::Entry { record, bytes } = entry?;
+            let segment::Entry { line: segment::Line::Record(record), bytes } = entry? else { continue };
+            if !journal.counts(&record, id) {
+                continue;
+            }
             // A record ends with its line, a brace and a line feed.
             let end = bytes.end as usize - 2;
             let place = Place { segment: id, start: bytes.start, n_bytes: bytes.end - bytes.start };
@@ -250,6 +253,8 @@ mod tests {
             pipeline: String::new(),
             inputs: Vec::new(),
             rows: 0..u64::MAX,
+            replaces: None,
+            retries: None,
         };
         let dir = JobDir::claim(&storage, &at.with_extension("job").unwrap(), &Terms::default()).unwrap();
         let mut journal = Journal::create(dir, &manifest).unwrap();

@@ -190,6 +190,10 @@ impl Kept {
 
     /// Changes the lease; returns when the store has it.
     pub(super) fn change(&self, change: impl FnOnce(&mut Lease)) -> Result<()> {
+        self.change_by(&self.root, change)
+    }
+
+    fn change_by(&self, root: &Root, change: impl FnOnce(&mut Lease)) -> Result<()> {
         let mut tenure = self.tenure();
         if self.standing() == Standing::Lost {
             return Err(Apart::TakenOver.into());
@@ -198,7 +202,7 @@ impl Kept {
         let mut refusals = Refusals::default();
         loop {
             match step {
-                Changed::Asks(ask) => step = tenure.next(refusals.note(self.root.answer(ask)?, &self.root)?),
+                Changed::Asks(ask) => step = tenure.next(refusals.note(root.answer(ask)?, root)?),
                 Changed::Done => return Ok(()),
                 Changed::Lost => {
                     self.standing.store(Standing::Lost as u8, Ordering::Relaxed);
@@ -217,8 +221,8 @@ impl Kept {
     }
 
     /// Looks whether somebody wants this epoch to stop.
-    fn look(&self, epoch: u32) -> Result<()> {
-        let wish = self.root.storage.get(&self.root.at.child(CANCEL)?)?;
+    fn look(&self, root: &Root, epoch: u32) -> Result<()> {
+        let wish = root.storage.get(&root.at.child(CANCEL)?)?;
         if wish.is_some_and(|wish| wish == epoch.to_string()) && self.standing() == Standing::Held {
             self.standing.store(Standing::Cancelled as u8, Ordering::Relaxed);
         }
@@ -234,14 +238,21 @@ impl Keeper {
         let beat = if beats { (Duration::from_millis(tenure.lease().lease_ms) / BEATS).min(MAX_BEAT) } else { LOOK };
         let epoch = tenure.lease().epoch;
         let kept = Arc::new(Kept { root, tenure: Mutex::new(tenure), standing: AtomicU8::new(Standing::Held as u8) });
+        // A sign of life must not wait for a request that hangs: there is time for some tries before others give up waiting.
+        let hurried = Root { storage: kept.root.storage.clone().hurried(beat), ..kept.root.clone() };
         let (stop, stopped) = channel();
         let shared = Arc::clone(&kept);
         let thread = std::thread::Builder::new().name("lease".into()).spawn(move || {
             while stopped.recv_timeout(beat) == Err(RecvTimeoutError::Timeout) {
                 // A store that can't be reached now may be later: until then nobody else can take over either, and whoever
                 // commits hears of it.
-                let _tried_again_soon = if beats { shared.change(|_| {}) } else { Ok(()) };
-                let _tried_again_too = shared.look(epoch);
+                let mut shown = !beats || shared.change_by(&hurried, |_| {}).is_ok();
+                if !shown && shared.standing() != Standing::Lost {
+                    shown = shared.change_by(&hurried, |_| {}).is_ok();
+                }
+                if shown {
+                    let _tried_again_soon = shared.look(&hurried, epoch);
+                }
                 if shared.standing() == Standing::Lost {
                     return;
                 }

@@ -33,6 +33,9 @@ pub struct Lease {
     pub closed: Vec<Closed>,
     /// Uploads that were begun and may be unfinished.
     pub uploads: Vec<Begun>,
+    /// Errors that earlier epochs than this one journaled do not count: their rows are to be run again.
+    #[serde(default)]
+    pub errors_from: u32,
 }
 
 /// An epoch that has ended.
@@ -83,7 +86,7 @@ impl Lease {
     /// A job's first.
     pub fn first(holder: Holder, lease_ms: u64) -> Self {
         let (closed, uploads) = (Vec::new(), Vec::new());
-        Self { epoch: 1, serial: 0, held: true, holder, lease_ms, job: None, closed, uploads }
+        Self { epoch: 1, serial: 0, held: true, holder, lease_ms, job: None, closed, uploads, errors_from: 0 }
     }
 
     /// The next epoch's first version, if `n_segments` of this one count.
@@ -93,8 +96,9 @@ impl Lease {
         if self.job.is_some() && n_segments > 0 {
             closed.push(Closed { epoch: self.epoch, n_segments });
         }
-        let epoch = self.epoch + 1;
-        Self { epoch, serial: 0, held: true, holder, lease_ms, job: self.job, closed, uploads: self.uploads.clone() }
+        let (epoch, uploads) = (self.epoch + 1, self.uploads.clone());
+        let (job, errors_from) = (self.job, self.errors_from);
+        Self { epoch, serial: 0, held: true, holder, lease_ms, job, closed, uploads, errors_from }
     }
 
     /// Whether both are versions of one holder's tenure.

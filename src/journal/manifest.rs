@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// The form of journals this program reads and writes.
-const FORMAT_VERSION: u32 = 3;
+const FORMAT_VERSION: u32 = 4;
 
 /// What identifies a job, and what its outputs depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,11 @@ pub struct Manifest {
     pub inputs: Vec<Input>,
     /// The rows of all inputs that this journal is of.
     pub rows: Range<u64>,
+    /// Hash of the report of the finished job whose outputs this one replaces; `None` if it replaces none.
+    pub replaces: Option<String>,
+    /// How many of these rows were errors in the finished job that this one takes all its other rows from; `None` if it
+    /// computes all rows itself.
+    pub retries: Option<u64>,
 }
 
 /// One of the equal parts that a job's rows are cut into.
@@ -118,6 +123,15 @@ impl Manifest {
         self.inputs.iter().map(|input| input.n_rows).sum()
     }
 
+    /// Hash of all inputs' content and rows, hexadecimal.
+    pub fn inputs_hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for Input { blake3, n_rows, .. } in &self.inputs {
+            hasher.update(blake3.as_bytes()).update(&n_rows.to_le_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// What is different in `now`, a line each, for people; empty if it is the same job. When a job began does not
     /// count.
     pub fn differences(&self, now: &Self) -> Vec<String> {
@@ -132,6 +146,13 @@ impl Manifest {
         compare("job seed", &self.job_seed.to_string(), &now.job_seed.to_string());
         found.extend(pipeline_differences(&self.pipeline, &now.pipeline));
         found.extend(input_differences(&self.inputs, &now.inputs));
+        match (self.retries, now.retries) {
+            (Some(_), None) => {
+                found.push("it runs the errors of a finished job again: valar retry --errors goes on with it".into())
+            }
+            (None, Some(_)) => found.push("it is no retry of a finished job's errors".into()),
+            _ => {}
+        }
         if found.is_empty() && self.rows != now.rows {
             found.push(format!("rows: {:?} -> {:?}", self.rows, now.rows));
         }
@@ -229,6 +250,8 @@ mod tests {
             pipeline: "model = \"a\"\n[sampling]\ntemperature = 0.0\nstop = [\"x\"]\n".to_owned(),
             inputs: vec![input("a.jsonl"), input("b.jsonl")],
             rows: 0..6,
+            replaces: None,
+            retries: None,
         }
     }
 
@@ -251,6 +274,7 @@ mod tests {
         );
         check(|m| m.inputs[0].blake3 = "new".to_owned(), &["input a.jsonl changed: blake3 hash of a.jsonl -> new"]);
         check(|m| m.inputs[0].n_bytes = 9, &["input a.jsonl changed: 7 bytes -> 9"]);
+        check(|m| m.retries = Some(1), &["it is no retry of a finished job's errors"]);
         check(|m| m.inputs.swap(0, 1), &["the inputs come in another order"]);
         check(|m| m.inputs[1].url = "c.jsonl".to_owned(), &["input b.jsonl is no longer one", "input c.jsonl is new"]);
     }

@@ -1,11 +1,12 @@
 //! The durable state of a job: which rows are done, and what became of them. Knows nothing of requests or models. It
 //! lives in a directory of its own: `lease.json` says who may write and what counts, `manifest-00001.json` what job it is,
 //! immutable segments `seg-00001-00000001.jsonl` and so on (epoch of the writer, number) hold finished output lines, each
-//! segment put atomically (object stores can't append).
+//! segment put atomically (object stores can't append), and how far long rows have come (checkpoints).
 //!
 //! Invariant: a row whose commit returned is never lost and never computed again, unless its writer had been taken for dead;
 //! a row counts once, with its first committed outcome, however often it was journaled.
 
+mod begun;
 mod dir;
 mod finalise;
 mod flight;
@@ -17,15 +18,18 @@ mod manifest;
 mod overview;
 mod row_set;
 mod segment;
+mod start;
 
+pub use begun::BegunRows;
 pub use dir::{JobDir, Terms};
 pub use finalise::{Outputs, finalise, finalise_parts};
 pub use keeper::{Apart, Standing};
 pub use lease::IfRunning;
 pub use manifest::{Input, Manifest, Shard};
-pub use overview::{Life, Overview, ask_to_stop, lease_in, overview};
+pub use overview::{Asked, Life, Overview, ask_to_stop, lease_in, manifest_in, overview};
 pub use row_set::RowSet;
-pub use segment::{Place, Record, SegmentId};
+pub use segment::{Checkpoint, Place, Record, SegmentId};
+pub use start::{forget_start, shared_start};
 
 use std::io::Write as _;
 use std::time::{Duration, Instant};
@@ -69,9 +73,12 @@ pub struct Journal {
     job: String, // the job's fingerprint
     /// Those that count, in the order they were written.
     segments: Vec<SegmentId>,
+    /// Errors of earlier epochs than this one do not count.
+    errors_from: u32,
     next_segment: SegmentId,
     pending: Segment,
     done: RowSet,
+    begun: BegunRows,
     totals: Totals,
     /// Spent in making outcomes durable, and what of it the caller waited for.
     commit_time: Duration,
@@ -120,15 +127,18 @@ impl Journal {
     fn empty(dir: JobDir, manifest: &Manifest) -> Self {
         let (pending, done) = (Segment::default(), RowSet::default());
         let job = manifest.job_fingerprint.clone();
-        let next_segment = SegmentId { epoch: dir.lease().epoch, number: 1 };
+        let lease = dir.lease();
+        let (next_segment, errors_from) = (SegmentId { epoch: lease.epoch, number: 1 }, lease.errors_from);
         Self {
             flight: None,
             dir,
             job,
             segments: Vec::new(),
+            errors_from,
             next_segment,
             pending,
             done,
+            begun: BegunRows::default(),
             totals: Totals::default(),
             commit_time: Duration::ZERO,
             wait_time: Duration::ZERO,
@@ -139,13 +149,26 @@ impl Journal {
     fn count(&mut self, id: SegmentId, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
         let content = self.read(id)?;
         for entry in segment::entries(&content)? {
-            let segment::Entry { record, bytes } = entry?;
-            if self.done.insert(record.row) {
+            let segment::Entry { line, bytes } = entry?;
+            let record = match line {
+                segment::Line::Record(record) => record,
+                segment::Line::Checkpoint(checkpoint) => {
+                    self.begun.add(checkpoint);
+                    continue;
+                }
+            };
+            self.begun.end(record.row);
+            if self.counts(&record, id) && self.done.insert(record.row) {
                 self.totals.add(&record);
                 each(&record, Place { segment: id, start: bytes.start, n_bytes: bytes.end - bytes.start })?;
             }
         }
         Ok(())
+    }
+
+    /// Whether what a segment says of a row still holds.
+    fn counts(&self, record: &Record<'_>, id: SegmentId) -> bool {
+        record.ok || id.epoch >= self.errors_from
     }
 
     /// The verified lines of a segment.
@@ -168,6 +191,17 @@ impl Journal {
             self.begin_commit()?;
         }
         Ok(Some(place))
+    }
+
+    /// Journals how far a row's sequence came; durable once the next [`Journal::commit`] returns. No outcome: it is of use
+    /// only as long as the row has none.
+    pub fn checkpoint(&mut self, checkpoint: &Checkpoint<'_>) {
+        self.pending.push_checkpoint(checkpoint);
+    }
+
+    /// How far earlier runs came with rows that have no outcome: by row and sequence, the checkpoints' data in order.
+    pub fn take_begun(&mut self) -> BegunRows {
+        std::mem::take(&mut self.begun)
     }
 
     /// The record at a place, committed or not.
@@ -195,7 +229,7 @@ impl Journal {
     /// this one. What goes wrong is said by the next commit.
     pub fn begin_commit(&mut self) -> Result<()> {
         self.land()?;
-        if self.pending.n_rows() == 0 {
+        if self.pending.is_empty() {
             return Ok(());
         }
         let start = Instant::now();

@@ -1,7 +1,7 @@
 //! How far a job is, from its store alone: nothing is claimed and nothing changed but for the wish that its run may stop.
 //! Invariant: what is said of rows was committed and counts.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -47,12 +47,29 @@ pub fn lease_in(storage: &Storage, at: &Location) -> Result<Option<Lease>> {
     Ok(root.read()?.map(|(lease, _)| *lease))
 }
 
+/// What job is under way in a directory, whoever has it; `None` if none is.
+pub fn manifest_in(storage: &Storage, at: &Location) -> Result<Option<Manifest>> {
+    lease_in(storage, at)?.map_or(Ok(None), |lease| manifest_of(storage, at, &lease))
+}
+
+fn manifest_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Manifest>> {
+    let Some(job) = lease.job else { return Ok(None) };
+    let text = storage.get(&at.child(&manifest::name_of(job))?)?;
+    text.map(|text| Manifest::parse(&text)).transpose()
+}
+
 /// Looks at a directory; `None` if no job is under way there.
 pub fn overview(storage: &Storage, at: &Location) -> Result<Option<Overview>> {
     let Some(lease) = lease_in(storage, at)? else { return Ok(None) };
-    let Some(job) = lease.job else { return Ok(None) };
-    let Some(text) = storage.get(&at.child(&manifest::name_of(job))?)? else { return Ok(None) };
-    let manifest = Manifest::parse(&text)?;
+    match overview_of(storage, at, &lease) {
+        // It has finished meanwhile, and removed what was being read; or began anew.
+        Err(_) if lease_in(storage, at)?.is_none_or(|now| now.job != lease.job) => overview(storage, at),
+        found => found,
+    }
+}
+
+fn overview_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Overview>> {
+    let Some(manifest) = manifest_of(storage, at, lease)? else { return Ok(None) };
     let (mut n_done, mut n_failed) = (0, 0);
     let root = Root { storage: storage.clone(), at: at.clone(), swaps: false };
     let own = Closed { epoch: lease.epoch, n_segments: root.count(lease.epoch)? };
@@ -62,12 +79,16 @@ pub fn overview(storage: &Storage, at: &Location) -> Result<Option<Overview>> {
             // A damaged one does not count, and the next run says so.
             let counts = segment::counts(&storage.get_end(&at, segment::SEAL_BYTES)?, &manifest.job_fingerprint);
             let (rows, failed) = counts.unwrap_or_default();
-            n_done += rows;
-            n_failed += failed;
+            if closed.epoch < lease.errors_from {
+                n_done += rows - failed;
+            } else {
+                n_done += rows;
+                n_failed += failed;
+            }
         }
     }
-    let (life, silence) = life(storage, at, &lease)?;
-    Ok(Some(Overview { life, holder: shown(&lease), silence, manifest, n_done, n_failed }))
+    let (life, silence) = life(storage, at, lease)?;
+    Ok(Some(Overview { life, holder: shown(lease), silence, manifest, n_done, n_failed }))
 }
 
 fn life(storage: &Storage, at: &Location, lease: &Lease) -> Result<(Life, Option<Duration>)> {
@@ -93,17 +114,45 @@ fn life(storage: &Storage, at: &Location, lease: &Lease) -> Result<(Life, Option
     Ok((if is_silent || holder::is_dead(&lease.holder) { Life::Dead } else { Life::Running }, Some(silence)))
 }
 
-/// Asks the run that works on a directory's job to stop; whether there is one.
-pub fn ask_to_stop(storage: &Storage, at: &Location) -> Result<bool> {
-    let Some(lease) = lease_in(storage, at)? else { return Ok(false) };
+/// A run that was asked to stop.
+#[derive(Debug)]
+pub struct Asked {
+    at: Location,
+    epoch: u32,
+    /// The last sign of life that was seen, and when, by this process's clock.
+    seen: (u64, Instant),
+}
+
+impl Asked {
+    /// Whether it has stopped: it has given its lease back, or shows no sign of life for longer than it may be silent. No
+    /// clocks are compared, and nothing but the lease is read.
+    pub fn has_stopped(&mut self, storage: &Storage) -> Result<bool> {
+        let Some(lease) = lease_in(storage, &self.at)? else { return Ok(true) };
+        if !lease.held || lease.epoch != self.epoch {
+            return Ok(true);
+        }
+        if let Some(dir) = &self.at.local {
+            return Ok(!lock::is_held(dir)?);
+        }
+        if lease.serial != self.seen.0 {
+            self.seen = (lease.serial, Instant::now());
+        }
+        let is_silent = self.seen.1.elapsed() > Duration::from_millis(lease.lease_ms) * 5 / 4;
+        Ok(is_silent || holder::is_dead(&lease.holder))
+    }
+}
+
+/// Asks the run that works on a directory's job to stop; `None` if there is none.
+pub fn ask_to_stop(storage: &Storage, at: &Location) -> Result<Option<Asked>> {
+    let Some(lease) = lease_in(storage, at)? else { return Ok(None) };
     let is_there = match &at.local {
         Some(dir) => lock::is_held(dir)?,
         // One that is only silent may come back.
         None => lease.held && !holder::is_dead(&lease.holder),
     };
     if lease.job.is_none() || !is_there {
-        return Ok(false);
+        return Ok(None);
     }
     storage.put(&at.child(CANCEL)?, Bytes::from(lease.epoch.to_string()))?;
-    Ok(true)
+    Ok(Some(Asked { at: at.clone(), epoch: lease.epoch, seen: (lease.serial, Instant::now()) }))
 }

@@ -82,6 +82,23 @@ impl<'a> Record<'a> {
     }
 }
 
+/// How far one of a row's sequences came: no outcome of the row, only what it can go on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint<'a> {
+    /// Index of the row over all input files.
+    #[serde(rename = "begun")]
+    pub row: u64,
+    /// Which of the row's sequences.
+    pub part: u32,
+    /// Where it goes on: the end of the one before, or 0.
+    pub start: u64,
+    /// Where it ends.
+    pub end: u64,
+    /// What it holds, for whoever wrote it.
+    #[serde(borrow)]
+    pub data: Cow<'a, str>,
+}
+
 /// The number that stands behind this text at the beginning of another, and what follows it.
 fn number_after<'a, T: FromStr>(text: &'a str, before: &str) -> Option<(T, &'a str)> {
     let rest = text.strip_prefix(before)?;
@@ -132,6 +149,8 @@ pub(super) struct Damaged(String);
 struct Seal {
     /// Records before it.
     rows: u64,
+    /// Checkpoints among them.
+    checkpoints: u64,
     /// How many of them are errors.
     failed: u64,
     /// Fingerprint of the job.
@@ -146,11 +165,23 @@ pub(super) struct Segment {
     lines: Vec<u8>,
     n_rows: u64,
     n_failed: u64,
+    n_checkpoints: u64,
 }
 
 impl Segment {
     pub(super) fn n_rows(&self) -> u64 {
         self.n_rows
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// Adds a checkpoint.
+    pub(super) fn push_checkpoint(&mut self, checkpoint: &Checkpoint<'_>) {
+        serde_json::to_writer(&mut self.lines, checkpoint).expect("strings and numbers are JSON");
+        self.lines.push(b'\n');
+        self.n_checkpoints += 1;
     }
 
     pub(super) fn n_bytes(&self) -> usize {
@@ -176,11 +207,12 @@ impl Segment {
     /// The whole segment, taken out.
     pub(super) fn seal(&mut self, job: &str) -> Bytes {
         let blake3 = hash(&self.lines, self.n_failed);
-        let seal = Seal { rows: self.n_rows, failed: self.n_failed, job: job.to_owned(), blake3 };
+        let (rows, failed, checkpoints) = (self.n_rows, self.n_failed, self.n_checkpoints);
+        let seal = Seal { rows, checkpoints, failed, job: job.to_owned(), blake3 };
         let mut content = std::mem::take(&mut self.lines);
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
-        (self.n_rows, self.n_failed) = (0, 0);
+        (self.n_rows, self.n_failed, self.n_checkpoints) = (0, 0, 0);
         content.into()
     }
 
@@ -226,9 +258,9 @@ pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     if seal.job != job {
         return damaged(format!("it is of another job, {}", seal.job));
     }
-    let n_rows = line_feeds(&lines);
-    if n_rows != seal.rows {
-        return damaged(format!("it holds {n_rows} rows, not {}", seal.rows));
+    let (n_lines, n_wanted) = (line_feeds(&lines), seal.rows.checked_add(seal.checkpoints));
+    if n_wanted != Some(n_lines) {
+        return damaged(format!("it holds {n_lines} lines, not {} and {}", seal.rows, seal.checkpoints));
     }
     Ok(lines)
 }
@@ -241,13 +273,21 @@ fn line_feeds(bytes: &[u8]) -> u64 {
     memchr::memchr_iter(b'\n', bytes).count() as u64
 }
 
-/// A record and where it is in its segment.
+/// A line and where it is in its segment.
 pub(super) struct Entry<'a> {
-    pub(super) record: Record<'a>,
+    pub(super) line: Line<'a>,
     pub(super) bytes: Range<u64>,
 }
 
-/// The records of verified lines.
+/// What a line of a segment says.
+pub(super) enum Line<'a> {
+    /// What became of a row.
+    Record(Record<'a>),
+    /// How far a sequence came.
+    Checkpoint(Checkpoint<'a>),
+}
+
+/// The lines of verified ones.
 pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry<'_>>>> {
     let text = simdutf8::basic::from_utf8(lines).context("a sealed segment is not UTF-8")?;
     let mut start = 0;
@@ -255,7 +295,11 @@ pub(super) fn entries(lines: &[u8]) -> Result<impl Iterator<Item = Result<Entry<
         let line = &text[start..feed];
         let bytes = start as u64..feed as u64 + 1;
         start = feed + 1;
-        Ok(Entry { record: parse_record(line)?, bytes })
+        let line = match Record::parse(line) {
+            Some(record) => Line::Record(record),
+            None => Line::Checkpoint(serde_json::from_str(line).context("a sealed record is not readable")?),
+        };
+        Ok(Entry { line, bytes })
     }))
 }
 
@@ -288,10 +332,20 @@ mod tests {
             let line = format!("{{\"x\": {row} }}").into();
             segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
         }
+        let data = "[1,\"x\"]".into();
+        segment.push_checkpoint(&Checkpoint { row: 3, part: 1, start: 0, end: 7, data });
         let sealed = segment.seal("job");
         assert_eq!((segment.n_rows(), segment.n_bytes()), (0, 0));
         let lines = verify(&sealed, "job").unwrap();
-        let records: Vec<Record<'_>> = entries(&lines).unwrap().map(|entry| entry.unwrap().record).collect();
+        let (mut records, mut checkpoints) = (Vec::new(), Vec::new());
+        for entry in entries(&lines).unwrap() {
+            match entry.unwrap().line {
+                Line::Record(record) => records.push(record),
+                Line::Checkpoint(checkpoint) => checkpoints.push(checkpoint),
+            }
+        }
+        assert_eq!(checkpoints, [Checkpoint { row: 3, part: 1, start: 0, end: 7, data: "[1,\"x\"]".into() }]);
+        assert_eq!(counts(&sealed, "job"), Some((3, 0)));
         assert_eq!(records.iter().map(|r| &*r.line).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
         assert!(verify(&sealed, "another").unwrap_err().is::<Damaged>());
         for cut in 0..sealed.len() {

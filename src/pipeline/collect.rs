@@ -9,7 +9,7 @@ use super::progress::{Progress, Snapshot};
 use super::stepper::{FIRST_ID, PreparedStep, StepTask};
 use super::window::{Group, PlannedWindow};
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
-use crate::engine::{EngineStats, Finished};
+use crate::engine::{Checkpoint, EngineStats, Finished};
 use crate::journal::{Apart, Journal, Place, Record, Standing};
 use crate::outcome::RowError;
 use crate::prepare::Origin;
@@ -26,6 +26,8 @@ pub(super) enum Event {
     Window(PlannedWindow),
     /// A step finished these rows.
     Finished(Vec<Finished>, EngineStats),
+    /// How far sequences came that run on.
+    Checkpoints(Vec<Checkpoint>),
     /// A later step of a row was prepared, and is about to be submitted.
     Prepared(PreparedStep),
     /// Everything was read and submitted, or the feed failed.
@@ -170,9 +172,6 @@ impl Collector {
         let start = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
-                Ok(Event::Window(window)) => self.open_window(window)?,
-                Ok(Event::Finished(finished, stats)) => self.take_finished(finished, stats)?,
-                Ok(Event::Prepared(step)) => self.take_prepared(step)?,
                 Ok(Event::FeedEnded(result)) => rows_read = Some(result?),
                 Ok(Event::EngineEnded) => return Ok(End::EngineEnded),
                 Ok(Event::Halt) => {
@@ -180,6 +179,7 @@ impl Collector {
                     return Ok(End::Stopped(Stop::Halted));
                 }
                 Ok(Event::Signal(signal)) => stopped = Some((Stop::Signal(signal), Instant::now())),
+                Ok(event) => self.take(event)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the job's threads are gone"),
             }
@@ -200,6 +200,27 @@ impl Collector {
                 _ => {}
             }
         }
+    }
+
+    /// Takes what becomes of rows.
+    pub(super) fn take(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Window(window) => self.open_window(window),
+            Event::Finished(finished, stats) => self.take_finished(finished, stats),
+            Event::Checkpoints(checkpoints) => self.keep(&checkpoints),
+            Event::Prepared(step) => self.take_prepared(step),
+            Event::FeedEnded(result) => result.map(drop),
+            Event::EngineEnded | Event::Signal(_) | Event::Halt => Ok(()),
+        }
+    }
+
+    /// The row that a sequence is of.
+    pub(super) fn row_of(&self, id: u64) -> u64 {
+        if let Some(&(row, _)) = self.later.get(&id) {
+            return row;
+        }
+        let found = self.windows.iter().find_map(|window| Some(window.leaders[window.sequence(id)?.0]));
+        found.expect("every submission was announced")
     }
 
     /// Whether others, or the budget, want the run to end.

@@ -2,6 +2,7 @@
 //! them and submits them to the engine. Invariant: at most [`WINDOWS_AHEAD`] windows are in memory at any time, finished or
 //! not.
 
+use super::checkpoint::Checkpoints;
 use super::collect::Event;
 use super::estimate::JobEstimator;
 use super::rows::{FeedTimes, WindowReader};
@@ -34,12 +35,13 @@ pub(super) struct Feed {
     pub(super) first_id: u64,
     /// What rows share prefixes in, where the engine is not the job's own.
     pub(super) stream: Option<u32>,
+    pub(super) checkpoints: Arc<Checkpoints>,
 }
 
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(self) -> Result<u64> {
-        let Self { reader, done, engine, events, finished_windows, stop, estimator, first_id, stream } = self;
+        let Self { reader, done, engine, events, finished_windows, stop, estimator, first_id, stream, checkpoints } = self;
         let planner = Planner {
             settings: reader.settings.clone(),
             times: Arc::clone(&reader.times),
@@ -49,6 +51,7 @@ impl Feed {
             stop: &stop,
             estimator: estimator.as_deref(),
             stream,
+            checkpoints,
         };
         // Prepared windows are handed over one by one, none waits.
         let (prepared, windows) = sync_channel(0);
@@ -108,6 +111,7 @@ struct Planner<'a> {
     stop: &'a AtomicBool,
     estimator: Option<&'a Mutex<JobEstimator>>,
     stream: Option<u32>,
+    checkpoints: Arc<Checkpoints>,
 }
 
 impl Planner<'_> {
@@ -130,6 +134,9 @@ impl Planner<'_> {
         }
         if let Some(stream) = self.stream {
             window.submissions.iter_mut().for_each(|submission| submission.stream = stream);
+        }
+        for (submission, (group, _)) in window.submissions.iter_mut().zip(&window.sequences) {
+            self.checkpoints.apply(window.groups[*group as usize].leader.row_idx, submission);
         }
         self.times.planned(start.elapsed());
         window

@@ -281,6 +281,8 @@ impl HostedJob {
                 n_rows: found.n_rows,
             }],
             rows: 0..found.n_rows,
+            replaces: None,
+            retries: None,
         }
     }
 
@@ -325,6 +327,7 @@ impl HostedJob {
             estimator: None,
             first_id: seat.first_id,
             stream: Some(seat.stream),
+            checkpoints: Arc::default(),
         };
         let ends = (window_finished, stop);
         let mut collector =

@@ -87,6 +87,8 @@ pub(super) struct Replay<'a> {
     pub(super) requests: bool,
     /// Whether the job is a shard of one.
     pub(super) is_shard: bool,
+    /// Whether places are noted of records without a key, too.
+    pub(super) all_places: bool,
     ids: Vec<(u64, u128)>,
     contents: Vec<(u64, u128)>,
     places: Vec<(u64, Place)>,
@@ -94,7 +96,7 @@ pub(super) struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     pub(super) fn new(index: &'a JobIndex, requests: bool, is_shard: bool) -> Self {
-        Self { index, requests, is_shard, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
+        Self { index, requests, is_shard, all_places: false, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
     }
 
     /// Notes one record.
@@ -106,6 +108,8 @@ impl<'a> Replay<'a> {
         }
         if let Some(key) = record.key {
             self.contents.push((record.row, key));
+        }
+        if record.key.is_some() || self.all_places {
             self.places.push((record.row, place));
         }
         if self.ids.len().max(self.places.len()) >= BATCH { self.flush() } else { Ok(()) }

@@ -4,13 +4,13 @@
 use super::columns::ResultColumns;
 use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
-use super::report::Report;
+use super::report::{Report, content_hash};
 use crate::config::Config;
 use crate::format::{self, Format, Limits};
 use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
 use crate::pipeline::spec::{EngineSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use arrow::datatypes::{FieldRef, Schema, SchemaRef};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -72,7 +72,7 @@ impl JobFiles {
 
     /// Where unnamed temporary files go: beside the journal, where there is room; for remote outputs, where the system
     /// keeps such files.
-    fn scratch_folder(&self) -> PathBuf {
+    pub(super) fn scratch_folder(&self) -> PathBuf {
         self.journal.local.clone().unwrap_or_else(std::env::temp_dir)
     }
 }
@@ -82,6 +82,8 @@ pub(super) struct Inputs {
     pub(super) files: Vec<Location>,
     /// What the manifest says of them.
     pub(super) described: Vec<Input>,
+    /// What they were when they were described.
+    versions: Vec<String>,
     /// Rows to be read, the limit considered.
     pub(super) n_rows: u64,
     pub(super) limits: Limits,
@@ -94,6 +96,19 @@ impl Inputs {
     }
 }
 
+impl Inputs {
+    /// Refuses inputs that are not what they were when the job was described: a run may wait for another one for hours, or
+    /// take hours itself.
+    pub(super) fn check_unchanged(&self, storage: &Storage) -> Result<()> {
+        for (at, version) in self.files.iter().zip(&self.versions) {
+            if storage.open(at)?.version() != *version {
+                bail!("input {} changed since this run began: run it again", at.url);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Finds the input files, hashes them and counts their rows.
 pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &JobFiles) -> Result<Inputs> {
     let mut files = Vec::new();
@@ -101,7 +116,7 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
         files.extend(storage.expand(pattern).with_context(|| format!("input {}", Location::shown(pattern)))?);
     }
     refuse_inputs_as_outputs(&files, outputs)?;
-    let mut described = Vec::new();
+    let (mut described, mut versions) = (Vec::new(), Vec::new());
     let mut n_rows = 0;
     for file in &files {
         let found = format::inspect(storage, file).with_context(|| format!("input {}", file.url))?;
@@ -114,10 +129,11 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
             }
         }
         n_rows += found.n_rows;
+        versions.push(found.version);
         described.push(Input { url: file.url.to_string(), n_bytes: found.n_bytes, blake3: found.blake3, n_rows: found.n_rows });
     }
     let n_rows = spec.input.limit.map_or(n_rows, |limit| limit.min(n_rows));
-    Ok(Inputs { files, described, n_rows, limits: Limits { max_row_bytes: spec.input.max_line_bytes } })
+    Ok(Inputs { files, described, versions, n_rows, limits: Limits { max_row_bytes: spec.input.max_line_bytes } })
 }
 
 /// A job must not read what it is going to replace.
@@ -161,6 +177,8 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
         pipeline,
         inputs: inputs.described.clone(),
         rows: inputs.own_rows(config.shard),
+        replaces: None,
+        retries: None,
     })
 }
 
@@ -184,30 +202,11 @@ pub(super) fn begin(
     (shard, terms): (Option<Shard>, &Terms),
 ) -> Result<Begin> {
     let dir = JobDir::claim(storage, &files.journal, terms)?;
-    for other in files.other_cuts(storage, shard)? {
-        if !terms.restart {
-            bail!(
-                "the same output is under way cut in another way, in {}: go on with that, or throw it away with --restart",
-                other.url
-            );
-        }
-        JobDir::claim(storage, &other, terms)?.remove()?;
-    }
+    let dir = alone(storage, files, dir, (shard, terms))?;
     let earlier = if terms.restart { None } else { dir.manifest()? };
     if let Some(earlier) = earlier {
-        let differences = earlier.differences(&manifest);
-        if !differences.is_empty() {
-            bail!(
-                "{} is the unfinished job of another run:\n  {}\nfinish it as it was, choose another output, or throw it away with --restart",
-                files.journal.url,
-                differences.join("\n  ")
-            );
-        }
-        let index = JobIndex::new(&files.scratch_folder())?;
-        let mut replay = Replay::new(&index, requests, shard.is_some());
-        let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
-        replay.flush()?;
-        return Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)));
+        same(&earlier, &manifest, files)?;
+        return resume(dir, files, earlier, requests, shard.is_some());
     }
     // What --restart replaces stays until it is replaced: a reader finds the old state or the new one.
     if !terms.restart {
@@ -218,15 +217,73 @@ pub(super) fn begin(
             Err(refusal) => return dir.remove().and(Err(refusal)),
         }
     }
+    let replaces = if terms.restart { storage.get(&files.report)?.map(|text| content_hash(&text)) } else { None };
+    let created_unix_s = match shard {
+        Some(_) => journal::shared_start(storage, &files.job, &manifest.job_fingerprint, manifest.created_unix_s)?,
+        None => manifest.created_unix_s,
+    };
+    let manifest = Manifest { replaces, created_unix_s, ..manifest };
     let journal = Journal::create(dir, &manifest)?;
+    // A run that cuts the job in another way may have begun meanwhile: of two, at least one sees the other.
+    if let Some(other) = files.other_cuts(storage, shard)?.first() {
+        journal.remove()?;
+        return Err(cut_otherwise(other));
+    }
     let index = JobIndex::new(&files.scratch_folder())?;
     Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
 }
 
+fn cut_otherwise(other: &Location) -> anyhow::Error {
+    anyhow!("the same output is under way cut in another way, in {}: go on with that, or throw it away with --restart", other.url)
+}
+
+/// The directory of a job that is not cut in another way, too, or is not any more.
+pub(super) fn alone(storage: &Storage, files: &JobFiles, dir: JobDir, (shard, terms): (Option<Shard>, &Terms)) -> Result<JobDir> {
+    for other in files.other_cuts(storage, shard)? {
+        if !terms.restart {
+            // If nothing is under way here, the folder was made for the lock alone.
+            if dir.manifest().is_ok_and(|manifest| manifest.is_none()) {
+                dir.remove()?;
+            }
+            return Err(cut_otherwise(&other));
+        }
+        JobDir::claim(storage, &other, terms)?.remove()?;
+    }
+    Ok(dir)
+}
+
+/// Refuses to go on with another job.
+pub(super) fn same(earlier: &Manifest, now: &Manifest, files: &JobFiles) -> Result<()> {
+    let differences = earlier.differences(now);
+    if !differences.is_empty() {
+        bail!(
+            "{} is the unfinished job of another run:\n  {}\nfinish it as it was, choose another output, or throw it away with --restart",
+            files.journal.url,
+            differences.join("\n  ")
+        );
+    }
+    Ok(())
+}
+
+/// Goes on with the job of a directory.
+pub(super) fn resume(dir: JobDir, files: &JobFiles, earlier: Manifest, requests: bool, is_shard: bool) -> Result<Begin> {
+    let index = JobIndex::new(&files.scratch_folder())?;
+    let mut replay = Replay::new(&index, requests, is_shard);
+    // Of a retry any row may be the first of a content: it is not known which.
+    replay.all_places = earlier.retries.is_some();
+    let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
+    replay.flush()?;
+    Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)))
+}
+
+/// The report that is there, if it is one.
+pub(super) fn report(storage: &Storage, files: &JobFiles) -> Result<Option<Report>> {
+    Ok(storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok()))
+}
+
 /// The report, if the job is finished already; an error if the files of another job are in the way.
 pub(super) fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Report>> {
-    let report: Option<Report> = storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok());
-    let own = report.filter(|report| report.job_fingerprint == manifest.job_fingerprint);
+    let own = report(storage, files)?.filter(|report| report.job_fingerprint == manifest.job_fingerprint);
     let mut there = Vec::new();
     for file in [&files.results, &files.errors, &files.report] {
         if storage.exists(file)? {

@@ -4,6 +4,7 @@
 use super::collect::Counts;
 use super::described::Described;
 use super::job::{self, JobFiles};
+use super::report::content_hash;
 use super::{Ended, JobEnd, Run, show, summary};
 use crate::config::Config;
 use crate::journal::{self, JobDir, Journal, Manifest, Shard, Totals};
@@ -27,14 +28,15 @@ pub fn merge(config: &Config) -> Result<JobEnd> {
 fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
     let Described { inputs, outputs, manifest, measured, .. } = Described::new(config, storage, files)?;
     let shards = under_way(storage, files)?;
+    let manifest = of_retry(storage, files, &shards, manifest)?;
     if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest)
-        && !has_newer(config, storage, files, &shards, report.created)?
+        && !has_newer(storage, files, &shards)?
     {
         // Merged before, and perhaps killed while tidying up: then a shard may have state that its lease does not mean any more.
         for shard in files.shards(storage)? {
             JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?.remove()?;
         }
-        remove_folder(files)?;
+        remove_folder(storage, files)?;
         return Ok(Ended::Before(Box::new(report)));
     }
     let Some(of) = shards.first().map(|shard| shard.of) else {
@@ -46,7 +48,14 @@ fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<End
             bail!("shard {shard} has not begun: run it with --shard {shard}");
         }
         let rows = shard.rows(inputs.n_rows);
-        parts.push((open(config, storage, files, shard, &Manifest { rows: rows.clone(), ..manifest.clone() })?, rows));
+        match open(config, storage, files, shard, &Manifest { rows: rows.clone(), ..manifest.clone() })? {
+            Some(journal) => parts.push((journal, rows)),
+            // Another merge was at it, and may have finished while this one waited.
+            None => match job::look_at_outputs(storage, files, &manifest) {
+                Ok(Some(report)) => return Ok(Ended::Before(Box::new(report))),
+                _ => bail!("shard {shard} has not begun: run it with --shard {shard}"),
+            },
+        }
     }
     let start = Instant::now();
     let borrowed: Vec<(&Journal, Range<u64>)> = parts.iter().map(|(journal, rows)| (journal, rows.clone())).collect();
@@ -60,7 +69,7 @@ fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<End
     for (journal, _) in parts {
         journal.remove()?;
     }
-    remove_folder(files)?;
+    remove_folder(storage, files)?;
     Ok(Ended::Now(Box::new(report)))
 }
 
@@ -77,21 +86,45 @@ fn under_way(storage: &Storage, files: &JobFiles) -> Result<Vec<Shard>> {
     Ok(shards)
 }
 
-/// Whether a shard was begun anew after the job was merged.
-fn has_newer(config: &Config, storage: &Storage, files: &JobFiles, shards: &[Shard], merged_unix_s: u64) -> Result<bool> {
+/// The job whose shards these are, with the time they began. If they run a finished job's errors again, or have done so, it is
+/// known by that one's name.
+fn of_retry(storage: &Storage, files: &JobFiles, shards: &[Shard], manifest: Manifest) -> Result<Manifest> {
+    let Some(&first) = shards.first() else {
+        let report = job::report(storage, files)?.filter(|report| report.rows.retried > 0);
+        let report = report.filter(|report| report.inputs == manifest.inputs_hash());
+        let Some(report) = report else { return Ok(manifest) };
+        return Ok(Manifest { job_fingerprint: report.job_fingerprint, ..manifest });
+    };
+    let Some(of_first) = journal::manifest_in(storage, &files.of_shard(first)?.journal)? else { return Ok(manifest) };
+    let manifest = Manifest { created_unix_s: of_first.created_unix_s, ..manifest };
+    if of_first.retries.is_none() {
+        return Ok(manifest);
+    }
+    let mut n_retried = 0;
     for &shard in shards {
-        let dir = JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?;
-        if dir.manifest()?.is_some_and(|manifest| manifest.created_unix_s > merged_unix_s) {
+        let found = journal::manifest_in(storage, &files.of_shard(shard)?.journal)?;
+        n_retried += found.and_then(|found| found.retries).unwrap_or(0);
+    }
+    Ok(Manifest { job_fingerprint: of_first.job_fingerprint, retries: Some(n_retried), ..manifest })
+}
+
+/// Whether a shard was begun to replace the outputs that are there.
+fn has_newer(storage: &Storage, files: &JobFiles, shards: &[Shard]) -> Result<bool> {
+    let Some(report) = storage.get(&files.report)? else { return Ok(false) };
+    let report = Some(content_hash(&report));
+    for &shard in shards {
+        let manifest = journal::manifest_in(storage, &files.of_shard(shard)?.journal)?;
+        if manifest.is_some_and(|manifest| manifest.replaces == report) {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-/// The journal of a shard, complete.
-fn open(config: &Config, storage: &Storage, files: &JobFiles, shard: Shard, wanted: &Manifest) -> Result<Journal> {
+/// The journal of a shard, complete; `None` if there is none.
+fn open(config: &Config, storage: &Storage, files: &JobFiles, shard: Shard, wanted: &Manifest) -> Result<Option<Journal>> {
     let dir = JobDir::claim(storage, &files.of_shard(shard)?.journal, &config.terms)?;
-    let Some(manifest) = dir.manifest()? else { bail!("shard {shard} has not begun: run it with --shard {shard}") };
+    let Some(manifest) = dir.manifest()? else { return dir.remove().map(|()| None) };
     let differences = manifest.differences(wanted);
     if !differences.is_empty() {
         bail!("shard {shard} is of another job:\n  {}", differences.join("\n  "));
@@ -101,11 +134,12 @@ fn open(config: &Config, storage: &Storage, files: &JobFiles, shard: Shard, want
     if left > 0 {
         bail!("shard {shard} has {left} rows without an outcome: run it again with --shard {shard}");
     }
-    Ok(journal)
+    Ok(Some(journal))
 }
 
-/// The folder of the shards' folders, on a local disk, if it is empty.
-fn remove_folder(files: &JobFiles) -> Result<()> {
+/// What the shards had in common; and the folder of their folders, on a local disk, if it is empty.
+fn remove_folder(storage: &Storage, files: &JobFiles) -> Result<()> {
+    journal::forget_start(storage, &files.job)?;
     let Some(dir) = &files.job.local else { return Ok(()) };
     match std::fs::remove_dir(dir) {
         Err(e) if ![ErrorKind::NotFound, ErrorKind::DirectoryNotEmpty].contains(&e.kind()) => Err(e.into()),

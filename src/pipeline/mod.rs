@@ -6,6 +6,7 @@ pub mod bench;
 pub mod bench_plan;
 pub mod budget;
 mod calibrate;
+mod checkpoint;
 mod collect;
 mod columns;
 mod described;
@@ -25,6 +26,7 @@ pub mod meter;
 mod null;
 pub mod progress;
 pub mod report;
+pub mod retry;
 mod rows;
 mod signals;
 pub mod spec;
@@ -50,7 +52,8 @@ use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use answer::Answers;
 use anyhow::{Context, Result};
-use collect::{Collector, End, Event, Stop};
+use checkpoint::Checkpoints;
+use collect::{Collector, Counts, End, Event, Stop};
 use columns::ResultColumns;
 use described::{Described, Measured};
 use feed::Feed;
@@ -114,6 +117,7 @@ fn show(end: &Ended, config: &Config, storage: &Storage, files: &JobFiles) -> Re
         }
         Ended::Stopped(_) | Ended::Cancelled => tell("stopped; run the same command again to go on from here"),
         Ended::Paused(limit) => tell(&format!("paused: {limit} is reached; the same command goes on from here")),
+        Ended::Before(_) if config.retry => tell("no row of this job is an error: there is nothing to run again"),
         Ended::Before(_) => tell("finished by an earlier run; --restart does it again"),
         Ended::Now(report) => tell(report.table().trim_end()),
     }
@@ -182,12 +186,24 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     let Described { inputs, form, columns, outputs, open, grammars, manifest, measured, load_start } =
         Described::new(config, storage, files)?;
     let requests = matches!(form, RowForm::Requests);
-    let (manifest, journal, index) = match job::begin(storage, files, manifest, requests, (config.shard, &config.terms))? {
+    let begun = if config.retry {
+        let usage: Vec<String> = columns.usage_names().map(str::to_owned).collect();
+        let dataset = retry::Lines::Dataset { usage: &usage, error: columns.error_name() };
+        let lines = if requests { retry::Lines::Requests } else { dataset };
+        retry::Retry { storage, files, inputs: &inputs, lines, config }.begin(manifest)
+    } else {
+        job::begin(storage, files, manifest, requests, (config.shard, &config.terms))
+    };
+    let (manifest, journal, index) = match begun? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
         Begin::Work(manifest, journal, index) => (*manifest, *journal, *index),
     };
     for warning in &journal.warnings {
         say(&format!("warning: {warning}"));
+    }
+    if let Err(changed) = inputs.check_unchanged(storage) {
+        // It may have waited for another run. What it has not begun is in nobody's way.
+        return if journal.done_rows().is_empty() { journal.remove().and(Err(changed)) } else { Err(changed) };
     }
     let run = Run { config, storage, files, inputs, outputs, manifest };
     run.work(open, (form, columns, grammars), (journal, index), measured, load_start)
@@ -280,7 +296,7 @@ impl Run<'_> {
         &self,
         open: OpenModel,
         (form, columns, grammars): (RowForm, ResultColumns, Grammars),
-        (journal, index): (Journal, JobIndex),
+        (mut journal, index): (Journal, JobIndex),
         mut measured: Measured,
         load_start: Instant,
     ) -> Result<Ended> {
@@ -288,7 +304,7 @@ impl Run<'_> {
         let n_rows = own_rows.end - own_rows.start;
         if journal.done_rows().len() == n_rows {
             // An earlier run was killed while it wrote the final files.
-            let counts = collect::Counts { resumed: journal.done_rows().len(), ..collect::Counts::default() };
+            let counts = Counts { resumed: journal.done_rows().len(), ..Counts::default() };
             return self.finish(self.inputs.n_rows, journal, counts, measured);
         }
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
@@ -304,6 +320,7 @@ impl Run<'_> {
         let (window_finished, finished_windows) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(journal.done_rows().clone());
+        let checkpoints = Arc::new(Checkpoints::new(self.config.spec.engine.checkpoint_tokens, journal.take_begun())?);
         let answers = self.answers(&local.name, &tokenizer, columns);
         let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
         let index = Arc::new(index);
@@ -313,9 +330,14 @@ impl Run<'_> {
         let needed = needed_columns(&preparer.form, self.config.spec.output.columns.as_deref());
         let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
         let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
-            let (job_seed, engine_too) = (self.manifest.job_seed, Arc::clone(&engine));
-            let stepper =
-                Stepper { preparer: Arc::clone(&preparer), engine: engine_too, tasks, events: events.clone(), job_seed };
+            let stepper = Stepper {
+                preparer: Arc::clone(&preparer),
+                engine: Arc::clone(&engine),
+                tasks,
+                events: events.clone(),
+                job_seed: self.manifest.job_seed,
+                checkpoints: Arc::clone(&checkpoints),
+            };
             let feed = Feed {
                 reader: window_reader(self.config, (source, self.inputs.n_rows), preparer, index, Arc::clone(&measured.feed)),
                 done,
@@ -326,14 +348,23 @@ impl Run<'_> {
                 estimator: Some(Arc::clone(&measured.estimator)),
                 first_id: 0,
                 stream: None,
+                checkpoints,
             };
             Ok((feed, stepper))
         };
         let threads = self.start(runner, tokenizer, feed)?;
-        let end = collector.run(&threads.events);
-        let (journal, counts) = collector.into_parts();
-        let stopped = threads.end();
-        match end? {
+        let mut end = collector.run(&threads.events);
+        threads.engine.abort();
+        if matches!(end, Ok(End::Stopped(_))) {
+            end = collector.keep_the_rest(&threads.events).and(end);
+        }
+        let ((journal, counts), stopped) = (collector.into_parts(), threads.end());
+        self.ended(end?, stopped, (journal, counts, measured))
+    }
+
+    /// What a job comes to whose threads have ended.
+    fn ended(&self, end: End, stopped: Result<()>, (journal, counts, measured): (Journal, Counts, Measured)) -> Result<Ended> {
+        match end {
             End::Complete(n_rows) => stopped.and_then(|()| self.finish(n_rows, journal, counts, measured)),
             End::Stopped(Stop::Signal(signal)) => stopped.map(|()| Ended::Stopped(signal)),
             End::Stopped(Stop::Cancelled) => stopped.map(|()| Ended::Cancelled),
@@ -359,7 +390,7 @@ impl Run<'_> {
         engine_config.max_waiting = 2 * engine_config.max_running;
         let engine = Engine::new(engine_config, runner, tokens)?;
         let to_collector = EngineEvents(sender.clone());
-        let deliver = Box::new(move |step: Delivery<'_>| to_collector.step(step.finished, *step.stats));
+        let deliver = Box::new(move |step: Delivery<'_>| to_collector.step(step));
         let engine = Arc::new(EngineHandle::start(engine, deliver)?);
         let (feed, stepper) = feed(Arc::clone(&engine), sender.clone())?;
         let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || {
@@ -383,7 +414,8 @@ impl Run<'_> {
     }
 
     /// Writes the final files and the report, then removes the journal.
-    fn finish(&self, n_rows: u64, mut journal: Journal, mut counts: collect::Counts, measured: Measured) -> Result<Ended> {
+    fn finish(&self, n_rows: u64, mut journal: Journal, mut counts: Counts, measured: Measured) -> Result<Ended> {
+        self.inputs.check_unchanged(self.storage)?;
         if self.config.shard.is_some() {
             // What it has is for the merge to publish.
             journal.commit()?;
@@ -410,7 +442,7 @@ impl Run<'_> {
     }
 
     /// Writes the final files and the report.
-    fn publish(&self, n_rows: u64, journal: &mut Journal, counts: &mut collect::Counts, measured: &Measured) -> Result<Report> {
+    fn publish(&self, n_rows: u64, journal: &mut Journal, counts: &mut Counts, measured: &Measured) -> Result<Report> {
         let start = Instant::now();
         journal::finalise(journal, &self.outputs, n_rows)?;
         counts.finalise += start.elapsed();
@@ -435,9 +467,12 @@ impl Run<'_> {
 struct EngineEvents(Sender<Event>);
 
 impl EngineEvents {
-    fn step(&self, finished: Vec<crate::engine::Finished>, stats: crate::engine::EngineStats) {
+    fn step(&self, step: Delivery<'_>) {
         // Nobody listens after a stop; the rows are computed again later.
-        let _nobody_listens = self.0.send(Event::Finished(finished, stats));
+        let _nobody_listens = self.0.send(Event::Finished(step.finished, *step.stats));
+        if !step.checkpoints.is_empty() {
+            let _nobody_listens = self.0.send(Event::Checkpoints(step.checkpoints));
+        }
     }
 }
 

@@ -20,6 +20,9 @@ pub struct Report {
     pub device: String,
     /// Unix seconds of the job's start.
     pub created: u64,
+    /// Hash of the inputs.
+    #[serde(default)]
+    pub inputs: String,
     /// Row counts.
     pub rows: RowCounts,
     /// Token counts.
@@ -84,6 +87,9 @@ pub struct RowCounts {
     pub resumed: u64,
     /// Rows of this run that got an identical row's completion.
     pub deduplicated: u64,
+    /// Rows that were errors in the finished job whose other rows were taken over (`valar retry`).
+    #[serde(default)]
+    pub retried: u64,
 }
 
 /// Token counts.
@@ -177,6 +183,9 @@ impl Report {
             let note = format!("finished by an earlier run; {} identical to another row", rows.deduplicated);
             line("", rows.resumed.to_string(), note);
         }
+        if rows.retried > 0 {
+            line("", rows.retried.to_string(), "were errors and were run again".into());
+        }
         line("prompt tokens", tokens.prompt.to_string(), format!("{} shared by the plan", tokens.cached));
         line("generated tokens", tokens.completion.to_string(), String::new());
         let note = format!("{:.3} of the minimum; {} from the cache", tokens.prefill_ratio, tokens.cache_hits);
@@ -225,6 +234,11 @@ impl Report {
         let codes: Vec<_> = self.rows.errors.iter().map(|(code, n)| format!("{n} {code}")).collect();
         if codes.is_empty() { String::new() } else { format!(" ({})", codes.join(", ")) }
     }
+}
+
+/// What a report, as it is written, is known by.
+pub(super) fn content_hash(text: &[u8]) -> String {
+    blake3::hash(text).to_hex().to_string()
 }
 
 /// The most memory this process has held, in bytes; 0 where the system does not tell.

@@ -289,11 +289,20 @@ pub struct EngineSpec {
     pub budget_tokens: usize,
     /// Sequences per step.
     pub max_running: usize,
+    /// Tokens after which a row that is not done is journaled, to go on from there after a kill; 0 for never.
+    pub checkpoint_tokens: u32,
 }
 
 impl Default for EngineSpec {
     fn default() -> Self {
-        Self { kind: EngineKind::Model, memory: None, threads: None, budget_tokens: 1024, max_running: 256 }
+        Self {
+            kind: EngineKind::Model,
+            memory: None,
+            threads: None,
+            budget_tokens: 1024,
+            max_running: 256,
+            checkpoint_tokens: 512,
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //! Invariant: looking changes nothing.
 
 use super::job::JobFiles;
-use super::report::Report;
-use crate::journal::{self, Life, Overview, Shard};
+use super::report::{Report, content_hash};
+use crate::journal::{self, Life, Manifest, Overview, Shard};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -66,9 +66,9 @@ pub fn cancel(output: &str, say: &mut dyn FnMut(&str)) -> Result<bool> {
     let files = JobFiles::new(&storage, output)?;
     let mut asked = Vec::new();
     for (shard, dir) in dirs(&storage, &files)? {
-        if journal::ask_to_stop(&storage, &dir)? {
+        if let Some(run) = journal::ask_to_stop(&storage, &dir)? {
             say(&format!("asked {} to stop", shard.map_or("the run".to_owned(), |shard| format!("the run of shard {shard}"))));
-            asked.push(dir);
+            asked.push(run);
         }
     }
     if asked.is_empty() {
@@ -77,11 +77,14 @@ pub fn cancel(output: &str, say: &mut dyn FnMut(&str)) -> Result<bool> {
     }
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        let mut n_running = 0;
-        for dir in &asked {
-            n_running += usize::from(journal::overview(&storage, dir)?.is_some_and(|part| part.life == Life::Running));
+        let mut running = Vec::new();
+        for mut run in asked {
+            if !run.has_stopped(&storage)? {
+                running.push(run);
+            }
         }
-        if n_running == 0 {
+        asked = running;
+        if asked.is_empty() {
             say("stopped; its progress stays, and the same command goes on from there");
             return Ok(true);
         }
@@ -101,18 +104,30 @@ fn dirs(storage: &Storage, files: &JobFiles) -> Result<Vec<(Option<Shard>, Locat
 }
 
 fn look(storage: &Storage, files: &JobFiles) -> Result<Shown> {
-    let mut parts = Vec::new();
+    let (mut parts, mut manifests) = (Vec::new(), Vec::new());
     for (shard, dir) in dirs(storage, files)? {
-        parts.extend(journal::overview(storage, &dir)?.map(|found| Part::new(shard, found)));
+        if let Some(found) = journal::overview(storage, &dir)? {
+            manifests.push(found.manifest.clone());
+            parts.push(Part::new(shard, found));
+        }
     }
     let job = files.results.url.to_string();
+    let text = storage.get(&files.report)?;
+    let report: Option<Report> = text.as_ref().and_then(|text| serde_json::from_slice(text).ok());
+    // Published, and killed while it removed the journal.
+    let hash = text.map(|text| content_hash(&text));
+    let is_of_report = |found: &Manifest| {
+        report.as_ref().is_some_and(|report| report.job_fingerprint == found.job_fingerprint) && found.replaces != hash
+    };
+    if manifests.iter().all(is_of_report) {
+        parts.clear();
+    }
     if !parts.is_empty() {
         let sum = |of: fn(&Part) -> u64| parts.iter().map(of).sum();
         let state = ["running", "dead"].into_iter().find(|state| parts.iter().any(|part| part.state == *state));
         let (rows, done, failed) = (sum(|part| part.rows), sum(|part| part.done), sum(|part| part.failed));
         return Ok(Shown { job, state: state.unwrap_or("stopped"), rows, done, failed, parts });
     }
-    let report: Option<Report> = storage.get(&files.report)?.and_then(|text| serde_json::from_slice(&text).ok());
     Ok(match report {
         Some(Report { rows, .. }) => {
             let done = rows.completed + rows.failed;

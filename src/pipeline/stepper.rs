@@ -2,6 +2,7 @@
 //! prompt is made and submitted, whatever the other rows are at. Invariant: a step is announced to the collector before
 //! it is submitted.
 
+use super::checkpoint::Checkpoints;
 use super::collect::Event;
 use super::window::derived_seed;
 use crate::engine::handle::EngineHandle;
@@ -36,6 +37,7 @@ pub(super) struct Stepper {
     pub(super) tasks: Receiver<StepTask>,
     pub(super) events: Sender<Event>,
     pub(super) job_seed: u64,
+    pub(super) checkpoints: Arc<Checkpoints>,
 }
 
 /// Sequences of later steps are named from here on; a window's never get so far.
@@ -71,8 +73,10 @@ impl Stepper {
             for (choice, &id) in ids.iter().enumerate() {
                 let keep_tokens = if choice + 1 < ids.len() { prompt.tokens.len() as u32 } else { keep_tokens };
                 let draw = (seed, draw_number(&prompt, 0, choice));
+                let mut submission = submission(id, &prompt, draw, keep_tokens);
+                self.checkpoints.apply(row_idx, &mut submission);
                 // Refused only by an engine that has stopped; then the collector hears of it.
-                if self.engine.submit(submission(id, &prompt, draw, keep_tokens)).is_err() {
+                if self.engine.submit(submission).is_err() {
                     return;
                 }
             }

@@ -35,6 +35,7 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
         model: measured.model.clone(),
         device: measured.device.clone(),
         created: run.manifest.created_unix_s,
+        inputs: run.manifest.inputs_hash(),
         rows: report::RowCounts {
             total: n_rows,
             completed: totals.n_ok,
@@ -42,6 +43,7 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
             errors: counts.errors.clone(),
             resumed: counts.resumed,
             deduplicated: counts.duplicates,
+            retried: run.manifest.retries.unwrap_or(0),
         },
         tokens: report::TokenCounts {
             prompt: totals.prompt_tokens,

@@ -165,6 +165,8 @@ pub fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_token
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
             watch: false,
+            checkpoint: 0,
+            begun: None,
         },
         class: Class::Batch,
         keep_tokens,

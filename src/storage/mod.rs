@@ -50,6 +50,8 @@ pub struct Storage {
     runtime: Arc<Runtime>,
     part_bytes: usize,
     announce: Option<Announce>,
+    /// How long a request may take, where a slow answer is as bad as none.
+    limit: Option<Duration>,
 }
 
 impl Storage {
@@ -57,7 +59,7 @@ impl Storage {
     pub fn new() -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("valar-storage").enable_all().build();
         let runtime = Arc::new(runtime.context("can't start the storage thread")?);
-        Ok(Self { runtime, part_bytes: PART_BYTES, announce: None })
+        Ok(Self { runtime, part_bytes: PART_BYTES, announce: None, limit: None })
     }
 
     /// The same with uploads in parts of `part_bytes`, at least 1; each upload under way holds one part in memory.
@@ -73,6 +75,12 @@ impl Storage {
         Self { announce: Some(announce), ..self }
     }
 
+    /// The same for small requests that are made again soon anyhow: none takes longer than that, or is tried twice.
+    #[must_use]
+    pub fn hurried(self, limit: Duration) -> Self {
+        Self { limit: Some(limit), ..self }
+    }
+
     fn wait<F: Future>(&self, future: F) -> F::Output {
         self.runtime.block_on(future)
     }
@@ -81,6 +89,10 @@ impl Storage {
     /// head of an answer, but not for its body, and not for a deletion. The whole content is put each time, so that a put
     /// whose answer was lost changes nothing when it comes again.
     fn patiently<T, F: Future<Output = object_store::Result<T>>>(&self, what: impl Fn() -> F) -> object_store::Result<T> {
+        if let Some(limit) = self.limit {
+            let late = || Error::Generic { store: "store", source: format!("no answer within {limit:?}").into() };
+            return self.wait(async { tokio::time::timeout(limit, what()).await.unwrap_or_else(|_| Err(late())) });
+        }
         self.wait(async {
             for pause in PAUSES {
                 match what().await {

@@ -172,7 +172,10 @@ pub(super) fn tell(error: Error) -> anyhow::Error {
     }
     if let Some(CredentialsFailed(why)) = has(&error) {
         let why = has::<HttpError>(why).map_or("what gives them refuses", |http| kind(http.kind()));
-        return anyhow!("the credentials can't be fetched ({why})");
+        return anyhow!(
+            "the credentials of the container's or instance's role can't be fetched ({why}); without a role, set AWS_ACCESS_KEY_ID \
+             and AWS_SECRET_ACCESS_KEY"
+        );
     }
     let whole = whole_text(&error);
     let code = between(&whole, "<Code>", "</Code>").filter(|code| code.chars().all(|c| c.is_ascii_alphanumeric()));

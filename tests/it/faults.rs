@@ -118,6 +118,8 @@ pub(crate) enum Fault {
     SlowBody,
     /// Done, but the answer never comes.
     LostAnswer,
+    /// Nothing happens, and the connection stays open.
+    Hang,
     /// Done without its conditions, as by a store that does not know them.
     Unconditional,
 }
@@ -174,6 +176,9 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     let seen = Seen { method: words.next().unwrap_or_default(), path: words.next().unwrap_or_default() };
     let fault = plan.lock().unwrap()(&seen);
     log.lock().unwrap().push(fault);
+    if fault == Fault::Hang {
+        sleep(Duration::from_mins(2));
+    }
     let refusal = match fault {
         Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),
         Fault::Gone => Some(("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>".to_owned())),

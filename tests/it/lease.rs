@@ -11,148 +11,11 @@ use std::time::Duration;
 use valar::journal::IfRunning;
 use valar::journal::lease::{Ask, Begun, Changed, Claim, Claimed, Closed, Holder, Lease, Tenure, Told};
 
+use crate::lease_store::{Answer, Mistake, Request, Store, Version};
+
 const LEASE_MS: u64 = 1000;
-const N_ROWS: u32 = 12;
+pub(crate) const N_ROWS: u32 = 12;
 const ROWS_PER_SEGMENT: u32 = 2;
-
-/// A rule that is left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mistake {
-    None,
-    /// Every segment that is there is read, whenever it came.
-    NoEpochs,
-    /// The lease is put whatever is there.
-    NoFencing,
-    /// Uploads of earlier holders are left alone.
-    NoAbort,
-}
-
-type Version = u64;
-
-/// What a writer tells the store.
-#[derive(Debug, Clone)]
-enum Request {
-    Read,
-    Count(u32),
-    PutLease(Box<Lease>, Option<Version>),
-    PutSegment(Closed, Vec<u32>),
-    BeginUpload(String),
-    CompleteUpload(String, u32),
-    AbortUploads(Vec<Begun>),
-    ReadJob(Vec<Closed>),
-}
-
-/// What the store answers.
-#[derive(Debug, Clone)]
-enum Answer {
-    Lease(Option<(Box<Lease>, Version)>),
-    Count(u32),
-    Put(Option<Version>),
-    Served,
-    Rows(BTreeSet<u32>),
-    /// Lost, or never sent.
-    Silence,
-}
-
-#[derive(Default)]
-struct Store {
-    lease: Option<(Box<Lease>, Version)>,
-    n_versions: u64,
-    segments: BTreeMap<(u32, u32), Vec<u32>>,
-    uploads: BTreeSet<String>,
-    /// How many segments of an epoch count, once that was said.
-    closed: BTreeMap<u32, u32>,
-    /// The generation whose results are published: the epoch that began the job.
-    published: Option<u32>,
-    violations: Vec<String>,
-}
-
-impl Store {
-    fn serve(&mut self, request: Request, mistake: Mistake) -> Answer {
-        match request {
-            Request::Read => Answer::Lease(self.lease.clone()),
-            Request::Count(epoch) => Answer::Count(self.segments.keys().filter(|key| key.0 == epoch).count() as u32),
-            Request::PutLease(lease, over) => {
-                let is_right = self.lease.as_ref().map(|(_, version)| *version) == over;
-                if !is_right && mistake != Mistake::NoFencing {
-                    return Answer::Put(None);
-                }
-                self.check_swap(&lease, mistake);
-                self.n_versions += 1;
-                self.lease = Some((lease, self.n_versions));
-                Answer::Put(Some(self.n_versions))
-            }
-            Request::PutSegment(at, rows) => {
-                let new = self.segments.insert((at.epoch, at.n_segments), rows.clone());
-                if new.is_some_and(|old| old != rows) {
-                    self.violations.push(format!("segment {at:?} was put twice"));
-                }
-                Answer::Served
-            }
-            Request::BeginUpload(id) => {
-                self.uploads.insert(id);
-                Answer::Served
-            }
-            Request::CompleteUpload(id, generation) => {
-                let there = self.uploads.remove(&id);
-                if there {
-                    if self.published.is_some_and(|newer| newer > generation) {
-                        self.violations.push(format!("generation {generation} was published over a newer one"));
-                    }
-                    self.published = Some(generation);
-                }
-                Answer::Served
-            }
-            Request::AbortUploads(uploads) => {
-                if mistake != Mistake::NoAbort {
-                    self.uploads.retain(|id| uploads.iter().all(|begun| begun.id != *id));
-                }
-                Answer::Served
-            }
-            Request::ReadJob(closed) => Answer::Rows(self.rows(&closed, mistake)),
-        }
-    }
-
-    /// What a lease says once it says for ever; a job that ends is complete and published.
-    fn check_swap(&mut self, new: &Lease, mistake: Mistake) {
-        for closed in &new.closed {
-            if *self.closed.entry(closed.epoch).or_insert(closed.n_segments) != closed.n_segments {
-                self.violations.push(format!("epoch {} was closed twice", closed.epoch));
-            }
-        }
-        let Some((old, _)) = self.lease.clone() else { return };
-        if (new.epoch, new.serial) <= (old.epoch, old.serial) {
-            self.violations.push(format!("epoch {} went back to {}", old.epoch, new.epoch));
-        }
-        if let (Some(generation), None, false) = (old.job, new.job, new.held) {
-            let mut all = old.closed;
-            all.push(Closed { epoch: old.epoch, n_segments: u32::MAX });
-            let n_rows = self.rows(&all, mistake).len();
-            if n_rows != N_ROWS as usize || self.published != Some(generation) {
-                let published = self.published;
-                self.violations.push(format!("generation {generation} ended with {n_rows} rows, {published:?} published"));
-            }
-        }
-    }
-
-    /// The rows of a job's segments. No row may stand there twice.
-    fn rows(&mut self, closed: &[Closed], mistake: Mistake) -> BTreeSet<u32> {
-        let mut rows = BTreeSet::new();
-        for (&(epoch, number), segment) in &self.segments {
-            let counts = closed.iter().any(|c| c.epoch == epoch && number <= c.n_segments);
-            // Who reads all of what is there must at least begin where the job began.
-            let begun = closed.first().is_some_and(|first| epoch >= first.epoch);
-            if counts || (mistake == Mistake::NoEpochs && begun) {
-                for &row in segment {
-                    if !rows.insert(row) {
-                        self.violations.push(format!("row {row} counts twice"));
-                    }
-                }
-            }
-        }
-        rows
-    }
-}
 
 /// Where a writer is in its work.
 enum State {
@@ -369,7 +232,10 @@ impl World {
                 let clear = |lease: &mut Lease| (lease.job, lease.closed) = (None, Vec::new());
                 return self.change(writer, tenure, clear, Work::Begin);
             }
-            Work::Begin => return self.change(writer, tenure, |lease| lease.job = Some(lease.epoch), Work::ReadJob),
+            Work::Begin => {
+                self.delete_old(writer, lease.epoch);
+                return self.change(writer, tenure, |lease| lease.job = Some(lease.epoch), Work::ReadJob);
+            }
             Work::Compute => {
                 let w = &self.writers[writer];
                 let left: Vec<u32> = (0..N_ROWS).filter(|row| !w.done.contains(row)).take(ROWS_PER_SEGMENT as usize).collect();
@@ -407,6 +273,16 @@ impl World {
             // Given back: this life is over.
             self.n_finished += 1;
             self.die(writer);
+        }
+    }
+
+    /// Deletes what no lease means any more. Nobody hears of it, and it may come late: the program asks again until it is
+    /// answered, and an earlier try may still be on its way.
+    fn delete_old(&mut self, writer: usize, epoch: u32) {
+        let names = self.store.names(epoch);
+        for late in [40, 8000] {
+            let (life, at) = (self.writers[writer].n_lives, self.now + 1 + self.below(late));
+            self.at(at, Happening::Reaches { writer, life, request: Request::Delete(names.clone()), answered: None });
         }
     }
 
@@ -472,7 +348,7 @@ fn no_schedule_breaks_the_protocol() {
 
 #[test]
 fn planted_mistakes_are_found() {
-    for mistake in [Mistake::NoEpochs, Mistake::NoFencing, Mistake::NoAbort] {
+    for mistake in [Mistake::NoEpochs, Mistake::NoFencing, Mistake::NoAbort, Mistake::DeletesAll] {
         let (violation, ..) = schedules(6_000, mistake);
         println!("{mistake:?}: {violation:?}");
         assert!(violation.is_some(), "{mistake:?} was not found");

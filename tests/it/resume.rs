@@ -52,6 +52,8 @@ fn manifest() -> Manifest {
         pipeline: String::new(),
         inputs: vec![Input { url: "in.jsonl".into(), n_bytes: 1, blake3: String::new(), n_rows: N_ROWS }],
         rows: 0..N_ROWS,
+        replaces: None,
+        retries: None,
     }
 }
 
@@ -340,7 +342,7 @@ fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Recor
     }
     let lines = String::from_utf8(lines).unwrap();
     let (n_rows, hash) = (records.len(), blake3::hash((lines.clone() + "0").as_bytes()));
-    let seal = format!("{{\"rows\":{n_rows},\"failed\":0,\"job\":\"job\",\"blake3\":\"{}\"}}\n", hash.to_hex());
+    let seal = format!("{{\"rows\":{n_rows},\"checkpoints\":0,\"failed\":0,\"job\":\"job\",\"blake3\":\"{}\"}}\n", hash.to_hex());
     let at = places.dir.child(&format!("seg-00001-{number:08}.jsonl")).unwrap();
     storage.put(&at, (lines + &seal).into()).unwrap();
 }
@@ -361,6 +363,33 @@ fn the_first_committed_outcome_of_a_row_counts() {
     finalise(&mut journal, &places.outputs, N_ROWS).unwrap();
     assert_eq!(storage.get(&places.outputs.results).unwrap().unwrap(), wanted(true));
     assert_eq!(storage.get(&places.outputs.errors).unwrap().unwrap(), wanted(false));
+}
+
+#[test]
+fn errors_that_are_forgotten_are_outcomes_no_more() {
+    let (storage, _, places) = five_segments();
+    JobDir::claim(&storage, &places.dir, &TERMS).unwrap().forget_errors().unwrap();
+    let failed: Vec<u64> = (0..10).filter(|&row| !outcome(row).ok).collect();
+    assert!(failed.len() > 1, "the journal tests nothing");
+    let mut journal = resume(&storage, &places).unwrap();
+    let missing: Vec<u64> = journal.done_rows().missing(0..10).flatten().collect();
+    assert_eq!((missing, journal.totals().n_failed), (failed.clone(), 0));
+    let shown = valar::journal::overview(&storage, &places.dir).unwrap().unwrap();
+    assert_eq!((shown.n_done, shown.n_failed), (10 - failed.len() as u64, 0));
+    // One completes now, the others fail again: that counts.
+    for &row in &failed {
+        let record = Record { ok: row == failed[0] || outcome(row).ok, line: "{\"again\":1}".into(), ..outcome(row) };
+        journal.append(&record).unwrap();
+    }
+    journal.commit().unwrap();
+    drop(journal);
+    let mut journal = resume(&storage, &places).unwrap();
+    assert_eq!((journal.done_rows().len(), journal.totals().n_failed), (10, failed.len() as u64 - 1));
+    finalise(&mut journal, &places.outputs, 10).unwrap();
+    let text = |at: &Location| String::from_utf8(storage.get(at).unwrap().unwrap().into()).unwrap();
+    let (results, errors) = (text(&places.outputs.results), text(&places.outputs.errors));
+    assert_eq!(results.matches("again").count(), 1);
+    assert_eq!((errors.matches("again").count(), errors.lines().count()), (failed.len() - 1, failed.len() - 1));
 }
 
 #[test]

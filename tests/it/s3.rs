@@ -137,6 +137,25 @@ fn a_store_that_fails_loses_and_doubles_nothing() {
     }
 }
 
+#[test]
+fn errors_are_run_again_on_s3() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    prepare(&server, &sandbox, "unused.jsonl");
+    let (small, large) = ("--set=input.max_line_bytes=1800", "--set=input.max_line_bytes=100000");
+    let retry = |input: &'static str, output: &'static str, limit: &'static str| {
+        [&["retry", "--errors"], &null_job(input, output)[1..], &[limit]].concat()
+    };
+    sandbox.expect(&[&null_job("in/*.jsonl", "out.jsonl")[..], &[small]].concat(), 3);
+    sandbox.expect(&retry("in/*.jsonl", "out.jsonl", large), 0);
+    let (input, output) = ("s3://bucket/in/*.jsonl", "s3://bucket/out.jsonl");
+    expect(command(&sandbox, server.port, &[&null_job(input, output)[..], &[small]].concat()), 3);
+    let before = server.get("out.jsonl");
+    assert!(before.iter().filter(|&&byte| byte == b'\n').count() == 1000, "the input tests nothing");
+    expect(command(&sandbox, server.port, &retry(input, output, large)), 0);
+    assert!(server.get("out.jsonl") == std::fs::read(sandbox.path("out.jsonl")).unwrap(), "the outputs differ");
+    check_tidy(&server, "out.");
+}
+
 /// Rows of the real model that take several seconds.
 const SLOW: [&str; 12] = [
     "run",
@@ -202,6 +221,32 @@ fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
     assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ after it came back");
     expect(command(&sandbox, server.port, &SLOW), 0);
     check_tidy(&server, "out.");
+}
+
+#[test]
+fn requests_that_hang_do_not_end_a_tenure() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    put_slow_rows(&server);
+    let mut n_leases = 0;
+    // The look for a wish to stop never comes back, nor do two signs of life.
+    let plan = move |seen: &crate::faults::Seen<'_>| match seen.method {
+        "GET" if seen.path.contains("out.job/cancel") => Fault::Hang,
+        "PUT" if seen.path.contains("out.job/lease.json") => {
+            n_leases += 1;
+            if [6, 9].contains(&n_leases) { Fault::Hang } else { Fault::None }
+        }
+        _ => Fault::None,
+    };
+    let (port, happened) = proxy(server.port, Box::new(plan));
+    let lease = [&SLOW[..], &["--lease", "3"]].concat();
+    let first = started(&server, command(&sandbox, port, &lease));
+    // It has been silent for long enough, if it has to wait for those.
+    sleep(Duration::from_secs(4));
+    let said = expect(command(&sandbox, server.port, &lease), 4);
+    assert!(said.contains("another run is at this job"), "{said}");
+    let ended = first.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(happened.lock().unwrap().iter().filter(|&&fault| fault == Fault::Hang).count() >= 2);
 }
 
 #[test]
@@ -281,4 +326,11 @@ fn what_is_wrong_is_said_without_secrets() {
     unknown.env("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1");
     let text = expect(unknown, 1);
     assert!(text.contains("no credentials: set AWS_ACCESS_KEY_ID"), "{text}");
+    // A machine of a cloud that has no role.
+    let (roleless, _) = proxy(server.port, Box::new(|_| Fault::Gone));
+    let mut unknown = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
+    unknown.env_remove("AWS_ACCESS_KEY_ID").env_remove("AWS_SECRET_ACCESS_KEY");
+    unknown.env("AWS_METADATA_ENDPOINT", format!("http://127.0.0.1:{roleless}"));
+    let text = expect(unknown, 1);
+    assert!(text.contains("role") && text.contains("set AWS_ACCESS_KEY_ID"), "{text}");
 }

@@ -76,6 +76,29 @@ fn merged_requests_are_those_of_the_whole_job() {
 }
 
 #[test]
+fn shards_of_one_job_begin_at_one_time() {
+    let sandbox = Sandbox::new();
+    sandbox.write("in.jsonl", requests(30));
+    let job = |command: &'static str, more: &[&'static str]| {
+        let args = [&[command], &REQUESTS[..], &["-o", "out.jsonl"], more].concat();
+        sandbox.command(&args).env_remove("SOURCE_DATE_EPOCH").status().unwrap();
+    };
+    // What another job has left says nothing.
+    std::fs::create_dir(sandbox.path("out.job")).unwrap();
+    sandbox.write("out.job/begun.json", "{\"job\": \"other\", \"created_unix_s\": 5}");
+    job("run", &["--shard", "1/2"]);
+    sleep(Duration::from_millis(1100));
+    job("run", &["--shard", "0/2"]);
+    job("merge", &[]);
+    let created = |row: &Value| row["response"]["body"]["created"].as_u64().unwrap();
+    let rows = sandbox.rows("out.jsonl");
+    let report: Value = serde_json::from_str(&sandbox.read("out.report.json")).unwrap();
+    assert!(rows.len() > 20 && created(&rows[0]) > 1_700_000_000);
+    assert!(rows.iter().all(|row| created(row) == report["created"].as_u64().unwrap()), "rows of one job began at two times");
+    assert!(!sandbox.path("out.job").exists());
+}
+
+#[test]
 fn merged_columns_are_those_of_the_whole_job() {
     let sandbox = Sandbox::new();
     let rows: String = (0..45).map(|i| json!({"id": i, "q": format!("Row {}?", i % 20)}).to_string() + "\n").collect();
