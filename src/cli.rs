@@ -58,8 +58,16 @@ pub enum Command {
         /// A name from `valar models`, or org/name (org/name@revision) on the hub that `HF_ENDPOINT` names
         name: String,
     },
-    /// List the models that can be fetched by name
-    Models,
+    /// List the models that can be fetched by name, or those that a server's settings offer: windows and prices
+    Models {
+        /// Settings of `valar serve`
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Make a key for callers of `valar serve`: prints the key, which is kept nowhere, and its hash for the settings
+    Key,
+    /// Show what a server's ledger says: requests, tokens, charges and the machine's time
+    Usage(UsageArgs),
     /// Show what a model file holds and the memory it needs
     Inspect {
         /// A name from `valar models` or a path to a .gguf file
@@ -118,7 +126,7 @@ Examples:
 The first signal (SIGTERM or Ctrl-C) lets running calls finish, a second one ends them.";
 
 /// `valar serve`
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct ServeArgs {
     /// Settings (TOML); its keys are in the README. Flags win
     #[arg(long, value_name = "FILE")]
@@ -138,6 +146,26 @@ pub struct ServeArgs {
     /// What computes
     #[command(flatten)]
     pub engine: EngineArgs,
+}
+
+/// `valar usage`
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// The server's data folder
+    #[arg(long, value_name = "DIR", default_value = "valar-data")]
+    pub data: PathBuf,
+    /// From then on: YYYY-MM-DD, RFC 3339 or unix seconds
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Until before then
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    /// What is told apart, of day, model, window, key and batch [default: day,model,window]
+    #[arg(long, value_name = "NAMES")]
+    pub by: Option<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `valar plan`
@@ -297,7 +325,7 @@ pub struct BenchArgs {
 }
 
 /// What computes.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct EngineArgs {
     /// A name from `valar models` or a path to a .gguf file
     #[arg(short, long, value_name = "NAME|FILE")]

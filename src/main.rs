@@ -4,7 +4,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
-use valar::cli::{BenchArgs, Cli, Command, MachineBench, PlanArgs, RunArgs};
+use valar::cli::{BenchArgs, Cli, Command, MachineBench, PlanArgs, RunArgs, ServeArgs, UsageArgs};
 use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, cache_folder};
 use valar::device::cpu::Numerics;
@@ -14,6 +14,7 @@ use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
 use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, retry, spec, status};
 use valar::server;
+use valar::server::prices::Price;
 
 /// Rows are made on one thread and dropped on another, by the million: measured, it takes a tenth off what they cost.
 #[global_allocator]
@@ -55,39 +56,28 @@ fn run(cli: Cli) -> Result<u8> {
                 Err(error) => Ok(usage(&error)),
             }
         }
-        Command::Bench(BenchArgs { machine: Some(MachineBench::Roof { threads }), .. }) => {
-            match config::n_threads(threads).and_then(|n_threads| Ok((config::isa()?, n_threads))) {
-                Ok((isa, n_threads)) => kernels::show_roof(isa, n_threads).map(|()| 0),
-                Err(error) => Ok(usage(&error)),
-            }
-        }
-        Command::Bench(BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads }), .. }) => {
-            let numerics = numerics.filter(|name| name != "fast").map(|name| Numerics::named(&name)).transpose();
-            let settings = numerics.context("--numerics").and_then(|n| Ok((config::isa()?, n, config::n_threads(threads)?)));
-            match settings {
-                Ok((isa, numerics, n_threads)) => kernels::show_kernels(isa, numerics, n_threads).map(|()| 0),
-                Err(error) => Ok(usage(&error)),
-            }
-        }
-        Command::Bench(BenchArgs { machine: Some(MachineBench::Plan(args)), .. }) => {
-            match PlanBench::new(args.overrides(), args.kv_share, args.prompts) {
-                Ok(bench) => bench.run(args.json).map(|()| 0),
-                Err(error) => Ok(usage(&error)),
-            }
-        }
-        Command::Bench(args) => {
-            let workload = match bench::Workload::new(args.overrides(), args.output) {
-                Ok(workload) => workload,
-                Err(error) => return Ok(usage(&error)),
-            };
-            Ok(exit_code(&workload.run(args.json)?))
-        }
+        Command::Bench(args) => measure(args),
         Command::Serve(args) => match ServeConfig::new(&args) {
             Ok(config) => server::serve(&config).map(|()| 0),
             Err(error) => Ok(usage(&error)),
         },
         Command::Pull { name } => pull(&name),
-        Command::Models => models(),
+        Command::Models { config: None } => models(),
+        Command::Models { config } => {
+            let settings = ServeArgs { config, ..ServeArgs::default() };
+            match ServeConfig::new(&settings) {
+                Ok(config) => offered(&config).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        Command::Key => {
+            let (key, hash) = server::ids::new_key();
+            writeln!(std::io::stdout(), "{key}\n\n[[key]]\nname = \"\"\nhash = \"{hash}\"")?;
+            Ok(0)
+        }
+        Command::Usage(UsageArgs { data, from, until, by, json }) => {
+            server::usage::print(&data, (from.as_deref(), until.as_deref()), by.as_deref(), json).map(|()| 0)
+        }
         Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -106,6 +96,39 @@ fn retry_errors(args: &RunArgs) -> Result<u8> {
         }
         Ok(config) => retry::retry(&Config { retry: true, ..config }).map(|end| exit_code(&end)),
         Err(error) => Ok(usage(&error)),
+    }
+}
+
+/// `valar bench`
+fn measure(args: BenchArgs) -> Result<u8> {
+    match args {
+        BenchArgs { machine: Some(MachineBench::Roof { threads }), .. } => {
+            match config::n_threads(threads).and_then(|n_threads| Ok((config::isa()?, n_threads))) {
+                Ok((isa, n_threads)) => kernels::show_roof(isa, n_threads).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads }), .. } => {
+            let numerics = numerics.filter(|name| name != "fast").map(|name| Numerics::named(&name)).transpose();
+            let settings = numerics.context("--numerics").and_then(|n| Ok((config::isa()?, n, config::n_threads(threads)?)));
+            match settings {
+                Ok((isa, numerics, n_threads)) => kernels::show_kernels(isa, numerics, n_threads).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        BenchArgs { machine: Some(MachineBench::Plan(args)), .. } => {
+            match PlanBench::new(args.overrides(), args.kv_share, args.prompts) {
+                Ok(bench) => bench.run(args.json).map(|()| 0),
+                Err(error) => Ok(usage(&error)),
+            }
+        }
+        args => {
+            let workload = match bench::Workload::new(args.overrides(), args.output) {
+                Ok(workload) => workload,
+                Err(error) => return Ok(usage(&error)),
+            };
+            Ok(exit_code(&workload.run(args.json)?))
+        }
     }
 }
 
@@ -160,6 +183,28 @@ fn pull(name: &str) -> Result<u8> {
     let path = hub::update(name, &cache_folder()?, config::hub().as_ref(), &mut say)?;
     writeln!(std::io::stdout(), "{}", path.display())?;
     Ok(0)
+}
+
+/// What a server offers: each model's windows, and prices of a million tokens.
+fn offered(config: &ServeConfig) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for model in &config.models {
+        writeln!(out, "{}", model.id.as_deref().unwrap_or(&model.model.name))?;
+        let batch = model.prices.of_batch().map(|price| ("batch", price));
+        let windows = model.windows.iter().map(|window| (window.as_str(), model.prices.of(*window)));
+        for (name, price) in windows.chain(batch.map(|(name, price)| (name, Some(price)))) {
+            let price = price.map_or(Ok("no price".to_owned()), |price| price_line(price, &config.currency));
+            writeln!(out, "  {name:<8}  {}", price?)?;
+        }
+    }
+    Ok(())
+}
+
+fn price_line(price: Price, currency: &str) -> Result<String> {
+    let shown = price.shown();
+    let text = |key: &str| shown[key].as_str().with_context(|| format!("a price has no {key}"));
+    let (input, cached, output) = (text("input")?, text("cached_input")?, text("output")?);
+    Ok(format!("{input} {currency} input, {cached} cached, {output} output, a million tokens"))
 }
 
 fn models() -> Result<u8> {

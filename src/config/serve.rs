@@ -5,6 +5,8 @@ use crate::cli::ServeArgs;
 use crate::device::cpu::Numerics;
 use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
+use crate::server::limits::Rates;
+use crate::server::prices::{self, PriceSpec, Prices, PricesSpec};
 use crate::server::windows::Window;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -21,13 +23,30 @@ pub struct ServeConfig {
     /// Where everything that must last is kept.
     pub data: PathBuf,
     /// Keys that callers may have; none: anybody may call.
-    pub api_keys: Vec<String>,
+    pub keys: Vec<KeyConfig>,
     /// What is offered, under which names.
     pub models: Vec<OfferedModel>,
     /// Sampling parameters where a request says nothing.
     pub defaults: Params,
     /// What bounds the server.
     pub limits: ServeLimits,
+    /// What an hour of the machine costs, in millionths of the currency; 0: unknown.
+    pub hour_price: u64,
+    /// What prices are in.
+    pub currency: String,
+}
+
+/// A key that callers may have.
+#[derive(Debug, Clone)]
+pub struct KeyConfig {
+    /// What people call it.
+    pub name: Option<String>,
+    /// Of the key.
+    pub hash: blake3::Hash,
+    /// What it may ask for.
+    pub rates: Rates,
+    /// Whether it sees what others have used.
+    pub is_admin: bool,
 }
 
 /// A model under its public name.
@@ -37,6 +56,8 @@ pub struct OfferedModel {
     pub id: Option<String>,
     /// Windows that it may be asked for, at least one.
     pub windows: Vec<Window>,
+    /// What it costs.
+    pub prices: Prices,
     /// What it runs on. Offered models with equal weights are loaded once.
     pub model: ModelConfig,
 }
@@ -58,6 +79,8 @@ pub struct ServeLimits {
     pub max_batch_rows: u64,
     /// How long responses are kept.
     pub retention: Duration,
+    /// What a key may ask for that says nothing of its own, and everybody where there are no keys.
+    pub rates: Rates,
     /// Most connections at a time; further ones wait.
     pub max_connections: usize,
     /// Time that a client has to send its headers.
@@ -78,6 +101,32 @@ struct ServeSpec {
     model: Vec<ModelEntry>,
     engine: EngineSpec,
     sampling: SamplingSpec,
+    prices: MoneySpec,
+    key: Vec<KeyEntry>,
+}
+
+/// `[[key]]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyEntry {
+    name: Option<String>,
+    key: Option<String>,
+    hash: Option<String>,
+    #[serde(default)]
+    admin: bool,
+    requests_per_minute: Option<u64>,
+    tokens_per_minute: Option<u64>,
+}
+
+/// `[prices]`
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct MoneySpec {
+    currency: Option<String>,
+    hour: Option<f64>,
+    asap: Option<PriceSpec>,
+    standard: Option<PriceSpec>,
+    batch: Option<PriceSpec>,
 }
 
 /// `[server]`
@@ -93,6 +142,8 @@ struct ServerSpec {
     webhook_private_addresses: bool,
     max_batch_rows: u64,
     max_queued: usize,
+    requests_per_minute: u64,
+    tokens_per_minute: u64,
     max_background: usize,
     retention_days: u64,
     max_connections: usize,
@@ -114,6 +165,8 @@ impl Default for ServerSpec {
             webhook_private_addresses: false,
             max_batch_rows: 100_000,
             max_queued: 4096,
+            requests_per_minute: 0,
+            tokens_per_minute: 0,
             max_background: 100_000,
             retention_days: 30,
             max_connections: 8192,
@@ -133,12 +186,21 @@ struct ModelEntry {
     weights: String,
     #[serde(default = "all_windows")]
     windows: Vec<Window>,
+    #[serde(default)]
+    prices: PricesSpec,
     #[serde(default = "cpu")]
     device: String,
     #[serde(default = "fast")]
     numerics: String,
     /// A file with another chat template than the model's own.
     chat_template: Option<PathBuf>,
+}
+
+impl ModelEntry {
+    fn of(weights: String) -> Self {
+        let (windows, prices) = (all_windows(), PricesSpec::default());
+        Self { id: None, weights, windows, prices, device: cpu(), numerics: fast(), chat_template: None }
+    }
 }
 
 fn all_windows() -> Vec<Window> {
@@ -151,6 +213,12 @@ fn cpu() -> String {
 
 fn fast() -> String {
     "fast".into()
+}
+
+impl MoneySpec {
+    fn tokens(&self) -> PricesSpec {
+        PricesSpec { asap: self.asap, standard: self.standard, batch: self.batch }
+    }
 }
 
 impl ServeConfig {
@@ -170,21 +238,22 @@ impl ServeConfig {
         for (name, value) in [("max_queued", server.max_queued), ("max_connections", server.max_connections)] {
             ensure!(value > 0, "server.{name}: must be at least 1");
         }
-        let keys = server.api_keys.iter().chain(&args.api_key);
-        ensure!(keys.clone().all(|key| !key.is_empty()), "server.api_keys: a key is empty");
         Ok(Self {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
             port: args.port.unwrap_or(server.port),
             data: args.data.clone().unwrap_or_else(|| server.data.clone()),
-            api_keys: keys.cloned().collect(),
+            keys: keys(args, &spec)?,
             models: models(args, &spec)?,
             defaults: sampling_params(&spec.sampling, false)?,
+            hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,
+            currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
             limits: ServeLimits {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
                 max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,
                 max_batch_rows: server.max_batch_rows,
                 webhook_private_addresses: server.webhook_private_addresses,
                 max_queued: server.max_queued,
+                rates: server.rates(),
                 max_background: server.max_background,
                 retention: Duration::from_secs(86_400 * server.retention_days),
                 max_connections: server.max_connections,
@@ -197,26 +266,45 @@ impl ServeConfig {
     }
 }
 
+impl ServerSpec {
+    fn rates(&self) -> Rates {
+        Rates { requests_per_minute: self.requests_per_minute, tokens_per_minute: self.tokens_per_minute }
+    }
+}
+
+/// The keys of the file and of the flags; of each only its hash stays.
+fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
+    let rates = spec.server.rates();
+    let plain = spec.server.api_keys.iter().chain(&args.api_key);
+    let plain = plain.map(|key| {
+        ensure!(!key.is_empty(), "server.api_keys: a key is empty");
+        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false })
+    });
+    let entries = spec.key.iter().map(|entry| {
+        let hash = match (&entry.key, &entry.hash) {
+            (Some(key), None) if !key.is_empty() => blake3::hash(key.as_bytes()),
+            (None, Some(hash)) => blake3::Hash::from_hex(hash).context("key.hash: is not what `valar key` prints")?,
+            _ => bail!("key: needs either key or hash"),
+        };
+        let rates = Rates {
+            requests_per_minute: entry.requests_per_minute.unwrap_or(rates.requests_per_minute),
+            tokens_per_minute: entry.tokens_per_minute.unwrap_or(rates.tokens_per_minute),
+        };
+        Ok(KeyConfig { name: entry.name.clone(), hash, rates, is_admin: entry.admin })
+    });
+    plain.chain(entries).collect()
+}
+
 /// The models of the file and of the flags; the default model if there is none.
 fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
     let (flags, engine) = (&args.engine, &spec.engine);
     let mut entries = spec.model.clone();
     if let Some(weights) = &flags.model {
         let (device, numerics) = (flags.device.clone().unwrap_or_else(cpu), flags.numerics.clone().unwrap_or_else(fast));
-        entries.insert(
-            0,
-            ModelEntry { id: None, weights: weights.clone(), windows: all_windows(), device, numerics, chat_template: None },
-        );
+        entries.insert(0, ModelEntry { device, numerics, ..ModelEntry::of(weights.clone()) });
     } else if entries.is_empty() {
         let weights = crate::pipeline::spec::ModelSpec::default().name;
-        entries.push(ModelEntry {
-            id: None,
-            weights,
-            windows: all_windows(),
-            device: cpu(),
-            numerics: fast(),
-            chat_template: None,
-        });
+        entries.push(ModelEntry::of(weights));
     }
     let memory_bytes = match flags.memory.as_ref().or(engine.memory.as_ref()) {
         Some(text) => parse_bytes(text).context("engine.memory")?,
@@ -253,7 +341,8 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
             hub: hub(),
             quiet: false,
         };
-        Ok(OfferedModel { id: entry.id.clone(), windows: entry.windows.clone(), model })
+        let prices = entry.prices.or(spec.prices.tokens()).checked().context("prices")?;
+        Ok(OfferedModel { id: entry.id.clone(), windows: entry.windows.clone(), prices, model })
     });
     offered.collect()
 }

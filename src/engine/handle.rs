@@ -9,7 +9,7 @@ use std::thread::{Builder, JoinHandle};
 
 use anyhow::{Context, anyhow};
 
-use super::{Checkpoint, Engine, EngineStats, Finished, Progress, Submission};
+use super::{Checkpoint, Engine, EngineStats, Finished, Progress, Scheduled, Submission};
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
@@ -34,6 +34,8 @@ pub struct Delivery<'a> {
     pub progress: Vec<Progress>,
     /// What rows that want it are to go on from, should all this end.
     pub checkpoints: Vec<Checkpoint>,
+    /// What the step ran; empty when there is nothing left to do.
+    pub step: &'a [Scheduled],
     /// Counters and gauges.
     pub stats: &'a EngineStats,
 }
@@ -180,7 +182,7 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                 }
                 // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
                 let (finished, progress, checkpoints) = Default::default();
-                deliver(Delivery { finished, progress, checkpoints, stats: engine.stats() });
+                deliver(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
                 inbox.recv().map_err(|_| TryRecvError::Disconnected)
             };
             match command {
@@ -204,7 +206,7 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
                 Ok(Command::Abort) => {
                     engine.checkpoint_all();
                     let (finished, progress, checkpoints) = (Vec::new(), Vec::new(), engine.take_checkpoints());
-                    deliver(Delivery { finished, progress, checkpoints, stats: engine.stats() });
+                    deliver(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
                     return Ok(*engine.stats());
                 }
                 Err(TryRecvError::Empty) => break,
@@ -219,7 +221,8 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
         engine.step(&mut finished)?;
         leave(&engine, &mut n_known, gate);
         let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
-        deliver(Delivery { finished, progress, checkpoints: engine.take_checkpoints(), stats: engine.stats() });
+        let checkpoints = engine.take_checkpoints();
+        deliver(Delivery { finished, progress, checkpoints, step: engine.last_step(), stats: engine.stats() });
     }
 }
 

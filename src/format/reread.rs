@@ -128,9 +128,13 @@ mod tests {
 
     fn write(storage: &Storage, at: &Location, records: &[String]) {
         let mut inference = SchemaInference::default();
-        records.iter().for_each(|record| inference.observe(record).unwrap());
+        for record in records {
+            inference.observe(record).unwrap();
+        }
         let mut sink = Sink::create(storage, at, Some(inference.finish(&[]))).unwrap();
-        records.iter().for_each(|record| sink.write(record).unwrap());
+        for record in records {
+            sink.write(record).unwrap();
+        }
         sink.publish().unwrap();
     }
 

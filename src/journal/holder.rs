@@ -35,12 +35,12 @@ fn host() -> String {
 
 /// Whether, by the list of what is mounted, processes of other users can't be seen.
 fn hides_processes(mounts: &str) -> bool {
-    let options = mounts.lines().filter_map(|line| {
+    let mut options = mounts.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(1);
         (words.next()? == "/proc" && words.next()? == "proc").then(|| words.next())?
     });
     // Without any such line nothing is known.
-    options.last().is_none_or(|options| {
+    options.next_back().is_none_or(|options| {
         options.split(',').filter_map(|option| option.strip_prefix("hidepid=")).any(|hides| hides != "0" && hides != "off")
     })
 }

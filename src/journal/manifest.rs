@@ -148,7 +148,7 @@ impl Manifest {
         found.extend(input_differences(&self.inputs, &now.inputs));
         match (self.retries, now.retries) {
             (Some(_), None) => {
-                found.push("it runs the errors of a finished job again: valar retry --errors goes on with it".into())
+                found.push("it runs the errors of a finished job again: valar retry --errors goes on with it".into());
             }
             (None, Some(_)) => found.push("it is no retry of a finished job's errors".into()),
             _ => {}

@@ -17,7 +17,8 @@ use crate::engine::{EngineStats, Finished};
 use crate::format::openai::answer::Stamp;
 use crate::format::openai::{Endpoint, PlainLines, parse_object};
 use crate::format::{self, Limits, RawRow, Source};
-use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms, Totals};
+pub use crate::journal::Totals;
+use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms};
 use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::sequences::n_computed;
 use crate::prepare::{Origin, Preparer, RowForm};
@@ -35,6 +36,8 @@ const WINDOW_ROWS: usize = 8192;
 const WINDOW_BYTES: usize = 16 << 20;
 /// Most completions of a row.
 const MAX_ROW_SEQUENCES: usize = 1024;
+/// What is said of rows that another model would have to go on with.
+const MODEL_CHANGED: &str = "the model, or how it computes, changed before this request ran";
 /// Longest line.
 const MAX_LINE_BYTES: usize = 16 << 20;
 
@@ -140,6 +143,8 @@ pub enum Ending {
 pub struct Ended {
     /// Rows and tokens.
     pub totals: Totals,
+    /// Whether every row was run.
+    pub is_whole: bool,
     journal: Journal,
 }
 
@@ -216,6 +221,16 @@ impl HostedJob {
         Ok(Checked { n_rows: reader.n_rows(), faults })
     }
 
+    /// Rows that were completed and rows that failed, as the journal has them.
+    ///
+    /// # Errors
+    /// The disk's, or the journal's.
+    pub fn done(&self) -> Result<(u64, u64)> {
+        let storage = Storage::new()?;
+        let found = journal::overview(&storage, &self.files(&storage)?.journal)?;
+        Ok(found.map_or((0, 0), |found| (found.n_done - found.n_failed, found.n_failed)))
+    }
+
     /// Runs the job, or goes on with it, until every row has its outcome, or until it is halted: then `ending` says what
     /// becomes of the rest. `None` if it is to be gone on with. `progress` is told of rows completed and failed.
     ///
@@ -232,12 +247,14 @@ impl HostedJob {
         let files = self.files(&storage)?;
         let input = Location::parse(&self.input_path().to_string_lossy())?;
         let found = format::inspect(&storage, &input)?;
-        let manifest = self.manifest(seat, &found);
+        let (manifest, other) = self.began_as(&storage, &files, self.manifest(seat, &found))?;
+        let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
         let (manifest, journal, index) = match job::begin(&storage, &files, manifest, true, (None, &Terms::default()))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
         };
         journal.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+        let mut is_whole = true;
         let is_done = journal.done_rows().len() == found.n_rows;
         let mut journal = if is_done || ending().is_some() {
             journal
@@ -247,13 +264,31 @@ impl HostedJob {
         };
         if journal.done_rows().len() < found.n_rows {
             match ending() {
-                Some(Ending::Rest(code, message)) => self.give_up(&storage, &manifest, &mut journal, (code, &message))?,
+                Some(Ending::Rest(code, message)) => {
+                    is_whole = false;
+                    self.give_up(&storage, &manifest, &mut journal, (code, &message))?;
+                }
                 Some(Ending::Pause) | None => return Ok(None),
             }
         }
         let outputs = Outputs { results: files.results, errors: files.errors, schema: None, columns: Vec::new() };
         journal::finalise(&mut journal, &outputs, found.n_rows)?;
-        Ok(Some(Ended { totals: journal.totals(), journal }))
+        Ok(Some(Ended { totals: journal.totals(), is_whole, journal }))
+    }
+
+    /// The manifest that the job is gone on with: an earlier run's, if there was one. True if that was another model's: then what
+    /// it has done stays, and nothing is added to it.
+    fn began_as(&self, storage: &Storage, files: &JobFiles, now: Manifest) -> Result<(Manifest, bool)> {
+        let Some(earlier) = journal::overview(storage, &files.journal)? else { return Ok((now, false)) };
+        let earlier = earlier.manifest;
+        let is_same = |input: &Input, other: &Input| input.blake3 == other.blake3 && input.n_rows == other.n_rows;
+        let same_inputs = earlier.inputs.len() == 1 && is_same(&earlier.inputs[0], &now.inputs[0]);
+        if earlier.pipeline != now.pipeline || !same_inputs {
+            // It is refused in words.
+            return Ok((now, false));
+        }
+        let is_other = earlier.model_fingerprint != now.model_fingerprint;
+        Ok((earlier, is_other))
     }
 
     /// What makes it this job.

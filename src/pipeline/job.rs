@@ -222,7 +222,7 @@ pub(super) fn begin(
         Some(_) => journal::shared_start(storage, &files.job, &manifest.job_fingerprint, manifest.created_unix_s)?,
         None => manifest.created_unix_s,
     };
-    let manifest = Manifest { replaces, created_unix_s, ..manifest };
+    let manifest = Manifest { created_unix_s, replaces, ..manifest };
     let journal = Journal::create(dir, &manifest)?;
     // A run that cuts the job in another way may have begun meanwhile: of two, at least one sees the other.
     if let Some(other) = files.other_cuts(storage, shard)?.first() {

@@ -1,33 +1,90 @@
-//! API keys. Invariant: no key is kept as it was given, and comparing takes the same time whatever was sent.
+//! API keys: who calls, and how much it may ask for. Invariant: no key is kept as it was given, and comparing takes the same
+//! time whatever was sent.
 
 use super::errors::ApiError;
 use super::ids;
+use super::limits::{Allowance, Rates};
+use super::once::Claim;
+use crate::config::serve::KeyConfig;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use std::ops::Deref;
 use std::sync::Arc;
 
 /// Whose a stored thing is: a name for the key that it was made with. Without keys everything is everybody's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Owner(Arc<str>);
+#[derive(Debug, Clone)]
+pub(super) struct Owner {
+    id: Arc<str>,
+    /// Of a request that may come again.
+    pub(super) claim: Option<Arc<Claim>>,
+}
+
+impl Owner {
+    /// As it is stored.
+    pub(super) fn stored(id: &str) -> Self {
+        Self { id: id.into(), claim: None }
+    }
+
+    /// With a request that may come again.
+    pub(super) fn with(self, claim: Arc<Claim>) -> Self {
+        Self { claim: Some(claim), ..self }
+    }
+}
 
 impl Deref for Owner {
     type Target = str;
 
     fn deref(&self) -> &str {
-        &self.0
+        &self.id
     }
 }
 
 /// The keys that the server takes; without any, it takes every call.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub(super) struct Keys {
-    hashes: Vec<blake3::Hash>,
+    known: Vec<Known>,
+    /// Of everybody, where there are no keys.
+    shared: Arc<Allowance>,
+}
+
+#[derive(Debug)]
+struct Known {
+    hash: blake3::Hash,
+    owner: String,
+    name: String,
+    is_admin: bool,
+    allowance: Arc<Allowance>,
 }
 
 impl Keys {
-    /// These keys.
-    pub(super) fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
-        Self { hashes: keys.into_iter().map(|key| blake3::hash(key.as_bytes())).collect() }
+    /// These keys; `rates` are everybody's where there are none.
+    pub(super) fn new(keys: &[KeyConfig], rates: Rates) -> Self {
+        let known = keys.iter().map(|key| {
+            // Not the hash itself: what is stored must not be of use to whoever guesses keys.
+            let owner = ids::derived("valar owner of stored objects 1", key.hash.as_bytes());
+            let name = key.name.clone().unwrap_or_else(|| format!("key-{}", owner.get(..8).unwrap_or(&owner)));
+            let allowance = Arc::new(Allowance::new(key.rates));
+            Known { hash: key.hash, owner, name, is_admin: key.is_admin, allowance }
+        });
+        Self { known: known.collect(), shared: Arc::new(Allowance::new(rates)) }
+    }
+
+    fn find(&self, owner: &str) -> Option<&Known> {
+        self.known.iter().find(|known| known.owner == owner)
+    }
+
+    /// What people call an owner.
+    pub(super) fn name(&self, owner: &str) -> String {
+        self.find(owner).map_or_else(|| owner.get(..8).unwrap_or(owner).to_owned(), |known| known.name.clone())
+    }
+
+    /// What an owner may ask for; `None` of a key that is not taken any more.
+    pub(super) fn allowance(&self, owner: &str) -> Option<&Arc<Allowance>> {
+        if self.known.is_empty() { Some(&self.shared) } else { self.find(owner).map(|known| &known.allowance) }
+    }
+
+    /// Whether an owner sees what others have used.
+    pub(super) fn sees_all(&self, owner: &str) -> bool {
+        self.known.is_empty() || self.find(owner).is_some_and(|known| known.is_admin)
     }
 
     /// Checks a call's key, whichever way its client sends it; who it is.
@@ -35,8 +92,8 @@ impl Keys {
     /// # Errors
     /// None, or a wrong one: 401.
     pub(super) fn check(&self, headers: &HeaderMap) -> Result<Owner, ApiError> {
-        if self.hashes.is_empty() {
-            return Ok(Owner("".into()));
+        if self.known.is_empty() {
+            return Ok(Owner::stored(""));
         }
         let refuse = |message: &str| Err(ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message));
         let Some(key) = key(headers) else {
@@ -44,10 +101,8 @@ impl Keys {
         };
         // Comparing hashes takes constant time, and every one is compared.
         let hash = blake3::hash(key);
-        let n_equal = self.hashes.iter().filter(|other| **other == hash).count();
-        // Not the hash itself: what is stored must not be of use to whoever guesses keys.
-        let owner = || Owner(ids::derived("valar owner of stored objects 1", hash.as_bytes()).into());
-        if n_equal > 0 { Ok(owner()) } else { refuse("the API key is not known here") }
+        let found = self.known.iter().fold(None, |found, known| if known.hash == hash { Some(known) } else { found });
+        found.map_or_else(|| refuse("the API key is not known here"), |known| Ok(Owner::stored(&known.owner)))
     }
 }
 

@@ -8,6 +8,7 @@ use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
 use super::ids;
 use super::models::{Models, now};
+use super::once;
 use super::response_events::{Event, TERMINAL, Told, event, events, failed};
 use super::responses::Own;
 use super::windows::{Mode, Window};
@@ -15,6 +16,7 @@ use crate::format::openai::Endpoint;
 use crate::outcome::{ErrorCode, RowError};
 use crate::pipeline::progress::say;
 use crate::store::Connection;
+use crate::store::ledger::Entry;
 use crate::store::responses::{self, StoredEvent, StoredResponse};
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
@@ -34,6 +36,8 @@ const STORE_EVERY: Duration = Duration::from_millis(250);
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// Pause after a fault of the disk.
 const FAULT_PAUSE: Duration = Duration::from_secs(5);
+/// Times that an engine may fail while a response runs.
+const MAX_FAULTS: u32 = 3;
 /// Events that are read at a time.
 const EVENTS: usize = 512;
 
@@ -132,9 +136,9 @@ impl Background {
         self.ended.send_modify(|n_ended| *n_ended += 1);
     }
 
-    /// Whether something may come of it still.
-    pub(super) fn is_open(&self, id: &str) -> bool {
-        self.with(|bells| bells.contains_key(id))
+    /// Of these, the ones that nothing more may come of, and the rest.
+    pub(super) fn closed_and_open<'i>(&self, ids: &'i [String]) -> (Vec<&'i String>, Vec<&'i String>) {
+        self.with(|bells| ids.iter().partition(|id| !bells.contains_key(*id)))
     }
 
     /// Changes when one ends.
@@ -178,7 +182,9 @@ pub(super) async fn create(
         input: Value::from(items).to_string(),
         body: response.to_string(),
         request: Some(serde_json::to_string(&kept).map_err(anyhow::Error::from)?),
+        n_faults: 0,
     };
+    let claim = owner.claim.clone().zip(Some(if is_streamed { once::RESPONSE_EVENTS } else { once::RESPONSE }));
     let first = [event(0, "response.created", &response), event(1, "response.queued", &response)];
     if !app.background.open(&id) {
         return Err(ApiError::busy());
@@ -188,6 +194,9 @@ pub(super) async fn create(
     let accepted = tokio::spawn(async move {
         let stored = app.store.write(move |connection| {
             responses::insert(connection, &new)?;
+            if let Some((claim, kind)) = claim {
+                claim.keep(connection, kind, &new.id)?;
+            }
             responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
         });
         match stored.await {
@@ -275,15 +284,17 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         return Ok(());
     }
     let response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
-    let (call, own, is_streamed) = match begin(app, &stored, &response).await {
+    let (call, own, is_streamed) = match begin(app, &stored, &response, told.has_text()).await {
         Ok(begun) => begun,
+        // It runs at the next start.
+        Err(_) if app.models.has_ended() => return Ok(()),
         Err(error) => {
             let response = failed(response, &error);
             let last = event(told.n_events(), "response.failed", &response);
-            return store_events(app, id, told.n_events(), vec![last]).await.map(drop);
+            return store_events(app, id, told.n_events(), (vec![last], None)).await.map(drop);
         }
     };
-    let mut n_stored = told.n_events();
+    let (mut n_stored, bill) = (told.n_events(), Arc::clone(&call.bill));
     let mut events = pin!(events(call, own, told));
     loop {
         let mut pending = Vec::new();
@@ -294,9 +305,14 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         while let Some(Some(next)) = events.next().now_or_never() {
             pending.push(next);
         }
+        if pending.last().is_some_and(|(name, _)| *name == "response.failed") && app.models.has_ended() {
+            // The engine failed, not the response: it runs at the next start.
+            return Ok(());
+        }
         let is_end = pending.last().is_none_or(|(name, _)| TERMINAL.contains(name));
         let n_pending = pending.len() as u64;
-        if !store_events(app, id, n_stored, pending).await? || is_end {
+        let entry = if is_end { bill.take() } else { None };
+        if !store_events(app, id, n_stored, (pending, entry)).await? || is_end {
             return Ok(());
         }
         n_stored += n_pending;
@@ -316,22 +332,27 @@ async fn closed(bell: &mut watch::Receiver<()>) {
 }
 
 /// Makes a call of a stored response again. An error is the response's end.
-async fn begin(app: &App, stored: &StoredResponse, response: &Value) -> Result<(Call, Own, bool), RowError> {
+async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_text: bool) -> Result<(Call, Own, bool), RowError> {
     let refuse = |message: String| RowError::row(ErrorCode::EngineError, message);
+    if stored.n_faults >= MAX_FAULTS {
+        return Err(refuse(format!("the engine failed {MAX_FAULTS} times while it ran")));
+    }
     let request = stored.request.as_deref().unwrap_or_default();
     let kept: Kept = serde_json::from_str(request).map_err(|error| refuse(format!("the stored request: {error}")))?;
     let Kept { window, seed, is_streamed, body, .. } = kept;
     let asked = Asked { mode: Mode::Background, window: Some(window) };
     let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
-    if response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
+    // Of which nothing was told, another model may tell.
+    if has_text && response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
         return Err(refuse("the model is another one than when the request was accepted".into()));
     }
     let id = stored.id.trim_start_matches("resp_").to_owned();
+    let owner = Owner::stored(&stored.owner);
     let identity = Identity { id, created: stored.created_at, seed };
     let previous = stored.previous.clone();
     let own = Own { store: true, background: true, previous, window: None, is_streamed };
     loop {
-        match Call::submit(&prepared, &identity) {
+        match Call::submit((app, &owner), &prepared, &identity) {
             Ok(call) => return Ok((call, own, is_streamed)),
             Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(refuse(error.message)),
@@ -339,15 +360,19 @@ async fn begin(app: &App, stored: &StoredResponse, response: &Value) -> Result<(
     }
 }
 
-/// Stores a response's events, and what they say of its state; false if it has ended before.
-async fn store_events(app: &App, id: &str, from: u64, events: Vec<Event>) -> Result<bool> {
-    let id = id.to_owned();
+/// Stores a response's events, what they say of its state, and what it is charged; false if it has ended before.
+async fn store_events(app: &Arc<App>, id: &str, from: u64, (events, entry): (Vec<Event>, Option<Entry>)) -> Result<bool> {
+    let (id, own) = (id.to_owned(), Arc::clone(app));
     app.store
         .write(move |connection| {
             let last = events.iter().rev().map(|(_, data)| &data["response"]).find(|response| response.is_object());
             let status = last.and_then(|response| response["status"].as_str()).unwrap_or("in_progress");
             let body = last.map(ToString::to_string);
-            responses::update(connection, &id, status, body.as_deref(), &numbered(from, &events))
+            let is_changed = responses::update(connection, &id, status, body.as_deref(), &numbered(from, &events))?;
+            if let Some(entry) = entry.filter(|_| is_changed) {
+                own.books.add(connection, &entry)?;
+            }
+            Ok(is_changed)
         })
         .await
 }

@@ -6,6 +6,7 @@ use super::App;
 use super::files::BATCH_OUTPUT;
 use super::ids;
 use super::models::{Offered, now};
+use super::places::{Place, Places};
 use crate::format::openai::{Endpoint, parse_object};
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
@@ -15,18 +16,16 @@ use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 
-/// Batches that run at a time; more would only share the machine.
-const N_RUNNING: usize = 2;
 /// Faults of lines that are told.
 const MAX_FAULTS: usize = 1000;
 /// Times that a batch is tried whose run ends by a fault of the disk.
@@ -64,6 +63,8 @@ impl Default for Batches {
 struct Open {
     /// (completed, failed) of its rows.
     counts: Mutex<(u64, u64)>,
+    /// Its share of the machine's time that is in no book yet.
+    machine_ns: Arc<AtomicU64>,
     control: Mutex<Control>,
 }
 
@@ -74,6 +75,8 @@ struct Control {
     link: Option<Link>,
     /// To its wait for a place.
     wake: Option<oneshot::Sender<()>>,
+    /// Whether another should have its place.
+    must_leave: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -94,51 +97,20 @@ impl Open {
     fn ending(&self) -> Option<Ending> {
         lock(&self.control).ending.clone()
     }
-}
 
-/// Who runs, and who waits for it.
-#[derive(Default)]
-struct Places(Mutex<Waiting>);
-
-#[derive(Default)]
-struct Waiting {
-    n_running: usize,
-    /// By time of expiry and name.
-    queue: BTreeMap<(u64, String), oneshot::Sender<()>>,
-}
-
-impl Places {
-    /// Takes a place, if there is one and nobody waits; otherwise rings when it has one.
-    fn enter(&self, expires_at: u64, id: &str) -> Option<oneshot::Receiver<()>> {
-        let mut waiting = lock(&self.0);
-        if waiting.n_running < N_RUNNING {
-            waiting.n_running += 1;
-            return None;
-        }
-        let (bell, rung) = oneshot::channel();
-        waiting.queue.insert((expires_at, id.to_owned()), bell);
-        Some(rung)
-    }
-
-    /// Gives the place to the next.
+    /// Leaves its place to another, and waits for one again.
     fn leave(&self) {
-        let mut waiting = lock(&self.0);
-        while let Some((_, bell)) = waiting.queue.pop_first() {
-            // Who does not wait any more needs none.
-            if bell.send(()).is_ok() {
-                return;
-            }
+        let mut control = lock(&self.control);
+        control.must_leave = true;
+        if let Some(link) = &control.link {
+            link.halt();
         }
-        waiting.n_running -= 1;
     }
-}
 
-/// A place that is given back.
-struct Place<'a>(&'a Places);
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.leave();
+    /// Why its job stops here, if it does.
+    fn stop(&self) -> Option<Ending> {
+        let control = lock(&self.control);
+        control.ending.clone().or_else(|| control.must_leave.then_some(Ending::Pause))
     }
 }
 
@@ -150,6 +122,11 @@ impl Batches {
     /// (completed, failed) of an open batch's rows.
     pub(super) fn counts(&self, id: &str) -> Option<(u64, u64)> {
         self.open(id).map(|open| *lock(&open.counts))
+    }
+
+    /// What the open ones have taken of the machine's time, that is in no book yet.
+    pub(super) fn meters(&self) -> Vec<(String, Arc<AtomicU64>)> {
+        lock(&self.open).iter().map(|(id, open)| (id.clone(), Arc::clone(&open.machine_ns))).collect()
     }
 
     /// Ends a batch early.
@@ -276,6 +253,12 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
             open.end(expired());
         }
     });
+    // What an earlier run has done is known before it goes on.
+    let own = job.clone();
+    match spawn_blocking(move || own.done()).await.context("looking at the journal panicked")? {
+        Ok(counts) => *lock(&open.counts) = counts,
+        Err(error) => say(&format!("batch {id}: {error:#}")),
+    }
     let ended = wait_and_run(app, &stored, open, job, &model).await;
     timer.abort();
     if let Some(ended) = ended? {
@@ -377,55 +360,64 @@ async fn wait_and_run(
     job: HostedJob,
     model: &Arc<Offered>,
 ) -> Result<Option<Ended>> {
-    let mut place = None;
-    if open.ending().is_none() {
-        if let Some(mut rung) = app.batches.places.enter(stored.expires_at, &stored.id) {
-            let (wake, woken) = oneshot::channel();
-            {
-                let mut control = lock(&open.control);
-                // Whoever has ended it before this finds no wait to end.
-                control.wake = control.ending.is_none().then_some(wake);
-            }
-            tokio::select! {
-                rung = &mut rung => place = rung.ok().map(|()| Place(&app.batches.places)),
-                // Nobody sends: it is dropped.
-                _ = woken => {
-                    rung.close();
-                    place = rung.try_recv().ok().map(|()| Place(&app.batches.places));
-                }
-            }
-        } else {
-            place = Some(Place(&app.batches.places));
+    loop {
+        let place = wait(app, stored, open, &model.id).await;
+        if open.ending() == Some(Ending::Pause) {
+            return Ok(None);
+        }
+        let (job, model, own) = (job.clone(), Arc::clone(model), Arc::clone(open));
+        let ran = spawn_blocking(move || run(&job, &model, &own)).await.context("the batch panicked")?;
+        drop(place);
+        let must_leave = std::mem::take(&mut lock(&open.control).must_leave);
+        if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
+            return ran;
         }
     }
-    if open.ending() == Some(Ending::Pause) {
-        return Ok(None);
-    }
-    let (model, open) = (Arc::clone(model), Arc::clone(open));
-    let ran = spawn_blocking(move || {
-        let (link, inbox) = Inbox::new();
-        let at = model.live.seat(&link);
-        {
-            let mut control = lock(&open.control);
-            if control.ending.is_some() {
-                link.halt();
-            }
-            control.link = Some(link);
+}
+
+/// Waits until it has a place, or has ended.
+async fn wait<'a>(app: &'a Arc<App>, stored: &StoredBatch, open: &Arc<Open>, model: &'a str) -> Option<Place<'a>> {
+    let (wake, woken) = oneshot::channel();
+    {
+        let mut control = lock(&open.control);
+        if control.ending.is_some() {
+            return None;
         }
-        let told = Arc::clone(&open);
-        let progress = move |completed, failed| *lock(&told.counts) = (completed, failed);
-        let ran = job.run(&at.seat, inbox, &|| open.ending(), progress);
-        lock(&open.control).link = None;
-        ran
-    });
-    let ran = ran.await.context("the batch panicked")?;
-    drop(place);
+        control.wake = Some(wake);
+    }
+    let key = (stored.expires_at, stored.id.clone());
+    let asked = Arc::clone(open);
+    let rung = app.batches.places.enter(model, key.clone(), Box::new(move || asked.leave()));
+    let place = Place { places: &app.batches.places, model, key };
+    tokio::select! {
+        // An error would mean that the places are gone.
+        _ = rung => {}
+        // Nobody sends: it is dropped.
+        _ = woken => {}
+    }
+    Some(place)
+}
+
+fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>) -> Result<Option<Ended>> {
+    let (link, inbox) = Inbox::new();
+    let at = model.live.seat(&link, &open.machine_ns);
+    {
+        let mut control = lock(&open.control);
+        if control.ending.is_some() || control.must_leave {
+            link.halt();
+        }
+        control.link = Some(link);
+    }
+    let told = Arc::clone(open);
+    let progress = move |completed, failed| *lock(&told.counts) = (completed, failed);
+    let ran = job.run(&at.seat, inbox, &|| open.stop(), progress);
+    lock(&open.control).link = None;
     ran
 }
 
 /// Writes down how a batch ended, with its files, all at once.
-async fn conclude(app: &App, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
-    let (totals, ending) = (ended.totals, open.ending());
+async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
+    let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let output = |name: &str, suffix: &str| -> Result<StoredFile> {
         let path = folder(id).join(name);
         let at = app.data.join(&path);
@@ -443,19 +435,20 @@ async fn conclude(app: &App, id: &str, open: &Open, settings: &Settings, ended: 
         })
     };
     let (results, errors) = (output("output.jsonl", "output")?, output("output.errors.jsonl", "error")?);
-    let id = id.to_owned();
+    let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
     app.store
         .write(move |connection| {
             let stored = batches::any(connection, &id)?.context("the batch is gone")?;
             let mut body: Value = serde_json::from_str(&stored.body)?;
             let (state, at) = match (stored.status.as_str(), &ending) {
                 ("cancelling", _) => ("cancelled", "cancelled_at"),
-                (_, Some(Ending::Rest("batch_expired", _))) => ("expired", "expired_at"),
+                (_, Some(Ending::Rest("batch_expired", _))) if !is_whole => ("expired", "expired_at"),
                 _ => ("completed", "completed_at"),
             };
             body["status"] = state.into();
             body["finalizing_at"] = now().into();
             body[at] = now().into();
+            body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
             body["request_counts"]["completed"] = totals.n_ok.into();
             body["request_counts"]["failed"] = totals.n_failed.into();
             body["usage"] = json!({
@@ -465,6 +458,10 @@ async fn conclude(app: &App, id: &str, open: &Open, settings: &Settings, ended: 
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": totals.prompt_tokens + totals.completion_tokens,
             });
+            let model = body["model"].as_str().unwrap_or_default();
+            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), totals, &machine_ns)? {
+                body["usage"]["cost"] = cost.to_string().into();
+            }
             for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
                 if file.bytes > 0 {
                     body[key] = file.id.clone().into();

@@ -7,6 +7,7 @@ use super::batch_runs::{self, Settings, cancelled, folder};
 use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
 use super::models::now;
+use super::once::{self, Claim};
 use super::paging::{Page, Pairs};
 use super::stored::listed;
 use super::{files, ids, windows};
@@ -36,18 +37,37 @@ const MAX_HOURS: u64 = 24 * 30;
 const MAX_INLINE: usize = 100_000;
 /// Longest `custom_id` of a request in a body.
 const MAX_INLINE_ID: usize = 64;
+/// What stands in the place of a `custom_id` in paths.
+const ACTIONS: [&str; 2] = ["cancel", "retry"];
 /// Batches that may be open at a time.
 const MAX_OPEN: usize = 1000;
 /// Seconds that output files may be kept.
 const OUTPUT_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
 /// The file of a new batch.
-struct Input {
-    id: String,
+pub(super) struct Input {
+    pub(super) id: String,
     /// Where it lies.
-    path: PathBuf,
-    /// Its lines, if they came with the batch: then it is to be made.
-    lines: Option<Vec<String>>,
+    pub(super) path: PathBuf,
+    /// Whether nobody knows it yet.
+    pub(super) is_new: bool,
+    /// Its lines, if they came with the batch: then it is to be written.
+    pub(super) lines: Option<Vec<String>>,
+}
+
+/// What a new batch is to be.
+pub(super) struct Wanted {
+    pub(super) input: Input,
+    pub(super) endpoint: Endpoint,
+    pub(super) hours: u64,
+    /// As it was asked for.
+    pub(super) window: String,
+    pub(super) metadata: Value,
+    pub(super) label: Value,
+    /// The batch whose errors it runs again.
+    pub(super) retry_of: Option<String>,
+    /// How long its files are kept.
+    pub(super) output_seconds: Option<u64>,
 }
 
 /// `POST /v1/batches`
@@ -70,6 +90,9 @@ pub(super) async fn create(
     };
     let hours = hours(text(&body, "completion_window")?)?;
     let metadata = windows::metadata(&body)?.cloned();
+    if let Some(asked) = windows::asked(metadata.as_ref()) {
+        app.models.check_window(asked)?;
+    }
     let output_seconds = output_seconds(&body)?;
     let input = match (text(&body, "input_file_id")?, body.get("requests").filter(|value| !value.is_null())) {
         (Some(_), Some(_)) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
@@ -80,26 +103,42 @@ pub(super) async fn create(
                 let message = format!("is a file of purpose {:?}, not batch", file.purpose);
                 return Err(ApiError::invalid_value("input_file_id", message));
             }
-            Input { id: file.id, path: app.data.join(file.path), lines: None }
+            Input { id: file.id, path: app.data.join(file.path), is_new: false, lines: None }
         }
         (None, Some(requests)) => {
             let (id, lines) = (ids::new("file-"), inline(requests, endpoint)?);
-            Input { path: app.data.join("files").join(&id), id, lines: Some(lines) }
+            Input { path: app.data.join("files").join(&id), id, is_new: true, lines: Some(lines) }
         }
     };
+    let wanted = Wanted {
+        input,
+        endpoint,
+        hours,
+        window: text(&body, "completion_window")?.unwrap_or("24h").to_owned(),
+        metadata: metadata.into(),
+        label: text(&body, "label")?.into(),
+        retry_of: None,
+        output_seconds,
+    };
+    open(app, &owner, wanted).await
+}
+
+/// Accepts a batch; its object.
+pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Response, ApiError> {
     if app.batches.n_open() >= MAX_OPEN {
         return Err(ApiError::busy());
     }
+    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds } = wanted;
     let (id, created_at) = (ids::new("batch_"), now());
     let object = json!({
         "id": id, "object": "batch", "endpoint": endpoint.path(),
         "input_file_id": input.id,
-        "completion_window": text(&body, "completion_window")?.unwrap_or("24h"),
+        "completion_window": window,
         "status": "validating", "created_at": created_at, "expires_at": created_at + 3600 * hours,
         "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
         "cancelling_at": null, "cancelled_at": null, "output_file_id": null, "error_file_id": null, "errors": null,
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
-        "metadata": metadata, "label": text(&body, "label")?, "model": null, "usage": null,
+        "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
     });
     let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds };
     let settings = serde_json::to_string(&settings).context("settings are JSON")?;
@@ -115,14 +154,14 @@ pub(super) async fn create(
         body: object.to_string(),
     };
     // A caller who goes away now must not leave a batch behind that is stored and never run.
-    tokio::spawn(accept(app, new, input)).await.context("accepting a batch panicked")??;
+    tokio::spawn(accept(app, new, input, owner.claim.clone())).await.context("accepting a batch panicked")??;
     Ok(json_response(&object))
 }
 
 /// Puts a batch on the disk, and has it run.
-async fn accept(app: Arc<App>, new: StoredBatch, input: Input) -> anyhow::Result<()> {
+async fn accept(app: Arc<App>, new: StoredBatch, input: Input, claim: Option<Arc<Claim>>) -> anyhow::Result<()> {
     let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
-    let file = input.lines.is_some().then(|| StoredFile {
+    let file = input.is_new.then(|| StoredFile {
         id: input.id.clone(),
         owner: new.owner.clone(),
         created_at: new.created_at,
@@ -136,6 +175,9 @@ async fn accept(app: Arc<App>, new: StoredBatch, input: Input) -> anyhow::Result
     let write = move |connection: &Connection| {
         if let Some(file) = file {
             stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;
+        }
+        if let Some(claim) = claim {
+            claim.keep(connection, once::BATCH, &new.id)?;
         }
         batches::insert(connection, &new)
     };
@@ -202,6 +244,10 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
             let message = format!("{id:?} is not a letter or digit and up to {} more, - or _", MAX_INLINE_ID - 1);
             return Err(ApiError::invalid_value(path("custom_id"), message));
         }
+        if ACTIONS.contains(&id.as_str()) {
+            let message = format!("{id:?} is what is done to a batch, and can't be asked for as a result");
+            return Err(ApiError::invalid_value(path("custom_id"), message));
+        }
         if !used.insert(id) {
             return Err(ApiError::field("duplicate_custom_id", path("custom_id"), format!("{id:?} was used before")));
         }
@@ -235,7 +281,7 @@ fn put_input(folder: &Path, Input { path, lines, .. }: Input) -> anyhow::Result<
     Ok(std::fs::metadata(&path)?.len())
 }
 
-fn not_found(id: &str) -> ApiError {
+pub(super) fn not_found(id: &str) -> ApiError {
     ApiError::not_found("batch_id", format!("No batch found with id '{id}'."))
 }
 
@@ -249,13 +295,18 @@ fn shown(app: &App, stored: &StoredBatch) -> Result<Value, ApiError> {
     Ok(body)
 }
 
-async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredBatch, ApiError> {
+pub(super) async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredBatch, ApiError> {
     let (owner, key) = (owner.to_string(), id.to_owned());
     let found = app.store.read(move |connection| batches::get(connection, &owner, &key)).await?;
     found.ok_or_else(|| not_found(id))
 }
 
-type Id = Result<UrlPath<String>, PathRejection>;
+/// The batch object.
+pub(super) async fn show(app: &App, owner: &Owner, id: &str) -> Result<Response, ApiError> {
+    Ok(json_response(&shown(app, &find(app, owner, id).await?)?))
+}
+
+pub(super) type Id = Result<UrlPath<String>, PathRejection>;
 
 /// `GET /v1/batches/{id}`
 pub(super) async fn retrieve(
@@ -264,7 +315,7 @@ pub(super) async fn retrieve(
     path: Id,
 ) -> Result<Response, ApiError> {
     let UrlPath(id) = path.map_err(|_| not_found(""))?;
-    Ok(json_response(&shown(&app, &find(&app, &owner, &id).await?)?))
+    show(&app, &owner, &id).await
 }
 
 /// `GET /v1/batches`: newest first.

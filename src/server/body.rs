@@ -4,7 +4,8 @@ use super::App;
 use super::errors::ApiError;
 use axum::body::{Body, to_bytes};
 use axum::extract::{FromRequest, Request};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -16,21 +17,25 @@ impl FromRequest<Arc<App>> for JsonObject {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let limit = app.max_body_bytes;
-        let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if length.is_some_and(|n_bytes: u64| n_bytes > limit as u64) {
-            // Most clients send their body before they read an answer, and would see a broken connection.
-            drop(tokio::time::timeout(app.body_timeout, discard(request.into_body(), limit)).await);
-            return Err(too_large(limit));
-        }
-        let read = tokio::time::timeout(app.body_timeout, to_bytes(request.into_body(), limit));
-        let bytes = match read.await {
-            Ok(Ok(bytes)) => bytes,
-            Ok(Err(error)) if is_too_long(&error) => return Err(too_large(limit)),
-            Ok(Err(_)) => return Err(ApiError::new(StatusCode::BAD_REQUEST, None, "the body broke off")),
-            Err(_) => return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
-        };
-        parse(&bytes).map(Self)
+        let (parts, body) = request.into_parts();
+        parse(&read(&parts.headers, body, app).await?).map(Self)
+    }
+}
+
+/// Reads a body, within the limits of its length and its time.
+pub(super) async fn read(headers: &HeaderMap, body: Body, app: &App) -> Result<Bytes, ApiError> {
+    let limit = app.max_body_bytes;
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if length.is_some_and(|n_bytes: u64| n_bytes > limit as u64) {
+        // Most clients send their body before they read an answer, and would see a broken connection.
+        drop(tokio::time::timeout(app.body_timeout, discard(body, limit)).await);
+        return Err(too_large(limit));
+    }
+    match tokio::time::timeout(app.body_timeout, to_bytes(body, limit)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) if is_too_long(&error) => Err(too_large(limit)),
+        Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, None, "the body broke off")),
+        Err(_) => Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
     }
 }
 

@@ -2,14 +2,17 @@
 //! dialect's answer. Invariant: whatever can be wrong with a request is found before its answer begins.
 
 use super::App;
+use super::auth::Owner;
+use super::books::Bill;
 use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
 use super::models::{Offered, now};
+use super::once::Claim;
 use super::windows::{self, Mode, Window};
-use crate::format::openai::answer::Stamp;
+use crate::format::openai::answer::{self, Stamp};
 use crate::format::openai::{Endpoint, parse_body};
-use crate::outcome::{ErrorCode, RowError};
+use crate::outcome::{Completion, ErrorCode, RowError};
 use crate::prepare::Prompt;
 use crate::text::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
@@ -29,6 +32,13 @@ pub struct Call {
     pub echo: Option<Box<Value>>,
     /// What comes of it.
     pub flow: Flow,
+    /// What it is charged to.
+    pub bill: Arc<Bill>,
+    /// Whether its caller gets it as it comes.
+    pub is_streamed: bool,
+    pub(super) app: Arc<App>,
+    /// If its request may come again.
+    claim: Option<Arc<Claim>>,
 }
 
 impl Call {
@@ -36,17 +46,23 @@ impl Call {
     ///
     /// # Errors
     /// What is wrong with it, or that too many calls wait.
-    pub async fn start(app: &App, endpoint: Endpoint, body: &Map<String, Value>, mode: Mode) -> Result<Self, ApiError> {
-        let prepared = Self::prepare(app, endpoint, body, Asked { mode, window: None }).await?;
-        Self::submit(&prepared, &Identity::new())
+    pub(super) async fn start(
+        app: &Arc<App>,
+        owner: &Owner,
+        endpoint: Endpoint,
+        body: &Map<String, Value>,
+    ) -> Result<Self, ApiError> {
+        let asked = Asked { mode: Mode::Foreground, window: None };
+        let prepared = Self::prepare(app, endpoint, body, asked).await?;
+        Self::submit((app, owner), &prepared, &Identity::new())
     }
 
     /// Starts prompts that are prepared.
     ///
     /// # Errors
     /// Too many calls wait.
-    pub fn submit(prepared: &Prepared, identity: &Identity) -> Result<Self, ApiError> {
-        let Prepared { model, window, prompts, echo } = prepared;
+    pub(super) fn submit((app, owner): (&Arc<App>, &Owner), prepared: &Prepared, identity: &Identity) -> Result<Self, ApiError> {
+        let Prepared { model, window, prompts, echo, id_prefix } = prepared;
         let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
         if n_sequences > MAX_SEQUENCES {
             let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
@@ -54,7 +70,12 @@ impl Call {
         }
         let flow = model.live.submit(prompts, window.class(), identity.seed).map_err(|_busy| ApiError::busy())?;
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
-        Ok(Self { model, window: *window, id: identity.id.clone(), stamp, echo: echo.clone(), flow })
+        let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+        let object = format!("{id_prefix}{}", identity.id);
+        let bill = Arc::new(Bill::new(app, owner, (&*model, *window), object, n_prompt as u64));
+        let claim = owner.claim.clone();
+        let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
+        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim })
     }
 
     /// What a request's prompts are counted as; nothing is run.
@@ -80,7 +101,22 @@ impl Call {
         // The name is the server's matter, not the weights'.
         request.model = None;
         let prompts = model.live.prepare(request, endpoint).await.map_err(|error| named(error, endpoint, body))?;
-        Ok(Prepared { model, window, prompts, echo })
+        Ok(Prepared { model, window, prompts, echo, id_prefix: answer::id_prefix(endpoint) })
+    }
+
+    /// It is whole: closes its bill, and writes what it costs into its usage.
+    pub fn close(&self, completion: &Completion, usage: &mut Value) {
+        if let Some(cost) = self.bill.close(completion.usage, self.flow.machine_ns()) {
+            usage["cost"] = cost.to_string().into();
+        }
+    }
+
+    /// Writes down what it came to, unless somebody has, with its answer, if that is one text.
+    pub async fn settle(&self, answer: Option<&Value>) {
+        if let Some(entry) = self.bill.take() {
+            let kept = self.claim.clone().zip(answer.map(Value::to_string));
+            self.app.charge(entry, kept).await;
+        }
     }
 
     /// Of its model.
@@ -93,8 +129,12 @@ impl Call {
     /// # Errors
     /// The engine failed.
     pub async fn answer(mut self, endpoint: Endpoint) -> Result<Value, ApiError> {
-        let completion = self.flow.complete(&self.model.live.preparer.tokenizer).await?;
-        Ok(self.stamp.answer(&self.id, endpoint, self.echo.as_deref(), &completion))
+        let tokenizer = Arc::clone(&self.model.live.preparer.tokenizer);
+        let completion = self.flow.complete(&tokenizer).await?;
+        let mut answer = self.stamp.answer(&self.id, endpoint, self.echo.as_deref(), &completion);
+        self.close(&completion, &mut answer["usage"]);
+        self.settle(Some(&answer)).await;
+        Ok(answer)
     }
 }
 
@@ -117,6 +157,8 @@ pub struct Prepared {
     pub prompts: Vec<Prompt>,
     /// What the answer repeats of the request (Responses only).
     pub echo: Option<Box<Value>>,
+    /// What its answer's id begins with.
+    pub id_prefix: &'static str,
 }
 
 /// What makes two runs of a request the same answer.

@@ -2,17 +2,18 @@
 //! wrong is said before the stream begins.
 
 use super::App;
+use super::auth::Owner;
 use super::body::JsonObject;
 use super::call::{Call, Streaming};
 use super::errors::{ApiError, json_response};
 use super::shown::Shown;
 use super::sse;
-use super::windows::Mode;
 use crate::format::openai::Endpoint;
 use crate::format::openai::answer::{self, Stamp};
 use crate::outcome::{Choice, RowError};
 use crate::prepare::sequences::token_logprob;
 use async_stream::stream;
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use futures::Stream;
@@ -23,10 +24,14 @@ use std::sync::Arc;
 const IGNORED: &[&str] = &["moderation"];
 
 /// Answers a chat.
-pub(super) async fn create(State(app): State<Arc<App>>, JsonObject(mut body): JsonObject) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    JsonObject(mut body): JsonObject,
+) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
     body.retain(|key, value| !(IGNORED.contains(&key.as_str()) && value.is_null()));
-    let call = Call::start(&app, Endpoint::ChatCompletions, &body, Mode::Foreground).await?;
+    let call = Call::start(&app, &owner, Endpoint::ChatCompletions, &body).await?;
     if streaming.is_on {
         return Ok(sse::response(events(call, streaming.include_usage)));
     }
@@ -83,6 +88,7 @@ impl Head {
 
 fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
     stream! {
+        call.is_streamed = true;
         let head = Head { id: format!("chatcmpl-{}", call.id), stamp: call.stamp.clone(), include_usage };
         let n_choices: usize = call.flow.prompts().iter().map(|prompt| prompt.n_choices).sum();
         let format = call.flow.prompts()[0].call_format;
@@ -115,8 +121,11 @@ fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
         for (index, (choice, shown)) in completion.choices.iter().zip(&shown).enumerate() {
             yield head.end(index, choice, shown);
         }
+        let mut usage = answer::usage(&completion);
+        call.close(&completion, &mut usage);
+        call.settle(None).await;
         if include_usage {
-            yield head.chunk(&json!([]), &answer::usage(&completion));
+            yield head.chunk(&json!([]), &usage);
         }
         yield sse::DONE.to_owned();
     }

@@ -2,17 +2,18 @@
 //! pieces of a stream, joined, are the answer without a stream.
 
 use super::App;
+use super::auth::Owner;
 use super::body::JsonObject;
 use super::call::{Call, Streaming};
 use super::chat::failed;
 use super::errors::{ApiError, json_response};
 use super::sse;
-use super::windows::Mode;
 use crate::format::openai::Endpoint;
 use crate::format::openai::answer;
 use crate::outcome::TokenLogprob;
 use crate::prepare::sequences::token_logprob;
 use async_stream::stream;
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use futures::Stream;
@@ -20,9 +21,13 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// Completes prompts.
-pub(super) async fn create(State(app): State<Arc<App>>, JsonObject(mut body): JsonObject) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    JsonObject(mut body): JsonObject,
+) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let call = Call::start(&app, Endpoint::Completions, &body, Mode::Foreground).await?;
+    let call = Call::start(&app, &owner, Endpoint::Completions, &body).await?;
     if streaming.is_on {
         return Ok(sse::response(events(call, streaming.include_usage)));
     }
@@ -51,6 +56,7 @@ impl Progress {
 
 fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
     stream! {
+        call.is_streamed = true;
         let stamp = call.stamp.clone();
         let chunk = |choices: &Value, usage: &Value| {
             let mut chunk = json!({
@@ -105,8 +111,11 @@ fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
         for (index, done) in completion.choices.iter().enumerate() {
             yield choice(index, "", &Value::Null, Some(done.finish_reason.as_str()));
         }
+        let mut usage = answer::usage(&completion);
+        call.close(&completion, &mut usage);
+        call.settle(None).await;
         if include_usage {
-            yield chunk(&json!([]), &answer::usage(&completion));
+            yield chunk(&json!([]), &usage);
         }
         yield sse::DONE.to_owned();
     }

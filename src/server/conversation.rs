@@ -29,15 +29,19 @@ pub(super) async fn join(
     let Some(previous) = previous else { return Ok(items) };
     // What is wrong with it is said in its own places.
     parse_body(0, Endpoint::Responses, body, &app.defaults)?;
-    let (owner, first) = (owner.to_string(), previous.to_owned());
+    let (owner, first, max_bytes) = (owner.to_string(), previous.to_owned(), app.max_body_bytes);
     let chain = app.store.read(move |connection| {
-        let (mut chain, mut next) = (Vec::new(), Some(first));
+        let (mut chain, mut next, mut n_bytes) = (Vec::new(), Some(first), 0);
         while let Some(id) = next.take() {
             let Some(found) = responses::get(connection, &owner, &id)?.filter(|_| chain.len() < MAX_CHAIN) else {
                 return Ok(Err(Missing::Unknown(id)));
             };
             if !["completed", "incomplete"].contains(&found.status.as_str()) {
                 return Ok(Err(Missing::NotDone(id, found.status)));
+            }
+            n_bytes += found.input.len() + found.body.len();
+            if n_bytes > max_bytes {
+                return Ok(Err(Missing::TooLong(max_bytes)));
             }
             next = found.previous;
             chain.push((found.input, found.body));
@@ -66,6 +70,7 @@ fn array(value: &Value) -> Vec<Value> {
 enum Missing {
     Unknown(String),
     NotDone(String, String),
+    TooLong(usize),
 }
 
 impl Missing {
@@ -77,6 +82,10 @@ impl Missing {
             Self::Unknown(id) => {
                 let message = format!("Previous response with id '{previous}' follows '{id}', which is not found.");
                 (StatusCode::NOT_FOUND, message)
+            }
+            Self::TooLong(max_bytes) => {
+                let message = format!("The responses before are longer than {max_bytes} bytes together.");
+                return ApiError::invalid_value("previous_response_id", message);
             }
             Self::NotDone(id, state) => {
                 (StatusCode::BAD_REQUEST, format!("Previous response with id '{id}' is {state}: nothing can follow it."))

@@ -4,12 +4,14 @@
 
 use super::live::Place;
 use super::metrics::Times;
-use crate::engine::{EngineStats, Finished, Progress, SeqLogprob};
+use crate::engine::handle::Delivery;
+use crate::engine::{Finished, Progress, Scheduled, SeqLogprob};
 use crate::outcome::{Completion, ErrorCode, RowError, Usage};
 use crate::pipeline::hosted::Link;
 use crate::prepare::sequences::PromptMeta;
 use crate::text::tokenizer::Tokenizer;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -33,6 +35,8 @@ pub struct Gained {
 pub(super) struct Mailbox {
     pending: Mutex<Pending>,
     bell: Notify,
+    /// The call's share of the machine's time.
+    machine_ns: AtomicU64,
 }
 
 struct Pending {
@@ -44,7 +48,7 @@ struct Pending {
 impl Mailbox {
     pub(super) fn new(n_sequences: usize) -> Self {
         let gained = (0..n_sequences).map(|_| None).collect();
-        Self { pending: Mutex::new(Pending { gained, is_closed: false }), bell: Notify::new() }
+        Self { pending: Mutex::new(Pending { gained, is_closed: false }), bell: Notify::new(), machine_ns: AtomicU64::new(0) }
     }
 
     fn update(&self, change: impl FnOnce(&mut Pending)) {
@@ -89,8 +93,8 @@ pub(super) struct Routes(Mutex<Table>);
 struct Table {
     /// By the engine's name of the sequence.
     routes: HashMap<u64, (Arc<Mailbox>, usize)>,
-    /// Jobs, by number.
-    jobs: HashMap<u64, Link>,
+    /// Jobs, by number, and where their shares of the machine's time are added up.
+    jobs: HashMap<u64, (Link, Arc<AtomicU64>)>,
     is_closed: bool,
 }
 
@@ -111,9 +115,9 @@ impl Routes {
     }
 
     /// Sequences of a job's are its own from now on.
-    pub(super) fn open_job(&self, number: u64, link: &Link) {
+    pub(super) fn open_job(&self, number: u64, link: &Link, machine_ns: &Arc<AtomicU64>) {
         let is_closed = self.with(|table| {
-            table.jobs.insert(number, link.clone());
+            table.jobs.insert(number, (link.clone(), Arc::clone(machine_ns)));
             table.is_closed
         });
         if is_closed {
@@ -126,12 +130,18 @@ impl Routes {
         self.with(|table| table.jobs.remove(&number));
     }
 
-    pub(super) fn deliver(&self, progress: Vec<Progress>, finished: Vec<Finished>, stats: &EngineStats) {
-        let (of_jobs, finished): (Vec<Finished>, Vec<Finished>) = finished.into_iter().partition(|done| done.id >= JOB_IDS);
+    /// Hands on what came of a step that took so long.
+    pub(super) fn deliver(&self, step: Delivery<'_>, machine_ns: u64) {
+        let Delivery { finished, progress, step, stats, .. } = step;
+        let (mut of_jobs, finished): (Vec<Finished>, Vec<Finished>) = finished.into_iter().partition(|done| done.id >= JOB_IDS);
         self.with(|table| {
-            for own in of_jobs.chunk_by(|a, b| job_of(a.id) == job_of(b.id)) {
-                if let Some(link) = table.jobs.get(&job_of(own[0].id)) {
-                    link.step(own.to_vec(), *stats);
+            table.share_out(step, machine_ns);
+            while let Some(last) = of_jobs.last().map(|done| job_of(done.id)) {
+                // Those of one job stand together.
+                let first = of_jobs.iter().rposition(|done| job_of(done.id) != last).map_or(0, |other| other + 1);
+                let own = of_jobs.split_off(first);
+                if let Some((link, _)) = table.jobs.get(&last) {
+                    link.step(own, *stats);
                 }
             }
             for next in progress {
@@ -154,7 +164,7 @@ impl Routes {
             for (mailbox, _) in table.routes.values() {
                 mailbox.update(|pending| pending.is_closed = true);
             }
-            table.jobs.values().for_each(Link::engine_ended);
+            table.jobs.values().for_each(|(link, _)| link.engine_ended());
         });
     }
 
@@ -165,6 +175,27 @@ impl Routes {
     /// Forgets a call's sequences; those that had not finished.
     fn forget(&self, sequences: &[(u64, usize)]) -> Vec<u64> {
         self.with(|table| sequences.iter().map(|&(id, _)| id).filter(|id| table.routes.remove(id).is_some()).collect())
+    }
+}
+
+impl Table {
+    /// Gives everybody who had tokens in a step that part of its time; the parts are the whole.
+    fn share_out(&self, step: &[Scheduled], machine_ns: u64) {
+        let n_tokens: usize = step.iter().map(|share| share.n_tokens).sum();
+        let (mut before, mut n_before) = (0, 0);
+        for share in step {
+            n_before += share.n_tokens;
+            let until = (u128::from(machine_ns) * n_before as u128 / n_tokens as u128) as u64;
+            let part = until - before;
+            before = until;
+            if share.id >= JOB_IDS {
+                if let Some((_, sum)) = self.jobs.get(&job_of(share.id)) {
+                    sum.fetch_add(part, Relaxed);
+                }
+            } else if let Some((mailbox, _)) = self.routes.get(&share.id) {
+                mailbox.machine_ns.fetch_add(part, Relaxed);
+            }
+        }
     }
 }
 
@@ -187,6 +218,9 @@ pub struct Flow {
     first_token: Option<Duration>,
     /// Where that is noted.
     first_tokens: Arc<Times>,
+    /// Tokens that were told.
+    n_told: u64,
+    has_failed: bool,
 }
 
 /// Why a call has no completion.
@@ -202,7 +236,20 @@ impl Flow {
     ) -> Self {
         let finished = sequences.iter().map(|_| None).collect();
         let (place, submitted) = (Some(place), Instant::now());
-        Self { metas, sequences, finished, mailbox, routes, cancel, place, submitted, first_token: None, first_tokens }
+        Self {
+            metas,
+            sequences,
+            finished,
+            mailbox,
+            routes,
+            cancel,
+            place,
+            submitted,
+            first_token: None,
+            first_tokens,
+            n_told: 0,
+            has_failed: false,
+        }
     }
 
     /// What is known of each prompt.
@@ -229,6 +276,17 @@ impl Flow {
         &self.metas[self.sequences[sequence].1]
     }
 
+    /// The call's share of the machine's time, so far.
+    pub fn machine_ns(&self) -> u64 {
+        self.mailbox.machine_ns.load(Relaxed)
+    }
+
+    /// What was told of it, if it is whole or its caller has broken it off; nothing if the engine failed.
+    pub fn told(&self) -> Option<Usage> {
+        let usage = self.metas.iter().fold(Usage::default(), |sum, meta| sum.plus(meta.usage(&[])));
+        (self.n_told > 0 && !self.has_failed).then_some(Usage { completion_tokens: self.n_told as u32, ..usage })
+    }
+
     /// Time from the call to its first token, once there is one.
     pub fn first_token(&self) -> Option<Duration> {
         self.first_token
@@ -250,6 +308,7 @@ impl Flow {
             };
             if gained.is_empty() {
                 if is_closed {
+                    self.has_failed = true;
                     return Err(RowError::row(ErrorCode::EngineError, ENGINE_ENDED));
                 }
                 self.mailbox.bell.notified().await;
@@ -268,6 +327,7 @@ impl Flow {
             self.first_token = Some(time);
         }
         for next in &mut gained {
+            self.n_told += next.n_tokens as u64;
             let prompt = self.sequences[next.sequence].1;
             // A prompt counts once, and so does what its first sequence found in the cache.
             if self.sequences[..next.sequence].iter().all(|&(_, other)| other != prompt) {
@@ -275,6 +335,7 @@ impl Flow {
             }
             if let Some(finished) = next.finished.take() {
                 if let Some(why) = &finished.broken {
+                    self.has_failed = true;
                     return Err(RowError::row(ErrorCode::EngineError, why.clone()));
                 }
                 self.finished[next.sequence] = Some(finished);

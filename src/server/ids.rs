@@ -22,6 +22,13 @@ pub fn seed() -> u64 {
     u64::from_le_bytes(random()) >> 11
 }
 
+/// A key that nobody guesses, and what it is known by.
+pub fn new_key() -> (String, String) {
+    let key = new("sk-valar-");
+    let hash = blake3::hash(key.as_bytes()).to_hex().to_string();
+    (key, hash)
+}
+
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the system gives random bytes");

@@ -65,12 +65,18 @@ struct Work {
 pub struct Busy;
 
 impl LiveModel {
-    /// Loads a model, which rows may also call by these names, and starts its engine. While a call of class asap is there, a step takes about `limits.max_step` at
-    /// most.
+    /// Loads a model, which rows may also call by these names, and starts its engine. While a call of class asap is there, a
+    /// step takes about `limits.max_step` at most. `n_busy` counts the engines that share the machine just now.
     ///
     /// # Errors
     /// No such model, one that can't be used, or not enough memory.
-    pub fn start(config: &ModelConfig, names: Vec<String>, defaults: Params, limits: &ServeLimits) -> Result<Self> {
+    pub fn start(
+        config: &ModelConfig,
+        names: Vec<String>,
+        defaults: Params,
+        limits: &ServeLimits,
+        n_busy: Arc<AtomicUsize>,
+    ) -> Result<Self> {
         let open = load::open(config)?;
         let (tokenizer, mut model, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         model.names.extend(names);
@@ -98,7 +104,8 @@ impl LiveModel {
         };
         let (routes, stats) = (Arc::new(Routes::default()), Arc::new(Mutex::default()));
         let (end, ended) = watch::channel(false);
-        let mut receiver = Receiving { routes: Arc::clone(&routes), stats: Arc::clone(&stats), end, pace };
+        let own = Arc::clone(&routes);
+        let mut receiver = Receiving { routes: own, stats: Arc::clone(&stats), end, pace, n_busy, is_busy: false };
         let engine = Arc::new(EngineHandle::start(engine, Box::new(move |step| receiver.take(step)))?);
         let [asap, standard, batch] = Class::ALL.map(|class| feed(class, Arc::clone(&engine)));
         Ok(Self {
@@ -178,9 +185,10 @@ impl LiveModel {
     }
 
     /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
-    pub fn seat(&self, link: &Link) -> JobPlace {
+    /// Their shares of the machine's time are added to `machine_ns`.
+    pub fn seat(&self, link: &Link, machine_ns: &Arc<AtomicU64>) -> JobPlace {
         let number = self.next_job.fetch_add(1, Relaxed);
-        self.routes.open_job(number, link);
+        self.routes.open_job(number, link, machine_ns);
         let seat = Seat {
             preparer: Arc::clone(&self.preparer),
             engine: Arc::clone(&self.engine),
@@ -205,6 +213,11 @@ impl LiveModel {
     /// Sequences that somebody waits for.
     pub fn n_open(&self) -> usize {
         self.routes.n_open()
+    }
+
+    /// Whether the engine has ended.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
     }
 
     /// Returns when the engine has ended, which it does only by a fault.
@@ -243,20 +256,33 @@ struct Receiving {
     stats: Arc<Mutex<EngineStats>>,
     end: watch::Sender<bool>,
     pace: Pace,
+    /// Engines that have work, of all that share the machine.
+    n_busy: Arc<AtomicUsize>,
+    is_busy: bool,
 }
 
 impl Receiving {
     fn take(&mut self, step: Delivery<'_>) {
-        self.pace.note(step.stats);
+        let time = self.pace.note(step.stats);
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = *step.stats;
-        self.routes.deliver(step.progress, step.finished, step.stats);
+        let is_busy = !step.step.is_empty();
+        match (self.is_busy, is_busy) {
+            (false, true) => drop(self.n_busy.fetch_add(1, Relaxed)),
+            (true, false) => drop(self.n_busy.fetch_sub(1, Relaxed)),
+            _ => {}
+        }
+        self.is_busy = is_busy;
+        // Engines that work at the same time share the machine.
+        let machine_ns = time.as_nanos() as u64 / self.n_busy.load(Relaxed).max(1) as u64;
+        self.routes.deliver(step, machine_ns);
     }
 }
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        self.routes.close();
+        // First, so that whoever finds a call closed finds out why.
         self.end.send_replace(true);
+        self.routes.close();
     }
 }
 

@@ -2,6 +2,7 @@
 //! together, are those of the answer without a stream, at the same indices.
 
 use super::App;
+use super::auth::Owner;
 use super::body::JsonObject;
 use super::call::{Call, Identity, Prepared, Streaming, named};
 use super::errors::{ApiError, Dialect, json_response};
@@ -13,6 +14,7 @@ use crate::format::anthropic::parse_messages;
 use crate::format::openai::Endpoint;
 use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError};
 use async_stream::stream;
+use axum::Extension;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
@@ -23,13 +25,14 @@ use std::sync::Arc;
 /// Answers a message.
 pub(super) async fn create(
     State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
     headers: HeaderMap,
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
     let prepared = prepare(&app, &headers, &body, true).await?;
     let stops = prepared.prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
-    let mut call = Call::submit(&prepared, &Identity::new())?;
+    let mut call = Call::submit((&app, &owner), &prepared, &Identity::new())?;
     if streaming.is_on {
         return Ok(sse::response(events(call, stops)));
     }
@@ -41,6 +44,8 @@ pub(super) async fn create(
     message["stop_reason"] = end.reason.into();
     message["stop_sequence"] = end.stop.into();
     message["usage"] = usage(&completion);
+    call.close(&completion, &mut message["usage"]);
+    call.settle(Some(&message)).await;
     Ok(json_response(&message))
 }
 
@@ -68,7 +73,7 @@ async fn prepare(
     let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
     let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
     let prompts = prompts.map_err(|error| too_long(error, body))?;
-    Ok(Prepared { model, window, prompts, echo: None })
+    Ok(Prepared { model, window, prompts, echo: None, id_prefix: "msg_" })
 }
 
 /// Clients know a prompt that is too long by the beginning of this text.
@@ -179,6 +184,7 @@ fn block_stop(index: usize) -> String {
 
 fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
     stream! {
+        call.is_streamed = true;
         let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
         yield event(json!({"type": "", "message": message(&call)}), "message_start");
         yield event(json!({"type": ""}), "ping");
@@ -225,7 +231,10 @@ fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
         }
         let end = End::of(&call, &completion, &stops);
         let delta = json!({"stop_reason": end.reason, "stop_sequence": end.stop});
-        yield event(json!({"type": "", "delta": delta, "usage": usage(&completion)}), "message_delta");
+        let mut usage = usage(&completion);
+        call.close(&completion, &mut usage);
+        call.settle(None).await;
+        yield event(json!({"type": "", "delta": delta, "usage": usage}), "message_delta");
         yield event(json!({"type": ""}), "message_stop");
     }
 }

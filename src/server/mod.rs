@@ -4,9 +4,11 @@
 
 mod auth;
 pub mod background;
+mod batch_retry;
 pub mod batch_runs;
 mod batches;
 mod body;
+pub mod books;
 pub mod call;
 mod chat;
 mod completions;
@@ -17,18 +19,23 @@ mod files;
 pub mod flow;
 mod http;
 pub mod ids;
+pub mod limits;
 pub mod live;
 mod messages;
 mod metrics;
 pub mod models;
+pub mod once;
 mod pace;
 mod paging;
+mod places;
+pub mod prices;
 pub mod response_events;
 pub mod responses;
 mod shown;
 mod sse;
 mod stored;
 mod tokens;
+pub mod usage;
 mod webhooks;
 pub mod windows;
 
@@ -40,16 +47,18 @@ use anyhow::{Context, Result, bail};
 use auth::{Keys, Owner};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use background::Background;
 use batch_runs::Batches;
+use books::Books;
 use deliveries::Deliveries;
 use errors::{ApiError, Dialect, json_response};
 use metrics::Counters;
 use models::Models;
+use once::Once;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -78,6 +87,8 @@ pub struct App {
     pub batches: Batches,
     /// What is told to webhooks.
     pub deliveries: Deliveries,
+    books: Books,
+    once: Once,
     /// The data folder.
     pub data: PathBuf,
     max_file_bytes: u64,
@@ -110,10 +121,12 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             background,
             batches: Batches::default(),
             deliveries: Deliveries::new(config.limits.webhook_private_addresses)?,
+            books: Books::new(config.hour_price, config.currency.clone()),
             data: config.data.clone(),
             max_file_bytes: config.limits.max_file_bytes,
             max_batch_rows: config.limits.max_batch_rows,
-            keys: Keys::new(config.api_keys.iter().map(String::as_str)),
+            keys: Keys::new(&config.keys, config.limits.rates),
+            once: Once::default(),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
             max_body_bytes: config.limits.max_body_bytes,
@@ -124,9 +137,12 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         background::start(&app, queues).await?;
         batch_runs::start(&app).await?;
         tokio::spawn(deliveries::run(Arc::clone(&app)));
+        tokio::spawn(books::run(Arc::clone(&app)));
         tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
         let ended = run(listener, Arc::clone(&app), config).await;
+        app.read_meters().await?;
         if let Some(id) = app.models.ended() {
+            app.store.write(crate::store::responses::note_fault).await?;
             bail!("the engine of {id} failed");
         }
         ended
@@ -151,6 +167,7 @@ async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Resu
     tokio::select! {
         () = server.accept(listener) => {}
         () = app.models.any_ended() => return Ok(()),
+        () = app.store.ended() => bail!("a thread of the database failed"),
         () = any_signal() => {}
     }
     app.is_draining.store(true, Relaxed);
@@ -165,17 +182,31 @@ async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Resu
         () = any_signal() => {}
         () = app.models.any_ended() => {}
     }
+    // What batches have computed is put into their journals.
+    let put = async {
+        while app.batches.n_open() > 0 {
+            tokio::time::sleep(PAUSING).await;
+        }
+    };
+    tokio::select! {
+        () = put => {}
+        () = tokio::time::sleep(config.limits.drain) => say("some batches had not paused"),
+        () = any_signal() => {}
+        () = app.models.any_ended() => {}
+    }
     Ok(())
 }
 
+/// How often it is looked whether all batches have paused.
+const PAUSING: Duration = Duration::from_millis(20);
 /// How often what is old is looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
 /// Removes what is too old, until the server ends.
 async fn sweep(app: Arc<App>, retention: Duration) {
     while !app.is_draining() {
-        let told = deliveries::forget_old(&app, retention).await;
-        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, told] {
+        let (told, keys) = (deliveries::forget_old(&app, retention).await, once::forget_old(&app).await);
+        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, told, keys] {
             if let Err(error) = swept {
                 say(&format!("removing what is old: {error:#}"));
             }
@@ -208,6 +239,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/batches", post(batches::create).get(batches::list))
         .route("/v1/batches/{id}", get(batches::retrieve))
         .route("/v1/batches/{id}/cancel", post(batches::cancel))
+        .route("/v1/batches/{id}/retry", post(batch_retry::create))
         .route("/v1/batches/{id}/{custom_id}", get(batches::result))
         .route("/v1/webhook_endpoints", post(webhooks::create).get(webhooks::list))
         .route("/v1/webhook_endpoints/{id}", get(webhooks::retrieve).post(webhooks::update).delete(webhooks::delete))
@@ -215,6 +247,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/webhook_endpoints/{id}/test", post(webhooks::test))
         .route("/v1/webhook_endpoints/{id}/redeliver", post(webhooks::redeliver))
         .route("/v1/webhook_event_types", get(webhooks::event_types_list))
+        .route("/v1/usage", get(usage::show))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         // Clients that add `/v1` themselves, given a base that has it.
@@ -240,18 +273,20 @@ async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if app.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(json_response(&json!({"status": "ready"}))) }
 }
 
+/// What counts as a request where requests are limited: what makes the model work at once.
+const LIMITED: [&str; 5] = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/v1/messages"];
+
 /// What every request passes through: its id, whether it may, and the form of its error.
-async fn front(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let request_id = ids::new("req_");
     let path = request.uri().path();
     let dialect = Dialect::of(path, request.headers());
     let is_open = path == "/health" || path == "/ready";
     let allowed = if is_open { Ok(None) } else { app.admit(&request).map(Some) };
+    let allowance = app.allowance_for(&allowed, request.method(), path);
     let response = match allowed {
-        Ok(owner) => {
-            owner.and_then(|owner| request.extensions_mut().insert(owner));
-            next.run(request).await
-        }
+        Ok(Some(owner)) => once::through(&app, owner, request, next).await.unwrap_or_else(ApiError::into_response),
+        Ok(None) => next.run(request).await,
         Err(error) => error.into_response(),
     };
     let mut response = match response.extensions().get::<ApiError>() {
@@ -264,6 +299,9 @@ async fn front(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
             written
         }
     };
+    if let Some(allowance) = allowance {
+        allowance.tell(response.headers_mut());
+    }
     app.counters.count(response.status().as_u16());
     if let Ok(id) = HeaderValue::try_from(request_id) {
         response.headers_mut().insert("x-request-id", id.clone());
@@ -275,6 +313,23 @@ async fn front(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
 impl App {
     fn is_draining(&self) -> bool {
         self.is_draining.load(Relaxed)
+    }
+
+    /// What limits a request of that kind, if anything does.
+    fn allowance_for(
+        &self,
+        owner: &Result<Option<Owner>, ApiError>,
+        method: &Method,
+        path: &str,
+    ) -> Option<Arc<limits::Allowance>> {
+        let owner = owner.as_ref().ok()?.as_ref()?;
+        if *method == Method::POST && LIMITED.contains(&path) { self.keys.allowance(owner).cloned() } else { None }
+    }
+
+    /// Takes a request from what its owner may ask for.
+    fn take_request(&self, owner: &Owner, method: &Method, path: &str) -> Result<(), ApiError> {
+        let allowance = self.allowance_for(&Ok(Some(owner.clone())), method, path);
+        allowance.map_or(Ok(()), |allowance| allowance.take_request())
     }
 
     fn admit(&self, request: &Request) -> Result<Owner, ApiError> {

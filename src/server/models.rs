@@ -4,7 +4,8 @@
 use super::App;
 use super::errors::{ApiError, json_response};
 use super::live::LiveModel;
-use super::windows::Window;
+use super::prices::Prices;
+use super::windows::{self, Mode, Window};
 use crate::config::ModelConfig;
 use crate::config::serve::ServeConfig;
 use anyhow::{Result, ensure};
@@ -22,6 +23,8 @@ pub struct Offered {
     pub id: String,
     /// Windows that it may be asked for, at least one.
     pub windows: Vec<Window>,
+    /// What it costs.
+    pub prices: Prices,
     /// What answers.
     pub live: Arc<LiveModel>,
     /// Unix seconds of the start.
@@ -38,6 +41,7 @@ impl Models {
     pub(super) fn load(config: &ServeConfig) -> Result<Self> {
         let mut offered: Vec<Arc<Offered>> = Vec::new();
         let mut loaded: Vec<(&ModelConfig, Arc<LiveModel>)> = Vec::new();
+        let n_busy = Arc::default();
         for next in &config.models {
             let model = &next.model;
             let key = |model: &ModelConfig| {
@@ -50,14 +54,15 @@ impl Models {
             } else {
                 let same = config.models.iter().filter(|other| key(&other.model) == key(model));
                 let names = same.filter_map(|other| other.id.clone()).collect();
-                let live = Arc::new(LiveModel::start(model, names, config.defaults.clone(), &config.limits)?);
+                let live =
+                    Arc::new(LiveModel::start(model, names, config.defaults.clone(), &config.limits, Arc::clone(&n_busy))?);
                 loaded.push((model, Arc::clone(&live)));
                 live
             };
             let id = next.id.clone().unwrap_or_else(|| live.preparer.model.name.clone());
             ensure!(offered.iter().all(|other| other.id != id), "model.id: {id:?} is offered twice");
-            let (windows, has_ended) = (next.windows.clone(), AtomicBool::new(false));
-            offered.push(Arc::new(Offered { id, windows, live, created: now(), has_ended }));
+            let (windows, prices, has_ended) = (next.windows.clone(), next.prices, AtomicBool::new(false));
+            offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), has_ended }));
         }
         Ok(Self(offered))
     }
@@ -85,6 +90,17 @@ impl Models {
         &self.0
     }
 
+    /// Checks a window that is asked for before it is known of which model.
+    ///
+    /// # Errors
+    /// None supports it.
+    pub(super) fn check_window(&self, asked: &str) -> Result<(), ApiError> {
+        let supports = |window: &&Window| self.0.iter().any(|model| model.windows.contains(window));
+        let supported: Vec<Window> = Window::ALL.iter().filter(supports).copied().collect();
+        let names: Vec<&str> = self.0.iter().map(|model| model.id.as_str()).collect();
+        windows::resolve(Some(asked), Mode::Background, &names.join(", "), &supported).map(drop)
+    }
+
     /// One of each that is in memory.
     pub(super) fn loaded(&self) -> Vec<&Offered> {
         let is_first = |i: usize| self.0[..i].iter().all(|other| !Arc::ptr_eq(&other.live, &self.0[i].live));
@@ -102,6 +118,11 @@ impl Models {
             });
         }
         ends.join_next().await;
+    }
+
+    /// Whether any engine has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.0.iter().any(|model| model.live.has_ended())
     }
 
     /// A model whose engine has ended.
@@ -122,9 +143,9 @@ pub(super) fn now() -> u64 {
 
 impl Offered {
     /// One object that both dialects' clients read.
-    fn shown(&self) -> Value {
+    fn shown(&self, currency: &str) -> Value {
         let max_context = self.live.preparer.max_context;
-        json!({
+        let mut shown = json!({
             "id": self.id,
             "object": "model",
             "created": self.created,
@@ -137,7 +158,12 @@ impl Offered {
             "lifecycle": "active",
             "max_input_tokens": max_context,
             "max_tokens": max_context,
-        })
+        });
+        let pricing = self.prices.shown(&self.windows, currency);
+        if !pricing.is_null() {
+            shown["pricing"] = pricing;
+        }
+        shown
     }
 }
 
@@ -153,7 +179,7 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Response {
     let id = |model: Option<&Arc<Offered>>| model.map(|model| model.id.clone());
     json_response(&json!({
         "object": "list",
-        "data": models.iter().map(|model| model.shown()).collect::<Vec<_>>(),
+        "data": models.iter().map(|model| model.shown(&app.books.currency)).collect::<Vec<_>>(),
         "has_more": false,
         "first_id": id(models.first()),
         "last_id": id(models.last()),
@@ -163,5 +189,5 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Response {
 /// `GET /v1/models/{id…}`
 pub(super) async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let model = app.models.find(&id).ok_or_else(|| unknown(&id))?;
-    Ok(json_response(&model.shown()))
+    Ok(json_response(&model.shown(&app.books.currency)))
 }

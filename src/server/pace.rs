@@ -30,15 +30,15 @@ impl Pace {
         Self { meter, max_step, limit, before: (Duration::ZERO, 0), seconds_per_token: 0.0 }
     }
 
-    /// Learns from the step that just ended.
-    pub(super) fn note(&mut self, stats: &EngineStats) {
+    /// Learns from the step that just ended, and gives its time.
+    pub(super) fn note(&mut self, stats: &EngineStats) -> Duration {
         let reading = self.meter.read();
         let time = reading.prefill + reading.decode;
         let tokens = stats.prefill_tokens + stats.decode_tokens + stats.recomputed_tokens;
         let (step_time, step_tokens) = (time.saturating_sub(self.before.0), tokens - self.before.1);
         self.before = (time, tokens);
         if step_tokens < MIN_TOKENS {
-            return;
+            return step_time;
         }
         let new = step_time.as_secs_f64() / step_tokens as f64;
         // What is slower counts at once: the next step must not take too long.
@@ -47,5 +47,6 @@ impl Pace {
             let limit = self.max_step.as_secs_f64() / self.seconds_per_token;
             self.limit.store((limit as usize).max(LEAST), Relaxed);
         }
+        step_time
     }
 }

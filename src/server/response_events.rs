@@ -116,6 +116,11 @@ impl Told {
         self.n_events
     }
 
+    /// Whether any text was told.
+    pub fn has_text(&self) -> bool {
+        !self.text.is_empty() || self.n_logprobs > 0
+    }
+
     /// What of the text is new; an error if it is another one than before.
     fn skip<'t>(&mut self, text: &'t str) -> Result<&'t str, RowError> {
         let n_bytes = self.text.len().min(text.len());

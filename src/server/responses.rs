@@ -5,15 +5,18 @@ use super::App;
 use super::auth::Owner;
 use super::background;
 use super::body::JsonObject;
+use super::books::{Bill, JSON};
 use super::call::{Call, Streaming, take_bool};
 use super::conversation;
 use super::errors::{ApiError, json_response};
 use super::models::now;
+use super::once::Claim;
 use super::response_events::{TERMINAL, Told, events};
 use super::sse;
-use super::windows::{Mode, Window};
+use super::windows::Window;
 use crate::format::openai::{Endpoint, is_known};
 use crate::outcome::Completion;
+use crate::pipeline::progress::say;
 use crate::store::responses::{self, StoredResponse};
 use async_stream::stream;
 use axum::Extension;
@@ -44,21 +47,21 @@ pub(super) async fn create(
             super::stored::show(&app, &owner, &id).await
         };
     }
-    let call = Call::start(&app, Endpoint::Responses, &body, Mode::Foreground).await?;
-    let shelf = Shelf { app: Arc::clone(&app), owner, items, previous: own.previous.clone() };
+    let mut call = Call::start(&app, &owner, Endpoint::Responses, &body).await?;
+    let bill = Arc::clone(&call.bill);
+    let (previous, is_used, is_streamed) = (own.previous.clone(), own.store, streaming.is_on);
+    let shelf = Shelf { app: Arc::clone(&app), owner, items, previous, is_used, is_streamed, bill };
     if !streaming.is_on {
-        let response = answer(call, &own).await?;
-        if own.store {
-            shelf.put(&response).await?;
-        }
+        let mut response = answer(call, &own).await?;
+        shelf.put(&mut response).await;
         return Ok(json_response(&response));
     }
+    call.is_streamed = true;
     Ok(sse::response(stream! {
-        let is_stored = own.store;
         let mut events = pin!(events(call, own, Told::default()));
         while let Some((name, mut data)) = events.next().await {
-            if is_stored && TERMINAL.contains(&name) && shelf.put(&data["response"]).await.is_err() {
-                data["response"]["store"] = false.into();
+            if TERMINAL.contains(&name) {
+                shelf.put(&mut data["response"]).await;
             }
             yield sse::event(name, &data);
         }
@@ -72,10 +75,28 @@ struct Shelf {
     owner: Owner,
     items: Vec<Value>,
     previous: Option<String>,
+    /// Whether it is stored.
+    is_used: bool,
+    is_streamed: bool,
+    bill: Arc<Bill>,
 }
 
 impl Shelf {
-    async fn put(&self, response: &Value) -> Result<(), ApiError> {
+    /// What is remembered of it if its request may come again, and its answer is one text.
+    fn kept(&self, response: &Value) -> Option<(Arc<Claim>, String)> {
+        let claim = self.owner.claim.clone().filter(|_| !self.is_streamed);
+        claim.map(|claim| (claim, response.to_string()))
+    }
+
+    /// Puts it there, with what it is charged. It is given whatever the disk does; if that fails, it says so.
+    async fn put(&self, response: &mut Value) {
+        let entry = self.bill.take();
+        if !self.is_used {
+            if let Some(entry) = entry {
+                self.app.charge(entry, self.kept(response)).await;
+            }
+            return;
+        }
         let text = |key: &str| response[key].as_str().unwrap_or_default().to_owned();
         let stored = StoredResponse {
             id: text("id"),
@@ -87,8 +108,20 @@ impl Shelf {
             input: Value::from(self.items.clone()).to_string(),
             body: response.to_string(),
             request: None,
+            n_faults: 0,
         };
-        Ok(self.app.store.write(move |connection| responses::insert(connection, &stored)).await?)
+        let (app, kept) = (Arc::clone(&self.app), self.kept(response));
+        let put = self.app.store.write(move |connection| {
+            responses::insert(connection, &stored)?;
+            if let Some((claim, answer)) = kept {
+                claim.keep(connection, JSON, &answer)?;
+            }
+            entry.map_or(Ok(()), |entry| app.books.add(connection, &entry))
+        });
+        if let Err(error) = put.await {
+            say(&format!("a response could not be stored: {error:#}"));
+            response["store"] = false.into();
+        }
     }
 }
 
@@ -188,6 +221,7 @@ pub(super) fn finished(call: &Call, own: &Own, completion: &Completion) -> Value
         response["completed_at"] = now().into();
     }
     own.put_on(&mut response, call.window);
+    call.close(completion, &mut response["usage"]);
     response
 }
 

@@ -32,6 +32,8 @@ const MAX_WAIT_S: u64 = 600;
 const DEFAULT_WAIT_S: u64 = 60;
 /// States of responses.
 const STATES: [&str; 6] = ["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"];
+/// How often responses that nobody runs are looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long those that end together are gathered.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -250,10 +252,18 @@ pub(super) async fn wait(
     let mut ends = app.background.ends();
     loop {
         ends.mark_unchanged();
-        let (closed, pending): (Vec<String>, Vec<String>) = ids.iter().cloned().partition(|id| !app.background.is_open(id));
+        let (closed, pending) = app.background.closed_and_open(&ids);
         let left = end.saturating_duration_since(Instant::now());
         if !closed.is_empty() || left.is_zero() {
-            return given(&app, owner, closed, pending).await;
+            let (ended, open) = given(&app, &owner, closed.into_iter().cloned().collect()).await?;
+            if !ended.is_empty() || left.is_zero() || app.is_draining() {
+                let data: Vec<Value> = ended.iter().map(|body| object(body)).collect::<Result<_, _>>()?;
+                let pending: Vec<&String> = pending.into_iter().chain(&open).collect();
+                return Ok(json_response(&json!({"object": "list", "data": data, "pending": pending})));
+            }
+            // Nobody runs them, and they have not ended: they are run at the next start.
+            tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+            continue;
         }
         // An error means that the time is up; that is seen above.
         drop(tokio::time::timeout(left, ends.changed()).await);
@@ -278,8 +288,9 @@ fn ids_of(value: Option<Value>) -> Result<Vec<String>, ApiError> {
     ids.collect()
 }
 
-/// What of the closed ones has ended; the rest is pending.
-async fn given(app: &App, owner: Owner, closed: Vec<String>, mut pending: Vec<String>) -> Result<Response, ApiError> {
+/// What of these has ended, and the rest.
+async fn given(app: &App, owner: &Owner, closed: Vec<String>) -> Result<(Vec<String>, Vec<String>), ApiError> {
+    let owner = owner.to_string();
     let found = app.store.read(move |connection| {
         let (mut ended, mut open) = (Vec::new(), Vec::new());
         let mut rest = closed.into_iter();
@@ -296,8 +307,5 @@ async fn given(app: &App, owner: Owner, closed: Vec<String>, mut pending: Vec<St
         open.extend(rest);
         Ok(Ok((ended, open)))
     });
-    let (ended, open) = found.await??;
-    pending.extend(open);
-    let data: Vec<Value> = ended.iter().map(|body| object(body)).collect::<Result<_, _>>()?;
-    Ok(json_response(&json!({"object": "list", "data": data, "pending": pending})))
+    found.await?
 }

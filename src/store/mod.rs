@@ -2,8 +2,10 @@
 //! the texts that it keeps say. Invariants: what a write gave back is on the disk; a write is done as a whole or not at
 //! all; of one data folder there is one server.
 
+pub mod answers;
 pub mod batches;
 pub mod files;
+pub mod ledger;
 pub mod responses;
 pub mod webhooks;
 
@@ -15,10 +17,13 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 /// Statements that bring a database from each version to the next.
-const MIGRATIONS: &[&str] = &[responses::TABLES, files::TABLES, batches::TABLES, webhooks::TABLES];
+const MIGRATIONS: &[&str] =
+    &[responses::TABLES, files::TABLES, batches::TABLES, webhooks::TABLES, ledger::TABLES, answers::TABLES, responses::FAULTS];
+/// The database, in its folder.
+const FILE: &str = "valar.db";
 /// Most writes that share one commit.
 const GROUP: usize = 256;
 /// How long a statement may wait for another process that looks at the database.
@@ -28,12 +33,15 @@ const BUSY: Duration = Duration::from_secs(10);
 pub struct Store {
     writer: Sender<Work>,
     reader: Sender<Work>,
+    /// Of each thread's end.
+    alive: [watch::Receiver<()>; 2],
     /// Held as long as the store is open.
     _lock: File,
 }
 
-/// Does something, and gives what is to be told once that is committed, or why it was not.
-type Work = Box<dyn FnOnce(&Connection) -> Told + Send>;
+/// Does something, unless there is a reason why that can't be, and gives what is to be told once it is committed, or why it was
+/// not.
+type Work = Box<dyn FnOnce(Result<&Connection, String>) -> Told + Send>;
 type Told = Box<dyn FnOnce(Result<(), String>) + Send>;
 
 impl Store {
@@ -50,7 +58,7 @@ impl Store {
             Err(TryLockError::WouldBlock) => bail!("another server uses the data folder {shown}"),
             Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {shown}")),
         }
-        let path = folder.join("valar.db");
+        let path = folder.join(FILE);
         let open = || -> Result<(Connection, Connection)> {
             let mut writer = Connection::open(&path)?;
             writer.busy_timeout(BUSY)?;
@@ -63,11 +71,9 @@ impl Store {
             Ok((writer, reader))
         };
         let (writer, reader) = open().with_context(|| format!("{}", path.display()))?;
-        Ok(Self {
-            writer: thread("store-write", writer, write_all)?,
-            reader: thread("store-read", reader, read_all)?,
-            _lock: lock,
-        })
+        let (writer, is_writing) = thread("store-write", writer, write_all)?;
+        let (reader, is_reading) = thread("store-read", reader, read_all)?;
+        Ok(Self { writer, reader, alive: [is_writing, is_reading], _lock: lock })
     }
 
     /// Writes; when this returns well, it is on the disk.
@@ -79,13 +85,14 @@ impl Store {
         answer.await.map_err(|_| ended())?
     }
 
-    /// As [`Store::write`], on a thread that may wait.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn write_blocking<T: Send + 'static>(&self, work: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        let answer = send(&self.writer, |connection| in_savepoint(connection, work));
-        answer.blocking_recv().map_err(|_| ended())?
+    /// Returns when one of its threads has ended, which it does only by a fault.
+    pub async fn ended(&self) {
+        let [mut writer, mut reader] = self.alive.clone();
+        // Nobody sends: an error means that the thread is gone.
+        tokio::select! {
+            _ = writer.changed() => {}
+            _ = reader.changed() => {}
+        }
     }
 
     /// Reads what was committed; whoever has written sees it.
@@ -97,6 +104,20 @@ impl Store {
     }
 }
 
+/// Reads the database of a data folder, whether a server uses it or not.
+///
+/// # Errors
+/// There is none, it is of another version, or the work's own.
+pub fn look<T>(folder: &Path, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    let path = folder.join(FILE);
+    let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX);
+    let connection = connection.with_context(|| path.display().to_string())?;
+    connection.busy_timeout(BUSY)?;
+    let version: usize = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    ensure!(version == MIGRATIONS.len(), "{}: version {version}, this program's is {}", path.display(), MIGRATIONS.len());
+    work(&connection)
+}
+
 fn ended() -> anyhow::Error {
     anyhow!("the database's thread has ended")
 }
@@ -106,8 +127,8 @@ fn send<T: Send + 'static>(
     work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
 ) -> oneshot::Receiver<Result<T>> {
     let (reply, answer) = oneshot::channel();
-    let work = move |connection: &Connection| -> Told {
-        let done = work(connection);
+    let work = move |connection: Result<&Connection, String>| -> Told {
+        let done = connection.map_err(|why| anyhow!("cannot use the database: {why}")).and_then(work);
         Box::new(move |committed| {
             let result = committed.map_err(|why| anyhow!("cannot write to the database: {why}")).and(done);
             // Whoever asked may be gone; what was done is done.
@@ -123,28 +144,39 @@ fn thread(
     name: &str,
     mut connection: Connection,
     run: impl FnOnce(&mut Connection, &Receiver<Work>) + Send + 'static,
-) -> Result<Sender<Work>> {
+) -> Result<(Sender<Work>, watch::Receiver<()>)> {
     let (sender, work) = channel();
+    let (alive, is_alive) = watch::channel(());
     let thread = std::thread::Builder::new().name(name.into());
-    thread.spawn(move || run(&mut connection, &work)).context("cannot start the database's thread")?;
-    Ok(sender)
+    let run = move || {
+        let _alive = alive;
+        run(&mut connection, &work);
+    };
+    thread.spawn(run).context("cannot start the database's thread")?;
+    Ok((sender, is_alive))
 }
 
 /// Commits what waits together: each commit waits for the disk.
 fn write_all(connection: &mut Connection, work: &Receiver<Work>) {
     while let Ok(first) = work.recv() {
-        let mut told = Vec::new();
-        let group = || -> rusqlite::Result<()> {
+        let (mut told, mut next) = (Vec::new(), Some(first));
+        let mut group = || -> rusqlite::Result<()> {
             let transaction = Transaction::new(connection, Immediate)?;
-            told.push(first(&transaction));
-            while told.len() < GROUP
-                && let Ok(next) = work.try_recv()
-            {
-                told.push(next(&transaction));
+            let inside: &Connection = &transaction;
+            while let Some(work_of_group) = next.take() {
+                told.push(work_of_group(Ok(inside)));
+                // A fault of the disk ends the transaction by itself: what came after would be one of its own.
+                if told.len() < GROUP && !inside.is_autocommit() {
+                    next = work.try_recv().ok();
+                }
             }
             transaction.commit()
         };
         let committed = group().map_err(|error| error.to_string());
+        // The group could not begin.
+        if let (Some(refused), Err(why)) = (next, &committed) {
+            told.push(refused(Err(why.clone())));
+        }
         for tell in told {
             tell(committed.clone());
         }
@@ -155,8 +187,11 @@ fn read_all(connection: &mut Connection, work: &Receiver<Work>) {
     for work in work {
         // One moment of the database for all statements of a read.
         match connection.unchecked_transaction() {
-            Ok(transaction) => work(&transaction)(Ok(())),
-            Err(error) => work(connection)(Err(error.to_string())),
+            Ok(transaction) => {
+                let inside: &Connection = &transaction;
+                work(Ok(inside))(Ok(()));
+            }
+            Err(error) => work(Err(error.to_string()))(Ok(())),
         }
     }
 }
@@ -165,8 +200,11 @@ fn read_all(connection: &mut Connection, work: &Receiver<Work>) {
 fn in_savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     connection.execute_batch("SAVEPOINT work")?;
     let done = work(connection);
-    connection.execute_batch(if done.is_ok() { "RELEASE work" } else { "ROLLBACK TO work; RELEASE work" })?;
-    done
+    let ended = connection.execute_batch(if done.is_ok() { "RELEASE work" } else { "ROLLBACK TO work; RELEASE work" });
+    // Why the work failed says more than that the savepoint is gone with the transaction.
+    let value = done?;
+    ended?;
+    Ok(value)
 }
 
 fn migrate(connection: &mut Connection) -> Result<()> {
@@ -213,6 +251,33 @@ mod tests {
             again = Store::open(folder.path());
         }
         assert_eq!(again.unwrap().read(count).await.unwrap(), 200);
+    }
+
+    #[tokio::test]
+    async fn what_is_told_is_true_when_a_transaction_ends_by_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        store.write(|c| Ok(c.execute_batch("CREATE TABLE t (x)")?)).await.unwrap();
+        // As after some faults of the disk: the whole transaction is rolled back within a statement.
+        let writes = (0..300).map(|i| {
+            store.write(move |c| {
+                c.execute("INSERT INTO t VALUES (?1)", [i])?;
+                if i % 50 == 7 {
+                    c.execute_batch("ROLLBACK")?;
+                    bail!("the disk is full");
+                }
+                Ok(())
+            })
+        });
+        let done = futures::future::join_all(writes).await;
+        let told: Vec<usize> = (0..300).filter(|&i| done[i].is_ok()).collect();
+        let read = |c: &Connection| -> Result<Vec<usize>> {
+            let mut statement = c.prepare("SELECT x FROM t ORDER BY x")?;
+            let rows = statement.query_map([], |row| row.get(0))?;
+            Ok(rows.collect::<rusqlite::Result<_>>()?)
+        };
+        assert_eq!(store.read(read).await.unwrap(), told);
+        assert!(!told.contains(&7) && told.len() < 300);
     }
 
     #[test]

@@ -31,6 +31,9 @@ pub(super) const TABLES: &str = "
     ) STRICT, WITHOUT ROWID;
 ";
 
+/// How often an engine failed while a response ran.
+pub(super) const FAULTS: &str = "ALTER TABLE response ADD COLUMN n_faults INTEGER NOT NULL DEFAULT 0";
+
 /// States that something may come of.
 pub const OPEN: [&str; 2] = ["queued", "in_progress"];
 const DELETED: &str = "deleted";
@@ -56,6 +59,8 @@ pub struct StoredResponse {
     pub body: String,
     /// While it is open: what is run.
     pub request: Option<String>,
+    /// How often an engine failed while it ran.
+    pub n_faults: u32,
 }
 
 impl StoredResponse {
@@ -70,6 +75,7 @@ impl StoredResponse {
             input: row.get("input")?,
             body: row.get("body")?,
             request: row.get("request")?,
+            n_faults: row.get("n_faults")?,
         })
     }
 
@@ -89,7 +95,7 @@ pub type StoredEvent = (u64, String, String);
 pub fn insert(connection: &Connection, new: &StoredResponse) -> Result<()> {
     let sql = "INSERT INTO response (id, owner, created_at, status, is_background, previous, input, body, request)
                VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
-    let StoredResponse { id, owner, created_at, status, is_background, previous, input, body, request } = new;
+    let StoredResponse { id, owner, created_at, status, is_background, previous, input, body, request, .. } = new;
     let values = params![id, owner, created_at, status, is_background, previous, input, body, request];
     connection.prepare_cached(sql)?.execute(values)?;
     Ok(())
@@ -155,17 +161,28 @@ pub fn any(connection: &Connection, id: &str) -> Result<Option<StoredResponse>> 
     Ok(connection.prepare_cached("SELECT * FROM response WHERE id = ?1")?.query_row([id], StoredResponse::of).optional()?)
 }
 
+fn seq_and_owner(row: &Row<'_>) -> rusqlite::Result<(i64, String)> {
+    Ok((row.get(0)?, row.get(1)?))
+}
+
 /// Changes an open response and adds events; false, and nothing is done, if it is not open any more. A terminal state is
 /// its last, and is told to who wants to know.
 ///
 /// # Errors
 /// The database's.
 pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str>, events: &[StoredEvent]) -> Result<bool> {
-    let sql = "UPDATE response SET status = ?2, body = coalesce(?3, body),
-               request = CASE WHEN ?2 IN ('queued', 'in_progress') THEN request END
-               WHERE id = ?1 AND status IN ('queued', 'in_progress') RETURNING seq, owner";
-    let changed = connection.prepare_cached(sql)?.query_row(params![id, status, body], |row| Ok((row.get(0)?, row.get(1)?)));
-    let changed: Option<(i64, String)> = changed.optional()?;
+    // A row with a long conversation is not written again for each event.
+    let same = "SELECT seq, owner FROM response WHERE id = ?1 AND status = ?2 AND status IN ('queued', 'in_progress')";
+    let mut changed: Option<(i64, String)> = None;
+    if body.is_none() {
+        changed = connection.prepare_cached(same)?.query_row([id, status], seq_and_owner).optional()?;
+    }
+    if changed.is_none() {
+        let sql = "UPDATE response SET status = ?2, body = coalesce(?3, body),
+                   request = CASE WHEN ?2 IN ('queued', 'in_progress') THEN request END
+                   WHERE id = ?1 AND status IN ('queued', 'in_progress') RETURNING seq, owner";
+        changed = connection.prepare_cached(sql)?.query_row(params![id, status, body], seq_and_owner).optional()?;
+    }
     let Some((seq, owner)) = changed else { return Ok(false) };
     if !OPEN.contains(&status) {
         webhooks::tell(connection, &owner, &format!("response.{status}"), id)?;
@@ -175,6 +192,15 @@ pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str
         insert.execute(params![seq, number, name, data])?;
     }
     Ok(true)
+}
+
+/// Notes that an engine has failed while responses ran.
+///
+/// # Errors
+/// The database's.
+pub fn note_fault(connection: &Connection) -> Result<()> {
+    connection.execute("UPDATE response SET n_faults = n_faults + 1 WHERE status = 'in_progress' AND is_background", [])?;
+    Ok(())
 }
 
 /// Events of a response from a number on; at most `limit`.

@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// A row for the model of our server.
-fn line(id: &str, content: &str, extra: Value) -> String {
+pub(crate) fn line(id: &str, content: &str, extra: Value) -> String {
     let mut line: Value = serde_json::from_str(&chat_line(id, content, extra)).unwrap();
     line["body"]["model"] = MODEL.into();
     line.to_string()
 }
 
-fn lines(n: usize, max_tokens: usize) -> Vec<String> {
+pub(crate) fn lines(n: usize, max_tokens: usize) -> Vec<String> {
     let extra = |i: usize| json!({"max_tokens": 4 + i % max_tokens, "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
     (0..n).map(|i| line(&format!("row-{i}"), &format!("Tell me about the number {}.", i % 50), extra(i))).collect()
 }
@@ -31,7 +31,7 @@ impl Server {
     }
 
     #[track_caller]
-    fn batch_of(&self, content: &str) -> Value {
+    pub(crate) fn batch_of(&self, content: &str) -> Value {
         let file = self.upload("batch", content).json();
         let body = json!({"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"});
         let batch = self.post("/v1/batches", body);
@@ -39,13 +39,13 @@ impl Server {
         batch.json()
     }
 
-    fn batch(&self, id: &Value) -> Value {
+    pub(crate) fn batch(&self, id: &Value) -> Value {
         self.get(&format!("/v1/batches/{}", id.as_str().unwrap())).json()
     }
 
     /// Waits until it has ended.
     #[track_caller]
-    fn ended(&self, id: &Value) -> Value {
+    pub(crate) fn ended(&self, id: &Value) -> Value {
         let start = Instant::now();
         loop {
             let batch = self.batch(id);
@@ -62,7 +62,7 @@ impl Server {
     }
 
     /// By `custom_id`, the lines of a file of a batch's.
-    fn results(&self, file: &Value) -> BTreeMap<String, Value> {
+    pub(crate) fn results(&self, file: &Value) -> BTreeMap<String, Value> {
         let Some(id) = file.as_str() else { return BTreeMap::new() };
         let content = self.get(&format!("/v1/files/{id}/content"));
         assert_eq!((content.status, content.header("content-type")), (200, "application/octet-stream"));
@@ -77,7 +77,7 @@ impl Server {
 }
 
 /// What a row's answer depends on.
-fn essence(line: &Value) -> Value {
+pub(crate) fn essence(line: &Value) -> Value {
     let body = &line["response"]["body"];
     json!([line["custom_id"], body["choices"], body["usage"]["completion_tokens"], body["usage"]["prompt_tokens"], body["seed"]])
 }
@@ -203,6 +203,12 @@ fn what_is_wrong_with_a_call_is_said_by_its_field() {
             "completion_window",
         ),
         (json!({"requests": [{"custom_id": "-", "params": {}}], "endpoint": "/v1/responses"}), 400, "requests[0].custom_id"),
+        (json!({"requests": [{"custom_id": "cancel", "params": {}}], "endpoint": "/v1/responses"}), 400, "requests[0].custom_id"),
+        (
+            json!({"requests": [], "endpoint": "/v1/responses", "metadata": {"completion_window": "soon"}}),
+            400,
+            "metadata.completion_window",
+        ),
         (json!({"requests": [{"custom_id": "a", "params": 5}], "endpoint": "/v1/responses"}), 400, "requests[0].params"),
     ] {
         let answer = server.post("/v1/batches", body);

@@ -132,7 +132,10 @@ fn args(every: &'static str) -> [&'static str; 8] {
 fn journaled(sandbox: &Sandbox) -> (BTreeMap<(u64, u64), u64>, Vec<u64>) {
     let (mut begun, mut done) = (BTreeMap::new(), Vec::new());
     let entries = std::fs::read_dir(sandbox.path("out.job")).into_iter().flatten().filter_map(Result::ok);
-    let mut names: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.to_string_lossy().contains("seg-")).collect();
+    // What was being put when its writer was killed has another ending, and counts for nothing.
+    let is_segment = |name: &str| name.starts_with("seg-") && !name.contains('#');
+    let paths = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_segment)).map(|entry| entry.path());
+    let mut names: Vec<_> = paths.collect();
     names.sort();
     for name in names {
         // A file that is just being put is not there yet.

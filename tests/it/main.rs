@@ -3,7 +3,9 @@
 
 mod architecture;
 mod background;
+mod batch_ends;
 mod batches;
+mod callers;
 mod checkpoint;
 mod cli;
 mod columns;
@@ -28,6 +30,7 @@ mod lease;
 mod lease_store;
 mod memory;
 mod model;
+mod money;
 mod oracle;
 mod parameters;
 mod policies;

@@ -291,7 +291,7 @@ fn what_could_not_be_committed_is_committed_later() {
     let mut journal = Journal::create(JobDir::claim(&storage, &at, &TERMS).unwrap(), &manifest()).unwrap();
     let in_the_way = folder.path().join("x.job/seg-00001-00000001.jsonl");
     std::fs::create_dir(&in_the_way).unwrap();
-    let mut append = |journal: &mut Journal, row| journal.append(&outcome(row)).unwrap().unwrap();
+    let append = |journal: &mut Journal, row| journal.append(&outcome(row)).unwrap().unwrap();
     let first = append(&mut journal, 3);
     journal.begin_commit().unwrap();
     let second = append(&mut journal, 4);

@@ -144,7 +144,7 @@ fn the_tokenizer_can_be_asked() {
     let info = server.get("/tokenizer_info").json();
     assert_eq!((&info["eos_token"], info["chat_template"].is_string()), (&json!("<|im_end|>"), true));
     assert_eq!(server.post("/detokenize", json!({"tokens": [1, 10_000_000]})).json()["error"]["param"], "tokens[1]");
-    let asked = json!({"model": MODEL, "input": "How long is this?"});
+    let asked = json!({"model": MODEL, "input": "How long is this?", "max_output_tokens": 9});
     let counted = server.post("/v1/responses/input_tokens", asked.clone()).json();
     assert_eq!(counted["input_tokens"], server.post("/v1/responses", asked).json()["usage"]["input_tokens"]);
 }

@@ -305,6 +305,23 @@ def stored():
     assert client.responses.retrieve(running).status == "cancelled"
 
 
+def idempotency():
+    """A request that is sent again with its key is done once."""
+    for arguments in [{}, {"background": True}, {"store": False}]:
+        twice = [
+            client.responses.create(
+                model=MODEL, input="Hi", max_output_tokens=4, extra_headers={"Idempotency-Key": f"key {arguments}"}, **arguments
+            )
+            for _ in range(2)
+        ]
+        assert twice[0].id == twice[1].id, twice
+    try:
+        client.responses.create(model=MODEL, input="Bye", extra_headers={"Idempotency-Key": "key {}"})
+        raise AssertionError("accepted")
+    except openai.BadRequestError as error:
+        assert error.code == "idempotency_key_reused", error
+
+
 def batches():
     body = {"model": MODEL, "messages": HI, "max_tokens": 4, "temperature": 0}
     rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(5)]
@@ -372,7 +389,7 @@ def webhooks():
 if __name__ == "__main__":
     for check in [
         models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
-        documents_realtime, documents_async, stored, batches, webhooks,
+        documents_realtime, documents_async, stored, idempotency, batches, webhooks,
     ]:
         check()
         print(f"ok {check.__name__}", flush=True)

@@ -216,6 +216,15 @@ impl Stamp {
     }
 }
 
+/// What the id of an answer begins with.
+pub fn id_prefix(endpoint: Endpoint) -> &'static str {
+    match endpoint {
+        Endpoint::ChatCompletions => "chatcmpl-",
+        Endpoint::Completions => "cmpl-",
+        Endpoint::Responses => "resp_",
+    }
+}
+
 /// The id of a choice's k-th call, in the answer whose ids end with `id`.
 pub fn call_id(choice: usize, k: usize, id: &str) -> String {
     format!("call_{choice}_{k}_{id}")

@@ -1,0 +1,238 @@
+//! The books: what calls and batches are charged, and which of them the machine's time went to. Invariants: what ends is
+//! charged once, in the transaction that ends it where there is one; time of the machine that nobody is charged with is an
+//! entry of its own, so that all entries together are the time that the server ran.
+
+use super::App;
+use super::auth::Owner;
+use super::call::Call;
+use super::limits::Allowance;
+use super::models::{Offered, now};
+use super::once::Claim;
+use super::prices::{Amount, Price, machine_amount};
+use super::windows::Window;
+use crate::outcome::Usage;
+use crate::pipeline::hosted::Totals;
+use crate::pipeline::progress::say;
+use crate::store::Connection;
+use crate::store::batches;
+use crate::store::ledger::{self, Entry};
+use anyhow::Result;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often time that nobody was charged with is written down.
+const READ_EVERY: Duration = Duration::from_mins(1);
+/// What batches are called where calls have their window.
+pub(super) const BATCH_WINDOW: &str = "batch";
+
+/// The content type of answers.
+pub(super) const JSON: &str = "application/json";
+
+/// See the module.
+pub struct Books {
+    /// What an hour of the machine costs, in millionths; 0: that is not of interest.
+    pub(super) hour_price: u64,
+    /// What prices are in.
+    pub(super) currency: String,
+    since: Instant,
+    /// Time that entries since then account for.
+    accounted_ns: AtomicI64,
+}
+
+impl Books {
+    pub(super) fn new(hour_price: u64, currency: String) -> Self {
+        Self { hour_price, currency, since: Instant::now(), accounted_ns: AtomicI64::new(0) }
+    }
+
+    /// Adds an entry, within the transaction of what it tells of.
+    pub(super) fn add(&self, connection: &Connection, entry: &Entry) -> Result<()> {
+        ledger::add(connection, entry)?;
+        self.accounted_ns.fetch_add(entry.machine_ns, Relaxed);
+        Ok(())
+    }
+
+    /// Adds what nobody was charged with, up to now.
+    fn add_rest(&self, connection: &Connection) -> Result<()> {
+        let elapsed = self.since.elapsed().as_nanos() as i64;
+        let machine_ns = elapsed - self.accounted_ns.load(Relaxed);
+        self.add(connection, &Entry { at: now(), machine_ns, hour_price: self.hour_price, ..Entry::default() })
+    }
+}
+
+/// What one call is charged to.
+#[derive(Debug)]
+pub struct Bill {
+    entry: Entry,
+    price: Option<Price>,
+    /// What its owner may ask for.
+    allowance: Option<Arc<Allowance>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+enum State {
+    Open,
+    /// To be written.
+    Closed(Entry),
+    /// Written, or not to be.
+    Taken,
+}
+
+impl Bill {
+    /// Of a call that begins; `object` is the id that its answer has.
+    pub(super) fn new(app: &App, owner: &Owner, (model, window): (&Offered, Window), object: String, n_prompt: u64) -> Self {
+        let allowance = app.keys.allowance(owner).cloned();
+        if let Some(allowance) = &allowance {
+            allowance.take_tokens(n_prompt);
+        }
+        let price = model.prices.of(window);
+        let entry = Entry { object: Some(object), window: window.as_str().into(), ..app.entry(owner, &model.id, price) };
+        Self { entry, price, allowance, state: Mutex::new(State::Open) }
+    }
+
+    /// The call has come to this; what it costs, if that is known. Once closed it stays as it is.
+    pub(super) fn close(&self, usage: Usage, machine_ns: u64) -> Option<Amount> {
+        let entry = Entry {
+            at: now(),
+            n_requests: 1,
+            input_tokens: usage.prompt_tokens.into(),
+            cached_tokens: usage.cached_tokens.into(),
+            output_tokens: usage.completion_tokens.into(),
+            charge: self.price.map_or(0, |price| price.of(usage)),
+            machine_ns: machine_ns as i64,
+            ..self.entry.clone()
+        };
+        let cost = cost(self.price.is_some(), &entry);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*state, State::Open) {
+            if let Some(allowance) = &self.allowance {
+                allowance.take_tokens(entry.output_tokens);
+            }
+            *state = State::Closed(entry);
+        }
+        cost
+    }
+
+    /// What is to be written, once.
+    pub(super) fn take(&self) -> Option<Entry> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *state, State::Taken) {
+            State::Closed(entry) => Some(entry),
+            State::Open | State::Taken => None,
+        }
+    }
+}
+
+/// What its owner is told that it costs: by the price, else by the machine's time.
+fn cost(is_priced: bool, entry: &Entry) -> Option<Amount> {
+    if is_priced {
+        return Some(Amount(entry.charge.into()));
+    }
+    (entry.hour_price > 0).then(|| machine_amount(i128::from(entry.machine_ns) * i128::from(entry.hour_price)))
+}
+
+impl App {
+    fn entry(&self, owner: &str, model: &str, price: Option<Price>) -> Entry {
+        let prices = price.map_or([0; 3], |price| [price.input, price.cached, price.output]);
+        Entry {
+            owner: owner.to_owned(),
+            key: self.keys.name(owner),
+            model: model.to_owned(),
+            prices,
+            hour_price: self.books.hour_price,
+            ..Entry::default()
+        }
+    }
+
+    /// Writes down what a call came to, and its answer if its request may come again. It is given whatever the disk does.
+    pub(super) async fn charge(self: &Arc<Self>, entry: Entry, kept: Option<(Arc<Claim>, String)>) {
+        let app = Arc::clone(self);
+        let object = entry.object.clone().unwrap_or_default();
+        let work = move |connection: &Connection| {
+            app.books.add(connection, &entry)?;
+            kept.map_or(Ok(()), |(claim, answer)| claim.keep(connection, JSON, &answer))
+        };
+        if let Err(error) = self.store.write(work).await {
+            say(&format!("the ledger has no entry of {object}: {error:#}"));
+        }
+    }
+
+    /// The entry of a batch that has ended, and what it costs; `connection` is that of the transaction which ends it.
+    pub(super) fn bill_batch(
+        &self,
+        connection: &Connection,
+        (batch, owner, model): (&str, &str, &str),
+        totals: Totals,
+        machine_ns: &AtomicU64,
+    ) -> Result<Option<Amount>> {
+        let price = self.models.find(model).and_then(|model| model.prices.of_batch());
+        let (input_tokens, cached_tokens) = (totals.prompt_tokens, totals.cached_tokens);
+        let output_tokens = totals.completion_tokens;
+        let entry = Entry {
+            at: now(),
+            object: Some(batch.to_owned()),
+            window: BATCH_WINDOW.into(),
+            batch: batch.to_owned(),
+            n_requests: totals.n_ok,
+            input_tokens,
+            cached_tokens,
+            output_tokens,
+            charge: price.map_or(0, |price| price.charge(input_tokens, cached_tokens, output_tokens)),
+            machine_ns: machine_ns.swap(0, Relaxed) as i64,
+            ..self.entry(owner, model, price)
+        };
+        self.books.add(connection, &entry)?;
+        if price.is_some() {
+            return Ok(cost(true, &entry));
+        }
+        let taken = ledger::machine_cost_of_batch(connection, batch)?;
+        Ok((self.books.hour_price > 0).then(|| machine_amount(taken)))
+    }
+
+    /// Brings the books up to now: what batches have taken of the machine, and what nobody has.
+    pub(super) async fn read_meters(self: &Arc<Self>) -> Result<()> {
+        if self.books.hour_price == 0 {
+            return Ok(());
+        }
+        let (app, running) = (Arc::clone(self), self.batches.meters());
+        let work = move |connection: &Connection| {
+            for (id, meter) in running {
+                let machine_ns = meter.swap(0, Relaxed) as i64;
+                let Some(stored) = batches::any(connection, &id)?.filter(|_| machine_ns > 0) else { continue };
+                let body: serde_json::Value = serde_json::from_str(&stored.body)?;
+                let entry = app.entry(&stored.owner, body["model"].as_str().unwrap_or_default(), None);
+                let entry = Entry { at: now(), window: BATCH_WINDOW.into(), batch: id, machine_ns, ..entry };
+                app.books.add(connection, &entry)?;
+            }
+            app.books.add_rest(connection)
+        };
+        self.store.write(work).await
+    }
+}
+
+/// Keeps the books up to date until the server ends.
+pub(super) async fn run(app: Arc<App>) {
+    loop {
+        tokio::time::sleep(READ_EVERY).await;
+        if let Err(error) = app.read_meters().await {
+            say(&format!("the ledger: {error:#}"));
+        }
+    }
+}
+
+/// A caller that breaks a stream off has what was told.
+impl Drop for Call {
+    fn drop(&mut self) {
+        if !self.is_streamed {
+            return;
+        }
+        if let Some(usage) = self.flow.told() {
+            self.bill.close(usage, self.flow.machine_ns());
+        }
+        if let (Some(entry), Ok(runtime)) = (self.bill.take(), tokio::runtime::Handle::try_current()) {
+            let app = Arc::clone(&self.app);
+            runtime.spawn(async move { app.charge(entry, None).await });
+        }
+    }
+}

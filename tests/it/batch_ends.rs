@@ -1,0 +1,98 @@
+//! How batches end that something comes between: another batch that expires sooner, another model, a cancel; and that what did
+//! not run can be run again.
+
+use crate::batches::{essence, lines};
+use crate::serving::{KEY, MODEL, Server};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+impl Server {
+    /// Waits until a part of a batch is in its journal.
+    fn wait_for_journal(&self, id: &Value) {
+        let journal = self.sandbox.path(&format!("data/batches/{}/output.job", id.as_str().unwrap()));
+        // Not one that is being written.
+        let is_segment = |name: &str| name.starts_with("seg-") && name.ends_with(".jsonl");
+        while !std::fs::read_dir(&journal).is_ok_and(|mut entries| {
+            entries.any(|entry| entry.is_ok_and(|entry| is_segment(&entry.file_name().to_string_lossy())))
+        }) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn act(&self, id: &Value, action: &str) -> Value {
+        let answer = self.post(&format!("/v1/batches/{}/{action}", id.as_str().unwrap()), Value::Null);
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()
+    }
+}
+
+#[test]
+fn what_did_not_run_can_be_run_again() {
+    let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
+    let content = lines(60, 9);
+    let whole = server.ended(&server.batch_of(&content.join("\n"))["id"]);
+    let expected = server.results(&whole["output_file_id"]);
+    let answer = server.post(&format!("/v1/batches/{}/retry", whole["id"].as_str().unwrap()), Value::Null);
+    assert_eq!(answer.status, 400, "nothing failed: {}", answer.text);
+    let first = server.batch_of(&format!("\u{feff}{}\r\n", content.join("\r\n")));
+    server.act(&first["id"], "cancel");
+    let first = server.ended(&first["id"]);
+    let (done, rest) = (server.results(&first["output_file_id"]), server.results(&first["error_file_id"]));
+    assert!(!rest.is_empty(), "{first}");
+    let again = server.act(&first["id"], "retry");
+    assert_eq!(
+        json!([again["retry_of"], again["endpoint"], again["status"]]),
+        json!([first["id"], first["endpoint"], "validating"])
+    );
+    let again = server.ended(&again["id"]);
+    assert_eq!(again["request_counts"], json!({"total": rest.len(), "completed": rest.len(), "failed": 0}));
+    let more = server.results(&again["output_file_id"]);
+    assert_eq!(more.keys().collect::<BTreeSet<_>>(), rest.keys().collect::<BTreeSet<_>>());
+    for (id, line) in done.iter().chain(&more) {
+        assert_eq!(essence(line), essence(&expected[id]));
+    }
+    let answer = server.send("POST", &format!("/v1/batches/{}/retry", first["id"].as_str().unwrap()), &[("x-api-key", "x")], "");
+    assert_eq!(answer.status, 401);
+}
+
+#[test]
+fn a_batch_that_expires_sooner_goes_first() {
+    let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
+    let long: Vec<Value> = (0..2).map(|_| server.batch_of(&lines(400, 400).join("\n"))["id"].clone()).collect();
+    while long.iter().any(|id| server.batch(id)["status"] != "in_progress") {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let params = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5});
+    let body = json!({"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "params": params}], "completion_window": "1h"});
+    let short = server.post("/v1/batches", body).json();
+    assert_eq!(server.ended(&short["id"])["status"], "completed");
+    for id in &long {
+        let batch = server.batch(id);
+        assert_eq!(batch["status"], "in_progress", "{batch}");
+        server.act(id, "cancel");
+        assert_eq!(server.ended(id)["status"], "cancelled");
+    }
+    server.wait_idle();
+}
+
+#[test]
+fn what_was_done_stays_when_the_model_changes() {
+    let config = |numerics: &str| {
+        format!("[[model]]\nid = {MODEL:?}\nweights = {MODEL:?}\nnumerics = {numerics:?}\n[engine]\nmax_running = 4\n")
+    };
+    let mut server = Server::with(&config("int8"), &["--api-key", KEY]);
+    let n = 1500;
+    let batch = server.batch_of(&lines(n, 60).join("\n"));
+    server.wait_for_journal(&batch["id"]);
+    server.sandbox.write("valar.toml", config("bf16"));
+    server.restart();
+    let ended = server.ended(&batch["id"]);
+    let (done, rest) = (server.results(&ended["output_file_id"]), server.results(&ended["error_file_id"]));
+    assert_eq!(ended["status"], "completed", "{ended}");
+    assert!(!done.is_empty() && !rest.is_empty() && done.len() + rest.len() == n, "{} and {}", done.len(), rest.len());
+    assert!(rest.values().all(|line| line["error"]["code"] == "model_changed"));
+    assert_eq!(ended["request_counts"], json!({"total": n, "completed": done.len(), "failed": rest.len()}));
+    // They can be run by the model that there is now.
+    assert_eq!(server.act(&ended["id"], "retry")["status"], "validating");
+}

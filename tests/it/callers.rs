@@ -1,0 +1,137 @@
+//! Who calls, from outside: keys that are kept as hashes, what they may ask for, and requests that come again because their
+//! caller has heard no answer: they are done once.
+
+use crate::serving::{Answer, KEY, MODEL, Server};
+use serde_json::{Value, json};
+
+impl Server {
+    #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
+    fn again(&self, key: &str, path: &str, body: Value) -> Answer {
+        self.send("POST", path, &[("x-api-key", KEY), ("idempotency-key", key)], body.to_string())
+    }
+
+    fn total(&self) -> Value {
+        self.get("/v1/usage?group_by=").json()["total"].clone()
+    }
+}
+
+fn chat(content: &str, extra: Value) -> Value {
+    let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 9});
+    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body
+}
+
+#[test]
+fn a_request_that_comes_again_is_done_once() {
+    let mut server = Server::with("", &["--api-key", KEY, "--api-key", "another"]);
+    let response = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 9});
+    let unstored = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 9, "store": false});
+    let background = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 9, "background": true});
+    let batch = json!({"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "params": chat("Hi", json!({}))}]});
+    let requests = [
+        ("/v1/chat/completions", chat("Hi", json!({"temperature": 1})), false),
+        ("/v1/chat/completions", chat("Hi", json!({"stream": true, "temperature": 1})), false),
+        ("/v1/completions", json!({"model": MODEL, "prompt": "The sea", "temperature": 1}), false),
+        ("/v1/messages", chat("Hi", json!({"temperature": 1})), false),
+        ("/v1/responses", response, false),
+        ("/v1/responses", unstored, false),
+        ("/v1/responses", background, true),
+        ("/v1/batches", batch, true),
+    ];
+    let mut first = Vec::new();
+    for (i, (path, body, _)) in requests.iter().enumerate() {
+        let answer = server.again(&format!("key {i}"), path, body.clone());
+        assert_eq!((answer.status, answer.header("idempotent-replayed")), (200, ""), "{path}: {}", answer.text);
+        first.push(answer.text);
+    }
+    // Its work is done, too.
+    let background: Value = serde_json::from_str(&first[6]).unwrap();
+    let waited = server.post("/v1/responses/wait", json!({"ids": [background["id"]], "timeout_s": 60})).json();
+    assert_eq!(waited["pending"], json!([]));
+    let batch: Value = serde_json::from_str(&first[7]).unwrap();
+    while server.get(&format!("/v1/batches/{}", batch["id"].as_str().unwrap())).json()["status"] != "completed" {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let total = server.total();
+    assert_eq!(total["n_requests"], requests.len());
+    server.restart();
+    for (i, (path, body, is_live)) in requests.iter().enumerate() {
+        let answer = server.again(&format!("key {i}"), path, body.clone());
+        assert_eq!((answer.status, answer.header("idempotent-replayed")), (200, "true"), "{path}: {}", answer.text);
+        if *is_live {
+            // What has become of it, under the same name.
+            let (now, then): (Value, Value) = (answer.json(), serde_json::from_str(&first[i]).unwrap());
+            assert_eq!(now["id"], then["id"]);
+            assert!(["completed", "incomplete"].contains(&now["status"].as_str().unwrap()), "{now}");
+        } else {
+            assert_eq!(answer.text, first[i], "{path}");
+        }
+        let mut other = body.clone();
+        other["metadata"] = json!({"other": "yes"});
+        let answer = server.again(&format!("key {i}"), path, other);
+        assert_eq!((answer.status, answer.header("x-should-retry")), (400, "false"), "{path}: {}", answer.text);
+    }
+    let after = server.total();
+    assert_eq!((&after["n_requests"], &after["output_tokens"]), (&total["n_requests"], &total["output_tokens"]), "paid twice");
+    // Another caller's key is another key; a request that was refused is not remembered.
+    let answer = server.send(
+        "POST",
+        "/v1/chat/completions",
+        &[("x-api-key", "another"), ("idempotency-key", "key 0")],
+        requests[0].1.to_string(),
+    );
+    assert_eq!((answer.status, answer.header("idempotent-replayed")), (200, ""), "{}", answer.text);
+    assert_eq!(server.again("new", "/v1/chat/completions", chat("Hi", json!({"model": "nobody"}))).status, 404);
+    assert_eq!(server.again("new", "/v1/chat/completions", chat("Hi", json!({}))).status, 200);
+    assert_eq!(server.again(&"x".repeat(256), "/v1/chat/completions", chat("Hi", json!({}))).status, 400);
+}
+
+#[test]
+fn of_two_at_the_same_time_the_second_waits() {
+    let server = Server::start();
+    let body = chat("Count.", json!({"max_tokens": 60, "temperature": 1, "ignore_eos": true}));
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..6).map(|_| scope.spawn(|| server.again("one", "/v1/chat/completions", body.clone()))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    assert!(answers.iter().all(|answer| answer.status == 200 && answer.text == answers[0].text), "{answers:?}");
+    assert_eq!(answers.iter().filter(|answer| answer.header("idempotent-replayed").is_empty()).count(), 1);
+    assert_eq!(server.total()["n_requests"], 1);
+}
+
+#[test]
+fn a_key_gets_what_it_may_ask_for_and_is_known_by_its_hash() {
+    let sandbox = crate::common::Sandbox::new();
+    let printed = String::from_utf8(sandbox.run(&["key"]).stdout).unwrap();
+    let (boss, hash) = (printed.lines().next().unwrap(), printed.split("hash = \"").nth(1).unwrap().split('"').next().unwrap());
+    let config = format!(
+        "[[key]]\nname = \"boss\"\nhash = \"{hash}\"\nadmin = true\n\
+         [[key]]\nname = \"one\"\nkey = \"one\"\nrequests_per_minute = 1\n\
+         [[key]]\nname = \"few\"\nkey = \"few\"\ntokens_per_minute = 2\n"
+    );
+    let server = Server::with(&config, &[]);
+    let call = |key: &str, body: Value| server.send("POST", "/v1/chat/completions", &[("x-api-key", key)], body.to_string());
+    // The first is refused for another reason, and counts.
+    let answer = call("one", json!({}));
+    assert_eq!((answer.status, answer.header("x-ratelimit-limit-requests")), (400, "1"), "{}", answer.text);
+    let answer = call("one", chat("Hi", json!({})));
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{}", answer.text);
+    assert_eq!((answer.header("x-ratelimit-remaining-requests"), answer.header("x-should-retry")), ("0", "true"));
+    assert!((1..=60).contains(&answer.header("retry-after").parse::<u64>().unwrap()));
+    assert!(answer.header("anthropic-ratelimit-requests-reset").ends_with('Z'));
+    assert_eq!(server.send("GET", "/v1/models", &[("x-api-key", "one")], "").status, 200, "only work is limited");
+    // What was used beyond the limit is owed for minutes.
+    let answer = call("few", chat("Hi", json!({})));
+    assert_eq!((answer.status, answer.header("x-ratelimit-limit-tokens")), (200, "2"), "{}", answer.text);
+    assert_eq!(call("few", chat("Hi", json!({}))).status, 429);
+    let answer = call(boss, chat("Hi", json!({})));
+    assert_eq!((answer.status, answer.header("x-ratelimit-limit-tokens")), (200, ""), "{}", answer.text);
+    assert_eq!(call(hash, chat("Hi", json!({}))).status, 401);
+    let usage = |key: &str| server.send("GET", "/v1/usage?group_by=key", &[("x-api-key", key)], "").json();
+    let names =
+        |report: &Value| -> Vec<Value> { report["data"].as_array().unwrap().iter().map(|group| group["key"].clone()).collect() };
+    assert_eq!(names(&usage(boss)), [json!("boss"), json!("few")]);
+    assert_eq!(names(&usage("few")), [json!("few")]);
+    let database = std::fs::read(server.sandbox.path("data/valar.db")).unwrap();
+    assert!(!database.windows(boss.len()).any(|part| part == boss.as_bytes()), "a key is kept as it is");
+}

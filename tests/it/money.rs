@@ -1,0 +1,248 @@
+//! Prices, usage and the ledger from outside: what is charged is what the tokens of the answers cost, once, whatever is
+//! killed; however sums are told apart, they are the same whole.
+
+use crate::common::chat_line;
+use crate::serving::{KEY, MODEL, Server, read_until};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const PRICES: &str = "[prices]
+hour = 3.6
+asap = { input = 1.0, cached = 0.25, output = 3.0 }
+standard = { input = 0.5, cached = 0.05, output = 1.5 }
+batch = { input = 0.25, cached = 0.025, output = 0.75 }
+";
+
+/// An amount in millionths of millionths.
+#[track_caller]
+fn amount(value: &Value) -> i128 {
+    let text = value.as_str().unwrap_or_else(|| panic!("{value} is no amount"));
+    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+    assert!(part.len() <= 12, "{text}");
+    format!("{whole}{part:0<12}").parse().unwrap()
+}
+
+/// What a usage costs at prices of input, cached and output in millionths, whatever dialect it is in.
+fn expected(usage: &Value, [input, cached, output]: [i128; 3]) -> i128 {
+    let number = |keys: &[&str]| {
+        let found = keys.iter().find_map(|key| usage.pointer(key).and_then(Value::as_i64));
+        i128::from(found.unwrap_or_else(|| panic!("{keys:?} in {usage}")))
+    };
+    let n_cached =
+        number(&["/prompt_tokens_details/cached_tokens", "/input_tokens_details/cached_tokens", "/cache_read_input_tokens"]);
+    let n_input = number(&["/prompt_tokens", "/input_tokens"]);
+    // Anthropic's counts leave out what was cached.
+    let n_computed = if usage.get("cache_read_input_tokens").is_some() { n_input } else { n_input - n_cached };
+    n_computed * input + n_cached * cached + number(&["/completion_tokens", "/output_tokens"]) * output
+}
+
+const ASAP: [i128; 3] = [1_000_000, 250_000, 3_000_000];
+const STANDARD: [i128; 3] = [500_000, 50_000, 1_500_000];
+const BATCH: [i128; 3] = [250_000, 25_000, 750_000];
+
+impl Server {
+    fn usage(&self, group_by: &str) -> Value {
+        let answer = self.get(&format!("/v1/usage?group_by={group_by}"));
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()
+    }
+
+    /// A batch of chats, at its end.
+    fn whole_batch(&self, n: usize) -> Value {
+        let params = |i: usize| json!({"model": MODEL, "messages": [{"role": "user", "content": format!("Number {i}?")}], "max_tokens": 5});
+        let requests: Vec<Value> = (0..n).map(|i| json!({"custom_id": format!("r{i}"), "params": params(i)})).collect();
+        let made = self.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests})).json();
+        self.end_of_batch(made["id"].as_str().unwrap())
+    }
+
+    fn end_of_batch(&self, id: &str) -> Value {
+        loop {
+            let batch = self.get(&format!("/v1/batches/{id}")).json();
+            if ["completed", "failed", "expired", "cancelled"].contains(&batch["status"].as_str().unwrap()) {
+                return batch;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn ends_of(&self, ids: &[String]) -> Vec<Value> {
+        let (mut ended, mut pending) = (Vec::new(), json!(ids));
+        while pending != json!([]) {
+            let waited = self.post("/v1/responses/wait", json!({"ids": pending, "timeout_s": 60})).json();
+            ended.extend(waited["data"].as_array().unwrap().iter().cloned());
+            pending = waited["pending"].clone();
+        }
+        ended
+    }
+}
+
+/// A call of each kind, streamed and not; the usage that its answer tells.
+fn asap_usages(server: &Server) -> Vec<Value> {
+    let hi = json!([{"role": "user", "content": "Say hello."}]);
+    let chat = json!({"model": MODEL, "messages": hi, "max_tokens": 6});
+    let mut asap = vec![server.post("/v1/chat/completions", chat.clone()).json()["usage"].clone()];
+    let mut streamed = chat.clone();
+    streamed["stream"] = true.into();
+    streamed["stream_options"] = json!({"include_usage": true});
+    asap.push(server.post("/v1/chat/completions", streamed).chunks().last().unwrap()["usage"].clone());
+    let text = json!({"model": MODEL, "prompt": "The sea", "max_tokens": 4});
+    asap.push(server.post("/v1/completions", text).json()["usage"].clone());
+    asap.push(server.post("/v1/messages", chat.clone()).json()["usage"].clone());
+    let mut streamed = chat.clone();
+    streamed["stream"] = true.into();
+    let events = server.post("/v1/messages", streamed).events();
+    let delta = events.iter().find(|(name, _)| name == "message_delta").unwrap();
+    let last: Value = serde_json::from_str(&delta.1).unwrap();
+    asap.push(last["usage"].clone());
+    for store in [true, false] {
+        let body = json!({"model": MODEL, "input": "Say hello.", "max_output_tokens": 5, "store": store});
+        let response = server.post("/v1/responses", body.clone()).json();
+        asap.push(response["usage"].clone());
+        if store {
+            let path = format!("/v1/responses/{}", response["id"].as_str().unwrap());
+            assert_eq!(server.get(&path).json()["usage"], response["usage"]);
+        }
+        let mut streamed = body;
+        streamed["stream"] = true.into();
+        asap.push(server.post("/v1/responses", streamed).chunks().last().unwrap()["response"]["usage"].clone());
+    }
+    asap
+}
+
+#[test]
+fn every_answer_says_what_it_costs_and_the_ledger_adds_up() {
+    let server = Server::with(PRICES, &["--api-key", KEY, "--api-key", "another"]);
+    let model = server.get(&format!("/v1/models/{MODEL}")).json();
+    assert_eq!(model["pricing"]["standard"], json!({"input": "0.5", "cached_input": "0.05", "output": "1.5"}));
+    let asap = asap_usages(&server);
+    let background = json!({"model": MODEL, "input": "Say hello.", "max_output_tokens": 7, "background": true});
+    let id = server.post("/v1/responses", background).json()["id"].as_str().unwrap().to_owned();
+    let standard: Vec<Value> = server.ends_of(&[id]).iter().map(|response| response["usage"].clone()).collect();
+    let batch = server.whole_batch(4);
+    let mut charges = Vec::new();
+    for (usages, prices) in [(&asap, ASAP), (&standard, STANDARD), (&vec![batch["usage"].clone()], BATCH)] {
+        for usage in usages {
+            assert_eq!(amount(&usage["cost"]), expected(usage, prices), "{usage}");
+        }
+        charges.push(usages.iter().map(|usage| amount(&usage["cost"])).sum::<i128>());
+    }
+    let by_window = server.usage("window");
+    let of = |name: &str| by_window["data"].as_array().unwrap().iter().find(|group| group["window"] == name).unwrap();
+    for (name, charge, n) in [("asap", charges[0], asap.len()), ("standard", charges[1], 1), ("batch", charges[2], 4)] {
+        assert_eq!((amount(&of(name)["charge"]), of(name)["n_requests"].as_u64()), (charge, Some(n as u64)), "{name}");
+        assert!(amount(&of(name)["machine_cost"]) > 0, "{name}: {by_window}");
+    }
+    let by_batch = server.usage("batch");
+    let own = by_batch["data"].as_array().unwrap().iter().find(|group| group["batch"] == batch["id"]).unwrap();
+    assert_eq!(amount(&own["charge"]), charges[2]);
+    // However they are told apart, groups are the whole.
+    for by in ["", "day", "model", "window", "key", "batch", "day,model,window,key,batch"] {
+        let report = server.usage(by);
+        for key in ["charge", "machine_cost"] {
+            let sum: i128 = report["data"].as_array().unwrap().iter().map(|group| amount(&group[key])).sum();
+            assert_eq!(sum, amount(&report["total"][key]), "{key} by {by}");
+        }
+        assert_eq!(amount(&report["total"]["charge"]), charges.iter().sum::<i128>());
+    }
+    // Another key has used nothing; and what makes no sense is refused.
+    let other = server.send("GET", "/v1/usage", &[("x-api-key", "another")], "").json();
+    assert_eq!((&other["data"], &other["total"]["charge"]), (&json!([]), &json!("0")));
+    for (query, param) in [("group_by=colour", "group_by"), ("start=yesterday", "start"), ("sum=1", "sum")] {
+        let answer = server.get(&format!("/v1/usage?{query}"));
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{}", answer.text);
+    }
+    assert_eq!(server.get("/v1/usage?end=2020-01-01").json()["data"], json!([]));
+    // The command line reads the same, of all keys, with the time that nobody used.
+    let output = server.sandbox.run(&["usage", "--data", "data", "--by", "window", "--json"]);
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let groups = printed["data"].as_array().unwrap();
+    assert_eq!(amount(&printed["total"]["charge"]), charges.iter().sum::<i128>());
+    assert!(groups.iter().any(|group| group["window"].is_null()), "{printed}");
+    let seconds = printed["total"]["machine_seconds"].as_f64().unwrap();
+    // 3.6 an hour is a thousandth a second.
+    assert!((amount(&printed["total"]["machine_cost"]) as f64 / 1e9 - seconds).abs() < 1e-6, "{printed}");
+    let table = String::from_utf8(server.sandbox.run(&["usage", "--data", "data"]).stdout).unwrap();
+    assert!(table.lines().last().unwrap().starts_with("total"), "{table}");
+    let offered = String::from_utf8(server.sandbox.run(&["models", "--config", "valar.toml"]).stdout).unwrap();
+    assert!(offered.contains("standard  0.5 USD input, 0.05 cached, 1.5 output"), "{offered}");
+}
+
+#[test]
+fn a_stream_that_is_broken_off_costs_what_was_told() {
+    let server = Server::with(PRICES, &["--api-key", KEY]);
+    let body =
+        |stream: bool| json!({"model": MODEL, "prompt": "The sea", "max_tokens": 7000, "ignore_eos": true, "stream": stream});
+    let mut stream = server.open("/v1/completions", &body(true));
+    read_until(&mut stream, "data: ");
+    drop(stream);
+    // Nothing of this one was told.
+    let unstreamed = server.open("/v1/completions", &body(false));
+    while server.metric("valar_running{") == 0 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(unstreamed);
+    server.wait_idle();
+    let mut total = Value::Null;
+    while total["n_requests"].as_u64().unwrap_or(0) == 0 {
+        total = server.usage("")["total"].clone();
+    }
+    assert_eq!(total["n_requests"], 1);
+    let (input, output) = (total["input_tokens"].as_i64().unwrap(), total["output_tokens"].as_i64().unwrap());
+    assert!((1..7000).contains(&output), "{total}");
+    let cached = total["cached_tokens"].as_i64().unwrap();
+    let usage = json!({"prompt_tokens": input, "completion_tokens": output, "prompt_tokens_details": {"cached_tokens": cached}});
+    assert_eq!(amount(&total["charge"]), expected(&usage, ASAP));
+    // Without prices, an answer costs its share of the machine's time.
+    drop(server);
+    let server = Server::with("[prices]\nhour = 1.0\n", &[]);
+    let answer = server.post("/v1/completions", json!({"model": MODEL, "prompt": "The sea", "max_tokens": 4})).json();
+    let report = server.usage("model");
+    let own = report["data"].as_array().unwrap().iter().find(|group| group["model"] == MODEL).unwrap();
+    assert!(amount(&answer["usage"]["cost"]) > 0, "{answer}");
+    assert!((amount(&answer["usage"]["cost"]) - amount(&own["machine_cost"])).abs() <= 1, "{answer} {report}");
+    assert_eq!(own["charge"], "0");
+    assert!(server.get(&format!("/v1/models/{MODEL}")).json()["pricing"].is_null());
+}
+
+#[test]
+fn nothing_is_paid_twice_or_forgotten_whatever_is_killed() {
+    let mut server = Server::with(PRICES, &["--api-key", KEY]);
+    let rows: Vec<Value> = (0..60)
+        .map(|i| {
+            let line: Value = serde_json::from_str(&chat_line(
+                &format!("r{i}"),
+                &format!("Number {i}?"),
+                json!({"model": MODEL, "max_tokens": 24, "ignore_eos": true}),
+            ))
+            .unwrap();
+            json!({"custom_id": line["custom_id"], "params": line["body"]})
+        })
+        .collect();
+    let batch = server.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": rows})).json();
+    let batch = batch["id"].as_str().unwrap();
+    let mut ids = Vec::new();
+    for round in 0..4_u64 {
+        for i in 0..6 {
+            let body = json!({"model": MODEL, "input": format!("Number {i}?"), "background": true, "ignore_eos": true,
+                              "max_output_tokens": 5 + 9 * i});
+            ids.push(server.post("/v1/responses", body).json()["id"].as_str().unwrap().to_owned());
+        }
+        std::thread::sleep(Duration::from_millis(150 + 130 * round));
+        server.restart();
+    }
+    let responses = server.ends_of(&ids);
+    let batch = server.end_of_batch(batch);
+    assert_eq!((responses.len(), &batch["status"]), (ids.len(), &json!("completed")));
+    let report = server.usage("window");
+    let of = |name: &str| report["data"].as_array().unwrap().iter().find(|group| group["window"] == name).unwrap().clone();
+    let (standard, own) = (of("standard"), of("batch"));
+    assert_eq!(standard["n_requests"], ids.len());
+    let tokens: u64 = responses.iter().map(|response| response["usage"]["output_tokens"].as_u64().unwrap()).sum();
+    assert_eq!(standard["output_tokens"], tokens);
+    let costs: i128 = responses.iter().map(|response| amount(&response["usage"]["cost"])).sum();
+    assert_eq!(amount(&standard["charge"]), costs);
+    assert_eq!(
+        json!([own["n_requests"], own["output_tokens"], own["charge"]]),
+        json!([60, batch["usage"]["output_tokens"], batch["usage"]["cost"]])
+    );
+}
