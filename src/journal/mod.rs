@@ -195,8 +195,9 @@ impl Journal {
 
     /// Journals how far a row's sequence came; durable once the next [`Journal::commit`] returns. No outcome: it is of use
     /// only as long as the row has none.
-    pub fn checkpoint(&mut self, checkpoint: &Checkpoint<'_>) {
+    pub fn checkpoint(&mut self, checkpoint: &Checkpoint<'_>) -> Result<()> {
         self.pending.push_checkpoint(checkpoint);
+        if self.pending.n_bytes() >= SEGMENT_BYTES { self.begin_commit() } else { Ok(()) }
     }
 
     /// How far earlier runs came with rows that have no outcome: by row and sequence, the checkpoints' data in order.
@@ -308,7 +309,9 @@ impl Journal {
     }
 
     /// Removes the journal; see [`JobDir::remove`].
-    pub fn remove(self) -> Result<()> {
+    pub fn remove(mut self) -> Result<()> {
+        // What is being put would come after the removal.
+        self.flight = None;
         self.dir.remove()
     }
 }

@@ -163,6 +163,8 @@ struct Seal {
 #[derive(Debug, Default)]
 pub(super) struct Segment {
     lines: Vec<u8>,
+    /// Memory for the lines after these.
+    spare: Vec<u8>,
     n_rows: u64,
     n_failed: u64,
     n_checkpoints: u64,
@@ -209,19 +211,17 @@ impl Segment {
         let blake3 = hash(&self.lines, self.n_failed);
         let (rows, failed, checkpoints) = (self.n_rows, self.n_failed, self.n_checkpoints);
         let seal = Seal { rows, checkpoints, failed, job: job.to_owned(), blake3 };
-        let mut content = std::mem::take(&mut self.lines);
+        let mut content = std::mem::replace(&mut self.lines, std::mem::take(&mut self.spare));
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
         (self.n_rows, self.n_failed, self.n_checkpoints) = (0, 0, 0);
         content.into()
     }
 
-    /// Takes memory that nobody else holds any more for the next lines.
+    /// Takes memory that nobody else holds any more, for the lines after the next seal.
     pub(super) fn reuse(&mut self, sealed: Bytes) {
-        if self.lines.is_empty() {
-            self.lines = sealed.into();
-            self.lines.clear();
-        }
+        self.spare = sealed.into();
+        self.spare.clear();
     }
 }
 

@@ -91,7 +91,7 @@ impl Collector {
     pub(super) fn keep(&mut self, checkpoints: &[Checkpoint]) -> Result<()> {
         for checkpoint in checkpoints {
             let row = self.row_of(checkpoint.id);
-            self.journal.checkpoint(&of_row(row, checkpoint));
+            self.journal.checkpoint(&of_row(row, checkpoint))?;
         }
         self.journal.begin_commit()
     }
@@ -102,6 +102,8 @@ impl Collector {
         while let Some(left) = Duration::from_secs_f64(KEEP_SECONDS).checked_sub(start.elapsed()) {
             match events.recv_timeout(left) {
                 Ok(Event::EngineEnded) | Err(_) => break,
+                // What the feed says now is of no interest: it was told to end, too.
+                Ok(Event::FeedEnded(_)) => {}
                 Ok(event) => self.take(event)?,
             }
         }

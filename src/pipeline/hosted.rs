@@ -247,7 +247,7 @@ impl HostedJob {
         let files = self.files(&storage)?;
         let input = Location::parse(&self.input_path().to_string_lossy())?;
         let found = format::inspect(&storage, &input)?;
-        let (manifest, other) = self.began_as(&storage, &files, self.manifest(seat, &found))?;
+        let (manifest, other) = Self::began_as(&storage, &files, self.manifest(seat, &found))?;
         let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
         let (manifest, journal, index) = match job::begin(&storage, &files, manifest, true, (None, &Terms::default()))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
@@ -278,7 +278,7 @@ impl HostedJob {
 
     /// The manifest that the job is gone on with: an earlier run's, if there was one. True if that was another model's: then what
     /// it has done stays, and nothing is added to it.
-    fn began_as(&self, storage: &Storage, files: &JobFiles, now: Manifest) -> Result<(Manifest, bool)> {
+    fn began_as(storage: &Storage, files: &JobFiles, now: Manifest) -> Result<(Manifest, bool)> {
         let Some(earlier) = journal::overview(storage, &files.journal)? else { return Ok((now, false)) };
         let earlier = earlier.manifest;
         let is_same = |input: &Input, other: &Input| input.blake3 == other.blake3 && input.n_rows == other.n_rows;

@@ -223,14 +223,26 @@ pub(super) fn begin(
         None => manifest.created_unix_s,
     };
     let manifest = Manifest { created_unix_s, replaces, ..manifest };
-    let journal = Journal::create(dir, &manifest)?;
+    let journal = create(storage, files, dir, &manifest, shard)?;
+    let index = JobIndex::new(&files.scratch_folder())?;
+    Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
+}
+
+/// Makes the journal of a job that nobody cuts in another way.
+pub(super) fn create(
+    storage: &Storage,
+    files: &JobFiles,
+    dir: JobDir,
+    manifest: &Manifest,
+    shard: Option<Shard>,
+) -> Result<Journal> {
+    let journal = Journal::create(dir, manifest)?;
     // A run that cuts the job in another way may have begun meanwhile: of two, at least one sees the other.
     if let Some(other) = files.other_cuts(storage, shard)?.first() {
         journal.remove()?;
         return Err(cut_otherwise(other));
     }
-    let index = JobIndex::new(&files.scratch_folder())?;
-    Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
+    Ok(journal)
 }
 
 fn cut_otherwise(other: &Location) -> anyhow::Error {
@@ -255,22 +267,22 @@ pub(super) fn alone(storage: &Storage, files: &JobFiles, dir: JobDir, (shard, te
 /// Refuses to go on with another job.
 pub(super) fn same(earlier: &Manifest, now: &Manifest, files: &JobFiles) -> Result<()> {
     let differences = earlier.differences(now);
-    if !differences.is_empty() {
-        bail!(
-            "{} is the unfinished job of another run:\n  {}\nfinish it as it was, choose another output, or throw it away with --restart",
-            files.journal.url,
-            differences.join("\n  ")
-        );
+    if differences.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let url = &files.journal.url;
+    let way_out = match earlier.retries {
+        // Its outputs are still those of the finished job.
+        Some(_) => format!("finish that retry as it was, or remove {url} to give it up"),
+        None => "finish it as it was, choose another output, or throw it away with --restart".to_owned(),
+    };
+    bail!("{url} is the unfinished job of another run:\n  {}\n{way_out}", differences.join("\n  "))
 }
 
 /// Goes on with the job of a directory.
 pub(super) fn resume(dir: JobDir, files: &JobFiles, earlier: Manifest, requests: bool, is_shard: bool) -> Result<Begin> {
     let index = JobIndex::new(&files.scratch_folder())?;
     let mut replay = Replay::new(&index, requests, is_shard);
-    // Of a retry any row may be the first of a content: it is not known which.
-    replay.all_places = earlier.retries.is_some();
     let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
     replay.flush()?;
     Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)))

@@ -84,7 +84,7 @@ impl Retry<'_> {
         let errors = self.find_errors(&report)?;
         let n_errors = manifest.rows.clone().filter(|&row| errors.contains(row)).count() as u64;
         let manifest = Manifest { replaces: Some(hash), retries: Some(n_errors), ..of_finished(manifest, &report) };
-        let journal = Journal::create(dir, &manifest)?;
+        let journal = job::create(self.storage, self.files, dir, &manifest, self.config.shard)?;
         let index = JobIndex::new(&self.files.scratch_folder())?;
         let replay = self.replay(&index);
         let journal = self.take_over(&errors, manifest.rows.clone(), journal, replay)?;

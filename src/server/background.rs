@@ -192,6 +192,8 @@ pub(super) async fn create(
     // A caller who goes away now must not leave a response behind that is stored and never run.
     let app = Arc::clone(app);
     let accepted = tokio::spawn(async move {
+        // Whoever sends the same key again waits until it is stored.
+        let _turn = claim.clone();
         let stored = app.store.write(move |connection| {
             responses::insert(connection, &new)?;
             if let Some((claim, kind)) = claim {

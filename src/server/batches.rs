@@ -172,6 +172,8 @@ async fn accept(app: Arc<App>, new: StoredBatch, input: Input, claim: Option<Arc
         path: format!("files/{}", input.id),
     });
     let n_bytes = spawn_blocking(move || put_input(&at, input)).await.context("writing the input panicked")??;
+    // Held until it is stored, also if its caller goes away.
+    let _turn = claim.clone();
     let write = move |connection: &Connection| {
         if let Some(file) = file {
             stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;

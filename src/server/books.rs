@@ -74,7 +74,7 @@ pub struct Bill {
 enum State {
     Open,
     /// To be written.
-    Closed(Entry),
+    Closed(Box<Entry>),
     /// Written, or not to be.
     Taken,
 }
@@ -109,7 +109,7 @@ impl Bill {
             if let Some(allowance) = &self.allowance {
                 allowance.take_tokens(entry.output_tokens);
             }
-            *state = State::Closed(entry);
+            *state = State::Closed(Box::new(entry));
         }
         cost
     }
@@ -118,7 +118,7 @@ impl Bill {
     pub(super) fn take(&self) -> Option<Entry> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match std::mem::replace(&mut *state, State::Taken) {
-            State::Closed(entry) => Some(entry),
+            State::Closed(entry) => Some(*entry),
             State::Open | State::Taken => None,
         }
     }
@@ -212,7 +212,7 @@ impl App {
 }
 
 /// Keeps the books up to date until the server ends.
-pub(super) async fn run(app: Arc<App>) {
+pub(super) async fn run(app: Arc<App>) -> ! {
     loop {
         tokio::time::sleep(READ_EVERY).await;
         if let Err(error) = app.read_meters().await {

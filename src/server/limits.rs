@@ -31,7 +31,7 @@ struct Bucket {
 
 impl Bucket {
     fn new(size: u64) -> Option<Self> {
-        (size > 0).then(|| Self { size: size as f64, left: size as f64, at: Duration::ZERO })
+        (size > 0).then_some(Self { size: size as f64, left: size as f64, at: Duration::ZERO })
     }
 
     fn fill(&mut self, now: Duration) {

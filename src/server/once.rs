@@ -38,7 +38,10 @@ pub(super) const BATCH: &str = "batch";
 
 /// Requests with a key that are under way: each has a lock that others wait for.
 #[derive(Debug, Default)]
-pub struct Once(Mutex<HashMap<(String, String), Weak<tokio::sync::Mutex<()>>>>);
+pub struct Once(Mutex<HashMap<OwnKey, Weak<tokio::sync::Mutex<()>>>>);
+
+/// An owner and one of its keys.
+type OwnKey = (String, String);
 
 impl Once {
     async fn turn(&self, owner: &str, key: &str) -> OwnedMutexGuard<()> {
@@ -63,6 +66,8 @@ pub(super) struct Claim {
     key: String,
     request: String,
     is_kept: AtomicBool,
+    /// Whoever sends the key again waits as long as anybody holds this: until what it asks for is done, or stored.
+    _turn: OwnedMutexGuard<()>,
 }
 
 impl Claim {
@@ -107,24 +112,24 @@ pub(super) async fn through(app: &Arc<App>, owner: Owner, mut request: Request, 
         return replay(app, &owner, found).await;
     }
     app.take_request(&owner, &parts.method, &path)?;
-    let claim = Arc::new(Claim { owner: owner.to_string(), key, request: hash, is_kept: AtomicBool::new(false) });
+    let claim = Arc::new(Claim { owner: owner.to_string(), key, request: hash, is_kept: AtomicBool::new(false), _turn: turn });
     let mut request = Request::from_parts(parts, Body::from(content));
     request.extensions_mut().insert(owner.with(Arc::clone(&claim)));
     let response = next.run(request).await;
     if !response.status().is_success() || claim.is_kept.load(Relaxed) {
         return Ok(response);
     }
-    Ok(kept(app, claim, turn, response))
+    Ok(kept(app, claim, response))
 }
 
 /// The answer, which is remembered when all of it was given.
-fn kept(app: &Arc<App>, claim: Arc<Claim>, turn: OwnedMutexGuard<()>, response: Response) -> Response {
+fn kept(app: &Arc<App>, claim: Arc<Claim>, response: Response) -> Response {
     let app = Arc::clone(app);
     let (parts, content) = response.into_parts();
     let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default().to_owned();
     let mut chunks = content.into_data_stream();
     let whole = stream! {
-        let (_turn, mut text, mut is_whole) = (turn, Vec::new(), true);
+        let (mut text, mut is_whole) = (Vec::new(), true);
         while let Some(chunk) = chunks.next().await {
             match &chunk {
                 Ok(chunk) => text.extend_from_slice(chunk),
@@ -135,7 +140,7 @@ fn kept(app: &Arc<App>, claim: Arc<Claim>, turn: OwnedMutexGuard<()>, response: 
         if !is_whole {
             return;
         }
-        let text = String::from_utf8_lossy(&text).into_owned();
+        let (text, _turn) = (String::from_utf8_lossy(&text).into_owned(), Arc::clone(&claim));
         if let Err(error) = app.store.write(move |connection| claim.keep(connection, &kind, &text)).await {
             say(&format!("an answer could not be kept: {error:#}"));
         }

@@ -176,7 +176,7 @@ pub struct Sums {
 /// # Errors
 /// The database's.
 pub fn sums(connection: &Connection, question: &Question) -> Result<Vec<Sums>> {
-    let groups: String = question.by.iter().map(|by| format!("{}, ", by.expression())).collect();
+    let groups = question.by.iter().fold(String::new(), |groups, by| groups + by.expression() + ", ");
     // Times at different prices are not added up.
     let sql = format!(
         "SELECT {groups} hour_price, sum(n_requests), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(charge),

@@ -12,7 +12,7 @@ impl Server {
     fn wait_for_journal(&self, id: &Value) {
         let journal = self.sandbox.path(&format!("data/batches/{}/output.job", id.as_str().unwrap()));
         // Not one that is being written.
-        let is_segment = |name: &str| name.starts_with("seg-") && name.ends_with(".jsonl");
+        let is_segment = |name: &str| name.strip_prefix("seg-").is_some_and(|rest| rest.strip_suffix(".jsonl").is_some());
         while !std::fs::read_dir(&journal).is_ok_and(|mut entries| {
             entries.any(|entry| entry.is_ok_and(|entry| is_segment(&entry.file_name().to_string_lossy())))
         }) {

@@ -15,9 +15,9 @@ impl Server {
     }
 }
 
-fn chat(content: &str, extra: Value) -> Value {
+fn chat(content: &str, mut extra: Value) -> Value {
     let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 9});
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body.as_object_mut().unwrap().append(extra.as_object_mut().unwrap());
     body
 }
 
