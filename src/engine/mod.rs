@@ -244,8 +244,8 @@ impl Engine {
         found
     }
 
-    /// Frees what a stream keeps for its next row: there will be none that shares a prefix with the last. Not needed
-    /// after a row with `keep_tokens` 0.
+    /// Forgets a stream: its sequences, as [`Engine::cancel`] does, and what it keeps for its next row. Not needed when all
+    /// have finished and the last one has `keep_tokens` 0.
     pub fn end_stream(&mut self, stream: u32) {
         self.scheduler.end_stream(stream);
         self.scheduler.measure();

@@ -129,11 +129,15 @@ impl Scheduler {
         true
     }
 
-    /// Frees a stream's trunk: no submission that shares with earlier ones will come.
+    /// Forgets a stream's rows, and frees its trunk: no submission that shares with earlier ones will come.
     pub(super) fn end_stream(&mut self, id: u32) {
-        for stream in self.streams.iter_mut().filter(|s| s.id == id) {
-            stream.trunk.truncate(0, &mut self.blocks);
+        let Some(idx) = self.streams.iter().position(|s| s.id == id) else { return };
+        let rows = self.running.iter().chain(self.waiting.iter().flatten());
+        let ids: Vec<u64> = rows.filter(|row| row.stream_idx == idx).map(|row| row.id).collect();
+        for id in ids {
+            self.cancel(id);
         }
+        self.streams[idx].trunk.truncate(0, &mut self.blocks);
     }
 
     /// Fills `scheduled` and `copies` for the next step.

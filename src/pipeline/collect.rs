@@ -472,11 +472,6 @@ impl Collector {
         Ok(())
     }
 
-    /// Names of sequences that may not have finished.
-    pub(super) fn open_sequences(&self) -> Vec<u64> {
-        self.windows.iter().flat_map(|window| (window.first_id..).take(window.sequences.len())).collect()
-    }
-
     /// The journal and the counts, once nothing more comes. The feed is told that nobody waits for windows any more.
     pub(super) fn into_parts(mut self) -> (Journal, Counts) {
         self.counts.journal = self.journal.commit_time();

@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// Rows that are planned together, and their bytes: fewer than those of a job that has the machine for itself.
@@ -364,20 +364,25 @@ impl HostedJob {
             stream: Some(seat.stream),
             checkpoints: Arc::default(),
         };
-        let ends = (window_finished, stop);
+        let ends = (window_finished, Arc::clone(&stop));
         let mut collector =
             Collector::new((journal, index), (Vec::new(), step_tasks), answers, (told, Budget::default()), n_rows, ends);
         let link = inbox.link;
+        let (engine, stream, has_ended) = (Arc::clone(&seat.engine), seat.stream, Arc::clone(&stop));
         let thread = std::thread::Builder::new().name("batch-feed".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| feed.run()));
             let result =
                 result.unwrap_or_else(|panic| Err(anyhow::anyhow!("reading the rows panicked: {}", panic_message(&*panic))));
+            // What was submitted when the job had ended already, nobody waits for.
+            if has_ended.load(SeqCst) {
+                engine.end_stream(stream);
+            }
             link.tell(Event::FeedEnded(result));
         });
         // It ends by itself, at the latest when the engine takes the next row: nobody waits for that.
         drop(thread.context("cannot start the feed thread")?);
         let end = collector.run(&inbox.events);
-        seat.engine.cancel_all(collector.open_sequences());
+        stop.store(true, SeqCst);
         seat.engine.end_stream(seat.stream);
         let (journal, _) = collector.into_parts();
         match end? {

@@ -59,7 +59,7 @@ fn what_did_not_run_can_be_run_again() {
 #[test]
 fn a_batch_that_expires_sooner_goes_first() {
     let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
-    let long: Vec<Value> = (0..2).map(|_| server.batch_of(&lines(400, 400).join("\n"))["id"].clone()).collect();
+    let long: Vec<Value> = (0..2).map(|_| server.batch_of(&lines(400, 4000).join("\n"))["id"].clone()).collect();
     while long.iter().any(|id| server.batch(id)["status"] != "in_progress") {
         std::thread::sleep(Duration::from_millis(20));
     }

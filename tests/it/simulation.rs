@@ -69,10 +69,20 @@ fn simulate(workload: &Workload) -> EngineStats {
         let cancelled: Vec<u64> =
             live.iter().filter(|(_, r)| r.cancelled.is_some_and(|c| c <= step)).map(|(&id, _)| id).collect();
         for id in cancelled {
-            assert!(engine.cancel(id), "row {id} is live");
+            let Some(row) = live.get(&id) else { continue };
+            let stream = row.submission.stream;
+            if id % 4 == 0 {
+                // All of a stream goes at once.
+                engine.end_stream(stream);
+                let n_live = live.len();
+                live.retain(|_, row| row.submission.stream != stream);
+                n_done += n_live - live.len();
+            } else {
+                assert!(engine.cancel(id), "row {id} is live");
+                live.remove(&id);
+                n_done += 1;
+            }
             assert!(!engine.cancel(id), "row {id} was cancelled");
-            live.remove(&id);
-            n_done += 1;
             engine.check();
         }
         let finished = one_step(&mut engine, &live, &mut seen);
