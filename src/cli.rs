@@ -76,6 +76,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The cache of results that jobs share (valar run --cache)
+    Cache {
+        /// What to do with it
+        #[command(subcommand)]
+        action: CacheAction,
+    },
     /// Print a shell's completions: for bash, `valar completions bash > ~/.local/share/bash-completion/completions/valar`
     Completions {
         /// The shell
@@ -83,6 +89,18 @@ pub enum Command {
     },
     /// Print the manual page (roff): `valar man | man -l -`
     Man,
+}
+
+/// What a cache of results may grow to where nothing is said.
+pub const DEFAULT_CACHE_SIZE: &str = "10GiB";
+
+/// `valar cache`
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum CacheAction {
+    /// Print how many results it holds, their size and its folder
+    Stats,
+    /// Forget them all
+    Clear,
 }
 
 const RUN_HELP: &str = "\
@@ -229,6 +247,12 @@ pub struct RunArgs {
     /// Journal rows that are not done each time they have so many more tokens, to go on from there after a kill; 0: never
     #[arg(long, value_name = "N")]
     pub checkpoint_tokens: Option<u32>,
+    /// Use and fill the cache of results that jobs of this machine share: what was computed before is not computed again
+    #[arg(long)]
+    pub cache: bool,
+    /// What that cache may grow to; results that were not used for longest go first
+    #[arg(long, value_name = "SIZE", default_value = DEFAULT_CACHE_SIZE)]
+    pub cache_size: String,
     /// Only part I of N (from 0) of the job's rows, with a state of its own; `valar merge` publishes the whole
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,

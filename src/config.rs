@@ -8,9 +8,9 @@ use crate::device::cpu::{Isa, Numerics};
 use crate::hub::remote::Remote;
 use crate::journal::{Shard, Terms};
 use crate::pipeline::budget::Budget;
-use crate::pipeline::spec::{EngineKind, FormatSpec, PipelineSpec, PromptSpec, SamplingSpec};
-use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params};
-use anyhow::{Context, Result, bail};
+use crate::pipeline::spec::{EngineKind, FormatSpec, PipelineSpec, PromptSpec, RepetitionSpec, SamplingSpec};
+use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params, Repetition};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::path::PathBuf;
 
 /// A checked job.
@@ -40,8 +40,34 @@ pub struct Config {
     pub retry: bool,
     /// What the run may spend.
     pub budget: Budget,
+    /// Where results are that jobs share; `None` to compute everything.
+    pub reuse: Option<ReusePlace>,
     /// No progress lines.
     pub quiet: bool,
+}
+
+/// A cache of results.
+#[derive(Debug, Clone)]
+pub struct ReusePlace {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What it may grow to.
+    pub max_bytes: u64,
+}
+
+/// A smaller cache would hold its own tables alone.
+const MIN_CACHE_BYTES: u64 = 1 << 20;
+
+impl ReusePlace {
+    /// Where it is, of this size ("10GiB").
+    ///
+    /// # Errors
+    /// A size that is none, or no place.
+    pub fn new(max_size: &str) -> Result<Self> {
+        let max_bytes = parse_bytes(max_size).context("--cache-size")?;
+        ensure!(max_bytes >= MIN_CACHE_BYTES, "--cache-size: {max_size} is under 1MiB");
+        Ok(Self { folder: cache_folder()?.join("results"), max_bytes })
+    }
 }
 
 /// Which model runs, on what, and how much of the machine it may have.
@@ -145,6 +171,7 @@ impl Config {
             terms: Terms { restart, ..Terms::default() },
             shard: None,
             retry: false,
+            reuse: None,
             budget: Budget::default(),
             quiet,
             spec,
@@ -262,6 +289,7 @@ pub fn sampling_params(sampling: &SamplingSpec, dataset: bool) -> Result<Params>
         seed: sampling.seed,
         stop: sampling.stop.clone().unwrap_or_default(),
         ignore_eos: sampling.ignore_eos.unwrap_or(false),
+        repetition: sampling.repetition_detection.map(repetition).transpose()?,
         logprobs: sampling.logprobs,
         ..Params::default()
     };
@@ -294,6 +322,11 @@ pub fn sampling_params(sampling: &SamplingSpec, dataset: bool) -> Result<Params>
         bail!("sampling.logprobs: request rows ask for log-probabilities in their own bodies");
     }
     Ok(params)
+}
+
+fn repetition(spec: RepetitionSpec) -> Result<Repetition> {
+    let rule = Repetition::new(spec.min_pattern_size, spec.max_pattern_size, spec.min_count);
+    rule.map_err(|(name, why)| anyhow!("sampling.repetition_detection.{name}: {why}"))
 }
 
 fn logit_bias(sampling: &SamplingSpec) -> Result<Vec<(u32, f32)>> {

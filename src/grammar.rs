@@ -14,6 +14,9 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+/// Of what formats are compiled to, the compiler's version included. Who changes that raises it, for completions are kept by
+/// their formats.
+const VERSION: &str = "1, llguidance 1.9.1";
 /// Distinct formats that are kept compiled; when there are more, the oldest are forgotten.
 const MAX_COMPILED: usize = 1024;
 
@@ -46,7 +49,7 @@ impl Grammars {
             AnswerFormat::Regex(regex) => TopLevelGrammar::from_regex(regex),
             AnswerFormat::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
         };
-        let key = *blake3::hash(format!("{format:?}").as_bytes()).as_bytes();
+        let key = *blake3::hash(format!("{VERSION} {format:?}").as_bytes()).as_bytes();
         let slot = {
             let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
             if compiled.len() >= MAX_COMPILED {
@@ -54,10 +57,10 @@ impl Grammars {
             }
             Arc::clone(compiled.entry(key).or_default())
         };
-        slot.get_or_init(|| self.compile_source(source)).clone().map(Some)
+        slot.get_or_init(|| self.compile_source(key, source)).clone().map(Some)
     }
 
-    fn compile_source(&self, source: TopLevelGrammar) -> Compiled {
+    fn compile_source(&self, identity: [u8; 32], source: TopLevelGrammar) -> Compiled {
         let factory = self.factory.get_or_init(|| factory(&self.tokenizer).map_err(|error| error.to_string()));
         let factory = factory.as_ref().map_err(Clone::clone)?;
         let parser = catch_unwind(AssertUnwindSafe(|| factory.create_parser(source)));
@@ -65,7 +68,7 @@ impl Grammars {
         let mut matcher = Matcher::new(Ok(parser));
         // What can't be followed should be found now, not in every row.
         matcher.compute_mask().map_err(|error| first_lines(&error))?;
-        Ok(Arc::new(CompiledFormat { start: Mutex::new(matcher), end_ids: self.tokenizer.end_ids().into() }))
+        Ok(Arc::new(CompiledFormat { identity, start: Mutex::new(matcher), end_ids: self.tokenizer.end_ids().into() }))
     }
 }
 
@@ -126,6 +129,8 @@ impl TokenizerEnv for Vocabulary {
 }
 
 struct CompiledFormat {
+    /// Hash of the format.
+    identity: [u8; 32],
     start: Mutex<Matcher>,
     end_ids: Box<[u32]>,
 }
@@ -137,6 +142,10 @@ impl fmt::Debug for CompiledFormat {
 }
 
 impl Grammar for CompiledFormat {
+    fn identity(&self) -> Option<[u8; 32]> {
+        Some(self.identity)
+    }
+
     fn start(&self) -> Box<dyn Constraint> {
         // A plain clone would share the lexer, its limits and its errors: what one row does could end another.
         let matcher = self.start.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();

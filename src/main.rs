@@ -4,9 +4,12 @@ use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
-use valar::cli::{BenchArgs, Cli, Command, MachineBench, PlanArgs, RunArgs, ServeArgs, UsageArgs};
+use valar::cache::{Cache, CacheStats};
+use valar::cli::{
+    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, MachineBench, PlanArgs, RunArgs, ServeArgs, UsageArgs,
+};
 use valar::config::serve::ServeConfig;
-use valar::config::{self, Config, cache_folder};
+use valar::config::{self, Config, ReusePlace, cache_folder};
 use valar::device::cpu::Numerics;
 use valar::hub;
 use valar::journal::Apart;
@@ -79,6 +82,7 @@ fn run(cli: Cli) -> Result<u8> {
             server::usage::print(&data, (from.as_deref(), until.as_deref()), by.as_deref(), json).map(|()| 0)
         }
         Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),
+        Command::Cache { action } => cache(action),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "valar", &mut script);
@@ -136,9 +140,10 @@ fn measure(args: BenchArgs) -> Result<u8> {
 fn job(args: &RunArgs) -> Result<Config> {
     let spec = spec::load(args.pipeline.as_deref(), &args.overrides())?;
     let config = Config::new(spec, args.restart, args.quiet)?;
+    let reuse = if args.cache { Some(ReusePlace::new(&args.cache_size)?) } else { None };
     let budget = args.budget(&config.spec.prices);
     budget.check()?;
-    Ok(Config { terms: args.terms(), shard: args.shard, budget, ..config })
+    Ok(Config { terms: args.terms(), shard: args.shard, reuse, budget, ..config })
 }
 
 /// A job that makes no sense as typed.
@@ -205,6 +210,17 @@ fn price_line(price: Price, currency: &str) -> Result<String> {
     let text = |key: &str| shown[key].as_str().with_context(|| format!("a price has no {key}"));
     let (input, cached, output) = (text("input")?, text("cached_input")?, text("output")?);
     Ok(format!("{input} {currency} input, {cached} cached, {output} output, a million tokens"))
+}
+
+fn cache(action: CacheAction) -> Result<u8> {
+    let folder = ReusePlace::new(DEFAULT_CACHE_SIZE)?.folder;
+    if matches!(action, CacheAction::Clear) {
+        Cache::clear(&folder)?;
+    }
+    let cache = Cache::open(&folder, u64::MAX)?;
+    let CacheStats { n_results, n_bytes } = cache.stats()?;
+    writeln!(std::io::stdout(), "{n_results} results, {} KiB, in {}", n_bytes >> 10, cache.path().display())?;
+    Ok(0)
 }
 
 fn models() -> Result<u8> {

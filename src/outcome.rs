@@ -48,6 +48,8 @@ pub enum FinishReason {
     Length,
     /// The model calls functions.
     ToolCalls,
+    /// It went round in circles, and the request asked for an end then.
+    Repetition,
 }
 
 impl FinishReason {
@@ -57,7 +59,13 @@ impl FinishReason {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::ToolCalls => "tool_calls",
+            Self::Repetition => "repetition",
         }
+    }
+
+    /// The reason of a spelling; `None` if there is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Stop, Self::Length, Self::ToolCalls, Self::Repetition].into_iter().find(|reason| reason.as_str() == text)
     }
 }
 
@@ -107,18 +115,35 @@ pub struct RowError {
     pub field: Option<String>,
     /// For people: names the field, the value and the limit.
     pub message: String,
+    /// What was computed before it failed, if anything was.
+    pub tried: Option<Box<Tried>>,
+}
+
+/// What was computed of a row that failed: with the row itself, what is needed to see it fail again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tried {
+    /// How often the prompt that failed was completed, or begun to be.
+    pub attempts: u32,
+    /// The seed of the last attempt; `None` if greedy.
+    pub seed: Option<u64>,
+    /// Prompt tokens of all attempts.
+    pub prompt_tokens: u32,
+    /// Tokens generated in all attempts.
+    pub completion_tokens: u32,
+    /// What the bits depend on.
+    pub system_fingerprint: String,
 }
 
 impl RowError {
     /// An error of a whole row.
     pub fn row(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, field: None, message: message.into() }
+        Self { code, field: None, message: message.into(), tried: None }
     }
 
     /// An error of one field; `message` is prefixed by the field's name.
     pub fn field(code: ErrorCode, field: impl Into<String>, message: impl fmt::Display) -> Self {
         let field = field.into();
-        Self { code, message: format!("{field}: {message}"), field: Some(field) }
+        Self { code, message: format!("{field}: {message}"), field: Some(field), tried: None }
     }
 }
 
@@ -151,11 +176,13 @@ pub enum ErrorCode {
     TemplateError,
     /// The engine could not compute the row (a fault of ours).
     EngineError,
+    /// The completion is not what the job's policy asks for.
+    CheckFailed,
 }
 
 impl ErrorCode {
     /// All of them, as written to error files.
-    const ALL: [(Self, &'static str); 13] = [
+    const ALL: [(Self, &'static str); 14] = [
         (Self::InvalidJson, "invalid_json_line"),
         (Self::InvalidUtf8, "invalid_utf8"),
         (Self::LineTooLong, "line_too_long"),
@@ -169,6 +196,7 @@ impl ErrorCode {
         (Self::ContextLengthExceeded, "context_length_exceeded"),
         (Self::TemplateError, "template_error"),
         (Self::EngineError, "engine_error"),
+        (Self::CheckFailed, "check_failed"),
     ];
 
     /// The code as written to error files.

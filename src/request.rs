@@ -119,6 +119,44 @@ pub enum AnswerFormat {
     Lark(String),
 }
 
+/// Most tokens of a pattern whose repetition ends a completion.
+pub const MAX_REPEATED_PATTERN: u32 = 128;
+/// Most times that it may have to stand there.
+pub const MAX_REPEATED_COUNT: u32 = 64;
+
+/// When a completion that goes round in circles is ended: where it ends in a pattern of so many tokens that stands there so
+/// often, one directly after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Repetition {
+    /// Shortest pattern, at least 1.
+    pub min_pattern: u32,
+    /// Longest pattern, at most [`MAX_REPEATED_PATTERN`].
+    pub max_pattern: u32,
+    /// 2 to [`MAX_REPEATED_COUNT`].
+    pub min_count: u32,
+}
+
+impl Repetition {
+    /// Where a request says only how long a pattern may be and how often it stands there.
+    ///
+    /// # Errors
+    /// What is out of range, by its name on the wire.
+    pub fn new(min_pattern: u32, max_pattern: u32, min_count: u32) -> Result<Self, (&'static str, String)> {
+        // 0 is how others spell the default.
+        let min_pattern = min_pattern.max(1);
+        if !(1..=MAX_REPEATED_PATTERN).contains(&max_pattern) {
+            return Err(("max_pattern_size", format!("{max_pattern} is outside 1 to {MAX_REPEATED_PATTERN}")));
+        }
+        if min_pattern > max_pattern {
+            return Err(("min_pattern_size", format!("{min_pattern} is over max_pattern_size {max_pattern}")));
+        }
+        if !(2..=MAX_REPEATED_COUNT).contains(&min_count) {
+            return Err(("min_count", format!("{min_count} is outside 2 to {MAX_REPEATED_COUNT}")));
+        }
+        Ok(Self { min_pattern, max_pattern, min_count })
+    }
+}
+
 /// How a completion is drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Params {
@@ -152,6 +190,8 @@ pub struct Params {
     pub stop_tokens: Vec<u32>,
     /// End tokens are emitted and generation goes on to `max_tokens`.
     pub ignore_eos: bool,
+    /// When a completion that goes round in circles is ended; `None` for never.
+    pub repetition: Option<Repetition>,
     /// `None`: no log-probabilities. `Some(n)`: the chosen token's, and the `n` likeliest alternatives.
     pub logprobs: Option<u8>,
     /// The answer begins with the prompt; with `logprobs`, the prompt's tokens are scored too.
@@ -179,6 +219,7 @@ impl Default for Params {
             stop: Vec::new(),
             stop_tokens: Vec::new(),
             ignore_eos: false,
+            repetition: None,
             logprobs: None,
             echo: false,
             format: AnswerFormat::Text,

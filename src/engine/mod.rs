@@ -11,6 +11,8 @@ mod blocks;
 mod checkpoint;
 pub mod handle;
 mod progress;
+mod quarantine;
+pub mod repetition;
 pub mod sampling;
 mod scheduler;
 mod sequence;
@@ -35,6 +37,10 @@ use sequence::{Phase, Sequence};
 pub use checkpoint::{Begun, Checkpoint};
 pub use progress::Progress;
 pub use sequence::Submission;
+
+/// Of what makes completions of logits: draws, edits and masks, stops, text. Who changes a result there raises it, for
+/// results are kept (`tests/it/reuse.rs` has some of each).
+pub const RESULT_VERSION: u32 = 1;
 
 /// What the engine must know of the tokenizer.
 pub trait TokenTable: Send + Sync {
@@ -120,6 +126,8 @@ pub struct EngineStats {
     pub shared_tokens: u64,
     /// Tokens computed again: the tax of preemptions, and of rows that begin with what another life has drawn.
     pub recomputed_tokens: u64,
+    /// Steps that failed, those included that were tried to find out why.
+    pub failed_steps: u64,
     /// Times that a row lost its blocks.
     pub preemptions: u64,
     /// Rows completed.
@@ -174,6 +182,8 @@ pub struct Engine {
     progress: Vec<Progress>,
     /// Those that were due since they were taken.
     checkpoints: Vec<Checkpoint>,
+    /// Rows that failed alone since the last step that did not fail; they have left the queues.
+    accused: Vec<Finished>,
 }
 
 impl Engine {
@@ -206,6 +216,7 @@ impl Engine {
             broken: Vec::new(),
             progress: Vec::new(),
             checkpoints: Vec::new(),
+            accused: Vec::new(),
         })
     }
 
@@ -253,25 +264,31 @@ impl Engine {
 
     /// Whether anything waits or runs.
     pub fn has_work(&self) -> bool {
-        !self.scheduler.running.is_empty() || self.scheduler.waiting.iter().any(|queue| !queue.is_empty())
+        !self.accused.is_empty()
+            || !self.scheduler.running.is_empty()
+            || self.scheduler.waiting.iter().any(|queue| !queue.is_empty())
     }
 
-    /// Runs one step, if there is work; what it completed is appended to `finished`.
+    /// Runs one step, if there is work; what it completed is appended to `finished`. If the step fails, so do the rows at
+    /// which it does (see `quarantine`), and only they.
     ///
     /// # Errors
-    /// The runner's. The engine is of no use any more then.
+    /// The runner's, if it can't run any row. The engine is of no use any more then.
     pub fn step(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
         self.scheduler.schedule();
         if self.scheduler.scheduled.is_empty() {
+            finished.append(&mut self.accused);
             return Ok(());
         }
-        self.broken.clear();
-        batch::fill(&mut self.batch, &mut self.scheduler, &*self.tokens, &mut self.broken);
-        self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
-        self.out.rows.clear();
-        self.runner.run(&self.batch, &mut self.out)?;
-        self.settle(finished);
-        Ok(())
+        match self.run_scheduled() {
+            Ok(()) => {
+                self.settle(finished);
+                // The device works: it was their fault.
+                finished.append(&mut self.accused);
+                Ok(())
+            }
+            Err(_) => self.isolate(finished),
+        }
     }
 
     /// Takes in what the step drew.

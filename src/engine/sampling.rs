@@ -5,6 +5,7 @@
 use super::checkpoint::Begun;
 use super::shaping::Grammar;
 use crate::device::batch::{Draw, HeadRow, Want};
+use crate::request::Repetition;
 use std::sync::Arc;
 
 /// A sequence's parameters, all resolved: nothing is optional that has a default.
@@ -45,6 +46,8 @@ pub struct SeqParams {
     pub stop: Vec<String>,
     /// End tokens are emitted and generation goes on.
     pub ignore_eos: bool,
+    /// When a completion that goes round in circles is ended; `None` for never.
+    pub repetition: Option<Repetition>,
     /// `Some(n)`: log-probabilities of the drawn tokens and of the `n` likeliest (at most `MAX_TOP_LOGPROBS`).
     pub logprobs: Option<u8>,
     /// After each step the caller is told what the sequence gained: see `Progress`.
@@ -76,6 +79,7 @@ impl Default for SeqParams {
             choice: 0,
             stop: Vec::new(),
             ignore_eos: false,
+            repetition: None,
             logprobs: None,
             watch: false,
             checkpoint: 0,

@@ -454,7 +454,7 @@ impl Scheduler {
         self.is_tight = true;
     }
 
-    fn release_blocks(&mut self, idx: usize) {
+    pub(super) fn release_blocks(&mut self, idx: usize) {
         let row = &mut self.running[idx];
         self.streams[row.stream_idx].trunk.note_lost(row.id, &mut self.blocks);
         row.buffers.table.drain(..).for_each(|block| self.blocks.release(block));
@@ -468,7 +468,7 @@ impl Scheduler {
     }
 
     /// Frees all trunks; says whether that freed any reference.
-    fn drop_trunks(&mut self) -> bool {
+    pub(super) fn drop_trunks(&mut self) -> bool {
         self.drop_trunks_where(|_| true)
     }
 

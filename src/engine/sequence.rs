@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::checkpoint::Kept;
 use super::progress::Told;
+use super::repetition::ends_in_circles;
 use super::sampling::SeqParams;
 use super::shaping::{Constraint, LogitHistory};
 use super::stop::StopText;
@@ -217,6 +218,9 @@ impl Sequence {
         }
         if self.push_text(row.token, tokens) {
             return Ok(Some(FinishReason::Stop));
+        }
+        if self.params.repetition.is_some_and(|rule| ends_in_circles(&self.buffers.generated, rule)) {
+            return Ok(Some(FinishReason::Repetition));
         }
         let is_full = self.buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
         Ok(is_full.then_some(FinishReason::Length))

@@ -9,6 +9,11 @@ use std::fmt;
 
 /// Texts that a completion may be, compiled; shared by all rows that ask for the same.
 pub trait Grammar: Send + Sync + fmt::Debug {
+    /// Hash of what it allows; `None` if nobody knows: then what follows it is computed each time.
+    fn identity(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     /// At the start of a completion.
     fn start(&self) -> Box<dyn Constraint>;
 }

@@ -6,7 +6,7 @@ use crate::engine::Finished;
 use crate::format::openai::answer::{Place, Stamp};
 use crate::format::openai::{Endpoint, PlainLines};
 use crate::journal::Record;
-use crate::outcome::{Completion, ErrorCode, RowError, Usage};
+use crate::outcome::{Completion, ErrorCode, RowError, Tried, Usage};
 use crate::prepare::sequences::PromptMeta;
 use crate::prepare::{Origin, StepAnswer};
 use crate::text::tokenizer::Tokenizer;
@@ -67,15 +67,17 @@ impl Answers {
                 {
                     let place = (row.row_idx, custom_id, *endpoint);
                     self.plain_lines.push_text(line, place, (&only.text, only.finish_reason), usage, seed);
+                    add_attempts(line, row);
                     return record(row, true, usage, line.as_str());
                 }
                 let choices = per_prompt.flat_map(|(prompt, choices)| prompt.choices(choices, &self.tokenizer)).collect();
                 let completion = Completion { choices, usage, seed };
-                if self.plain_lines.push(line, row.row_idx, custom_id, *endpoint, &completion) {
-                    return record(row, true, usage, line.as_str());
+                if !self.plain_lines.push(line, row.row_idx, custom_id, *endpoint, &completion) {
+                    let value = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
+                    *line = value.to_string();
                 }
-                let line = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
-                record(row, true, usage, line.to_string())
+                add_attempts(line, row);
+                record(row, true, usage, line.as_str())
             }
             Origin::Dataset { columns } => {
                 let mut steps: Vec<(usize, StepResult)> =
@@ -130,6 +132,13 @@ impl Answers {
         Ok((Record { key: None, ..record(row, true, usage, line) }, None))
     }
 
+    /// Why one of a prompt's completions is none.
+    pub(super) fn broken(&self, prompt: &PromptMeta, results: &[Finished]) -> Option<RowError> {
+        let why = results.iter().find_map(|finished| finished.broken.clone())?;
+        let tried = Some(Box::new(self.tried(prompt, results)));
+        Some(RowError { tried, ..RowError::row(ErrorCode::EngineError, why) })
+    }
+
     /// A dataset row's line: its own columns that are kept, and these.
     fn line(&self, columns: Option<&str>, values: Vec<(&str, Value)>) -> String {
         match (&self.kept_columns, columns) {
@@ -142,7 +151,22 @@ impl Answers {
         let usage = prompt.usage(choices);
         let score = prompt.is_scored_only.then(|| score(&choices[0]));
         let choices = if prompt.is_scored_only { Vec::new() } else { prompt.choices(choices, &self.tokenizer) };
-        StepResult { choices, usage, seed: prompt.seed, score }
+        let (attempts, failed_checks) = (prompt.n_attempts(), prompt.failed_checks().to_vec());
+        StepResult { choices, usage, seed: prompt.seed, attempts, failed_checks, score }
+    }
+}
+
+/// Adds to a request row's line how often it was completed and what it failed, where there is anything to say.
+fn add_attempts(line: &mut String, row: &RowMeta) {
+    let n_attempts = row.prompts.iter().map(PromptMeta::n_attempts).max().unwrap_or(1);
+    let mut failed: Vec<&String> = row.prompts.iter().flat_map(PromptMeta::failed_checks).collect();
+    failed.sort_unstable();
+    failed.dedup();
+    if (n_attempts > 1 || !failed.is_empty()) && line.pop() == Some('}') {
+        let failed: Value = failed.into_iter().map(String::as_str).collect();
+        for part in [",\"attempts\":", &n_attempts.to_string(), ",\"failed_checks\":", &failed.to_string(), "}"] {
+            line.push_str(part);
+        }
     }
 }
 
@@ -152,17 +176,21 @@ pub(super) fn step_answer(choices: &[Finished]) -> StepAnswer {
     StepAnswer { parsed: columns::parsed(&text), text }
 }
 
-/// Why one of these completions is none.
-pub(super) fn broken(results: &[Finished]) -> Option<RowError> {
-    let why = results.iter().find_map(|finished| finished.broken.clone())?;
-    Some(RowError::row(ErrorCode::EngineError, why))
-}
-
 /// The error that an earlier line tells of.
 fn again(error: &Value) -> RowError {
     let text = |key: &str| error[key].as_str().map(str::to_owned);
     let code = text("code").and_then(|code| ErrorCode::parse(&code)).unwrap_or(ErrorCode::EngineError);
-    RowError { code, field: text("param"), message: text("message").unwrap_or_default() }
+    let number = |key: &str| error[key].as_u64().unwrap_or_default() as u32;
+    let tried = error["attempts"].is_u64().then(|| {
+        Box::new(Tried {
+            attempts: number("attempts"),
+            seed: error["seed"].as_u64(),
+            prompt_tokens: number("prompt_tokens"),
+            completion_tokens: number("completion_tokens"),
+            system_fingerprint: text("system_fingerprint").unwrap_or_default(),
+        })
+    });
+    RowError { code, field: text("param"), message: text("message").unwrap_or_default(), tried }
 }
 
 /// The likelihood of what was scored.

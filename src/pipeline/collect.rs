@@ -1,92 +1,31 @@
 //! The collecting side of a job, on the main thread: finished rows become records, records are committed in groups.
 //! Invariant: a record is appended once per row; a window is reported finished when every row of it has one.
 
-use super::answer::{Answers, RowMeta, broken, step_answer};
+use super::answer::{Answers, RowMeta, step_answer};
+use super::attempts::FIRST_RETRY_ID;
 use super::budget::Budget;
+pub(super) use super::events::{Counts, End, Event, Stop};
 use super::flight::{Flight, OpenWindow};
 use super::index::JobIndex;
+use super::policy::Policy;
 use super::progress::{Progress, Snapshot};
-use super::stepper::{FIRST_ID, PreparedStep, StepTask};
+use super::reuse::{Keeping, Known};
+use super::stepper::{FIRST_ID, PreparedStep, StepTask, Task};
 use super::window::{Group, PlannedWindow};
 use crate::config::{COMMIT_SECONDS, DRAIN_SECONDS};
-use crate::engine::{Checkpoint, EngineStats, Finished};
+use crate::engine::{EngineStats, Finished};
 use crate::journal::{Apart, Journal, Place, Record, Standing};
 use crate::outcome::RowError;
 use crate::prepare::Origin;
 use anyhow::{Context, Result, bail};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-/// What happens in a job.
-pub(super) enum Event {
-    /// A window was planned; its rows are about to be submitted.
-    Window(PlannedWindow),
-    /// A step finished these rows.
-    Finished(Vec<Finished>, EngineStats),
-    /// How far sequences came that run on.
-    Checkpoints(Vec<Checkpoint>),
-    /// A later step of a row was prepared, and is about to be submitted.
-    Prepared(PreparedStep),
-    /// Everything was read and submitted, or the feed failed.
-    FeedEnded(Result<u64>),
-    /// The engine's thread has ended.
-    EngineEnded,
-    /// A signal asks for an end.
-    Signal(u8),
-    /// It ends here and now: what runs is not waited for.
-    Halt,
-}
-
 /// How often the display is brought up to date at least.
 const TICK: Duration = Duration::from_millis(200);
-
-/// What the collecting side counts.
-#[derive(Debug, Default)]
-pub(super) struct Counts {
-    pub(super) errors: BTreeMap<String, u64>,
-    pub(super) duplicates: u64,
-    pub(super) trie_tokens: u64,
-    pub(super) stats: EngineStats,
-    /// Sum over time of the rows waiting: divided by the rows, their mean wait (Little's law).
-    pub(super) waiting_row_seconds: f64,
-    pub(super) submitted: u64,
-    /// Putting output lines and records together.
-    pub(super) answer: Duration,
-    /// Committing.
-    pub(super) journal: Duration,
-    /// Writing the final files.
-    pub(super) finalise: Duration,
-    /// Most KV blocks in use at a time.
-    pub(super) peak_blocks: usize,
-    /// Rows that an earlier run had finished.
-    pub(super) resumed: u64,
-}
-
-/// How collecting ended.
-pub(super) enum End {
-    /// Every row has its record; so many were read.
-    Complete(u64),
-    /// Before its end, in good order.
-    Stopped(Stop),
-    /// The engine's thread has ended early; it knows why.
-    EngineEnded,
-}
-
-/// Why a run ends before its job.
-#[derive(Debug, Clone)]
-pub(super) enum Stop {
-    /// A signal.
-    Signal(u8),
-    /// `valar cancel`.
-    Cancelled,
-    /// Its budget is spent: this one.
-    Budget(String),
-    /// Whoever runs it on an engine that others use, too.
-    Halted,
-}
 
 /// The rows in flight and where their outcomes go.
 pub(super) struct Collector {
@@ -100,19 +39,27 @@ pub(super) struct Collector {
     /// Set to stop the feed.
     pub(super) stop: Arc<AtomicBool>,
     pub(super) counts: Counts,
+    /// For the cache that jobs share.
+    pub(super) keeping: Option<Keeping>,
     budget: Budget,
     /// Windows with rows that have no record yet, in order.
     windows: VecDeque<OpenWindow>,
     /// Rows that take more than one sequence, by the row that is computed.
-    flights: HashMap<u64, Flight>,
+    pub(super) flights: HashMap<u64, Flight>,
     /// Rows that are computed and have not landed.
     n_in_flight: usize,
-    /// By the engine's name, sequences of later steps: the row, and which of its prompts.
-    later: HashMap<u64, (u64, usize)>,
+    /// By the engine's name, sequences of later steps and attempts: the row, and which of its prompts.
+    pub(super) later: HashMap<u64, (u64, usize)>,
+    /// The name of the next sequence of a later attempt.
+    pub(super) next_retry_id: u64,
+    /// By step, what completions must be.
+    pub(super) policies: Vec<Option<Arc<Policy>>>,
+    /// What seeds are derived from.
+    pub(super) job_seed: u64,
     /// For each step of the job, the steps that it waits for.
     needs: Vec<Vec<usize>>,
     /// To the thread that prepares steps.
-    step_tasks: Sender<StepTask>,
+    pub(super) step_tasks: Sender<Task>,
     /// For the line that is being written.
     line: String,
     /// Where records are that others may need; not yet in the index.
@@ -126,7 +73,7 @@ impl Collector {
     /// Nothing in flight.
     pub(super) fn new(
         (journal, index): (Journal, Arc<JobIndex>),
-        (needs, step_tasks): (Vec<Vec<usize>>, Sender<StepTask>),
+        (needs, step_tasks): (Vec<Vec<usize>>, Sender<Task>),
         answers: Answers,
         (progress, budget): (Progress, Budget),
         n_rows: u64,
@@ -143,11 +90,15 @@ impl Collector {
             finished_windows,
             stop,
             counts,
+            keeping: None,
             budget,
             windows: VecDeque::new(),
             flights: HashMap::new(),
             n_in_flight: 0,
             later: HashMap::new(),
+            next_retry_id: FIRST_RETRY_ID,
+            policies: Vec::new(),
+            job_seed: 0,
             needs,
             step_tasks,
             line: String::new(),
@@ -207,6 +158,7 @@ impl Collector {
         match event {
             Event::Window(window) => self.open_window(window),
             Event::Finished(finished, stats) => self.take_finished(finished, stats),
+            Event::Known(known) => self.take_known(known),
             Event::Checkpoints(checkpoints) => self.keep(&checkpoints),
             Event::Prepared(step) => self.take_prepared(step),
             Event::FeedEnded(result) => result.map(drop),
@@ -270,7 +222,7 @@ impl Collector {
     /// Makes flights of those groups of the last window that are more than one sequence.
     fn take_off(&mut self) {
         let window = self.windows.back_mut().expect("the caller has pushed one");
-        let has_steps = self.needs.len() > 1;
+        let has_steps = self.needs.len() > 1 || self.policies.iter().any(Option::is_some);
         if !has_steps && window.sequences.len() == window.groups.len() {
             return;
         }
@@ -326,10 +278,22 @@ impl Collector {
         self.counts.peak_blocks = self.counts.peak_blocks.max(stats.blocks_used);
         let waited = self.journal.wait_time();
         for sequence in finished {
+            if let Some(keeping) = &mut self.keeping {
+                keeping.note(&sequence);
+            }
             self.take_sequence(sequence)?;
         }
         self.counts.answer += (now.elapsed() + waited).saturating_sub(self.journal.wait_time());
         Ok(())
+    }
+
+    /// Takes results from the cache.
+    fn take_known(&mut self, known: Known) -> Result<()> {
+        if let Some(keeping) = &mut self.keeping {
+            keeping.expect(known.keys);
+        }
+        self.counts.reused += known.found.len() as u64;
+        known.found.into_iter().try_for_each(|sequence| self.take_sequence(sequence))
     }
 
     fn take_sequence(&mut self, finished: Finished) -> Result<()> {
@@ -351,7 +315,9 @@ impl Collector {
         if flight.n_missing[prompt] == 0 {
             // A prompt's sequences are named in the order of its choices.
             flight.results[prompt].sort_unstable_by_key(|finished| finished.id);
-            self.advance(leader, prompt);
+            if self.stands(leader, prompt) {
+                self.advance(leader, prompt);
+            }
         }
         self.land_if_complete(leader)
     }
@@ -361,7 +327,7 @@ impl Collector {
         let flight = self.flights.get_mut(&leader).expect("the caller looked");
         let results = &flight.results[prompt];
         let step = flight.rows[0].prompts[prompt].step;
-        if let Some(error) = broken(results) {
+        if let Some(error) = self.answers.broken(&flight.rows[0].prompts[prompt], results) {
             return flight.fail(step, error);
         }
         if self.needs.len() < 2 {
@@ -378,7 +344,7 @@ impl Collector {
             flight.n_left += 1; // until it is prepared
             let task = StepTask { row_idx: leader, step, columns: Arc::clone(columns), answers: flight.answers.clone() };
             // The stepper may have ended with the engine; then the end comes soon.
-            let _nobody_listens = self.step_tasks.send(task);
+            let _nobody_listens = self.step_tasks.send(Task::Prepare(task));
         }
     }
 
@@ -388,8 +354,9 @@ impl Collector {
         flight.n_left -= 1;
         match step.prompt {
             Err(error) => flight.fail(step.step, error),
-            Ok((meta, ids)) => {
+            Ok((meta, ids, given)) => {
                 let prompt = flight.results.len();
+                flight.prompts.extend(self.policies.iter().any(Option::is_some).then_some(*given));
                 flight.n_left += ids.len();
                 flight.results.push(Vec::with_capacity(ids.len()));
                 flight.n_missing.push(ids.len());
@@ -408,7 +375,7 @@ impl Collector {
     fn land(&mut self, number: u64, rows: &Group, finished: Finished) -> Result<()> {
         self.n_in_flight -= 1;
         let results = [[finished]];
-        let error = broken(&results[0]);
+        let error = self.answers.broken(&rows.leader.prompts[0], &results[0]);
         for row in std::iter::once(&rows.leader).chain(&rows.same) {
             self.settle(row, error.as_ref(), &results)?;
         }

@@ -2,7 +2,7 @@
 //! values. Invariant: names and types depend on the pipeline alone, never on a row.
 
 use crate::format::json_field;
-use crate::format::openai::answer::{Place, chat_logprob};
+use crate::format::openai::answer::{Place, add_tried, chat_logprob};
 use crate::outcome::{Choice, RowError, Usage};
 use crate::prepare::{RowForm, Step};
 use crate::request::AnswerFormat;
@@ -24,6 +24,10 @@ enum Kind {
     Parsed(Arc<Value>),
     /// How likely the continuation is.
     Score,
+    /// How often it was drawn.
+    Attempts,
+    /// Names of checks that it failed and stays all the same.
+    FailedChecks,
 }
 
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub(super) struct StepResult {
     pub(super) choices: Vec<Choice>,
     pub(super) usage: Usage,
     pub(super) seed: Option<u64>,
+    pub(super) attempts: u32,
+    pub(super) failed_checks: Vec<String>,
     pub(super) score: Option<Score>,
 }
 
@@ -75,7 +81,7 @@ impl ResultColumns {
             let own = if step.name.is_empty() { prefix.to_owned() } else { format!("{prefix}{}_", step.name) };
             let is_list = step.params.n > 1;
             let mut add = |name: &str, kind: Kind| {
-                let is_list = is_list && kind != Kind::Usage;
+                let is_list = is_list && !matches!(kind, Kind::Usage | Kind::Attempts | Kind::FailedChecks);
                 let name = format!("{own}{name}");
                 let field = kind.field(&name);
                 columns.push(Column { name, step: i, kind, is_list, field });
@@ -94,6 +100,10 @@ impl ResultColumns {
             add("usage", Kind::Usage);
             if step.params.logprobs.is_some() {
                 add("logprobs", Kind::Logprobs);
+            }
+            if step.is_checked {
+                add("attempts", Kind::Attempts);
+                add("failed_checks", Kind::FailedChecks);
             }
         }
         Self { columns, error: format!("{prefix}error") }
@@ -121,9 +131,12 @@ impl ResultColumns {
             let value = outcome.map_or(Value::Null, |steps| column.value(&steps[column.step]));
             values.push((column.name.as_str(), value));
         }
-        let error = outcome.err().map(
-            |e| json!({"code": e.code.as_str(), "message": e.message, "param": e.field, "file": place.file, "line": place.line}),
-        );
+        let error = outcome.err().map(|e| {
+            let (code, file, line) = (e.code.as_str(), place.file, place.line);
+            let mut error = json!({"code": code, "message": e.message, "param": e.field, "file": file, "line": line});
+            add_tried(&mut error, e);
+            error
+        });
         values.push((&self.error, error.unwrap_or_default()));
         values
     }
@@ -161,6 +174,8 @@ impl Column {
                 "cached_tokens": result.usage.cached_tokens,
                 "seed": result.seed,
             }),
+            Kind::Attempts => result.attempts.into(),
+            Kind::FailedChecks => result.failed_checks.iter().map(String::as_str).collect(),
             Kind::Score => result.score.map_or(
                 Value::Null,
                 |score| json!({"logprob": score.logprob, "n_tokens": score.n_tokens, "is_greedy": score.is_greedy}),
@@ -176,6 +191,8 @@ impl Kind {
             Self::Completion | Self::FinishReason => DataType::Utf8,
             Self::Parsed(schema) => return schema_field(name, schema, schema, 0),
             Self::Logprobs => logprobs_type(),
+            Self::Attempts => DataType::Int64,
+            Self::FailedChecks => list(item(DataType::Utf8)),
             Self::Usage => {
                 let names = ["prompt_tokens", "completion_tokens", "cached_tokens", "seed"];
                 structure(names.map(|name| (name, DataType::Int64)))

@@ -6,6 +6,7 @@ use super::estimate::{History, JobEstimator};
 use super::job::{self, Inputs, JobFiles};
 use super::load::{self, OpenModel};
 use super::meter::Meter;
+use super::policy::Policy;
 use super::rows::FeedTimes;
 use super::steps;
 use crate::config::Config;
@@ -21,6 +22,8 @@ use std::time::{Duration, Instant};
 pub(super) struct Described {
     pub(super) inputs: Inputs,
     pub(super) form: RowForm,
+    /// What completions must be, by step.
+    pub(super) policies: Vec<Option<Arc<Policy>>>,
     pub(super) columns: ResultColumns,
     pub(super) outputs: Outputs,
     /// Its weights are not loaded yet.
@@ -78,6 +81,7 @@ impl Described {
             estimator: Arc::new(Mutex::new(JobEstimator::new(setting))),
             history,
         };
-        Ok(Self { inputs, form: form.rows, columns, outputs, open, grammars, manifest, measured, load_start })
+        let (form, policies) = (form.rows, form.policies);
+        Ok(Self { inputs, form, policies, columns, outputs, open, grammars, manifest, measured, load_start })
     }
 }

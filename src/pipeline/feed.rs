@@ -5,6 +5,7 @@
 use super::checkpoint::Checkpoints;
 use super::collect::Event;
 use super::estimate::JobEstimator;
+use super::reuse::Lookup;
 use super::rows::{FeedTimes, WindowReader};
 use super::window::{PlannedWindow, WindowRow, WindowSettings, plan_window};
 use crate::engine::handle::{EngineHandle, panic_message};
@@ -29,6 +30,8 @@ pub(super) struct Feed {
     /// One message per finished window.
     pub(super) finished_windows: Receiver<()>,
     pub(super) stop: Arc<AtomicBool>,
+    /// What jobs share.
+    pub(super) lookup: Option<Lookup>,
     /// Told of every window, before it runs; `None` where nobody reckons.
     pub(super) estimator: Option<Arc<Mutex<JobEstimator>>>,
     /// The name of the first sequence.
@@ -41,7 +44,8 @@ pub(super) struct Feed {
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(self) -> Result<u64> {
-        let Self { reader, done, engine, events, finished_windows, stop, estimator, first_id, stream, checkpoints } = self;
+        let Self { reader, done, engine, events, finished_windows, stop, lookup, estimator, first_id, stream, checkpoints } =
+            self;
         let planner = Planner {
             settings: reader.settings.clone(),
             times: Arc::clone(&reader.times),
@@ -49,6 +53,7 @@ impl Feed {
             engine: &engine,
             events,
             stop: &stop,
+            lookup: lookup.as_ref(),
             estimator: estimator.as_deref(),
             stream,
             checkpoints,
@@ -109,6 +114,7 @@ struct Planner<'a> {
     engine: &'a EngineHandle,
     events: Sender<Event>,
     stop: &'a AtomicBool,
+    lookup: Option<&'a Lookup>,
     estimator: Option<&'a Mutex<JobEstimator>>,
     stream: Option<u32>,
     checkpoints: Arc<Checkpoints>,
@@ -144,9 +150,15 @@ impl Planner<'_> {
 
     /// Announces the window's rows, then submits them; false if the job is over.
     fn submit(&self, mut window: PlannedWindow) -> bool {
-        let submissions = std::mem::take(&mut window.submissions);
+        let mut submissions = std::mem::take(&mut window.submissions);
         if self.events.send(Event::Window(window)).is_err() {
             return false;
+        }
+        if let Some(lookup) = self.lookup {
+            let known = lookup.split(&mut submissions);
+            if self.events.send(Event::Known(known)).is_err() {
+                return false;
+            }
         }
         // A refused submission means that the engine has stopped; whoever owns it knows why.
         self.engine.submit_all(submissions.into_iter().take_while(|_| !self.stop.load(Relaxed))) && !self.stop.load(Relaxed)

@@ -5,8 +5,8 @@ use super::answer::RowMeta;
 use super::window::Group;
 use crate::engine::Finished;
 use crate::outcome::RowError;
-use crate::prepare::StepAnswer;
 use crate::prepare::sequences::PromptMeta;
+use crate::prepare::{Prompt, StepAnswer};
 
 /// A window with rows that have no record yet.
 pub(super) struct OpenWindow {
@@ -40,6 +40,8 @@ pub(super) struct Flight {
     pub(super) followers: Vec<(u64, RowMeta)>,
     /// The completions of each of its prompts: as they come, and in the order of its choices once all have.
     pub(super) results: Vec<Vec<Finished>>,
+    /// Its prompts, where they may have to be run again; else none.
+    pub(super) prompts: Vec<Prompt>,
     /// How many of each are missing.
     pub(super) n_missing: Vec<usize>,
     /// Sequences that have not finished, and steps that are being prepared.
@@ -62,6 +64,7 @@ impl Flight {
             window: number,
             followers: Vec::new(),
             results: n_missing.iter().map(|&n| Vec::with_capacity(n)).collect(),
+            prompts: group.prompts,
             n_missing,
             n_left: group.n_sequences as usize,
             answers: vec![None; n_steps],
@@ -77,8 +80,17 @@ impl Flight {
         }
     }
 
+    /// Changes what is known of a prompt of this row, and of all rows that get the same.
+    pub(super) fn each_meta(&mut self, prompt: usize, change: impl Fn(&mut PromptMeta)) {
+        let followers = self.followers.iter_mut().map(|(_, row)| row);
+        self.rows.iter_mut().chain(followers).for_each(|row| change(&mut row.prompts[prompt]));
+    }
+
     /// Another row gets the same.
     pub(super) fn follow(&mut self, number: u64, mut row: RowMeta) {
+        for (own, first) in row.prompts.iter_mut().zip(&self.rows[0].prompts) {
+            own.follow(first);
+        }
         let later = &self.rows[0].prompts[row.prompts.len()..];
         row.prompts.extend(later.iter().map(PromptMeta::shared));
         self.followers.push((number, row));

@@ -63,7 +63,7 @@ fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<End
     let totals = parts.iter().map(|(journal, _)| journal.totals()).fold(Totals::default(), Totals::plus);
     let n_rows = inputs.n_rows;
     let counts = Counts { resumed: n_rows, finalise: start.elapsed(), ..Counts::default() };
-    let run = Run { config, storage, files, inputs, outputs, manifest };
+    let run = Run { config, storage, files, inputs, outputs, policies: Vec::new(), manifest };
     let report = summary::report(&run, n_rows, totals, &counts, &measured);
     parts[0].0.publish(&files.report, report.to_json()?.as_bytes())?;
     for (journal, _) in parts {

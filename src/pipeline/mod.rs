@@ -2,6 +2,7 @@
 //! Invariant: whatever ends a run, what was committed stays, and the same command goes on from there.
 
 mod answer;
+mod attempts;
 pub mod bench;
 pub mod bench_plan;
 pub mod budget;
@@ -11,6 +12,7 @@ mod collect;
 mod columns;
 mod described;
 mod estimate;
+mod events;
 pub mod explain;
 mod feed;
 mod first_rows;
@@ -24,9 +26,11 @@ pub mod load;
 pub mod merge;
 pub mod meter;
 mod null;
+pub mod policy;
 pub mod progress;
 pub mod report;
 pub mod retry;
+mod reuse;
 mod rows;
 mod signals;
 pub mod spec;
@@ -60,8 +64,10 @@ use feed::Feed;
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
 use load::{MemoryPlan, OpenModel};
+use policy::Policy;
 use progress::{Progress, say};
 use report::Report;
+use reuse::Keeping;
 use rows::{FeedTimes, WindowReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -183,7 +189,7 @@ impl Ended {
 
 /// Runs a job. Everything that can be wrong with it is found before anything of an earlier one is touched.
 fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
-    let Described { inputs, form, columns, outputs, open, grammars, manifest, measured, load_start } =
+    let Described { inputs, form, policies, columns, outputs, open, grammars, manifest, measured, load_start } =
         Described::new(config, storage, files)?;
     let requests = matches!(form, RowForm::Requests);
     let begun = if config.retry {
@@ -205,7 +211,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         // It may have waited for another run. What it has not begun is in nobody's way.
         return if journal.done_rows().is_empty() { journal.remove().and(Err(changed)) } else { Err(changed) };
     }
-    let run = Run { config, storage, files, inputs, outputs, manifest };
+    let run = Run { config, storage, files, inputs, outputs, policies, manifest };
     run.work(open, (form, columns, grammars), (journal, index), measured, load_start)
 }
 
@@ -233,9 +239,10 @@ fn preparer(
 }
 
 /// The columns that a job must read, besides `more`; `None` for all.
-fn needed_columns(form: &RowForm, more: Option<&[String]>) -> Option<Vec<String>> {
+fn needed_columns(form: &RowForm, policies: &[Option<Arc<Policy>>], more: Option<&[String]>) -> Option<Vec<String>> {
     let (RowForm::Dataset(steps), Some(more)) = (form, more) else { return None };
     let mut columns: Vec<String> = steps.iter().flat_map(|step| step.template.columns()).collect();
+    columns.extend(policies.iter().flatten().flat_map(|policy| policy.columns().cloned()));
     columns.extend(more.iter().cloned());
     Some(columns)
 }
@@ -270,7 +277,8 @@ fn window_settings(config: &Config, form: &RowForm, n_rows: u64) -> WindowSettin
     // Which rows are identical must be known before later steps are.
     let dedup = config.spec.job.dedup && (!has_steps || all_deterministic);
     let shard_rows = config.shard.map(|shard| shard.rows(n_rows));
-    WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps, shard_rows }
+    let has_policy = config.spec.has_policy();
+    WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps, has_policy, shard_rows }
 }
 
 /// A job that is under way.
@@ -280,6 +288,8 @@ struct Run<'a> {
     files: &'a JobFiles,
     inputs: Inputs,
     outputs: Outputs,
+    /// What completions must be, by step.
+    policies: Vec<Option<Arc<Policy>>>,
     manifest: Manifest,
 }
 
@@ -300,8 +310,7 @@ impl Run<'_> {
         mut measured: Measured,
         load_start: Instant,
     ) -> Result<Ended> {
-        let own_rows = self.inputs.own_rows(self.config.shard);
-        let n_rows = own_rows.end - own_rows.start;
+        let n_rows = self.manifest.rows.end - self.manifest.rows.start;
         if journal.done_rows().len() == n_rows {
             // An earlier run was killed while it wrote the final files.
             let counts = Counts { resumed: journal.done_rows().len(), ..Counts::default() };
@@ -327,15 +336,19 @@ impl Run<'_> {
         let indexed = (journal, Arc::clone(&index));
         let mut collector =
             Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
-        let needed = needed_columns(&preparer.form, self.config.spec.output.columns.as_deref());
+        collector.judge_by(&self.policies, self.manifest.job_seed);
+        let [lookup, step_lookup] = collector.share(self.config.reuse.as_ref(), &self.manifest.model_fingerprint);
+        let needed = needed_columns(&preparer.form, &self.policies, self.config.spec.output.columns.as_deref());
         let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
         let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
+            let (job_seed, engine_too) = (self.manifest.job_seed, Arc::clone(&engine));
             let stepper = Stepper {
                 preparer: Arc::clone(&preparer),
-                engine: Arc::clone(&engine),
+                engine: engine_too,
                 tasks,
                 events: events.clone(),
-                job_seed: self.manifest.job_seed,
+                lookup: step_lookup,
+                job_seed,
                 checkpoints: Arc::clone(&checkpoints),
             };
             let feed = Feed {
@@ -345,6 +358,7 @@ impl Run<'_> {
                 events,
                 finished_windows,
                 stop,
+                lookup,
                 estimator: Some(Arc::clone(&measured.estimator)),
                 first_id: 0,
                 stream: None,
@@ -358,13 +372,24 @@ impl Run<'_> {
         if matches!(end, Ok(End::Stopped(_))) {
             end = collector.keep_the_rest(&threads.events).and(end);
         }
+        let keeping = collector.keeping.take();
         let ((journal, counts), stopped) = (collector.into_parts(), threads.end());
-        self.ended(end?, stopped, (journal, counts, measured))
+        let ended = self.ended(end, stopped, (journal, counts, measured));
+        keeping.into_iter().for_each(Keeping::end);
+        ended
     }
 
-    /// What a job comes to whose threads have ended.
-    fn ended(&self, end: End, stopped: Result<()>, (journal, counts, measured): (Journal, Counts, Measured)) -> Result<Ended> {
-        match end {
+    /// What becomes of a run whose threads have ended; `stopped` is what the engine says.
+    fn ended(
+        &self,
+        end: Result<End>,
+        stopped: Result<()>,
+        (journal, counts, measured): (Journal, Counts, Measured),
+    ) -> Result<Ended> {
+        if counts.stats.failed_steps > 0 {
+            say(&format!("warning: {} steps of the engine failed; rows at fault are errors", counts.stats.failed_steps));
+        }
+        match end? {
             End::Complete(n_rows) => stopped.and_then(|()| self.finish(n_rows, journal, counts, measured)),
             End::Stopped(Stop::Signal(signal)) => stopped.map(|()| Ended::Stopped(signal)),
             End::Stopped(Stop::Cancelled) => stopped.map(|()| Ended::Cancelled),

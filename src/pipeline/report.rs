@@ -90,6 +90,12 @@ pub struct RowCounts {
     /// Rows that were errors in the finished job whose other rows were taken over (`valar retry`).
     #[serde(default)]
     pub retried: u64,
+    /// Completions of this run that were in the cache: nothing was computed for them.
+    #[serde(default)]
+    pub reused: u64,
+    /// Times in this run that a prompt was completed again, because its completion failed a check.
+    #[serde(default)]
+    pub further_attempts: u64,
 }
 
 /// Token counts.
@@ -185,6 +191,12 @@ impl Report {
         }
         if rows.retried > 0 {
             line("", rows.retried.to_string(), "were errors and were run again".into());
+        }
+        if rows.further_attempts > 0 {
+            line("", rows.further_attempts.to_string(), "attempts more, because a completion failed a check".into());
+        }
+        if rows.reused > 0 {
+            line("", rows.reused.to_string(), "completions from the result cache, for which nothing was computed".into());
         }
         line("prompt tokens", tokens.prompt.to_string(), format!("{} shared by the plan", tokens.cached));
         line("generated tokens", tokens.completion.to_string(), String::new());

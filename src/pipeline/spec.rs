@@ -1,6 +1,7 @@
 //! `pipelines/*.toml`: what a job reads, asks, and writes. Parsing checks types and unknown keys; `config` checks
 //! meaning. Knows nothing of models or files.
 
+pub use super::policy::PolicySpec;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -19,6 +20,9 @@ pub struct PipelineSpec {
     /// Several prompts per row, each with a name; one that uses another's answer waits for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub step: Vec<StepSpec>,
+    /// What completions must be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicySpec>,
     /// What is written.
     pub output: OutputSpec,
     /// Which model runs.
@@ -68,6 +72,9 @@ pub struct StepSpec {
     /// What differs from `[sampling]`.
     #[serde(default)]
     pub sampling: SamplingSpec,
+    /// Instead of the pipeline's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicySpec>,
 }
 
 /// `[prompt]`: templates (minijinja) over a row's columns. Either `text`, or `user` with an optional `system`, or
@@ -241,9 +248,29 @@ pub struct SamplingSpec {
     /// Go on after end tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ignore_eos: Option<bool>,
+    /// End completions that go round in circles, with the finish reason `repetition`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetition_detection: Option<RepetitionSpec>,
     /// Log-probabilities with this many alternatives per token (dataset rows).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<u8>,
+}
+
+/// `sampling.repetition_detection`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RepetitionSpec {
+    /// Shortest pattern, in tokens.
+    #[serde(default = "default_min_pattern")]
+    pub min_pattern_size: u32,
+    /// Longest pattern, in tokens.
+    pub max_pattern_size: u32,
+    /// How often it stands there, one directly after the other.
+    pub min_count: u32,
+}
+
+fn default_min_pattern() -> u32 {
+    1
 }
 
 /// What computes a job's tokens.
@@ -346,12 +373,18 @@ impl SamplingSpec {
             seed: own.seed.or(base.seed),
             stop: own.stop.or_else(|| base.stop.clone()),
             ignore_eos: own.ignore_eos.or(base.ignore_eos),
+            repetition_detection: own.repetition_detection.or(base.repetition_detection),
             logprobs: own.logprobs.or(base.logprobs),
         }
     }
 }
 
 impl PipelineSpec {
+    /// Whether completions are checked.
+    pub fn has_policy(&self) -> bool {
+        self.policy.is_some() || self.step.iter().any(|step| step.policy.is_some())
+    }
+
     /// Whether rows are dataset rows rather than requests.
     pub fn is_dataset(&self) -> bool {
         self.prompt.is_some() || !self.step.is_empty()

@@ -1,6 +1,7 @@
 //! From the pipeline file's prompts to a job's steps: templates compiled, examples and formats read from their files,
 //! the order of steps found out. Knows nothing of rows. Invariant: whatever is wrong with them is found before any work.
 
+use super::policy::Policy;
 use super::spec::{Choices, FewShotSpec, FormatSpec, PromptSpec};
 use crate::config::{Config, sampling_params};
 use crate::format::openai::one_of;
@@ -16,7 +17,9 @@ use std::sync::Arc;
 /// How the rows of a job are read.
 pub(super) struct Form {
     pub(super) rows: RowForm,
-    /// Hash of the files that the prompts were made with; empty if there are none.
+    /// What completions must be, by step.
+    pub(super) policies: Vec<Option<Arc<Policy>>>,
+    /// Hash of the files that prompts and checks were made with; empty if there are none.
     pub(super) files_hash: String,
 }
 
@@ -36,14 +39,26 @@ pub(super) fn read(config: &Config, storage: &Storage) -> Result<Form> {
         let made = step(step_spec.name.clone(), &step_spec.prompt, params, &mut files);
         steps.push(made.with_context(|| format!("step {}", step_spec.name))?);
     }
+    let mut policies = Vec::new();
+    for i in 0..steps.len().max(1) {
+        let own = spec.step.get(i).and_then(|step| step.policy.as_ref());
+        let is_scored = steps.get(i).is_some_and(|step| step.template.continuation.is_some());
+        ensure!(!is_scored || own.is_none(), "step {}: policy: nothing is generated that could be checked", steps[i].name);
+        let asked = own.or(spec.policy.as_ref()).filter(|_| !is_scored);
+        let policy = asked.map(|policy| Policy::new(policy, |name| files.read(name))).transpose().context("policy")?;
+        if let (Some(step), true) = (steps.get_mut(i), policy.is_some()) {
+            step.is_checked = true;
+        }
+        policies.push(policy.map(Arc::new));
+    }
     let files_hash = if files.n_read > 0 { files.hasher.finalize().to_hex().to_string() } else { String::new() };
     if steps.is_empty() {
-        return Ok(Form { rows: RowForm::Requests, files_hash });
+        return Ok(Form { rows: RowForm::Requests, policies, files_hash });
     }
     if !spec.step.is_empty() {
         find_needs(&mut steps)?;
     }
-    Ok(Form { rows: RowForm::Dataset(steps), files_hash })
+    Ok(Form { rows: RowForm::Dataset(steps), policies, files_hash })
 }
 
 /// Compiles the formats of the steps: a wrong one should stop the job, not be every row's error.
@@ -115,6 +130,7 @@ fn step(name: String, prompt: &PromptSpec, mut params: Params, files: &mut Files
         template: PromptTemplate { tokens: prompt.tokens.clone(), turns, prefill, continuation },
         params,
         needs: Vec::new(),
+        is_checked: false,
     })
 }
 

@@ -44,6 +44,8 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
             resumed: counts.resumed,
             deduplicated: counts.duplicates,
             retried: run.manifest.retries.unwrap_or(0),
+            reused: counts.reused,
+            further_attempts: counts.further_attempts,
         },
         tokens: report::TokenCounts {
             prompt: totals.prompt_tokens,
@@ -71,7 +73,8 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
 /// What was expected of this run; `None` if it ran nothing.
 fn estimate(counts: &Counts, measured: &Measured, took: &report::Seconds) -> Option<Estimate> {
     let totals = measured.estimator.lock().expect("an estimator does not panic").totals();
-    (totals.n_computed > 0).then(|| Estimate {
+    // What the cache knew was expected to be computed.
+    (totals.n_computed > 0 && counts.reused == 0).then(|| Estimate {
         prefill_tokens: totals.prefill_tokens,
         output_tokens: totals.output_tokens,
         steps: totals.steps,
@@ -91,6 +94,9 @@ fn estimate(counts: &Counts, measured: &Measured, took: &report::Seconds) -> Opt
 pub(super) fn remember(mut measured: Measured, counts: &Counts) {
     let totals = measured.estimator.lock().expect("an estimator does not panic").totals();
     let (stats, meter) = (&counts.stats, measured.meter.read());
+    if counts.reused > 0 {
+        return;
+    }
     let run = estimate::Run {
         prefill_tokens: stats.prefill_tokens,
         prefill_seconds: meter.prefill.as_secs_f64(),

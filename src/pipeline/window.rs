@@ -66,6 +66,8 @@ pub(super) struct Group {
     pub(super) same: Vec<RowMeta>,
     /// How many sequences complete its prompts.
     pub(super) n_sequences: u32,
+    /// Its prompts, where they may have to be run again; else none.
+    pub(super) prompts: Vec<Prompt>,
 }
 
 /// Settings of the job that a window needs.
@@ -77,6 +79,8 @@ pub(super) struct WindowSettings {
     pub(super) dedup: bool,
     /// Whether some prompts are made of others' answers.
     pub(super) has_steps: bool,
+    /// Whether completions are checked: then prompts may be run again, and other columns may give another outcome.
+    pub(super) has_policy: bool,
     /// The rows of a shard; `None` if the job is run as a whole.
     pub(super) shard_rows: Option<Range<u64>>,
 }
@@ -93,7 +97,7 @@ impl WindowRow {
     pub(super) fn new(row_idx: u64, file: Arc<str>, line: u64, prepared: Prepared, settings: &WindowSettings) -> Self {
         let prompts = prepared.prompts.as_ref().ok();
         let prompts = prompts.filter(|prompts| settings.dedup && prompts.iter().all(|p| p.params.is_deterministic()));
-        let key = prompts.map(|prompts| content_key(prompts, &prepared.origin, settings.has_steps));
+        let key = prompts.map(|prompts| content_key(prompts, &prepared.origin, settings.has_steps || settings.has_policy));
         let id_key = match &prepared.origin {
             Origin::Request { custom_id: Some(id), .. } => Some(id_key(id)),
             _ => None,
@@ -201,9 +205,9 @@ pub(super) fn plan_window(
             window.follow(row.first, row.meta);
         }
         let left = Arrangement::of(&ready);
-        left.submit(ready, keep_at_end, next_id, &mut window);
+        left.submit(ready, (keep_at_end, settings.has_policy), next_id, &mut window);
     } else {
-        all.submit(ready, keep_at_end, next_id, &mut window);
+        all.submit(ready, (keep_at_end, settings.has_policy), next_id, &mut window);
     }
     window
 }
@@ -261,7 +265,7 @@ impl Arrangement {
     }
 
     /// Makes the engine's work of the rows.
-    fn submit(self, ready: Vec<Ready>, keep_at_end: u32, next_id: &mut u64, window: &mut PlannedWindow) {
+    fn submit(self, ready: Vec<Ready>, (keep_at_end, keeps_prompts): (u32, bool), next_id: &mut u64, window: &mut PlannedWindow) {
         window.trie_tokens = self.plan.trie_tokens;
         window.first_id = *next_id;
         window.submissions.reserve(self.prompts.len());
@@ -292,7 +296,8 @@ impl Arrangement {
                 known.same.push(RowMeta { key: None, ..row.meta });
             } else {
                 let n_sequences = n_sequences[group as usize];
-                window.groups.push(Group { leader: row.meta, same: Vec::new(), n_sequences });
+                let prompts = if keeps_prompts { row.prompts } else { Vec::new() };
+                window.groups.push(Group { leader: row.meta, same: Vec::new(), n_sequences, prompts });
             }
         }
     }
@@ -392,6 +397,7 @@ fn add_params(content: &mut Vec<u8>, params: &Params) {
         stop,
         stop_tokens,
         ignore_eos,
+        repetition,
         logprobs,
         echo,
         format,
@@ -403,6 +409,9 @@ fn add_params(content: &mut Vec<u8>, params: &Params) {
         content.extend_from_slice(&number.to_le_bytes());
     }
     content.extend_from_slice(&seed.unwrap_or(0).to_le_bytes());
+    if let Some(repetition) = repetition {
+        write!(content, "{repetition:?}/").expect("memory takes text");
+    }
     let is_plain = logit_bias.is_empty() && stop.is_empty() && stop_tokens.is_empty() && *format == AnswerFormat::Text;
     content.push(u8::from(is_plain));
     if !is_plain {

@@ -18,6 +18,8 @@ pub struct Step {
     pub params: Params,
     /// Indices of the steps whose answers it uses.
     pub needs: Vec<usize>,
+    /// Whether its completions are checked, and may be drawn again.
+    pub is_checked: bool,
 }
 
 /// A dataset row's templates.

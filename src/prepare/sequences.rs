@@ -38,6 +38,21 @@ pub struct PromptMeta {
     tokens: Option<Arc<[u32]>>,
     /// Whether nothing is generated.
     pub is_scored_only: bool,
+    /// What is known of it beyond its first attempt; `None` if nothing is.
+    attempts: Option<Box<Attempts>>,
+}
+
+/// What became of a prompt that is completed more than once, or not as it should be.
+#[derive(Debug, Clone)]
+struct Attempts {
+    /// How many there were, the last one included.
+    n: u32,
+    /// The seed of the first.
+    first_seed: Option<u64>,
+    /// Tokens of all but the last.
+    earlier: Usage,
+    /// What the last one failed.
+    failed_checks: Vec<String>,
 }
 
 impl PromptMeta {
@@ -56,6 +71,56 @@ impl PromptMeta {
             score_from: prompt.score_from.map(|first| first as usize),
             tokens: prompt.params.echo.then(|| Arc::clone(&prompt.tokens)),
             is_scored_only: prompt.max_tokens == 0,
+            attempts: None,
+        }
+    }
+
+    /// How often it is completed, this time included.
+    pub fn n_attempts(&self) -> u32 {
+        self.attempts.as_ref().map_or(1, |attempts| attempts.n)
+    }
+
+    /// The seed of its first attempt.
+    pub fn first_seed(&self) -> Option<u64> {
+        self.attempts.as_ref().map_or(self.seed, |attempts| attempts.first_seed)
+    }
+
+    /// What its completions failed and are kept all the same.
+    pub fn failed_checks(&self) -> &[String] {
+        self.attempts.as_ref().map_or(&[], |attempts| &attempts.failed_checks)
+    }
+
+    fn attempts(&mut self) -> &mut Attempts {
+        let first_seed = self.seed;
+        let new = || Box::new(Attempts { n: 1, first_seed, earlier: Usage::default(), failed_checks: Vec::new() });
+        self.attempts.get_or_insert_with(new)
+    }
+
+    /// Its completions fail these checks, and are kept.
+    pub fn note_failed_checks(&mut self, names: &[String]) {
+        self.attempts().failed_checks = names.to_vec();
+    }
+
+    /// It is completed again, as `next`, instead of having these completions. Its prompt is computed again, whatever the plan
+    /// says of the first time; that of a row which gets another's completion never is.
+    pub fn begin_again(&mut self, given: &[Finished], next: &Prompt) {
+        let earlier = self.usage(given);
+        let attempts = self.attempts();
+        attempts.n += 1;
+        attempts.earlier = earlier;
+        self.seed = draw_seed(next, || 0);
+        // What is computed is never shared as a whole.
+        if self.cached_tokens < self.n_tokens {
+            self.cached_tokens = 0;
+        }
+    }
+
+    /// It is another row's prompt, and is completed as often as that one.
+    pub fn follow(&mut self, other: &Self) {
+        self.seed = other.seed;
+        self.attempts.clone_from(&other.attempts);
+        if let Some(attempts) = &mut self.attempts {
+            attempts.earlier.cached_tokens = attempts.earlier.prompt_tokens;
         }
     }
 
@@ -75,7 +140,8 @@ impl PromptMeta {
         let each: u32 = choices.iter().map(|choice| choice.tokens.len() as u32).sum();
         // One greedy completion that stands for several.
         let copies = (self.n_choices / choices.len().max(1)) as u32;
-        Usage { prompt_tokens: self.n_tokens, completion_tokens: each * copies, cached_tokens: self.cached_tokens }
+        let last = Usage { prompt_tokens: self.n_tokens, completion_tokens: each * copies, cached_tokens: self.cached_tokens };
+        self.attempts.as_ref().map_or(last, |attempts| attempts.earlier.plus(last))
     }
 
     /// A prompt's completions; one that is computed once for all choices is repeated.
@@ -163,6 +229,7 @@ pub fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_token
             choice: draw.1,
             stop: params.stop.clone(),
             ignore_eos: params.ignore_eos,
+            repetition: params.repetition,
             logprobs: params.logprobs,
             watch: false,
             checkpoint: 0,

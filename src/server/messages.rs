@@ -146,7 +146,7 @@ impl End {
         let finished = call.flow.finished(0);
         match completion.choices[0].finish_reason {
             FinishReason::ToolCalls => reason("tool_use"),
-            FinishReason::Length => reason("max_tokens"),
+            FinishReason::Length | FinishReason::Repetition => reason("max_tokens"),
             FinishReason::Stop => {
                 let Some(finished) = finished else { return reason("end_turn") };
                 // What was drawn goes on after the text: with the sequence that ended it.
@@ -247,7 +247,7 @@ mod tests {
     fn a_prompt_that_is_too_long_says_so_first() {
         let message =
             "body.messages: 9000 prompt tokens and max_tokens 5 are over the limit of 8192 tokens (the model's context)";
-        let error = RowError { code: ErrorCode::ContextLengthExceeded, field: None, message: message.into() };
+        let error = RowError::row(ErrorCode::ContextLengthExceeded, message);
         assert!(too_long(error, &Map::new()).message.starts_with("prompt is too long: 9000 tokens > 8192 maximum"));
     }
 }

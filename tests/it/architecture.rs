@@ -11,6 +11,7 @@ use valar::pipeline::spec;
 
 /// Modules and what each may use besides the vocabulary. A line is an edge that somebody meant to make.
 const EDGES: &[(&str, &[&str])] = &[
+    ("cache", &["engine"]),
     ("cli", &["journal", "pipeline"]),
     ("config", &["cli", "device", "hub", "journal", "pipeline", "server"]),
     ("device", &["tensor"]),
@@ -22,11 +23,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hf", &["device", "map", "model", "tensor"]),
     ("hub", &["storage"]),
     ("journal", &["storage", "format"]),
-    ("main", &["cli", "config", "device", "journal", "pipeline", "hub", "server"]),
+    ("main", &["cache", "cli", "config", "device", "journal", "pipeline", "hub", "server"]),
     ("model", &["device", "gguf", "tensor"]),
     (
         "pipeline",
         &[
+            "cache",
             "config",
             "device",
             "engine",

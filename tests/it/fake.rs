@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use valar::device::BLOCK_TOKENS;
-use valar::device::batch::{Batch, BlockCopy, HeadOut, StepOutput, Want};
+use valar::device::batch::{Batch, BatchSeq, BlockCopy, HeadOut, StepOutput, Want};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Finished, SeqLogprob, TokenTable};
 use valar::model::{Runner, RunnerLimits};
@@ -166,8 +166,10 @@ pub(crate) struct FakeRunner {
     /// Per slot: the last step that stored to it.
     stored_in: Vec<u64>,
     step: u64,
-    /// Fails in this step, if any; see `Fault`.
+    /// Fails from this step on, if any; see `Fault`.
     fault: Option<(u64, Fault)>,
+    /// At which position of sequences that begin with this token it fails, having stored some.
+    poison: Option<(u32, u32)>,
 }
 
 /// How it fails.
@@ -175,17 +177,24 @@ pub(crate) struct FakeRunner {
 pub(crate) enum Fault {
     Error,
     Panic,
+    /// In this step alone.
+    Once,
 }
 
 impl FakeRunner {
     pub(crate) fn new(limits: RunnerLimits, budget_tokens: usize) -> Self {
         let n_slots = limits.n_blocks * BLOCK_TOKENS;
         let layer0 = vec![(u32::MAX, u32::MAX); n_slots];
-        Self { limits, budget_tokens, layer0, layer1: vec![0; n_slots], stored_in: vec![0; n_slots], step: 0, fault: None }
+        let (layer1, stored_in) = (vec![0; n_slots], vec![0; n_slots]);
+        Self { limits, budget_tokens, layer0, layer1, stored_in, step: 0, fault: None, poison: None }
     }
 
     pub(crate) fn failing(limits: RunnerLimits, step: u64, fault: Fault) -> Self {
         Self { fault: Some((step, fault)), ..Self::new(limits, limits.max_step_tokens) }
+    }
+
+    pub(crate) fn poisoned(limits: RunnerLimits, budget_tokens: usize, first: u32, position: u32) -> Self {
+        Self { poison: Some((first, position)), ..Self::new(limits, budget_tokens) }
     }
 }
 
@@ -208,8 +217,9 @@ impl Runner for FakeRunner {
     fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<()> {
         self.step += 1;
         match self.fault {
-            Some((step, Fault::Error)) if step == self.step => anyhow::bail!("the device is on fire"),
-            Some((step, Fault::Panic)) if step == self.step => panic!("the kernel has a bug"),
+            Some((step, Fault::Error)) if step <= self.step => anyhow::bail!("the device is on fire"),
+            Some((step, Fault::Panic)) if step <= self.step => panic!("the kernel has a bug"),
+            Some((step, Fault::Once)) if step == self.step => panic!("a bit flipped"),
             _ => {}
         }
         batch.check(self.limits.n_blocks, self.limits.n_vocab);
@@ -231,6 +241,11 @@ impl Runner for FakeRunner {
             }
         }
         copy(&mut self.layer0, &batch.copies);
+        if let Some((first, position)) = self.poison {
+            let computes = |seq: &BatchSeq| (seq.first_position..seq.first_position + seq.n_tokens).contains(&position);
+            let begins = |seq: &BatchSeq| self.layer0[slot(batch.block_table(seq), 0)].0 == first;
+            assert!(!batch.seqs.iter().any(|seq| computes(seq) && begins(seq)), "poison at position {position}");
+        }
         let prefixes: Vec<Vec<u64>> =
             batch.seqs.iter().map(|seq| self.read(batch.block_table(seq), seq.first_position + seq.n_tokens)).collect();
         for (seq, prefixes) in batch.seqs.iter().zip(&prefixes) {

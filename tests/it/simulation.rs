@@ -107,6 +107,7 @@ fn simulate(workload: &Workload) -> EngineStats {
     engine.check();
     assert_eq!(engine.stats().blocks_used, 0, "blocks leaked");
     let stats = *engine.stats();
+    assert_eq!(stats.failed_steps, 0, "the fake runner found a mistake, and the engine went on");
     if rows.iter().all(|r| r.cancelled.is_none()) {
         let n_prompt: usize = rows.iter().map(|r| r.submission.prompt.len()).sum();
         assert_eq!(stats.prefill_tokens + stats.shared_tokens, n_prompt as u64);

@@ -85,18 +85,20 @@ impl Stamp {
     /// The Batch error line of a row that failed.
     pub fn error_line(&self, place: Place<'_>, custom_id: Option<&str>, error: &RowError) -> Value {
         let id = self.row_id(place.row_idx);
+        let mut body = json!({
+            "message": error.message,
+            "type": if status_code(error) == 500 { "server_error" } else { "invalid_request_error" },
+            "param": error.field,
+            "code": error.code.as_str(),
+        });
+        add_tried(&mut body, error);
         json!({
             "id": format!("batch_req_{id}"),
             "custom_id": custom_id,
             "response": {
                 "status_code": status_code(error),
                 "request_id": format!("req_{id}"),
-                "body": {"error": {
-                    "message": error.message,
-                    "type": if status_code(error) == 500 { "server_error" } else { "invalid_request_error" },
-                    "param": error.field,
-                    "code": error.code.as_str(),
-                }},
+                "body": {"error": body},
             },
             "error": null,
             "file": place.file,
@@ -154,7 +156,7 @@ impl Stamp {
     /// A response object: <https://www.openresponses.org> asks for every key, in any order.
     fn response(&self, id: &str, echo: &Value, completion: &Completion) -> Value {
         let choice = &completion.choices[0];
-        let is_whole = choice.finish_reason != FinishReason::Length;
+        let is_whole = !matches!(choice.finish_reason, FinishReason::Length | FinishReason::Repetition);
         let status = if is_whole { "completed" } else { "incomplete" };
         let mut output = Vec::new();
         if !choice.text.is_empty() || choice.tool_calls.is_empty() {
@@ -262,9 +264,19 @@ pub fn usage(completion: &Completion) -> Value {
 }
 
 /// Faults of ours are 500, everything else is the row's.
+/// Adds what was computed before a row failed to the object that tells of its error.
+pub fn add_tried(body: &mut Value, error: &RowError) {
+    let Some(tried) = &error.tried else { return };
+    body["attempts"] = tried.attempts.into();
+    body["seed"] = tried.seed.into();
+    body["prompt_tokens"] = tried.prompt_tokens.into();
+    body["completion_tokens"] = tried.completion_tokens.into();
+    body["system_fingerprint"] = tried.system_fingerprint.as_str().into();
+}
+
 fn status_code(error: &RowError) -> u16 {
     match error.code {
-        crate::outcome::ErrorCode::EngineError => 500,
+        crate::outcome::ErrorCode::EngineError | crate::outcome::ErrorCode::CheckFailed => 500,
         crate::outcome::ErrorCode::ModelMismatch => 404,
         _ => 400,
     }

@@ -4,7 +4,7 @@ use super::fields::{
     integer, optional_bool, optional_f32, optional_object, optional_str, optional_u64, required_str, shorten, wrong_type,
 };
 use crate::outcome::{ErrorCode, RowError};
-use crate::request::{AnswerFormat, MAX_CHOICES, MAX_STOP_BYTES, MAX_STOP_STRINGS, Params};
+use crate::request::{AnswerFormat, MAX_CHOICES, MAX_STOP_BYTES, MAX_STOP_STRINGS, Params, Repetition};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -27,6 +27,7 @@ pub(super) const READ: &[&str] = &[
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "repetition_detection",
     "response_format",
     "regex",
     "grammar",
@@ -70,6 +71,7 @@ pub(super) fn parse(body: &Map<String, Value>, defaults: &Params) -> Result<Para
         stop: parse_stop(body)?.unwrap_or_else(|| defaults.stop.clone()),
         stop_tokens: parse_stop_tokens(body)?.unwrap_or_else(|| defaults.stop_tokens.clone()),
         ignore_eos,
+        repetition: parse_repetition(body)?.or(defaults.repetition),
         logprobs: None,
         echo: false,
         format,
@@ -92,6 +94,27 @@ fn parse_max_tokens(body: &Map<String, Value>) -> Result<Option<u32>, RowError> 
         return Err(RowError::field(ErrorCode::InvalidValue, "body.max_tokens", message));
     }
     Ok(max_tokens)
+}
+
+/// `{"max_pattern_size", "min_count", "min_pattern_size"?}`, as vLLM has it.
+fn parse_repetition(body: &Map<String, Value>) -> Result<Option<Repetition>, RowError> {
+    const PATH: &str = "body.repetition_detection";
+    let Some(object) = optional_object(body, "repetition_detection")? else { return Ok(None) };
+    let known = ["max_pattern_size", "min_count", "min_pattern_size"];
+    if let Some(other) = object.keys().find(|key| !known.contains(&key.as_str())) {
+        return Err(RowError::field(ErrorCode::UnsupportedParameter, format!("{PATH}.{other}"), "is not supported"));
+    }
+    let number = |name: &str| match object.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => integer(value, &format!("{PATH}.{name}"), 0, u32::MAX.into()).map(|n| Some(n as u32)),
+    };
+    let required = |name: &str| {
+        number(name)?.ok_or_else(|| RowError::field(ErrorCode::MissingField, format!("{PATH}.{name}"), "is required"))
+    };
+    let repetition =
+        Repetition::new(number("min_pattern_size")?.unwrap_or(1), required("max_pattern_size")?, required("min_count")?);
+    let repetition = repetition.map_err(|(name, why)| RowError::field(ErrorCode::InvalidValue, format!("{PATH}.{name}"), why));
+    repetition.map(Some)
 }
 
 /// −1 and 0 both mean "off" (vLLM's and llama.cpp's spellings).

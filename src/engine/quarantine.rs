@@ -1,0 +1,150 @@
+//! What becomes of a step that fails: the device reports an error, or a kernel panics. Its rows are tried again in ever smaller
+//! groups, each from its tokens anew, until those that fail alone are found: they end, broken; the others go on where they were.
+//! Invariants: a row that ends this way failed in a step of its own; no other row's tokens change, since they never depend on
+//! what else is in a step; an engine that can do nothing any more says so instead of giving up row after row.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use anyhow::anyhow;
+
+use super::handle::panic_message;
+use super::scheduler::Scheduler;
+use super::sequence::{Phase, Sequence};
+use super::{Engine, Finished, batch};
+use crate::outcome::FinishReason;
+
+/// Rows that fail alone, one after the other without a good step between, after which it is not they that are at fault.
+const MAX_ACCUSED: usize = 8;
+
+/// Rows that wait while others are tried, by class.
+type Aside = [VecDeque<Sequence>; 3];
+
+impl Engine {
+    /// Runs what was scheduled.
+    ///
+    /// # Errors
+    /// The runner's, or its panic's message. Nothing of the step may be used then.
+    pub(super) fn run_scheduled(&mut self) -> anyhow::Result<()> {
+        self.broken.clear();
+        batch::fill(&mut self.batch, &mut self.scheduler, &*self.tokens, &mut self.broken);
+        self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
+        self.out.rows.clear();
+        let run = AssertUnwindSafe(|| self.runner.run(&self.batch, &mut self.out));
+        let ran = catch_unwind(run).unwrap_or_else(|panic| Err(anyhow!("a panic: {}", panic_message(&*panic))));
+        self.scheduler.stats.failed_steps += u64::from(ran.is_err());
+        ran
+    }
+
+    /// Finds the rows at which the step that was scheduled fails, and ends them; they are `finished` with the next good step.
+    /// The others have lost their blocks, and gained a token at least.
+    ///
+    /// # Errors
+    /// So many rows fail alone that the device must be at fault.
+    pub(super) fn isolate(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
+        let suspects: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
+        self.scheduler.withdraw_all();
+        let mut groups = vec![suspects];
+        while let Some(group) = groups.pop() {
+            let aside = self.scheduler.set_aside(&group);
+            let tried = self.try_group(&group, finished);
+            let failed: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
+            self.scheduler.withdraw_all();
+            self.scheduler.take_back(aside);
+            let Err((left, why)) = tried else { continue };
+            let rest: Vec<u64> = left.into_iter().filter(|id| !failed.contains(id)).collect();
+            groups.extend((!rest.is_empty()).then_some(rest));
+            if let &[guilty] = &*failed {
+                let row = self.condemn(guilty, &why);
+                self.accused.push(row);
+                if self.accused.len() >= MAX_ACCUSED {
+                    return Err(why.context("row after row fails alone"));
+                }
+                continue;
+            }
+            let (first, second) = failed.split_at(failed.len() / 2);
+            groups.extend([second.to_vec(), first.to_vec()]);
+        }
+        self.scheduler.measure();
+        Ok(())
+    }
+
+    /// Runs steps of these rows alone until each has gained a token or ended.
+    ///
+    /// # Errors
+    /// A step failed, that is still scheduled: which rows have not gained a token, and why it failed.
+    fn try_group(&mut self, group: &[u64], finished: &mut Vec<Finished>) -> Result<(), (Vec<u64>, anyhow::Error)> {
+        let mut left: Vec<(u64, usize)> =
+            group.iter().filter_map(|&id| Some((id, self.scheduler.find(id)?.buffers.generated.len()))).collect();
+        while !left.is_empty() {
+            self.scheduler.schedule();
+            if let Err(why) = self.run_scheduled() {
+                return Err((left.into_iter().map(|(id, _)| id).collect(), why));
+            }
+            self.settle(finished);
+            finished.append(&mut self.accused);
+            left.retain(|&(id, n)| self.scheduler.find(id).is_some_and(|row| row.buffers.generated.len() == n));
+        }
+        self.scheduler.scheduled.clear();
+        Ok(())
+    }
+
+    /// Ends a row that fails alone.
+    fn condemn(&mut self, id: u64, why: &anyhow::Error) -> Finished {
+        let mut row = self.scheduler.remove_waiting(id).expect("it was withdrawn");
+        let n_generated = row.buffers.generated.len();
+        let broken = format!("computing it fails after {n_generated} generated tokens, alone too: {why:#}");
+        if row.params.watch {
+            self.progress.extend(row.take_progress(true));
+        }
+        self.scheduler.stats.finished += 1;
+        Finished { broken: Some(broken), ..row.output(FinishReason::Stop) }
+    }
+}
+
+impl Scheduler {
+    /// Takes the blocks of all rows; what they have drawn stays. Nothing of the step that was scheduled counts.
+    fn withdraw_all(&mut self) {
+        for idx in 0..self.running.len() {
+            if self.running[idx].phase == Phase::Live {
+                self.release_blocks(idx);
+                self.running[idx].phase = Phase::Preempted;
+                self.n_running -= 1;
+            }
+        }
+        self.settle();
+        // They would hold what the step was to compute.
+        self.drop_trunks();
+    }
+
+    /// A row that runs or waits.
+    fn find(&self, id: u64) -> Option<&Sequence> {
+        self.running.iter().chain(self.waiting.iter().flatten()).find(|row| row.id == id)
+    }
+
+    /// Leaves only these rows in the queues.
+    fn set_aside(&mut self, group: &[u64]) -> Aside {
+        self.scheduled.clear();
+        self.waiting.each_mut().map(|queue| {
+            let (chosen, others) = queue.drain(..).partition(|row| group.contains(&row.id));
+            *queue = chosen;
+            others
+        })
+    }
+
+    /// Puts rows back behind those in the queues, all of which have run before.
+    fn take_back(&mut self, aside: Aside) {
+        for (queue, mut others) in self.waiting.iter_mut().zip(aside) {
+            queue.append(&mut others);
+        }
+        self.scheduled.clear();
+    }
+
+    /// Takes a waiting row that has run before out of its queue.
+    fn remove_waiting(&mut self, id: u64) -> Option<Sequence> {
+        let take = |queue: &mut VecDeque<Sequence>| queue.remove(queue.iter().position(|row| row.id == id)?);
+        let row = self.waiting.iter_mut().find_map(take)?;
+        self.streams[row.stream_idx].n_live -= 1;
+        Some(row)
+    }
+}
