@@ -38,24 +38,23 @@ pub mod status;
 mod stepper;
 mod steps;
 mod summary;
+mod threads;
 mod window;
 
 use crate::config::Config;
-use crate::engine::handle::{Delivery, EngineHandle, panic_message};
-use crate::engine::{Engine, EngineConfig, TokenTable};
+use crate::engine::handle::EngineHandle;
 use crate::format::openai::PlainLines;
 use crate::format::openai::answer::Stamp;
 use crate::format::{Compression, Format, Source};
 use crate::grammar::Grammars;
 use crate::hub::LocalModel;
 use crate::journal::{self, Apart, Journal, Manifest, Outputs, Standing};
-use crate::model::Runner;
 use crate::prepare::{Preparer, RowForm};
 use crate::storage::Storage;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use answer::Answers;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use checkpoint::Checkpoints;
 use collect::{Collector, Counts, End, Event, Stop};
 use columns::ResultColumns;
@@ -69,12 +68,12 @@ use progress::{Progress, say};
 use report::Report;
 use reuse::Keeping;
 use rows::{FeedTimes, WindowReader};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 use stepper::Stepper;
+use threads::Threads;
 use window::WindowSettings;
 
 /// How a job ended.
@@ -293,14 +292,6 @@ struct Run<'a> {
     manifest: Manifest,
 }
 
-/// The job's threads, once they run.
-struct Threads {
-    engine: Arc<EngineHandle>,
-    feed: std::thread::JoinHandle<()>,
-    stepper: std::thread::JoinHandle<()>,
-    events: Receiver<Event>,
-}
-
 impl Run<'_> {
     fn work(
         &self,
@@ -366,7 +357,12 @@ impl Run<'_> {
             };
             Ok((feed, stepper))
         };
-        let threads = self.start(runner, tokenizer, feed)?;
+        let threads = Threads::start(self.config, runner, tokenizer, feed)?;
+        self.collect(collector, threads, measured)
+    }
+
+    /// Until the job is done or stopped.
+    fn collect(&self, mut collector: Collector, threads: Threads, measured: Measured) -> Result<Ended> {
         let mut end = collector.run(&threads.events);
         threads.engine.abort();
         if matches!(end, Ok(End::Stopped(_))) {
@@ -400,42 +396,6 @@ impl Run<'_> {
                 Err(error) => Err(error.context("the engine failed; what was committed stays")),
             },
         }
-    }
-
-    /// Starts the engine's thread, the feed's and the listener for signals.
-    fn start(
-        &self,
-        runner: Box<dyn Runner>,
-        tokens: Arc<dyn TokenTable>,
-        feed: impl FnOnce(Arc<EngineHandle>, Sender<Event>) -> Result<(Feed, Stepper)>,
-    ) -> Result<Threads> {
-        let (sender, events) = channel();
-        let mut engine_config = EngineConfig::for_runner(&runner.limits());
-        engine_config.max_running = self.config.spec.engine.max_running.min(engine_config.max_running);
-        engine_config.max_waiting = 2 * engine_config.max_running;
-        let engine = Engine::new(engine_config, runner, tokens)?;
-        let to_collector = EngineEvents(sender.clone());
-        let deliver = Box::new(move |step: Delivery<'_>| to_collector.step(step));
-        let engine = Arc::new(EngineHandle::start(engine, deliver)?);
-        let (feed, stepper) = feed(Arc::clone(&engine), sender.clone())?;
-        let stepper = std::thread::Builder::new().name("steps".into()).spawn(move || {
-            let events = stepper.events.clone();
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| stepper.run())) {
-                let error = anyhow::anyhow!("preparing a later step panicked: {}", panic_message(&*panic));
-                // The collector may be gone already, after a signal.
-                let _nobody_listens = events.send(Event::FeedEnded(Err(error)));
-            }
-        });
-        let stepper = stepper.context("cannot start the thread of later steps")?;
-        signals::listen(sender.clone())?;
-        let thread = std::thread::Builder::new().name("feed".into()).spawn(move || {
-            let result = catch_unwind(AssertUnwindSafe(|| feed.run()));
-            let result =
-                result.unwrap_or_else(|panic| Err(anyhow::anyhow!("reading the rows panicked: {}", panic_message(&*panic))));
-            // The collector may be gone already, after a signal.
-            let _nobody_listens = sender.send(Event::FeedEnded(result));
-        });
-        Ok(Threads { engine, feed: thread.context("cannot start the feed thread")?, stepper, events })
     }
 
     /// Writes the final files and the report, then removes the journal.
@@ -485,36 +445,5 @@ impl Run<'_> {
         };
         let (plain_lines, kept_columns) = (PlainLines::new(&stamp), self.config.spec.output.columns.clone());
         Answers { stamp, plain_lines, tokenizer: Arc::clone(tokenizer), columns, kept_columns }
-    }
-}
-
-/// Hands the engine's results to the collector; tells it when the engine's thread is gone, however it ended.
-struct EngineEvents(Sender<Event>);
-
-impl EngineEvents {
-    fn step(&self, step: Delivery<'_>) {
-        // Nobody listens after a stop; the rows are computed again later.
-        let _nobody_listens = self.0.send(Event::Finished(step.finished, *step.stats));
-        if !step.checkpoints.is_empty() {
-            let _nobody_listens = self.0.send(Event::Checkpoints(step.checkpoints));
-        }
-    }
-}
-
-impl Drop for EngineEvents {
-    fn drop(&mut self) {
-        let _nobody_listens = self.0.send(Event::EngineEnded);
-    }
-}
-
-impl Threads {
-    /// Ends the threads; the error is the engine's.
-    fn end(self) -> Result<()> {
-        self.engine.abort();
-        drop(self.events);
-        self.feed.join().map_err(|_| anyhow::anyhow!("the feed thread panicked"))?;
-        self.stepper.join().map_err(|_| anyhow::anyhow!("the thread of later steps panicked"))?;
-        let engine = Arc::into_inner(self.engine).context("the feed has ended and let go of the engine")?;
-        engine.drain().map(drop)
     }
 }

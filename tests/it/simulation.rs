@@ -69,21 +69,7 @@ fn simulate(workload: &Workload) -> EngineStats {
         let cancelled: Vec<u64> =
             live.iter().filter(|(_, r)| r.cancelled.is_some_and(|c| c <= step)).map(|(&id, _)| id).collect();
         for id in cancelled {
-            let Some(row) = live.get(&id) else { continue };
-            let stream = row.submission.stream;
-            if id % 4 == 0 {
-                // All of a stream goes at once.
-                engine.end_stream(stream);
-                let n_live = live.len();
-                live.retain(|_, row| row.submission.stream != stream);
-                n_done += n_live - live.len();
-            } else {
-                assert!(engine.cancel(id), "row {id} is live");
-                live.remove(&id);
-                n_done += 1;
-            }
-            assert!(!engine.cancel(id), "row {id} was cancelled");
-            engine.check();
+            n_done += forget(&mut engine, &mut live, id);
         }
         let finished = one_step(&mut engine, &live, &mut seen);
         note_progress(&mut told, engine.take_progress());
@@ -115,6 +101,23 @@ fn simulate(workload: &Workload) -> EngineStats {
         assert_eq!(stats.generated_tokens, n_drawn as u64);
     }
     stats
+}
+
+/// Cancels a row, or all of its stream; how many rows that ends.
+fn forget(engine: &mut Engine, live: &mut HashMap<u64, &Row>, id: u64) -> usize {
+    // Its stream may have gone just now.
+    let Some(row) = live.get(&id) else { return 0 };
+    let (stream, n_live) = (row.submission.stream, live.len());
+    if id % 4 == 0 {
+        engine.end_stream(stream);
+        live.retain(|_, row| row.submission.stream != stream);
+    } else {
+        assert!(engine.cancel(id), "row {id} is live");
+        live.remove(&id);
+    }
+    assert!(!engine.cancel(id), "row {id} was cancelled");
+    engine.check();
+    n_live - live.len()
 }
 
 /// Joins what watchers are told.
