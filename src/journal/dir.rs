@@ -176,14 +176,13 @@ impl JobDir {
         if lease.job.is_some() || !lease.closed.is_empty() {
             self.change(|lease| (lease.job, lease.closed, lease.errors_from) = (None, Vec::new(), 0))?;
         }
-        for name in self.storage.list(&self.at)?.iter().rev() {
+        let is_left = |name: &&String| {
             let epoch = segment::id_of(name).map(|id| id.epoch).or_else(|| manifest::epoch_of(name));
-            let is_old = epoch.is_some_and(|epoch| epoch <= lease.epoch) || is_of_old_form(name);
-            if is_old || name == CANCEL || name == start::NAME {
-                self.storage.delete(&self.at.child(name)?)?;
-            }
-        }
-        Ok(())
+            epoch.is_some_and(|epoch| epoch <= lease.epoch) || is_of_old_form(name) || *name == CANCEL || *name == start::NAME
+        };
+        let left: Result<Vec<Location>> =
+            self.storage.list(&self.at)?.iter().filter(is_left).map(|name| self.at.child(name)).collect();
+        self.storage.delete_all(&left?)
     }
 }
 

@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{Error, GetOptions, GetRange, ListResult, ObjectMeta, ObjectStoreExt as _, PutPayload};
 use remote::{broke_off, tell};
 use tokio::runtime::{Builder, Runtime};
@@ -38,6 +38,9 @@ const CHUNK_BYTES: u64 = 4 << 20;
 /// Size of every part of an upload but the last, bytes. S3 wants at least 5 MiB and at most 10,000 parts: enough for
 /// 80 GB.
 const PART_BYTES: usize = 8 << 20;
+
+/// Deletions at a time.
+const DELETIONS: usize = 16;
 
 /// How long to wait before a request that broke off is made again.
 const PAUSES: [Duration; 4] =
@@ -89,19 +92,21 @@ impl Storage {
     /// head of an answer, but not for its body, and not for a deletion. The whole content is put each time, so that a put
     /// whose answer was lost changes nothing when it comes again.
     fn patiently<T, F: Future<Output = object_store::Result<T>>>(&self, what: impl Fn() -> F) -> object_store::Result<T> {
+        self.wait(self.trying(what))
+    }
+
+    async fn trying<T, F: Future<Output = object_store::Result<T>>>(&self, what: impl Fn() -> F) -> object_store::Result<T> {
         if let Some(limit) = self.limit {
             let late = || Error::Generic { store: "store", source: format!("no answer within {limit:?}").into() };
-            return self.wait(async { tokio::time::timeout(limit, what()).await.unwrap_or_else(|_| Err(late())) });
+            return tokio::time::timeout(limit, what()).await.unwrap_or_else(|_| Err(late()));
         }
-        self.wait(async {
-            for pause in PAUSES {
-                match what().await {
-                    Err(e) if broke_off(&e) => tokio::time::sleep(pause).await,
-                    ended => return ended,
-                }
+        for pause in PAUSES {
+            match what().await {
+                Err(e) if broke_off(&e) => tokio::time::sleep(pause).await,
+                ended => return ended,
             }
-            what().await
-        })
+        }
+        what().await
     }
 
     /// Objects and folders directly under `at`.
@@ -188,10 +193,16 @@ impl Storage {
 
     /// Deletes an object; that there is none is fine.
     pub fn delete(&self, at: &Location) -> Result<()> {
-        match self.patiently(|| at.store.delete(&at.path)) {
+        self.delete_all(std::slice::from_ref(at))
+    }
+
+    /// Deletes objects, some at a time, in no order; that one is not there is fine.
+    pub fn delete_all(&self, places: &[Location]) -> Result<()> {
+        let delete = async |at: &Location| match self.trying(|| at.store.delete(&at.path)).await {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(tell(e).context(format!("can't delete {}", at.url))),
-        }
+        };
+        self.wait(futures::stream::iter(places).map(Ok).try_for_each_concurrent(DELETIONS, delete))
     }
 
     /// Names of the objects directly under `at`, sorted.

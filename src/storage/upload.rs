@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::fs::File;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub struct Upload {
     sending: Option<Sending>,
     /// The part that is being written, while the next one is filled.
     under_way: Option<JoinHandle<object_store::Result<()>>>,
+    /// Writes of a local file to the disk, so that little is left to be synced when all is there.
+    syncing: Option<JoinHandle<()>>,
     /// Unlike that of any other upload.
     mark: String,
     part: Vec<u8>, // at most `part_bytes` of the storage
@@ -58,7 +61,8 @@ impl Upload {
     pub(super) fn new(storage: Storage, at: Location) -> Self {
         // Two hashers are seeded apart by the system's randomness.
         let [high, low] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
-        Self { storage, at, sending: None, under_way: None, mark: format!("{high:016x}{low:016x}"), part: Vec::new() }
+        let mark = format!("{high:016x}{low:016x}");
+        Self { storage, at, sending: None, under_way: None, syncing: None, mark, part: Vec::new() }
     }
 
     /// Makes the object appear under its name, complete and durable.
@@ -143,7 +147,21 @@ impl Upload {
 
     fn wait_for_part(&mut self) -> Result<()> {
         let Some(part) = self.under_way.take() else { return Ok(()) };
-        self.storage.wait(part)?.map_err(|e| self.failed(e))
+        self.storage.wait(part)?.map_err(|e| self.failed(e))?;
+        self.sync_ahead();
+        Ok(())
+    }
+
+    /// Has the disk begin with what was written of a local file. Only a hint: if the file is not where `object_store` 0.14
+    /// has it, or can't be synced now, all is left to the end.
+    fn sync_ahead(&mut self) {
+        let Some(path) = &self.at.local else { return };
+        if self.syncing.as_ref().is_none_or(JoinHandle::is_finished) {
+            let mut staged = path.as_os_str().to_owned();
+            staged.push("#1");
+            let sync = move || drop(File::open(staged).and_then(|file| file.sync_data()));
+            self.syncing = Some(self.storage.runtime.spawn_blocking(sync));
+        }
     }
 
     fn failed(&self, error: object_store::Error) -> anyhow::Error {
