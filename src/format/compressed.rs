@@ -56,6 +56,16 @@ impl Chunks {
         Ok(Self { object, unpacked, offset: 0 })
     }
 
+    /// Of a file that is not packed, from this byte on.
+    pub(super) fn from(object: Object, offset: u64) -> Result<Self> {
+        Ok(Self { offset, ..Self::new(object, Compression::None)? })
+    }
+
+    /// Bytes given out so far, unpacked.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     pub(super) fn object(&self) -> &Object {
         &self.object
     }

@@ -9,6 +9,7 @@ use bytes::{Buf as _, Bytes};
 
 use super::compressed::Chunks;
 use super::{FileRow, Limits};
+use crate::storage::Object;
 
 /// What some editors put before the first line of a UTF-8 file.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -27,6 +28,23 @@ impl JsonlReader {
     pub(super) fn new(chunks: Chunks, limits: Limits) -> Self {
         let lines = LineSplitter::new(limits.max_row_bytes);
         Self { chunks, chunk: Bytes::new(), lines, limits, at_end: false }
+    }
+
+    /// After `number` lines of an unpacked file, at this byte.
+    pub(super) fn at(object: Object, limits: Limits, (number, offset): (u64, u64)) -> Result<Self> {
+        let lines = LineSplitter { number, mark: None, ..LineSplitter::new(limits.max_row_bytes) };
+        Ok(Self { lines, ..Self::new(Chunks::from(object, offset)?, limits) })
+    }
+
+    /// Lines of the file that were read, and the byte that the next one begins at.
+    pub(super) fn place(&self) -> (u64, u64) {
+        (self.lines.number, self.chunks.offset() - self.chunk.len() as u64)
+    }
+
+    /// Passes over the file's first `number` lines.
+    pub(super) fn skip_to(&mut self, number: u64) -> Result<()> {
+        while self.lines.number < number && self.next_line()?.is_some() {}
+        Ok(())
     }
 
     pub(super) fn url(&self) -> &Arc<str> {

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use crate::outcome::{ErrorCode, RowError};
 use crate::storage::{Location, Storage};
@@ -112,11 +113,26 @@ impl RawRow {
     }
 }
 
+/// Where a [`Source`] is, between two rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Rows read, of all files.
+    pub row_idx: u64,
+    /// Files read to their end.
+    file: usize,
+    /// Lines or rows read of the next one.
+    line: u64,
+    /// The byte after them, unpacked.
+    offset: u64,
+}
+
 /// Reads the rows of several files, in order.
 #[derive(Debug)]
 pub struct Source {
     storage: Storage,
     files: VecDeque<Location>,
+    /// Files before those.
+    n_begun: usize,
     current: Option<Reader>,
     next_row_idx: u64,
     limits: Limits,
@@ -132,6 +148,7 @@ impl Source {
         Ok(Self {
             storage: storage.clone(),
             files: files.iter().cloned().collect(),
+            n_begun: 0,
             current: None,
             next_row_idx: 0,
             limits,
@@ -159,6 +176,53 @@ impl Source {
         Ok(if rows.is_empty() { None } else { Some(rows) })
     }
 
+    /// Where it is.
+    pub fn position(&self) -> Position {
+        let (line, offset) = match &self.current {
+            None => (0, 0),
+            Some(Reader::Jsonl(reader)) => reader.place(),
+            Some(Reader::Parquet(reader)) => (reader.n_read(), 0),
+        };
+        Position { row_idx: self.next_row_idx, file: self.n_begun - usize::from(self.current.is_some()), line, offset }
+    }
+
+    /// Goes on where a source of the same files was, without reading what is before; packed files are read up to there.
+    ///
+    /// # Errors
+    /// There is no such place.
+    pub fn go_to(&mut self, position: Position) -> Result<()> {
+        let Position { row_idx, file, line, offset } = position;
+        if self.n_begun > file || self.files.len() < file - self.n_begun {
+            bail!("there is no file {file} to go on with");
+        }
+        self.files.drain(..file - self.n_begun);
+        (self.n_begun, self.current, self.next_row_idx) = (file, None, row_idx);
+        if line > 0 {
+            let file = self.files.pop_front().context("a position beyond the last file")?;
+            self.n_begun += 1;
+            self.current = Some(self.reader(&file, (line, offset))?);
+        }
+        Ok(())
+    }
+
+    /// A reader of a file, after so many lines and bytes.
+    fn reader(&self, file: &Location, (line, offset): (u64, u64)) -> Result<Reader> {
+        let object = self.storage.open(file)?;
+        Ok(match Format::of(file)? {
+            Format::Jsonl(Compression::None) if line > 0 => {
+                Reader::Jsonl(Box::new(JsonlReader::at(object, self.limits, (line, offset))?))
+            }
+            Format::Jsonl(compression) => {
+                let mut reader = JsonlReader::new(Chunks::new(object, compression)?, self.limits);
+                reader.skip_to(line)?;
+                Reader::Jsonl(Box::new(reader))
+            }
+            Format::Parquet => {
+                Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits, self.columns.as_deref(), line)?))
+            }
+        })
+    }
+
     fn next_row(&mut self) -> Result<Option<RawRow>> {
         loop {
             if let Some(reader) = &mut self.current {
@@ -170,13 +234,8 @@ impl Source {
                 self.current = None;
             }
             let Some(file) = self.files.pop_front() else { return Ok(None) };
-            let object = self.storage.open(&file)?;
-            self.current = Some(match Format::of(&file)? {
-                Format::Jsonl(compression) => {
-                    Reader::Jsonl(Box::new(JsonlReader::new(Chunks::new(object, compression)?, self.limits)))
-                }
-                Format::Parquet => Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits, self.columns.as_deref())?)),
-            });
+            self.n_begun += 1;
+            self.current = Some(self.reader(&file, (0, 0))?);
         }
     }
 }

@@ -53,9 +53,9 @@ pub(super) struct ParquetReader {
 }
 
 impl ParquetReader {
-    /// Reads the footer; of rows, `columns` will be read, or all. Fails if it is damaged or a column has a type that can't
+    /// Reads the footer; of the rows after the first `skip`, `columns` will be read, or all. Fails if it is damaged or a column has a type that can't
     /// be read.
-    pub(super) fn open(object: &Object, limits: Limits, columns: Option<&[String]>) -> Result<Self> {
+    pub(super) fn open(object: &Object, limits: Limits, columns: Option<&[String]>, skip: u64) -> Result<Self> {
         let builder = open_file(object)?;
         let builder = match columns {
             None => builder,
@@ -75,10 +75,18 @@ impl ParquetReader {
             n_rows += group.num_rows() as u64;
             n_rows
         });
-        let group_ends = count_up.collect();
+        let group_ends: Vec<u64> = count_up.collect();
         let batch_rows = batch_rows(metadata);
+        let first_group = group_ends.partition_point(|&end| end <= skip);
+        let before = if first_group == 0 { 0 } else { group_ends[first_group - 1] };
+        let builder = builder.with_row_groups((first_group..group_ends.len()).collect()).with_offset((skip - before) as usize);
         let batches = builder.with_batch_size(batch_rows).build().with_context(|| format!("can't read {url}"))?;
-        Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: 1, group_ends, limits })
+        Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: skip + 1, group_ends, limits })
+    }
+
+    /// Rows of the file that were read.
+    pub(super) fn n_read(&self) -> u64 {
+        self.next_line - 1
     }
 
     pub(super) fn url(&self) -> &Arc<str> {

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use arrow::datatypes::{Field, SchemaRef};
 use bytes::Bytes;
 
+use super::checking::Checking;
 use super::{Journal, Place, SegmentId, segment};
 use crate::format::{Format, SchemaInference, Sink};
 use crate::storage::Location;
@@ -35,6 +36,8 @@ pub struct Outputs {
 /// exactly the rows `0..n_rows` are journaled.
 pub fn finalise(journal: &mut Journal, outputs: &Outputs, n_rows: u64) -> Result<()> {
     journal.commit()?;
+    // Everything is read and verified now.
+    journal.checking = Checking::None;
     finalise_within(&[(&*journal, 0..n_rows)], outputs, WAITING_BYTES)
 }
 
@@ -135,7 +138,7 @@ impl Read {
         let mut records = Vec::new();
         for entry in segment::entries(&text)? {
             let segment::Entry { line: segment::Line::Record(record), bytes } = entry? else { continue };
-            if !journal.counts(&record, id) {
+            if !journal.counts(record.ok, id) {
                 continue;
             }
             // A record ends with its line, a brace and a line feed.
@@ -237,7 +240,7 @@ mod tests {
 
     fn record(row: u64) -> Record<'static> {
         let line = format!("{{\"row\":{row},\"pad\":\"{}\"}}", "x".repeat(row as usize % 40)).into();
-        Record { row, ok: true, prompt_tokens: 0, completion_tokens: 0, cached_tokens: 0, key: None, line }
+        Record { row, ok: true, prompt_tokens: 0, completion_tokens: 0, cached_tokens: 0, key: None, id: None, line }
     }
 
     fn journal_of(segments: &[Vec<u64>]) -> (Storage, Location, Journal) {
@@ -255,6 +258,7 @@ mod tests {
             rows: 0..u64::MAX,
             replaces: None,
             retries: None,
+            versions: Vec::new(),
         };
         let dir = JobDir::claim(&storage, &at.with_extension("job").unwrap(), &Terms::default()).unwrap();
         let mut journal = Journal::create(dir, &manifest).unwrap();

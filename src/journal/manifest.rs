@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// The form of journals this program reads and writes.
-const FORMAT_VERSION: u32 = 4;
+const FORMAT_VERSION: u32 = 5;
 
 /// What identifies a job, and what its outputs depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,10 @@ pub struct Manifest {
     /// How many of these rows were errors in the finished job that this one takes all its other rows from; `None` if it
     /// computes all rows itself.
     pub retries: Option<u64>,
+    /// What each input was when it was hashed, as its store says it: one that is still that need not be hashed again. No part
+    /// of what makes two jobs the same.
+    #[serde(default)]
+    pub versions: Vec<String>,
 }
 
 /// One of the equal parts that a job's rows are cut into.
@@ -252,6 +256,7 @@ mod tests {
             rows: 0..6,
             replaces: None,
             retries: None,
+            versions: Vec::new(),
         }
     }
 

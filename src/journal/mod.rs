@@ -7,6 +7,7 @@
 //! a row counts once, with its first committed outcome, however often it was journaled.
 
 mod begun;
+mod checking;
 mod dir;
 mod finalise;
 mod flight;
@@ -18,6 +19,7 @@ mod manifest;
 mod overview;
 mod row_set;
 mod segment;
+mod segment_index;
 mod start;
 
 pub use begun::BegunRows;
@@ -29,15 +31,19 @@ pub use manifest::{Input, Manifest, Shard};
 pub use overview::{Asked, Life, Overview, ask_to_stop, lease_in, manifest_in, overview};
 pub use row_set::RowSet;
 pub use segment::{Checkpoint, Place, Record, SegmentId};
+pub use segment_index::Noted;
 pub use start::{forget_start, shared_start};
 
 use std::io::Write as _;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
+use rayon::prelude::*;
 
 use crate::storage::Location;
+use checking::Checking;
 use flight::Flight;
 use lease::Closed;
 use segment::Segment;
@@ -64,6 +70,19 @@ pub struct Totals {
     pub cached_tokens: u64,
 }
 
+/// Segments whose indexes are in memory at a time.
+const READ_AHEAD: usize = 16;
+
+/// What helps if a segment that others follow is damaged.
+const DAMAGED: &str = "the journal is damaged; --restart begins the job anew";
+
+/// What was read of a segment.
+struct ReadIndex {
+    rows: Vec<Noted>,
+    lines: Option<Bytes>,
+    reached: Option<String>,
+}
+
 /// The journal of one job, open for appending.
 #[derive(Debug)]
 pub struct Journal {
@@ -79,6 +98,9 @@ pub struct Journal {
     pending: Segment,
     done: RowSet,
     begun: BegunRows,
+    reached: Option<String>,
+    /// Of the segments that were there.
+    checking: Checking,
     totals: Totals,
     /// Spent in making outcomes durable, and what of it the caller waited for.
     commit_time: Duration,
@@ -94,23 +116,34 @@ impl Journal {
         Ok(Self::empty(dir, manifest))
     }
 
-    /// Goes on with the job of `dir`, whose manifest is `manifest`. Reads all segments once. A damaged last segment is
-    /// dropped (its rows are not done), with a warning; a damaged or missing one before it is an error. `each` is shown
-    /// every row's outcome and where it is.
-    pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<Self> {
+    /// Goes on with the job of `dir`, whose manifest is `manifest`. Reads the last segment, and of the others what they say of
+    /// their rows; their lines are verified by the way, on a thread of its own: [`Journal::begin_commit`] says what it finds. A
+    /// damaged last segment is dropped (its rows are not done), with a warning; a damaged or missing one before it is an error.
+    /// `each` is shown every row's outcome and where it is.
+    pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Noted, Place) -> Result<()>) -> Result<Self> {
         let mut journal = Self::empty(dir, manifest);
         let closed = journal.dir.lease().closed;
-        let last = closed.last().map(|last| SegmentId { epoch: last.epoch, number: last.n_segments });
-        for Closed { epoch, n_segments } in closed {
-            for number in 1..=n_segments {
-                let id = SegmentId { epoch, number };
-                match journal.count(id, each) {
-                    Ok(()) => journal.segments.push(id),
-                    Err(e) if Some(id) == last && e.is::<segment::Damaged>() => journal.drop_damaged(id, &e)?,
-                    Err(e) => return Err(e.context("the journal is damaged; --restart begins the job anew")),
-                }
+        let ids = closed
+            .iter()
+            .flat_map(|&Closed { epoch, n_segments }| (1..=n_segments).map(move |number| SegmentId { epoch, number }));
+        let mut ids: Vec<SegmentId> = ids.collect();
+        // Where the writer was killed, if it was.
+        let last = closed.last().and_then(|closed| ids.pop_if(|last| last.epoch == closed.epoch));
+        if let Some(last) = last {
+            match journal.read(last) {
+                Ok(_) => ids.push(last),
+                Err(e) if e.is::<segment::Damaged>() => journal.drop_damaged(last, &e)?,
+                Err(e) => return Err(e.context(DAMAGED)),
             }
         }
+        for some in ids.chunks(READ_AHEAD) {
+            let read: Vec<Result<ReadIndex>> = some.par_iter().map(|&id| journal.read_index(id)).collect();
+            for (&id, read) in some.iter().zip(read) {
+                journal.count(id, read.context(DAMAGED)?, each)?;
+            }
+        }
+        journal.segments = ids;
+        journal.checking = Checking::Waits;
         Ok(journal)
     }
 
@@ -139,6 +172,8 @@ impl Journal {
             pending,
             done,
             begun: BegunRows::default(),
+            reached: None,
+            checking: Checking::None,
             totals: Totals::default(),
             commit_time: Duration::ZERO,
             wait_time: Duration::ZERO,
@@ -146,29 +181,46 @@ impl Journal {
         }
     }
 
-    fn count(&mut self, id: SegmentId, each: &mut dyn FnMut(&Record<'_>, Place) -> Result<()>) -> Result<()> {
-        let content = self.read(id)?;
-        for entry in segment::entries(&content)? {
-            let segment::Entry { line, bytes } = entry?;
-            let record = match line {
-                segment::Line::Record(record) => record,
-                segment::Line::Checkpoint(checkpoint) => {
+    fn count(&mut self, id: SegmentId, read: ReadIndex, each: &mut dyn FnMut(&Noted, Place) -> Result<()>) -> Result<()> {
+        let ReadIndex { rows, lines, reached } = read;
+        self.reached = reached.or(self.reached.take());
+        if let Some(lines) = lines {
+            for entry in segment::entries(&lines)? {
+                if let segment::Line::Checkpoint(checkpoint) = entry?.line {
                     self.begun.add(checkpoint);
-                    continue;
                 }
-            };
-            self.begun.end(record.row);
-            if self.counts(&record, id) && self.done.insert(record.row) {
-                self.totals.add(&record);
-                each(&record, Place { segment: id, start: bytes.start, n_bytes: bytes.end - bytes.start })?;
+            }
+        }
+        for noted in rows {
+            self.begun.end(noted.row);
+            if self.counts(noted.ok, id) && self.done.insert(noted.row) {
+                self.totals.add(&noted);
+                let Range { start, end } = noted.bytes;
+                each(&noted, Place { segment: id, start, n_bytes: end - start })?;
             }
         }
         Ok(())
     }
 
     /// Whether what a segment says of a row still holds.
-    fn counts(&self, record: &Record<'_>, id: SegmentId) -> bool {
-        record.ok || id.epoch >= self.errors_from
+    fn counts(&self, ok: bool, id: SegmentId) -> bool {
+        ok || id.epoch >= self.errors_from
+    }
+
+    /// What a segment says of its rows; its lines, too, if there are checkpoints among them.
+    fn read_index(&self, id: SegmentId) -> Result<ReadIndex> {
+        let at = self.dir.segment(id)?;
+        let storage = &self.dir.storage;
+        let read = || {
+            let end = segment::end(&storage.get_end(&at, segment::SEAL_BYTES)?, &self.job)?;
+            let rows = end.rows(&storage.get_end(&at, end.n_bytes)?)?;
+            let lines = if end.has_checkpoints { Some(self.read(id)?) } else { None };
+            anyhow::Ok(ReadIndex { rows, lines, reached: end.reached })
+        };
+        match read() {
+            Err(_) if !storage.exists(&at)? => bail!("{} is gone", at.url),
+            read => read.with_context(|| at.url.to_string()),
+        }
     }
 
     /// The verified lines of a segment.
@@ -184,8 +236,8 @@ impl Journal {
         if !self.done.insert(record.row) {
             return Ok(None);
         }
-        self.totals.add(record);
         let bytes = self.pending.push(record);
+        self.totals.add(&Noted::new(record, bytes.clone()));
         let place = Place { segment: self.next_segment, start: bytes.start, n_bytes: bytes.end - bytes.start };
         if self.pending.n_rows() >= SEGMENT_ROWS || self.pending.n_bytes() >= SEGMENT_BYTES {
             self.begin_commit()?;
@@ -233,9 +285,10 @@ impl Journal {
         if self.pending.is_empty() {
             return Ok(());
         }
+        self.check().context(DAMAGED)?;
         let start = Instant::now();
         let at = self.dir.segment(self.next_segment)?;
-        let sealed = self.pending.seal(&self.job);
+        let sealed = self.pending.seal(&self.job, self.reached.as_deref());
         self.flight = Some(Flight { id: self.next_segment, at, sealed, put: None });
         self.next_segment.number += 1;
         let begun = self.put_flight();
@@ -288,6 +341,17 @@ impl Journal {
         upload.publish()
     }
 
+    /// Says how far all rows have their outcome: up to where the job goes on, as its caller says it. Durable with the next
+    /// commit.
+    pub fn set_reached(&mut self, reached: String) {
+        self.reached = Some(reached);
+    }
+
+    /// What [`Journal::set_reached`] was told last, by this run or an earlier one.
+    pub fn reached(&self) -> Option<&str> {
+        self.reached.as_deref()
+    }
+
     /// Rows journaled, committed or not.
     pub fn done_rows(&self) -> &RowSet {
         &self.done
@@ -311,7 +375,7 @@ impl Journal {
     /// Removes the journal; see [`JobDir::remove`].
     pub fn remove(mut self) -> Result<()> {
         // What is being put would come after the removal.
-        self.flight = None;
+        (self.flight, self.checking) = (None, Checking::None);
         self.dir.remove()
     }
 }
@@ -329,12 +393,12 @@ impl Totals {
         }
     }
 
-    fn add(&mut self, record: &Record<'_>) {
-        self.n_ok += u64::from(record.ok);
-        self.n_failed += u64::from(!record.ok);
-        self.prompt_tokens += u64::from(record.prompt_tokens);
-        self.completion_tokens += u64::from(record.completion_tokens);
-        self.cached_tokens += u64::from(record.cached_tokens);
+    fn add(&mut self, noted: &Noted) {
+        self.n_ok += u64::from(noted.ok);
+        self.n_failed += u64::from(!noted.ok);
+        self.prompt_tokens += u64::from(noted.prompt_tokens);
+        self.completion_tokens += u64::from(noted.completion_tokens);
+        self.cached_tokens += u64::from(noted.cached_tokens);
     }
 }
 

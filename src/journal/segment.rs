@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::segment_index::{self, Noted, SegmentIndex};
+
 /// What became of one row. Written as one JSON object, always in the same layout: a sealed line is one that this file has
 /// written, so that it is taken apart without reading the output line's JSON again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +27,9 @@ pub struct Record<'a> {
     pub cached_tokens: u32,
     /// What identical rows are found by; `None` if nobody shares this row's outcome.
     pub key: Option<u128>,
+    /// What second uses of the row's own id are found by, if it has one. Only in the segment's index: `None` in a record that
+    /// was read.
+    pub id: Option<u128>,
     /// The finished output line: one JSON object without line feeds.
     pub line: Cow<'a, str>,
 }
@@ -32,7 +37,7 @@ pub struct Record<'a> {
 impl<'a> Record<'a> {
     /// Appends the record's text.
     pub fn write(&self, to: &mut Vec<u8>) {
-        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
+        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, id: _, line } = self;
         to.reserve(160 + line.len());
         let mut number = itoa::Buffer::new();
         to.extend_from_slice(br#"{"row":"#);
@@ -71,14 +76,13 @@ impl<'a> Record<'a> {
             (key, rest) = (Some(u128::from_str_radix(digits, 16).ok()?), after.strip_prefix('"')?);
         }
         let line = rest.strip_prefix(r#","line":"#)?.strip_suffix('}')?;
-        Some(Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line: Cow::Borrowed(line) })
+        Some(Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, id: None, line: Cow::Borrowed(line) })
     }
 
     /// The record with a line of its own.
     pub(super) fn into_owned(self) -> Record<'static> {
-        let Self { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line } = self;
-        let line = Cow::Owned(line.into_owned());
-        Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line }
+        let line = Cow::Owned(self.line.into_owned());
+        Record { line, ..self }
     }
 }
 
@@ -155,14 +159,34 @@ struct Seal {
     failed: u64,
     /// Fingerprint of the job.
     job: String,
-    /// Hash of all bytes before it and of the number of errors, hexadecimal.
+    /// How far all rows have their outcome in this segment and those before it, for whoever wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reached: Option<String>,
+    /// Bytes of the index's line, the last one before it.
+    index: u64,
+    /// Hash of that line, hexadecimal.
+    index_blake3: String,
+    /// Hash of all bytes before it, of the number of errors and of what was reached, hexadecimal.
     blake3: String,
+}
+
+impl Seal {
+    /// The last line; `None` if it is none.
+    fn read(line: &[u8]) -> Option<Self> {
+        serde_json::from_slice(line.strip_suffix(b"\n")?).ok()
+    }
+
+    fn hash(&self, before: &[u8]) -> String {
+        let said = format!("{} {:?}", self.failed, self.reached);
+        blake3::Hasher::new().update(before).update(said.as_bytes()).finalize().to_hex().to_string()
+    }
 }
 
 /// A segment being gathered.
 #[derive(Debug, Default)]
 pub(super) struct Segment {
     lines: Vec<u8>,
+    index: SegmentIndex,
     /// Memory for the lines after these.
     spare: Vec<u8>,
     n_rows: u64,
@@ -198,7 +222,9 @@ impl Segment {
         self.lines.push(b'\n');
         self.n_rows += 1;
         self.n_failed += u64::from(!record.ok);
-        start..self.lines.len() as u64
+        let bytes = start..self.lines.len() as u64;
+        self.index.push(&Noted::new(record, bytes.clone()));
+        bytes
     }
 
     /// All records' text.
@@ -207,11 +233,21 @@ impl Segment {
     }
 
     /// The whole segment, taken out.
-    pub(super) fn seal(&mut self, job: &str) -> Bytes {
-        let blake3 = hash(&self.lines, self.n_failed);
-        let (rows, failed, checkpoints) = (self.n_rows, self.n_failed, self.n_checkpoints);
-        let seal = Seal { rows, checkpoints, failed, job: job.to_owned(), blake3 };
+    pub(super) fn seal(&mut self, job: &str, reached: Option<&str>) -> Bytes {
         let mut content = std::mem::replace(&mut self.lines, std::mem::take(&mut self.spare));
+        let start = content.len();
+        self.index.finish(&mut content);
+        let mut seal = Seal {
+            rows: self.n_rows,
+            checkpoints: self.n_checkpoints,
+            failed: self.n_failed,
+            job: job.to_owned(),
+            reached: reached.map(str::to_owned),
+            index: (content.len() - start) as u64,
+            index_blake3: blake3::hash(&content[start..]).to_hex().to_string(),
+            blake3: String::new(),
+        };
+        seal.blake3 = seal.hash(&content);
         serde_json::to_writer(&mut content, &seal).expect("a seal is JSON and memory takes it");
         content.push(b'\n');
         (self.n_rows, self.n_failed, self.n_checkpoints) = (0, 0, 0);
@@ -237,36 +273,67 @@ fn start_of_seal(content: &[u8]) -> usize {
 }
 
 /// Bytes that hold a seal, at most, whatever is before it.
-pub(super) const SEAL_BYTES: u64 = 512;
+pub(super) const SEAL_BYTES: u64 = 1024;
 
 /// Rows and failed rows of a segment of `job`, as its end says; `None` if that is not its end.
 pub(super) fn counts(end: &[u8], job: &str) -> Option<(u64, u64)> {
-    let seal: Seal = serde_json::from_slice(&end[start_of_seal(end)..]).ok()?;
+    let seal = Seal::read(&end[start_of_seal(end)..])?;
     (seal.job == job).then_some((seal.rows, seal.failed))
 }
+
+/// What the end of a segment says.
+pub(super) struct End {
+    /// Bytes of the index and of all that follows it.
+    pub(super) n_bytes: u64,
+    pub(super) has_checkpoints: bool,
+    pub(super) reached: Option<String>,
+    seal: Seal,
+}
+
+/// Of the last [`SEAL_BYTES`] of a segment of `job`, or [`Damaged`].
+pub(super) fn end(content: &[u8], job: &str) -> Result<End> {
+    let start = start_of_seal(content);
+    let Some(mut seal) = Seal::read(&content[start..]) else { return Err(Damaged(NO_END.to_owned()).into()) };
+    if seal.job != job {
+        return Err(Damaged(format!("it is of another job, {}", seal.job)).into());
+    }
+    let n_bytes = seal.index.saturating_add((content.len() - start) as u64);
+    Ok(End { n_bytes, has_checkpoints: seal.checkpoints > 0, reached: seal.reached.take(), seal })
+}
+
+impl End {
+    /// The rows, of the last `n_bytes` of the segment, or [`Damaged`].
+    pub(super) fn rows(&self, content: &[u8]) -> Result<Vec<Noted>> {
+        let line = usize::try_from(self.seal.index).ok().and_then(|n_bytes| content.get(..n_bytes));
+        let line = line.filter(|line| blake3::hash(line).to_hex().as_str() == self.seal.index_blake3);
+        let rows = line.and_then(segment_index::parse).filter(|rows| rows.len() as u64 == self.seal.rows);
+        rows.ok_or_else(|| Damaged("its index is damaged".to_owned()).into())
+    }
+}
+
+const NO_END: &str = "its end is missing";
 
 /// The lines of records of a segment of `job`, or [`Damaged`].
 pub(super) fn verify(content: &Bytes, job: &str) -> Result<Bytes> {
     let damaged = |what: String| Err(Damaged(what).into());
-    let Some(text) = content.strip_suffix(b"\n") else { return damaged("its end is missing".to_owned()) };
     let start = start_of_seal(content);
-    let Ok(seal) = serde_json::from_slice::<Seal>(&text[start..]) else { return damaged("its end is missing".to_owned()) };
-    let lines = content.slice(..start);
-    if hash(&lines, seal.failed) != seal.blake3 {
+    let Some(seal) = Seal::read(&content[start..]) else { return damaged(NO_END.to_owned()) };
+    let index_start = usize::try_from(seal.index).ok().and_then(|n_bytes| start.checked_sub(n_bytes));
+    let Some(index_start) = index_start.filter(|_| seal.hash(&content[..start]) == seal.blake3) else {
         return damaged("its checksum is wrong".to_owned());
-    }
+    };
     if seal.job != job {
         return damaged(format!("it is of another job, {}", seal.job));
     }
+    if blake3::hash(&content[index_start..start]).to_hex().as_str() != seal.index_blake3 {
+        return damaged("its index is damaged".to_owned());
+    }
+    let lines = content.slice(..index_start);
     let (n_lines, n_wanted) = (line_feeds(&lines), seal.rows.checked_add(seal.checkpoints));
     if n_wanted != Some(n_lines) {
         return damaged(format!("it holds {n_lines} lines, not {} and {}", seal.rows, seal.checkpoints));
     }
     Ok(lines)
-}
-
-fn hash(lines: &[u8], n_failed: u64) -> String {
-    blake3::Hasher::new().update(lines).update(n_failed.to_string().as_bytes()).finalize().to_hex().to_string()
 }
 
 fn line_feeds(bytes: &[u8]) -> u64 {
@@ -330,11 +397,20 @@ mod tests {
         let mut segment = Segment::default();
         for row in 0..3 {
             let line = format!("{{\"x\": {row} }}").into();
-            segment.push(&Record { row, ok: true, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0, key: None, line });
+            segment.push(&Record {
+                row,
+                ok: true,
+                prompt_tokens: 1,
+                completion_tokens: 2,
+                cached_tokens: 0,
+                key: None,
+                id: Some(u128::from(row)),
+                line,
+            });
         }
         let data = "[1,\"x\"]".into();
         segment.push_checkpoint(&Checkpoint { row: 3, part: 1, start: 0, end: 7, data });
-        let sealed = segment.seal("job");
+        let sealed = segment.seal("job", Some("here"));
         assert_eq!((segment.n_rows(), segment.n_bytes()), (0, 0));
         let lines = verify(&sealed, "job").unwrap();
         let (mut records, mut checkpoints) = (Vec::new(), Vec::new());
@@ -346,6 +422,22 @@ mod tests {
         }
         assert_eq!(checkpoints, [Checkpoint { row: 3, part: 1, start: 0, end: 7, data: "[1,\"x\"]".into() }]);
         assert_eq!(counts(&sealed, "job"), Some((3, 0)));
+        let end = end(&sealed[sealed.len().saturating_sub(SEAL_BYTES as usize)..], "job").unwrap();
+        assert_eq!((end.has_checkpoints, end.reached.as_deref()), (true, Some("here")));
+        let rows = end.rows(&sealed[sealed.len() - end.n_bytes as usize..]).unwrap();
+        let found: Vec<Record<'_>> = rows
+            .iter()
+            .map(|noted| {
+                let (start, end) = (noted.bytes.start as usize, noted.bytes.end as usize);
+                let record = record_in(&lines, start..end).unwrap();
+                assert_eq!(
+                    *noted,
+                    Noted::new(&Record { id: Some(u128::from(noted.row)), ..record.clone() }, noted.bytes.clone())
+                );
+                record
+            })
+            .collect();
+        assert_eq!(found, records);
         assert_eq!(records.iter().map(|r| &*r.line).collect::<Vec<_>>(), ["{\"x\": 0 }", "{\"x\": 1 }", "{\"x\": 2 }"]);
         assert!(verify(&sealed, "another").unwrap_err().is::<Damaged>());
         for cut in 0..sealed.len() {
@@ -367,7 +459,7 @@ mod tests {
             text in any::<String>(),
         ) {
             let line = serde_json::json!({"line": text, "key": ["},"]}).to_string().into();
-            let record = Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, line };
+            let record = Record { row, ok, prompt_tokens, completion_tokens, cached_tokens, key, id: None, line };
             let mut written = Vec::new();
             record.write(&mut written);
             let written = String::from_utf8(written).unwrap() + "\n";

@@ -26,6 +26,8 @@ pub(super) struct RowMeta {
     pub(super) prompts: Vec<PromptMeta>,
     /// What later identical rows find its record by.
     pub(super) key: Option<u128>,
+    /// What its `custom_id` is known by.
+    pub(super) id: Option<u128>,
 }
 
 impl RowMeta {
@@ -215,6 +217,7 @@ fn record<'l>(row: &RowMeta, ok: bool, usage: Usage, line: impl Into<Cow<'l, str
         completion_tokens: usage.completion_tokens,
         cached_tokens: usage.cached_tokens,
         key: row.key,
+        id: row.id,
         line: line.into(),
     }
 }

@@ -193,10 +193,11 @@ impl Collector {
         for (row, error) in window.failed {
             self.fail(&row, &error)?;
         }
-        let PlannedWindow { groups, followers, first_id, sequences, .. } = window;
+        let PlannedWindow { groups, followers, first_id, sequences, end, .. } = window;
         self.n_in_flight += groups.len();
         let open = OpenWindow {
             number,
+            end,
             n_open: groups.iter().map(|group| 1 + group.same.len()).sum(),
             leaders: groups.iter().map(|group| group.leader.row_idx).collect(),
             groups: groups.into_iter().map(Some).collect(),
@@ -414,7 +415,11 @@ impl Collector {
         let place = self.windows.iter().position(|window| window.number == number).expect("its window is open");
         self.windows[place].n_open -= n_rows;
         if self.windows[place].n_open == 0 {
-            self.windows.remove(place);
+            let end = self.windows.remove(place).map(|window| window.end).unwrap_or_default();
+            match place.checked_sub(1) {
+                None => self.journal.set_reached(end),
+                Some(before) => self.windows[before].end = end,
+            }
             // The feed may have ended already; then nobody waits for this.
             let _nobody_waits = self.finished_windows.send(());
         }

@@ -176,7 +176,7 @@ pub(super) fn open_input(config: &Config) -> Result<Reading> {
     // A plan writes no rows: it needs what the prompts are made of, and columns that a run would refuse.
     let columns = needed_columns(&preparer.form, &form.policies, Some(&preparer.result_columns));
     let source = Source::open(&storage, &inputs.files, inputs.limits)?.with_columns(columns);
-    let reader = window_reader(config, (source, inputs.n_rows), preparer, index, Arc::new(FeedTimes::default()));
+    let reader = window_reader(config, (source, inputs.n_rows), (preparer, index), Arc::new(FeedTimes::default()));
     Ok(Reading { inputs, reader, tokenizer, model, fingerprint, memory, later_steps })
 }
 

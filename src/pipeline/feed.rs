@@ -77,7 +77,7 @@ fn read(
     done: &RowSet,
     finished_windows: &Receiver<()>,
     stop: &AtomicBool,
-    prepared: &SyncSender<Vec<WindowRow>>,
+    prepared: &SyncSender<(Vec<WindowRow>, String)>,
 ) -> Result<u64> {
     let mut n_open = 0;
     let own_end = reader.settings.shard_rows.as_ref().map_or(u64::MAX, |rows| rows.end);
@@ -99,7 +99,7 @@ fn read(
             continue;
         }
         n_open += 1;
-        if prepared.send(rows).is_err() {
+        if prepared.send((rows, reader.reached())).is_err() {
             break;
         }
     }
@@ -122,9 +122,9 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     /// Until no more windows come, or the job is over.
-    fn run(self, windows: Receiver<Vec<WindowRow>>, mut next_id: u64) {
-        for rows in windows {
-            let window = self.plan(rows, &mut next_id);
+    fn run(self, windows: Receiver<(Vec<WindowRow>, String)>, mut next_id: u64) {
+        for (rows, end) in windows {
+            let window = PlannedWindow { end, ..self.plan(rows, &mut next_id) };
             if !self.submit(window) {
                 break;
             }

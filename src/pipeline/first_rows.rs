@@ -5,7 +5,7 @@
 //!
 //! Invariant: memory does not grow with the number of keys. A call with keys that are known reads the files they belong to
 //! once, up to 24 bytes for every key so far: cheap for windows of thousands of rows, less so for windows of a few. Beyond
-//! what the filter has room for (some ten million keys) it sends ever more new keys there too: that costs time, never a
+//! what the filter has room for (some twenty million keys) it sends ever more new keys there too: that costs time, never a
 //! wrong answer.
 
 use anyhow::{Context, Result, ensure};
@@ -22,8 +22,8 @@ const ENTRY_BYTES: usize = 24;
 const BUFFER_BYTES: usize = 512 * ENTRY_BYTES;
 /// What is read of a file at a time.
 const READ_BYTES: usize = 8192 * ENTRY_BYTES;
-/// Words of the filter: 16 MiB, ten bits for each of thirteen million keys.
-const FILTER_WORDS: usize = 1 << 21;
+/// Words of the filter: 32 MiB, twenty bits for each of thirteen million keys.
+const FILTER_WORDS: usize = 1 << 22;
 /// Words of a block of the filter, which is as long as a cache line.
 const BLOCK_WORDS: usize = 8;
 /// Bits that a key sets in its block.
@@ -88,6 +88,15 @@ impl FirstRows {
             first.iter_mut().zip(uses).for_each(|(first, (_, key))| *first = lowest[key]);
         }
         Ok(first)
+    }
+
+    /// Notes keys and their rows, and does not say which are known.
+    pub(super) fn add(&mut self, uses: &[(u64, u128)]) -> Result<()> {
+        for &(row, key) in uses {
+            self.filter_has_or_adds(key);
+            self.parts[part_of(key)].push(&self.folder, key, row)?;
+        }
+        Ok(())
     }
 
     /// Whether the key may have been added before; it is now.

@@ -11,6 +11,8 @@ use crate::prepare::{Prompt, StepAnswer};
 /// A window with rows that have no record yet.
 pub(super) struct OpenWindow {
     pub(super) number: u64,
+    /// Where in the inputs it ends, and all windows after it that have been closed before it.
+    pub(super) end: String,
     /// Rows without a record.
     pub(super) n_open: usize,
     /// By group, the row that is computed; ascending.

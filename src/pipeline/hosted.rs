@@ -7,7 +7,7 @@ use super::budget::Budget;
 use super::collect::{Collector, End, Event};
 use super::columns::ResultColumns;
 use super::feed::Feed;
-use super::index::JobIndex;
+use super::index::{JobIndex, id_key};
 use super::job::{self, Begin, JobFiles};
 use super::progress::{Progress, say};
 use super::rows::{FeedTimes, WindowReader};
@@ -249,7 +249,7 @@ impl HostedJob {
         let found = format::inspect(&storage, &input)?;
         let (manifest, other) = Self::began_as(&storage, &files, self.manifest(seat, &found))?;
         let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
-        let (manifest, journal, index) = match job::begin(&storage, &files, manifest, true, (None, &Terms::default()))? {
+        let (manifest, journal, index) = match job::begin(&storage, &files, manifest, (None, &Terms::default()))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
         };
@@ -259,7 +259,8 @@ impl HostedJob {
         let mut journal = if is_done || ending().is_some() {
             journal
         } else {
-            let reader = self.reader(&storage, &seat.preparer, &index)?;
+            let mut reader = self.reader(&storage, &seat.preparer, &index)?;
+            reader.skip_done(&journal)?;
             self.work(seat, inbox, (journal, index, reader), (&manifest, found.n_rows), progress)?
         };
         if journal.done_rows().len() < found.n_rows {
@@ -318,6 +319,7 @@ impl HostedJob {
             rows: 0..found.n_rows,
             replaces: None,
             retries: None,
+            versions: Vec::new(),
         }
     }
 
@@ -403,7 +405,8 @@ impl HostedJob {
         let done = journal.done_rows().clone();
         while let Some(rows) = source.next_chunk(WINDOW_ROWS, WINDOW_BYTES)? {
             for row in rows.iter().filter(|row| !done.contains(row.row_idx)) {
-                let line = never_run(&stamp, row, why).to_string().into();
+                let line = never_run(&stamp, row, why);
+                let (id, line) = (line["custom_id"].as_str().map(id_key), line.to_string().into());
                 let (row, tokens) = (row.row_idx, 0);
                 let record = Record {
                     row,
@@ -412,6 +415,7 @@ impl HostedJob {
                     completion_tokens: tokens,
                     cached_tokens: tokens,
                     key: None,
+                    id,
                     line,
                 };
                 journal.append(&record)?;

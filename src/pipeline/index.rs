@@ -3,7 +3,7 @@
 //! the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the number of rows.
 
 use super::first_rows::FirstRows;
-use crate::journal::{Place, Record, SegmentId};
+use crate::journal::{Place, SegmentId};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::fs::File;
@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 /// Segment, first byte and length of a record, each of 8 bytes; a segment as a number is never 0.
 const PLACE_BYTES: usize = 24;
 /// Records that are noted together.
-const BATCH: usize = 16_384;
+const BATCH: usize = 1 << 17;
 
 /// See the module. Things are known by a hash of them (128 bits of BLAKE3: collisions are out of reach).
 pub(super) struct JobIndex {
@@ -83,8 +83,6 @@ impl JobIndex {
 /// Notes what an earlier run has journaled.
 pub(super) struct Replay<'a> {
     index: &'a JobIndex,
-    /// Whether rows have a `custom_id`.
-    pub(super) requests: bool,
     /// Whether the job is a shard of one.
     pub(super) is_shard: bool,
     /// Whether places are noted of records without a key, too.
@@ -95,46 +93,47 @@ pub(super) struct Replay<'a> {
 }
 
 impl<'a> Replay<'a> {
-    pub(super) fn new(index: &'a JobIndex, requests: bool, is_shard: bool) -> Self {
-        Self { index, requests, is_shard, all_places: false, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
+    pub(super) fn new(index: &'a JobIndex, is_shard: bool) -> Self {
+        Self { index, is_shard, all_places: false, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
     }
 
-    /// Notes one record.
-    pub(super) fn note(&mut self, record: &Record<'_>, place: Place) -> Result<()> {
-        if self.requests
-            && let Some(id) = custom_id(record)?
-        {
-            self.ids.push((record.row, id_key(&id)));
-        }
-        if let Some(key) = record.key {
-            self.contents.push((record.row, key));
-        }
-        if record.key.is_some() || self.all_places {
-            self.places.push((record.row, place));
+    /// Notes one record: its row, and what its id and its content are known by.
+    pub(super) fn note(&mut self, (row, id, key): (u64, Option<u128>, Option<u128>), place: Place) -> Result<()> {
+        self.ids.extend(id.map(|id| (row, id)));
+        self.contents.extend(key.map(|key| (row, key)));
+        if key.is_some() || self.all_places {
+            self.places.push((row, place));
         }
         if self.ids.len().max(self.places.len()) >= BATCH { self.flush() } else { Ok(()) }
     }
 
     /// Makes what was noted known.
     pub(super) fn flush(&mut self) -> Result<()> {
-        self.index.first_of_ids(&self.ids)?;
-        self.index.first_of_contents(&self.contents)?;
-        if self.is_shard {
-            self.index.first_of_own_contents(&self.contents)?;
-        }
-        self.ids.clear();
-        self.contents.clear();
-        self.index.add_places(std::mem::take(&mut self.places))
+        let Self { index, is_shard, ids, contents, places, .. } = self;
+        let lock =
+            |table: &Mutex<FirstRows>, uses: &[(u64, u128)]| table.lock().unwrap_or_else(PoisonError::into_inner).add(uses);
+        let own: Vec<(u64, u128)> = contents.iter().filter(|_| *is_shard).map(|(row, key)| (*row, own_key(*key))).collect();
+        let places = std::mem::take(places);
+        let (noted, (known, placed)) = rayon::join(
+            || lock(&index.ids, ids),
+            || {
+                let known = lock(&index.contents, contents).and_then(|()| lock(&index.contents, &own));
+                (known, index.add_places(places))
+            },
+        );
+        ids.clear();
+        contents.clear();
+        noted.and(known).and(placed)
     }
 }
 
 /// The id in a request row's output or error line.
-fn custom_id(record: &Record<'_>) -> Result<Option<String>> {
+pub(super) fn custom_id(line: &str) -> Result<Option<String>> {
     #[derive(Deserialize)]
     struct Line {
         custom_id: Option<String>,
     }
-    let line: Line = serde_json::from_str(&record.line).with_context(|| format!("the journaled line of row {}", record.row))?;
+    let line: Line = serde_json::from_str(line).context("a line of the results is no object")?;
     Ok(line.custom_id)
 }
 
@@ -188,20 +187,11 @@ mod tests {
 
     #[test]
     fn a_replay_restores_what_was_known() {
-        let record = |row, key| Record {
-            row,
-            ok: true,
-            prompt_tokens: 0,
-            completion_tokens: 0,
-            cached_tokens: 0,
-            key,
-            line: format!("{{\"custom_id\":\"id {row}\"}}").into(),
-        };
         let index = index();
-        let mut replay = Replay::new(&index, true, false);
+        let mut replay = Replay::new(&index, false);
         let place = Place { segment: SegmentId { epoch: 2, number: 7 }, start: 1, n_bytes: 2 };
-        replay.note(&record(3, Some(255)), place).unwrap();
-        replay.note(&record(4, None), place).unwrap();
+        replay.note((3, Some(id_key("id 3")), Some(255)), place).unwrap();
+        replay.note((4, Some(id_key("id 4")), None), place).unwrap();
         replay.flush().unwrap();
         assert_eq!(index.first_of_ids(&[(8, id_key("id 3")), (9, id_key("id 4"))]).unwrap(), [3, 4]);
         assert_eq!(index.first_of_contents(&[(8, 255)]).unwrap(), [3]);

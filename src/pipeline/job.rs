@@ -6,7 +6,7 @@ use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
 use super::report::{Report, content_hash};
 use crate::config::Config;
-use crate::format::{self, Format, Limits};
+use crate::format::{self, Format, Inspection, Limits};
 use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
 use crate::pipeline::spec::{EngineSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
@@ -109,8 +109,18 @@ impl Inputs {
     }
 }
 
-/// Finds the input files, hashes them and counts their rows.
+/// Finds the input files, hashes them and counts their rows; those that are what they were when the job under way at the
+/// outputs began are not read again.
 pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &JobFiles) -> Result<Inputs> {
+    // One that can't be read is told of when the job begins.
+    let earlier = journal::manifest_in(storage, &outputs.journal).ok().flatten();
+    let known = |file: &Location| {
+        let Manifest { inputs, versions, .. } = earlier.as_ref()?;
+        let (input, version) = inputs.iter().zip(versions).find(|(input, _)| input.url == *file.url)?;
+        let Input { n_bytes, blake3, n_rows, .. } = input.clone();
+        let is_same = storage.open(file).ok()?.version() == *version;
+        is_same.then(|| Inspection { n_bytes, blake3, n_rows, version: version.clone() })
+    };
     let mut files = Vec::new();
     for pattern in &spec.input.files {
         files.extend(storage.expand(pattern).with_context(|| format!("input {}", Location::shown(pattern)))?);
@@ -119,7 +129,8 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
     let (mut described, mut versions) = (Vec::new(), Vec::new());
     let mut n_rows = 0;
     for file in &files {
-        let found = format::inspect(storage, file).with_context(|| format!("input {}", file.url))?;
+        let found = known(file).map_or_else(|| format::inspect(storage, file), Ok);
+        let found = found.with_context(|| format!("input {}", file.url))?;
         if Format::of(file)? == Format::Parquet {
             // Columns that can't be read should stop the job now.
             let schema = format::schema_of(storage, file)?;
@@ -179,6 +190,7 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
         rows: inputs.own_rows(config.shard),
         replaces: None,
         retries: None,
+        versions: inputs.versions.clone(),
     })
 }
 
@@ -190,7 +202,7 @@ pub(super) enum Begin {
     Done(Box<Report>),
 }
 
-/// Begins, continues or refuses a job; `requests` if its rows have a `custom_id`.
+/// Begins, continues or refuses a job.
 ///
 /// # Errors
 /// If the output belongs to another job and `restart` was not asked for, or another process is at it.
@@ -198,7 +210,6 @@ pub(super) fn begin(
     storage: &Storage,
     files: &JobFiles,
     manifest: Manifest,
-    requests: bool,
     (shard, terms): (Option<Shard>, &Terms),
 ) -> Result<Begin> {
     let dir = JobDir::claim(storage, &files.journal, terms)?;
@@ -206,7 +217,7 @@ pub(super) fn begin(
     let earlier = if terms.restart { None } else { dir.manifest()? };
     if let Some(earlier) = earlier {
         same(&earlier, &manifest, files)?;
-        return resume(dir, files, earlier, requests, shard.is_some());
+        return resume(dir, files, earlier, shard.is_some());
     }
     // What --restart replaces stays until it is replaced: a reader finds the old state or the new one.
     if !terms.restart {
@@ -280,10 +291,10 @@ pub(super) fn same(earlier: &Manifest, now: &Manifest, files: &JobFiles) -> Resu
 }
 
 /// Goes on with the job of a directory.
-pub(super) fn resume(dir: JobDir, files: &JobFiles, earlier: Manifest, requests: bool, is_shard: bool) -> Result<Begin> {
+pub(super) fn resume(dir: JobDir, files: &JobFiles, earlier: Manifest, is_shard: bool) -> Result<Begin> {
     let index = JobIndex::new(&files.scratch_folder())?;
-    let mut replay = Replay::new(&index, requests, is_shard);
-    let journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
+    let mut replay = Replay::new(&index, is_shard);
+    let journal = Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.id, noted.key), place))?;
     replay.flush()?;
     Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)))
 }

@@ -197,7 +197,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         let lines = if requests { retry::Lines::Requests } else { dataset };
         retry::Retry { storage, files, inputs: &inputs, lines, config }.begin(manifest)
     } else {
-        job::begin(storage, files, manifest, requests, (config.shard, &config.terms))
+        job::begin(storage, files, manifest, (config.shard, &config.terms))
     };
     let (manifest, journal, index) = match begun? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
@@ -250,8 +250,7 @@ fn needed_columns(form: &RowForm, policies: &[Option<Arc<Policy>>], more: Option
 fn window_reader(
     config: &Config,
     (source, n_rows): (Source, u64),
-    preparer: Arc<Preparer>,
-    index: Arc<JobIndex>,
+    (preparer, index): (Arc<Preparer>, Arc<JobIndex>),
     times: Arc<FeedTimes>,
 ) -> WindowReader {
     let job = &config.spec.job;
@@ -324,13 +323,16 @@ impl Run<'_> {
         let answers = self.answers(&local.name, &tokenizer, columns);
         let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
         let index = Arc::new(index);
-        let indexed = (journal, Arc::clone(&index));
+        let needed = needed_columns(&preparer.form, &self.policies, self.config.spec.output.columns.as_deref());
+        let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
+        let (own, times) = ((Arc::clone(&preparer), Arc::clone(&index)), Arc::clone(&measured.feed));
+        let mut reader = window_reader(self.config, (source, self.inputs.n_rows), own, times);
+        reader.skip_done(&journal)?;
+        let indexed = (journal, index);
         let mut collector =
             Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
         collector.judge_by(&self.policies, self.manifest.job_seed);
         let [lookup, step_lookup] = collector.share(self.config.reuse.as_ref(), &self.manifest.model_fingerprint);
-        let needed = needed_columns(&preparer.form, &self.policies, self.config.spec.output.columns.as_deref());
-        let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
         let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
             let (job_seed, engine_too) = (self.manifest.job_seed, Arc::clone(&engine));
             let stepper = Stepper {
@@ -343,7 +345,7 @@ impl Run<'_> {
                 checkpoints: Arc::clone(&checkpoints),
             };
             let feed = Feed {
-                reader: window_reader(self.config, (source, self.inputs.n_rows), preparer, index, Arc::clone(&measured.feed)),
+                reader,
                 done,
                 engine,
                 events,

@@ -2,7 +2,7 @@
 //! journal begins with the lines of the published results, and only the other rows are computed; then all of it is
 //! published as ever. An unfinished job forgets its errors and goes on. Invariant: a row that completed keeps its line.
 
-use super::index::{JobIndex, Replay};
+use super::index::{JobIndex, Replay, custom_id, id_key};
 use super::job::{self, Begin, Inputs, JobFiles};
 use super::report::{Report, content_hash};
 use super::{JobEnd, run_job, show};
@@ -56,7 +56,7 @@ pub(super) struct Retry<'a> {
 impl Retry<'_> {
     /// Begins or goes on with it, in the place of [`job::begin`].
     pub(super) fn begin(&self, manifest: Manifest) -> Result<Begin> {
-        let Self { storage, files, lines, config, .. } = *self;
+        let Self { storage, files, config, .. } = *self;
         let dir = JobDir::claim(storage, &files.journal, &config.terms)?;
         let dir = job::alone(storage, files, dir, (config.shard, &config.terms))?;
         match dir.manifest()? {
@@ -65,7 +65,7 @@ impl Retry<'_> {
                 if !dir.has_forgotten() || self.is_done_shard()? {
                     dir.forget_errors()?;
                 }
-                job::resume(dir, files, earlier, matches!(lines, Lines::Requests), config.shard.is_some())
+                job::resume(dir, files, earlier, config.shard.is_some())
             }
             Some(earlier) => {
                 let finished = self.finished(&manifest)?;
@@ -99,7 +99,8 @@ impl Retry<'_> {
         }
         let index = JobIndex::new(&self.files.scratch_folder())?;
         let mut replay = self.replay(&index);
-        let mut journal = Journal::resume(dir, &earlier, &mut |record, place| replay.note(record, place))?;
+        let mut journal =
+            Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.id, noted.key), place))?;
         let n_taken = earlier.rows.end - earlier.rows.start - earlier.retries.unwrap_or(0);
         if journal.done_rows().len() < n_taken {
             // Nothing was published yet: the results are still the finished job's.
@@ -116,7 +117,7 @@ impl Retry<'_> {
     }
 
     fn replay<'i>(&self, index: &'i JobIndex) -> Replay<'i> {
-        let mut replay = Replay::new(index, matches!(self.lines, Lines::Requests), self.config.shard.is_some());
+        let mut replay = Replay::new(index, self.config.shard.is_some());
         // Any of its rows may be the first of a content: it is not known which.
         replay.all_places = true;
         replay
@@ -192,10 +193,11 @@ impl Retry<'_> {
                 let line = std::str::from_utf8(&text).with_context(|| format!("{} is not UTF-8", files.results.url))?;
                 let usage = lines.usage(line).with_context(|| format!("{}, row {row}", files.results.url))?;
                 let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
-                let record =
-                    Record { row, ok: true, prompt_tokens, completion_tokens, cached_tokens, key: None, line: line.into() };
+                let id = if matches!(lines, Lines::Requests) { custom_id(line)?.as_deref().map(id_key) } else { None };
+                let line = line.into();
+                let record = Record { row, ok: true, prompt_tokens, completion_tokens, cached_tokens, key: None, id, line };
                 if let Some(place) = journal.append(&record)? {
-                    replay.note(&record, place)?;
+                    replay.note((row, id, None), place)?;
                 }
             }
         }

@@ -3,9 +3,10 @@
 
 use super::index::JobIndex;
 use super::window::{WindowRow, WindowSettings, find_first, refuse_second_uses};
-use crate::format::{RawRow, Source};
+use crate::format::{Position, RawRow, Source};
+use crate::journal::Journal;
 use crate::prepare::{Prepared, Preparer};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -63,6 +64,28 @@ impl WindowReader {
     /// Rows read so far.
     pub(super) fn n_rows(&self) -> u64 {
         self.next_row
+    }
+
+    /// Passes over the rows that a journal has the outcomes of, as far as it is known where in the files they end: where a
+    /// window does. A shard must see all rows before its own.
+    ///
+    /// # Errors
+    /// The journal's place is not in the files.
+    pub(super) fn skip_done(&mut self, journal: &Journal) -> Result<()> {
+        let Some(reached) = journal.reached().filter(|_| self.settings.shard_rows.is_none()) else { return Ok(()) };
+        let reached: Position = serde_json::from_str(reached).context("how far the journal has come")?;
+        // Errors may be run again: then rows before it have no outcome.
+        if journal.done_rows().missing(0..reached.row_idx).next().is_none() {
+            self.source.go_to(reached)?;
+            self.rows_left = self.rows_left.saturating_sub(reached.row_idx);
+            self.next_row = reached.row_idx;
+        }
+        Ok(())
+    }
+
+    /// Where the last window ended, for [`Journal::set_reached`].
+    pub(super) fn reached(&self) -> String {
+        serde_json::to_string(&self.source.position()).expect("numbers are JSON")
     }
 
     /// The next window's rows; `None` at the end.

@@ -52,6 +52,8 @@ pub(super) struct PlannedWindow {
     pub(super) sequences: Vec<(u32, u32)>,
     /// Rows that get the completion of a row of an earlier window, or of one that an earlier run has done; with that row.
     pub(super) followers: Vec<(u64, RowMeta)>,
+    /// Where in the inputs it ends, as the journal is told.
+    pub(super) end: String,
     /// Rows that get another row's completion.
     pub(super) n_duplicates: u64,
     /// The fewest tokens that any engine must prefill for them, given what the window before leaves.
@@ -169,8 +171,8 @@ pub(super) fn plan_window(
     let start = rows.first().map_or(0, |row| row.row_idx);
     for row in rows {
         let done = is_done(row.row_idx) || !settings.is_own(row.row_idx);
-        let WindowRow { row_idx, file, line, prepared, key, first, own_first, .. } = row;
-        let mut meta = RowMeta { row_idx, file, line, origin: prepared.origin, prompts: Vec::new(), key };
+        let WindowRow { row_idx, file, line, prepared, key, id_key: id, first, own_first } = row;
+        let mut meta = RowMeta { row_idx, file, line, origin: prepared.origin, prompts: Vec::new(), key, id };
         match prepared.prompts {
             Err(_) if done => {}
             Err(error) => window.failed.push((RowMeta { key: None, ..meta }, error)),

@@ -36,6 +36,7 @@ mod money;
 mod oracle;
 mod parameters;
 mod policies;
+mod positions;
 mod requests;
 mod resume;
 mod retry;

@@ -11,7 +11,7 @@ use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use valar::journal::{IfRunning, Input, JobDir, Journal, Manifest, Outputs, Record, Terms, finalise};
+use valar::journal::{IfRunning, Input, JobDir, Journal, Manifest, Noted, Outputs, Record, Terms, finalise};
 use valar::storage::{Location, Storage};
 
 use crate::dying::{Death, DyingStore};
@@ -33,7 +33,21 @@ fn outcome(row: u64) -> Record<'static> {
     let ok = !hash(row).is_multiple_of(5);
     let text = "né\\n".repeat((hash(row) % 30) as usize);
     let line = format!("{{\"row\":{row},\"ok\":{ok},\"text\":\"{text}\"}}").into();
-    Record { row, ok, prompt_tokens: row as u32, completion_tokens: 2, cached_tokens: 1, key: None, line }
+    Record {
+        row,
+        ok,
+        prompt_tokens: row as u32,
+        completion_tokens: 2,
+        cached_tokens: 1,
+        key: None,
+        id: Some(u128::from(row)),
+        line,
+    }
+}
+
+/// The same as the journal gives it back: what ids are known by is in the index alone.
+fn read_back(row: u64) -> Record<'static> {
+    Record { id: None, ..outcome(row) }
 }
 
 /// What the output must be.
@@ -54,6 +68,7 @@ fn manifest() -> Manifest {
         rows: 0..N_ROWS,
         replaces: None,
         retries: None,
+        versions: Vec::new(),
     }
 }
 
@@ -298,16 +313,17 @@ fn what_could_not_be_committed_is_committed_later() {
     for _ in 0..2 {
         journal.commit().unwrap_err();
         let read = [first, second].map(|place| journal.record(place).unwrap());
-        assert_eq!(read, [outcome(3), outcome(4)]);
+        assert_eq!(read, [read_back(3), read_back(4)]);
     }
     std::fs::remove_dir(&in_the_way).unwrap();
     journal.commit().unwrap();
-    assert_eq!([first, second].map(|place| journal.record(place).unwrap()), [outcome(3), outcome(4)]);
+    assert_eq!([first, second].map(|place| journal.record(place).unwrap()), [read_back(3), read_back(4)]);
     drop(journal);
     let mut rows = Vec::new();
     let dir = JobDir::claim(&storage, &at, &TERMS).unwrap();
-    let mut note = |record: &Record<'_>, place| {
-        rows.push((record.row, place));
+    let mut note = |noted: &Noted, place| {
+        assert_eq!((noted.id, noted.ok), (Some(u128::from(noted.row)), outcome(noted.row).ok));
+        rows.push((noted.row, place));
         Ok(())
     };
     Journal::resume(dir, &manifest(), &mut note).unwrap();
@@ -318,33 +334,68 @@ fn resume(storage: &Storage, places: &Places) -> Result<Journal> {
     Journal::resume(JobDir::claim(storage, &places.dir, &TERMS)?, &manifest(), &mut |_, _| Ok(()))
 }
 
+/// What the journal says of damage, when it is opened or when something is added to it.
+fn found_damage(storage: &Storage, places: &Places) -> String {
+    let mut journal = match resume(storage, places) {
+        Err(error) => return format!("{error:#}"),
+        Ok(journal) => journal,
+    };
+    for row in 10..N_ROWS {
+        journal.append(&outcome(row)).unwrap();
+        // Segments are verified on a thread of their own.
+        std::thread::sleep(Duration::from_millis(20));
+        if let Err(error) = journal.commit() {
+            return format!("{error:#}");
+        }
+    }
+    panic!("nothing was found");
+}
+
 #[test]
 fn damage_in_the_middle_is_an_error_that_names_the_segment() {
-    let (storage, _, places) = five_segments();
-    assert_eq!(resume(&storage, &places).unwrap().done_rows().len(), 10);
-    let at = places.dir.child("seg-00001-00000003.jsonl").unwrap();
-    let mut content = storage.get(&at).unwrap().unwrap().to_vec();
-    content[20] ^= 1;
-    storage.put(&at, content.into()).unwrap();
-    let error = format!("{:#}", resume(&storage, &places).unwrap_err());
-    assert!(error.contains("seg-00001-00000003.jsonl: its checksum is wrong"), "{error}");
+    let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
+        let (storage, _, places) = five_segments();
+        let at = places.dir.child("seg-00001-00000003.jsonl").unwrap();
+        let mut content = storage.get(&at).unwrap().unwrap().to_vec();
+        change(&mut content);
+        storage.put(&at, content.into()).unwrap();
+        (storage, places, at)
+    };
+    let flips: [(&dyn Fn(&mut Vec<u8>), &str); 2] = [
+        (&|content| content[20] ^= 1, "its checksum is wrong"),
+        (
+            &|content| {
+                let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
+                content[index] ^= 1
+            },
+            "its index is damaged",
+        ),
+    ];
+    for (flip, wanted) in flips {
+        let (storage, places, _) = damaged(flip);
+        let finished = resume(&storage, &places).and_then(|mut journal| finalise(&mut journal, &places.outputs, 10));
+        let error = format!("{:#}", finished.unwrap_err());
+        assert!(error.contains("seg-00001-00000003.jsonl"), "{error}");
+        let error = found_damage(&storage, &places);
+        assert!(error.contains(&format!("seg-00001-00000003.jsonl: {wanted}")), "{error}");
+    }
+    let (storage, places, at) = damaged(&|_| {});
     storage.delete(&at).unwrap();
-    let error = format!("{:#}", resume(&storage, &places).unwrap_err());
+    let error = found_damage(&storage, &places);
     assert!(error.contains("x.job/seg-00001-00000003.jsonl is gone"), "{error}");
 }
 
-/// A segment written by hand.
+/// Puts a segment with these rows, which may be those of other segments, too.
 fn put_segment(storage: &Storage, places: &Places, number: u32, records: &[Record<'_>]) {
-    let mut lines = Vec::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let other = Places::new(&store, "other.jsonl");
+    let mut journal = Journal::create(JobDir::claim(storage, &other.dir, &TERMS).unwrap(), &manifest()).unwrap();
     for record in records {
-        record.write(&mut lines);
-        lines.push(b'\n');
+        journal.append(record).unwrap();
     }
-    let lines = String::from_utf8(lines).unwrap();
-    let (n_rows, hash) = (records.len(), blake3::hash((lines.clone() + "0").as_bytes()));
-    let seal = format!("{{\"rows\":{n_rows},\"checkpoints\":0,\"failed\":0,\"job\":\"job\",\"blake3\":\"{}\"}}\n", hash.to_hex());
-    let at = places.dir.child(&format!("seg-00001-{number:08}.jsonl")).unwrap();
-    storage.put(&at, (lines + &seal).into()).unwrap();
+    journal.commit().unwrap();
+    let content = storage.get(&other.dir.child("seg-00001-00000001.jsonl").unwrap()).unwrap().unwrap();
+    storage.put(&places.dir.child(&format!("seg-00001-{number:08}.jsonl")).unwrap(), content).unwrap();
 }
 
 #[test]
@@ -353,7 +404,7 @@ fn the_first_committed_outcome_of_a_row_counts() {
     let other = |row| Record { line: "{\"other\":1}".into(), ..outcome(row) };
     // Again while their first outcomes wait for row 10, and again after they were handed out.
     put_segment(&storage, &places, 6, &[outcome(12), outcome(11)]);
-    put_segment(&storage, &places, 7, &[other(11), other(12), other(0), other(11)]);
+    put_segment(&storage, &places, 7, &[other(11), other(12), other(0)]);
     let mut journal = resume(&storage, &places).unwrap();
     assert!(journal.warnings.is_empty(), "{:?}", journal.warnings);
     assert_eq!((journal.done_rows().len(), journal.totals().n_ok + journal.totals().n_failed), (12, 12));

@@ -160,7 +160,7 @@ impl Server {
         let start = Instant::now();
         let names = ["valar_running{", "valar_waiting{", "valar_queued_calls{", "valar_open_calls{"];
         while names.iter().any(|name| self.metric(name) > 0) {
-            assert!(start.elapsed() < Duration::from_secs(20), "work is left behind: {}", self.get("/metrics").text);
+            assert!(start.elapsed() < Duration::from_mins(1), "work is left behind: {}", self.get("/metrics").text);
             std::thread::sleep(Duration::from_millis(20));
         }
     }
