@@ -153,7 +153,9 @@ mod tests {
             }).collect();
             let mut index = SegmentIndex::default();
             for _ in 0..2 {
-                noted.iter().for_each(|noted| index.push(noted));
+                for noted in &noted {
+                    index.push(noted);
+                }
                 let mut line = Vec::new();
                 index.finish(&mut line);
                 prop_assert_eq!(parse(&line).unwrap(), noted.clone());

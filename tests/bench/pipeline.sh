@@ -6,7 +6,9 @@
 # and after (tests/bench/tokenizers_alone), so that machines can be compared.
 #
 # usage: tests/bench/pipeline.sh [ROWS [tokens|text [VALAR OPTIONS…]]]     (100000 tokens)
+#        tests/bench/pipeline.sh --make tokens|text ROWS                   writes the rows, and runs nothing
 set -euo pipefail
+[ "${1:-}" != --make ] || { make_only=1; set -- "$3" "$2"; }
 rows=${1:-100000} kind=${2:-tokens}
 shift $(($# < 2 ? $# : 2))
 valar=${VALAR:-target/release/valar}
@@ -31,6 +33,7 @@ make() { # kind, rows
     }
 }'
 }
+[ -z "${make_only:-}" ] || { make "$kind" "$rows"; exit; }
 make "$kind" "$rows" >"$folder/in.jsonl"
 
 if [ -n "${TOKENIZER:-}" ]; then

@@ -59,10 +59,10 @@ impl S3 {
         ureq::delete(self.url(key)).call().unwrap();
     }
 
-    /// Whether there are uploads that were begun and neither completed nor aborted.
-    pub(crate) fn has_uploads(&self) -> bool {
+    /// Ids of the uploads that were begun and neither completed nor aborted.
+    pub(crate) fn uploads(&self) -> Vec<String> {
         let text = ureq::get(format!("{}?uploads", self.url(""))).call().unwrap().body_mut().read_to_string().unwrap();
-        text.contains("<UploadId>")
+        text.split("<UploadId>").skip(1).map(|rest| rest.split("</UploadId>").next().unwrap().to_owned()).collect()
     }
 
     /// All keys.

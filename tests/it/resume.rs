@@ -361,16 +361,12 @@ fn damage_in_the_middle_is_an_error_that_names_the_segment() {
         storage.put(&at, content.into()).unwrap();
         (storage, places, at)
     };
-    let flips: [(&dyn Fn(&mut Vec<u8>), &str); 2] = [
-        (&|content| content[20] ^= 1, "its checksum is wrong"),
-        (
-            &|content| {
-                let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
-                content[index] ^= 1
-            },
-            "its index is damaged",
-        ),
-    ];
+    let in_line = |content: &mut Vec<u8>| content[20] ^= 1;
+    let in_index = |content: &mut Vec<u8>| {
+        let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
+        content[index] ^= 1;
+    };
+    let flips: [(&dyn Fn(&mut _), _); 2] = [(&in_line, "its checksum is wrong"), (&in_index, "its index is damaged")];
     for (flip, wanted) in flips {
         let (storage, places, _) = damaged(flip);
         let finished = resume(&storage, &places).and_then(|mut journal| finalise(&mut journal, &places.outputs, 10));

@@ -65,7 +65,7 @@ fn check_tidy(server: &S3, stem: &str) {
     assert!(keys.len() == 4 && in_job == ["lease.json"], "{keys:?}");
     let lease: Value = serde_json::from_slice(&server.get(&format!("{stem}job/lease.json"))).unwrap();
     assert!(lease["held"] == false && lease["job"].is_null(), "{lease}");
-    assert!(!server.has_uploads(), "parts of uploads are left");
+    assert_eq!(server.uploads(), [""; 0], "parts of uploads are left");
 }
 
 #[test]

@@ -4,12 +4,12 @@
 //!
 //! `VALAR_KILLS=300 cargo test --test it -- --ignored --nocapture sceptic`
 //!
-//! Each kill is logged with its phase.
+//! Each of the four is killed so often; each kill is logged with its phase.
 
 use crate::common::{Sandbox, chat_line, splitmix64};
 use crate::faults::S3;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -18,6 +18,12 @@ use std::time::{Duration, Instant};
 enum Place {
     Disk,
     Store(S3),
+}
+
+/// What there was before a run.
+struct Before {
+    n_segments: usize,
+    traces: BTreeSet<String>,
 }
 
 /// Where a run was when it was killed.
@@ -41,15 +47,14 @@ struct Job {
 
 const N_ROWS: usize = 60;
 const SETTINGS: [&str; 9] =
-    ["--quiet", "--set", "engine.max_running=3", "--set", "job.window_rows=16", "--set", "job.seed=3", "--lease", "1"];
+    ["--quiet", "--set", "engine.max_running=2", "--set", "job.window_rows=16", "--set", "job.seed=3", "--lease", "1"];
 
 impl Job {
     fn new(place: Place, seed: u64) -> Self {
         let sandbox = Sandbox::new();
         let line = |i: usize| {
             let said = if i % 4 == 3 { i % 16 } else { i };
-            let extra =
-                json!({"max_tokens": 8 + i % 17, "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
+            let extra = json!({"max_tokens": 60 + 7 * (i % 17), "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
             chat_line(&format!("row-{i}"), &format!("Tell me about {said}."), extra)
         };
         let mut lines: Vec<String> = (0..N_ROWS).map(line).collect();
@@ -101,13 +106,32 @@ impl Job {
         self.names().iter().filter(|name| name.contains("/seg-")).count()
     }
 
-    fn is_finalising(&self) -> bool {
-        let uploads = matches!(&self.place, Place::Store(server) if server.has_uploads());
-        uploads || self.names().iter().any(|name| name.contains("out.jsonl") || name.contains("out.errors.jsonl"))
+    /// What shows that files are being written or were: a killed run may have left some, which the next one removes.
+    fn traces(&self) -> BTreeSet<String> {
+        let names = self.names().into_iter().filter(|name| name.contains("out.jsonl") || name.contains("out.errors.jsonl"));
+        match &self.place {
+            Place::Store(server) => names.chain(server.uploads()).collect(),
+            Place::Disk => {
+                let with_time = |name: String| {
+                    let written = std::fs::metadata(&name).and_then(|found| found.modified());
+                    format!("{name} {:?}", written.ok())
+                };
+                names.map(with_time).collect()
+            }
+        }
+    }
+
+    /// What there is before a run.
+    fn before(&self) -> Before {
+        Before { n_segments: self.n_segments(), traces: self.traces() }
+    }
+
+    fn is_finalising(&self, before: &Before) -> bool {
+        !self.traces().is_subset(&before.traces)
     }
 
     /// Lets a run go on for a while, then kills it; whether it had ended before.
-    fn kill(&mut self, mut child: Child, before: usize) -> bool {
+    fn kill(&mut self, mut child: Child, before: &Before) -> bool {
         // Most moments are while it decodes; some while it starts or ends.
         let (early, finalising) = (Duration::from_millis(self.below(3000)), Duration::from_micros(self.below(30_000)));
         let decoding = Duration::from_millis(self.below(1500));
@@ -116,8 +140,8 @@ impl Job {
         while child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_mins(5) {
             let (is_there, then) = match moment {
                 0 => (true, early),
-                1 | 2 => (self.is_finalising(), finalising),
-                _ => (self.n_segments() > before, decoding),
+                1 | 2 => (self.is_finalising(before), finalising),
+                _ => (self.n_segments() > before.n_segments, decoding),
             };
             if is_there {
                 sleep(then);
@@ -133,8 +157,8 @@ impl Job {
         }
         if ended.is_none() {
             self.log.push(match () {
-                () if self.is_finalising() => Phase::Finalising,
-                () if self.n_segments() > before => Phase::Decoding,
+                () if self.is_finalising(before) => Phase::Finalising,
+                () if self.n_segments() > before.n_segments => Phase::Decoding,
                 () => Phase::Starting,
             });
         }
@@ -146,7 +170,7 @@ impl Job {
         let signal = |child: &Child, name: &str| {
             Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
         };
-        let before = self.n_segments();
+        let before = self.before();
         let mut first = self.command("run", more).stderr(Stdio::null()).spawn().unwrap();
         let pause = Duration::from_millis(500 + self.below(1500));
         sleep(pause);
@@ -154,7 +178,7 @@ impl Job {
         let second = self.command("run", &[more, &["--if-running", "wait"]].concat()).stderr(Stdio::null()).spawn().unwrap();
         sleep(Duration::from_millis(1500));
         signal(&first, "-CONT");
-        self.kill(second, before);
+        self.kill(second, &before);
         first.kill().unwrap();
         first.wait().unwrap();
     }
@@ -169,9 +193,9 @@ impl Job {
                 if self.below(8) == 0 && matches!(self.place, Place::Store(_)) {
                     self.stall_and_take_over(more);
                 } else {
-                    let before = self.n_segments();
+                    let before = self.before();
                     let child = self.command("run", more).stderr(Stdio::null()).spawn().unwrap();
-                    n_left -= usize::from(self.kill(child, before));
+                    n_left -= usize::from(self.kill(child, &before));
                 }
             }
             if n_left == 0 || self.log.len() >= n_kills {
@@ -181,6 +205,8 @@ impl Job {
         }
         let mut phases = BTreeMap::new();
         self.log.iter().for_each(|phase| *phases.entry(*phase).or_insert(0) += 1);
+        let n_of = |phase| phases.get(&phase).copied().unwrap_or_default();
+        assert!(2 * n_of(Phase::Decoding) >= self.log.len() && n_of(Phase::Finalising) > 0, "too few where it hurts: {phases:?}");
         format!("{} kills: {phases:?}; {n_ended} jobs ended, each right: {:?}", self.log.len(), self.log)
     }
 
@@ -191,9 +217,9 @@ impl Job {
             self.expect("run", more);
         }
         if shards.len() > 1 {
-            let before = self.n_segments();
+            let before = self.before();
             let child = self.command("merge", &[]).stderr(Stdio::null()).spawn().unwrap();
-            self.kill(child, before);
+            self.kill(child, &before);
             self.expect("merge", &[]);
         }
         for (name, expected) in ["out.jsonl", "out.errors.jsonl"].iter().zip(expected) {
@@ -236,28 +262,28 @@ const SHARDS: [&str; 3] = ["0/3", "1/3", "2/3"];
 #[ignore = "takes long: hundreds of kills"]
 fn killed_on_the_disk() {
     let expected = undisturbed();
-    println!("{}", Job::new(Place::Disk, 1).shake(n_kills() / 4, &WHOLE, &expected));
+    println!("{}", Job::new(Place::Disk, 1).shake(n_kills(), &WHOLE, &expected));
 }
 
 #[test]
 #[ignore = "takes long: hundreds of kills"]
 fn killed_on_the_disk_in_shards() {
     let expected = undisturbed();
-    println!("{}", Job::new(Place::Disk, 2).shake(n_kills() / 4, &SHARDS, &expected));
+    println!("{}", Job::new(Place::Disk, 2).shake(n_kills(), &SHARDS, &expected));
 }
 
 #[test]
 #[ignore = "takes long: hundreds of kills"]
 fn killed_on_s3() {
     let expected = undisturbed();
-    println!("{}", Job::new(Place::Store(S3::start()), 3).shake(n_kills() / 4, &WHOLE, &expected));
+    println!("{}", Job::new(Place::Store(S3::start()), 3).shake(n_kills(), &WHOLE, &expected));
 }
 
 #[test]
 #[ignore = "takes long: hundreds of kills"]
 fn killed_on_s3_in_shards() {
     let expected = undisturbed();
-    println!("{}", Job::new(Place::Store(S3::start()), 4).shake(n_kills() / 4, &SHARDS, &expected));
+    println!("{}", Job::new(Place::Store(S3::start()), 4).shake(n_kills(), &SHARDS, &expected));
 }
 
 #[test]

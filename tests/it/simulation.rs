@@ -108,7 +108,7 @@ fn forget(engine: &mut Engine, live: &mut HashMap<u64, &Row>, id: u64) -> usize 
     // Its stream may have gone just now.
     let Some(row) = live.get(&id) else { return 0 };
     let (stream, n_live) = (row.submission.stream, live.len());
-    if id % 4 == 0 {
+    if id.is_multiple_of(4) {
         engine.end_stream(stream);
         live.retain(|_, row| row.submission.stream != stream);
     } else {
