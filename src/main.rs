@@ -75,7 +75,7 @@ fn run(cli: Cli) -> Result<u8> {
         }
         Command::Key => {
             let (key, hash) = server::ids::new_key();
-            writeln!(std::io::stdout(), "{key}\n\n[[key]]\nname = \"\"\nhash = \"{hash}\"")?;
+            writeln!(std::io::stdout(), "{key}\n\n[[key]]\nhash = \"{hash}\"")?;
             Ok(0)
         }
         Command::Usage(UsageArgs { data, from, until, by, json }) => {

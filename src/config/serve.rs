@@ -292,7 +292,18 @@ fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
         };
         Ok(KeyConfig { name: entry.name.clone(), hash, rates, is_admin: entry.admin })
     });
-    plain.chain(entries).collect()
+    let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;
+    for (i, key) in keys.iter().enumerate() {
+        ensure!(key.name.as_deref() != Some(""), "key.name: is empty; leave it out, or say whose the key is");
+        // Which of two counts, and whose usage is whose, could not be told.
+        ensure!(keys[..i].iter().all(|other| other.hash != key.hash), "key: the same key stands there twice");
+        let name = key.name.as_ref();
+        ensure!(
+            name.is_none() || keys[..i].iter().all(|other| other.name.as_ref() != name),
+            "key.name: {name:?} stands there twice"
+        );
+    }
+    Ok(keys)
 }
 
 /// The models of the file and of the flags; the default model if there is none.

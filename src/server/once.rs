@@ -26,6 +26,8 @@ use tokio::sync::OwnedMutexGuard;
 const HEADER: &str = "idempotency-key";
 /// How long keys are remembered.
 const KEPT_S: u64 = 86_400;
+/// Requests that may wait for one with their key.
+const MAX_WAITING: usize = 16;
 /// Longest key.
 const MAX_KEY: usize = 255;
 /// Keys that are forgotten at a time.
@@ -44,7 +46,8 @@ pub struct Once(Mutex<HashMap<OwnKey, Weak<tokio::sync::Mutex<()>>>>);
 type OwnKey = (String, String);
 
 impl Once {
-    async fn turn(&self, owner: &str, key: &str) -> OwnedMutexGuard<()> {
+    /// The request's turn, once nobody else has it; `None` if too many wait for it, each with its body.
+    async fn turn(&self, owner: &str, key: &str) -> Option<OwnedMutexGuard<()>> {
         let lock = {
             let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             locks.retain(|_, lock| lock.strong_count() > 0);
@@ -55,7 +58,10 @@ impl Once {
                 new
             })
         };
-        lock.lock_owned().await
+        if Arc::strong_count(&lock) > 1 + MAX_WAITING {
+            return None;
+        }
+        Some(lock.lock_owned().await)
     }
 }
 
@@ -103,6 +109,7 @@ pub(super) async fn through(app: &Arc<App>, owner: Owner, mut request: Request, 
     hasher.update(path.as_bytes()).update(&[0]).update(&content);
     let hash = hasher.finalize().to_hex().to_string();
     let turn = app.once.turn(&owner, &key).await;
+    let turn = turn.ok_or_else(ApiError::busy)?;
     let (own, wanted) = (owner.to_string(), key.clone());
     let since = now().saturating_sub(KEPT_S);
     if let Some(found) = app.store.read(move |connection| answers::get(connection, &own, &wanted, since)).await? {

@@ -41,7 +41,11 @@ fn question(from: Option<&str>, until: Option<&str>, by: Option<&str>) -> Result
                     ("group_by", format!("{name:?} is not one of {}", all.join(", ")))
                 })
             });
-            found.collect::<Result<_, _>>()?
+            let found: Vec<By> = found.collect::<Result<_, _>>()?;
+            if (1..found.len()).any(|i| found[..i].contains(&found[i])) {
+                return Err(("group_by", "names something twice".to_owned()));
+            }
+            found
         }
     };
     Ok(Question { from: time("start", from)?.unwrap_or(0), until: time("end", until)?.unwrap_or(u64::MAX), owner: None, by })

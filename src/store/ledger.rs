@@ -186,7 +186,7 @@ pub fn sums(connection: &Connection, question: &Question) -> Result<Vec<Sums>> {
     let n_groups = question.by.len();
     let mut statement = connection.prepare(&sql)?;
     let until = question.until.min(i64::MAX as u64);
-    let mut rows = statement.query(params![question.from, until, question.owner])?;
+    let mut rows = statement.query(params![question.from.min(i64::MAX as u64), until, question.owner])?;
     let mut found: Vec<Sums> = Vec::new();
     while let Some(row) = rows.next()? {
         let group: Vec<String> = (0..n_groups).map(|i| row.get(i)).collect::<rusqlite::Result<_>>()?;

@@ -100,6 +100,20 @@ fn of_two_at_the_same_time_the_second_waits() {
 }
 
 #[test]
+fn of_many_at_the_same_time_some_are_turned_away() {
+    let server = Server::start();
+    let body = chat("Count.", json!({"max_tokens": 400, "temperature": 0, "ignore_eos": true}));
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..40).map(|_| scope.spawn(|| server.again("many", "/v1/chat/completions", body.clone()))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    let (done, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
+    assert!(!done.is_empty() && done.iter().all(|answer| answer.text == done[0].text));
+    assert!(!refused.is_empty() && refused.iter().all(|answer| answer.status == 429));
+    assert_eq!(server.total()["n_requests"], 1);
+}
+
+#[test]
 fn a_key_gets_what_it_may_ask_for_and_is_known_by_its_hash() {
     let sandbox = crate::common::Sandbox::new();
     let printed = String::from_utf8(sandbox.run(&["key"]).stdout).unwrap();
