@@ -36,13 +36,14 @@ pub use start::{forget_start, shared_start};
 
 use std::io::Write as _;
 use std::ops::Range;
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use rayon::prelude::*;
 
-use crate::storage::Location;
+use crate::storage::{Location, Storage};
 use checking::Checking;
 use flight::Flight;
 use lease::Closed;
@@ -81,6 +82,24 @@ struct ReadIndex {
     rows: Vec<Noted>,
     lines: Option<Bytes>,
     reached: Option<String>,
+}
+
+impl ReadIndex {
+    /// Of a segment of `job` in the directory `dir`.
+    fn new(storage: &Storage, dir: &Location, job: &str, id: SegmentId) -> Result<Self> {
+        let at = dir.child(&segment::name_of(id))?;
+        let read = || {
+            let end = segment::end(&storage.get_end(&at, segment::SEAL_BYTES)?, job)?;
+            let rows = end.rows(&storage.get_end(&at, end.n_bytes)?)?;
+            let whole = if end.has_checkpoints { storage.get(&at)? } else { None };
+            let lines = whole.map(|content| segment::verify(&content, job)).transpose()?;
+            anyhow::Ok(Self { rows, lines, reached: end.reached })
+        };
+        match read() {
+            Err(_) if !storage.exists(&at)? => bail!("{} is gone", at.url),
+            read => read.with_context(|| at.url.to_string()),
+        }
+    }
 }
 
 /// The journal of one job, open for appending.
@@ -136,12 +155,25 @@ impl Journal {
                 Err(e) => return Err(e.context(DAMAGED)),
             }
         }
-        for some in ids.chunks(READ_AHEAD) {
-            let read: Vec<Result<ReadIndex>> = some.par_iter().map(|&id| journal.read_index(id)).collect();
-            for (&id, read) in some.iter().zip(read) {
+        let (storage, at, job) = (journal.dir.storage.clone(), journal.dir.at.clone(), journal.job.clone());
+        let (read, indexes) = sync_channel(1);
+        std::thread::scope(|scope| {
+            let ids = &ids;
+            let read = move || {
+                for some in ids.chunks(READ_AHEAD) {
+                    let found: Vec<_> = some.par_iter().map(|&id| ReadIndex::new(&storage, &at, &job, id)).collect();
+                    // Nobody takes more after an error.
+                    if read.send(found).is_err() {
+                        return;
+                    }
+                }
+            };
+            std::thread::Builder::new().name("segments".into()).spawn_scoped(scope, read).context("starting a thread")?;
+            for (&id, read) in ids.iter().zip(indexes.into_iter().flatten()) {
                 journal.count(id, read.context(DAMAGED)?, each)?;
             }
-        }
+            anyhow::Ok(())
+        })?;
         journal.segments = ids;
         journal.checking = Checking::Waits;
         Ok(journal)
@@ -205,22 +237,6 @@ impl Journal {
     /// Whether what a segment says of a row still holds.
     fn counts(&self, ok: bool, id: SegmentId) -> bool {
         ok || id.epoch >= self.errors_from
-    }
-
-    /// What a segment says of its rows; its lines, too, if there are checkpoints among them.
-    fn read_index(&self, id: SegmentId) -> Result<ReadIndex> {
-        let at = self.dir.segment(id)?;
-        let storage = &self.dir.storage;
-        let read = || {
-            let end = segment::end(&storage.get_end(&at, segment::SEAL_BYTES)?, &self.job)?;
-            let rows = end.rows(&storage.get_end(&at, end.n_bytes)?)?;
-            let lines = if end.has_checkpoints { Some(self.read(id)?) } else { None };
-            anyhow::Ok(ReadIndex { rows, lines, reached: end.reached })
-        };
-        match read() {
-            Err(_) if !storage.exists(&at)? => bail!("{} is gone", at.url),
-            read => read.with_context(|| at.url.to_string()),
-        }
     }
 
     /// The verified lines of a segment.

@@ -120,6 +120,7 @@ impl Collector {
     fn collect(&mut self, events: &Receiver<Event>) -> Result<End> {
         let mut rows_read = None;
         let mut stopped: Option<(Stop, Instant)> = None;
+        let mut is_drained = false;
         let start = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
@@ -131,7 +132,8 @@ impl Collector {
                 }
                 Ok(Event::Signal(signal)) => stopped = Some((Stop::Signal(signal), Instant::now())),
                 Ok(event) => self.take(event)?,
-                Err(RecvTimeoutError::Timeout) => {}
+                // What was announced and not submitted never comes.
+                Err(RecvTimeoutError::Timeout) => is_drained = stopped.is_some() && self.is_idle(),
                 Err(RecvTimeoutError::Disconnected) => bail!("the job's threads are gone"),
             }
             self.commit_if_due()?;
@@ -145,7 +147,9 @@ impl Collector {
             match (rows_read, &stopped) {
                 (Some(n_rows), None) if self.n_in_flight == 0 => return Ok(End::Complete(n_rows)),
                 // Rows that are running get a moment to finish; what is lost is only work, never a committed row.
-                (_, Some((why, since))) if self.n_in_flight == 0 || since.elapsed().as_secs_f64() > DRAIN_SECONDS => {
+                (_, Some((why, since)))
+                    if self.n_in_flight == 0 || is_drained || since.elapsed().as_secs_f64() > DRAIN_SECONDS =>
+                {
                     return Ok(End::Stopped(why.clone()));
                 }
                 _ => {}
@@ -173,6 +177,11 @@ impl Collector {
         }
         let found = self.windows.iter().find_map(|window| Some(window.leaders[window.sequence(id)?.0]));
         found.expect("every submission was announced")
+    }
+
+    /// Whether the engine had nothing to do when it was heard of last.
+    fn is_idle(&self) -> bool {
+        self.counts.stats.running + self.counts.stats.waiting == 0
     }
 
     /// Whether others, or the budget, want the run to end.

@@ -26,6 +26,8 @@ const READ_BYTES: usize = 8192 * ENTRY_BYTES;
 const FILTER_WORDS: usize = 1 << 22;
 /// Words of a block of the filter, which is as long as a cache line.
 const BLOCK_WORDS: usize = 8;
+/// Keys whose blocks are looked at together.
+const FETCHED: usize = 16;
 /// Bits that a key sets in its block.
 const KEY_BITS: usize = 6;
 
@@ -59,6 +61,9 @@ impl FirstRows {
         // Places in `uses` of the keys that may be known, by the file that knows.
         let mut asked: [Vec<usize>; PARTS] = std::array::from_fn(|_| Vec::new());
         for (i, &(row, key)) in uses.iter().enumerate() {
+            if i.is_multiple_of(FETCHED) {
+                self.fetch(&uses[i..]);
+            }
             if self.filter_has_or_adds(key) {
                 asked[part_of(key)].push(i);
             } else {
@@ -92,17 +97,26 @@ impl FirstRows {
 
     /// Notes keys and their rows, and does not say which are known.
     pub(super) fn add(&mut self, uses: &[(u64, u128)]) -> Result<()> {
-        for &(row, key) in uses {
+        for (i, &(row, key)) in uses.iter().enumerate() {
+            if i.is_multiple_of(FETCHED) {
+                self.fetch(&uses[i..]);
+            }
             self.filter_has_or_adds(key);
             self.parts[part_of(key)].push(&self.folder, key, row)?;
         }
         Ok(())
     }
 
+    /// Looks at the next keys' blocks, all at once: waiting for memory one after the other is what the filter costs.
+    fn fetch(&self, uses: &[(u64, u128)]) {
+        let words = uses.iter().take(FETCHED).map(|&(_, key)| self.filter[block_of(key)]);
+        std::hint::black_box(words.fold(0, |seen, word| seen ^ word));
+    }
+
     /// Whether the key may have been added before; it is now.
     fn filter_has_or_adds(&mut self, key: u128) -> bool {
-        let (mut bits, block) = ((key >> 64) as u64, key as u64 as usize % (FILTER_WORDS / BLOCK_WORDS));
-        let block = &mut self.filter[block * BLOCK_WORDS..][..BLOCK_WORDS];
+        let mut bits = (key >> 64) as u64;
+        let block = &mut self.filter[block_of(key)..][..BLOCK_WORDS];
         let mut has = true;
         for _ in 0..KEY_BITS {
             let (word, bit) = (bits as usize / 64 % BLOCK_WORDS, 1 << (bits % 64));
@@ -112,6 +126,11 @@ impl FirstRows {
         }
         has
     }
+}
+
+/// Where the filter's block of a key begins.
+fn block_of(key: u128) -> usize {
+    key as u64 as usize % (FILTER_WORDS / BLOCK_WORDS) * BLOCK_WORDS
 }
 
 /// By other bits than the filter's.

@@ -26,7 +26,7 @@ for rows in "${@:-100000 1000000 10000000}"; do for rows in $rows; do
   [ "$n" = "$rows" ] && [ ! -s out.errors.jsonl ] || { echo "WRONG: $n of $rows rows"; exit 1; }
   echo "$rows rows in three runs: $first s to 97 %, $again s to go on and pause, $rest s for the rest; peak of the last $(peak out.report.json) MiB"
   rm -rf out.* in.jsonl
-  VALAR=$valar BENCH_FOLDER=$folder "$here/pipeline.sh" "$rows" tokens 2>/dev/null | head -1
+  VALAR=$valar BENCH_FOLDER=$folder "$here/pipeline.sh" "$rows" tokens 2>/dev/null | sed -n 1p
 done; done
 
 if [ -n "${PYTHON:-}" ]; then
