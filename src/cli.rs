@@ -110,7 +110,7 @@ Examples:
   valar run --model smollm2 --input requests.jsonl --output out.jsonl
 
 Writes, for --output out.jsonl (or .parquet): out.jsonl (results, in input order), out.errors.jsonl (rows that failed),
-out.report.json, and out.job/ (manifest and journal) while the job runs. Killed at any moment, the same command goes on
+out.report.json, and out.job/ (manifest and journal) while the job runs. With --parts, out.jsonl is a folder of part files. Killed at any moment, the same command goes on
 where it was.";
 
 const MERGE_HELP: &str = "\
@@ -223,6 +223,9 @@ pub struct RunArgs {
     /// Result file: .jsonl or .parquet
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<String>,
+    /// Write a folder of part files, each of so many rows or so much text, and a list of them; --output names the folder
+    #[arg(long, value_name = "ROWS|SIZE", value_parser = parse_parts)]
+    pub parts: Option<Value>,
     /// Only the first rows
     #[arg(long, value_name = "ROWS")]
     pub limit: Option<u64>,
@@ -400,6 +403,13 @@ pub struct GuardArgs {
     pub unguarded: bool,
 }
 
+/// A bare number is rows, anything else a size.
+#[expect(clippy::unnecessary_wraps, reason = "clap wants it")]
+fn parse_parts(text: &str) -> Result<Value, String> {
+    let rows = text.parse().ok().filter(|rows| *rows >= 0);
+    Ok(rows.map_or_else(|| Value::String(text.to_owned()), Value::Integer))
+}
+
 impl RunArgs {
     /// What the run may spend.
     pub fn budget(&self, prices: &PriceSpec) -> Budget {
@@ -421,6 +431,7 @@ impl RunArgs {
             overrides.push(("input.files".into(), Value::Array(files)));
         }
         overrides.extend(self.output.clone().map(|file| ("output.file".into(), Value::String(file))));
+        overrides.extend(self.parts.clone().map(|parts| ("output.parts".into(), parts)));
         overrides.extend(self.limit.map(|n| ("input.limit".into(), Value::Integer(n as i64))));
         overrides.extend(self.checkpoint_tokens.map(|n| ("engine.checkpoint_tokens".into(), Value::Integer(n.into()))));
         overrides.extend(self.set.iter().cloned());

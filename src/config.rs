@@ -5,10 +5,11 @@
 pub mod serve;
 
 use crate::device::cpu::{Isa, Numerics};
+use crate::format::PartSize;
 use crate::hub::remote::Remote;
 use crate::journal::{Shard, Terms};
 use crate::pipeline::budget::Budget;
-use crate::pipeline::spec::{EngineKind, FormatSpec, PipelineSpec, PromptSpec, RepetitionSpec, SamplingSpec};
+use crate::pipeline::spec::{EngineKind, FormatSpec, PartsSpec, PipelineSpec, PromptSpec, RepetitionSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params, Repetition};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::path::PathBuf;
@@ -32,10 +33,14 @@ pub struct Config {
     pub hub: Option<Remote>,
     /// `created` of the job's answers, unix seconds, if it starts now.
     pub created: u64,
+    /// Whether that is the user's wish (`SOURCE_DATE_EPOCH`), and not the clock's time.
+    pub is_dated: bool,
     /// How the job's directory is taken.
     pub terms: Terms,
     /// The part of the job that is run; `None` for all of it.
     pub shard: Option<Shard>,
+    /// How the results are cut into files; `None` for one.
+    pub parts: Option<PartSize>,
     /// Whether only rows that ended as errors are run, again.
     pub retry: bool,
     /// What the run may spend.
@@ -168,8 +173,10 @@ impl Config {
             cache: cache_folder()?,
             hub: hub(),
             created: now_or_source_date_epoch()?,
+            is_dated: std::env::var_os("SOURCE_DATE_EPOCH").is_some(),
             terms: Terms { restart, ..Terms::default() },
             shard: None,
+            parts: spec.output.parts.as_ref().map(part_size).transpose().context("output.parts")?,
             retry: false,
             reuse: None,
             budget: Budget::default(),
@@ -196,6 +203,21 @@ impl Config {
             hub: self.hub.clone(),
             quiet: self.quiet,
         }
+    }
+}
+
+fn part_size(spec: &PartsSpec) -> Result<PartSize> {
+    let size = match spec {
+        PartsSpec::Rows(rows) => PartSize::Rows(*rows),
+        PartsSpec::Size(text) if text.trim().bytes().all(|b| b.is_ascii_digit()) => {
+            bail!("{text:?} has no unit: write {text} without quotes for rows, or a size such as \"256MiB\"")
+        }
+        PartsSpec::Size(text) => PartSize::Bytes(parse_bytes(text)?),
+    };
+    match size {
+        PartSize::Rows(0) => bail!("a part has at least 1 row"),
+        PartSize::Bytes(n) if n < 1024 => bail!("{n} bytes are under the least that makes sense, 1KiB"),
+        size => Ok(size),
     }
 }
 

@@ -8,7 +8,7 @@ use bytes::{Buf as _, Bytes};
 use flate2::bufread::MultiGzDecoder;
 use flate2::write::GzEncoder;
 
-use crate::storage::{Object, Upload};
+use crate::storage::{Object, Upload, Written};
 
 /// How the bytes of a file are packed; its extension decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,7 +160,7 @@ impl Packer {
         })
     }
 
-    pub(super) fn publish(self) -> Result<()> {
+    pub(super) fn publish(self) -> Result<Written> {
         let upload = match self {
             Self::Plain(upload) => upload,
             Self::Gzip(encoder) => encoder.finish()?,

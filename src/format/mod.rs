@@ -9,6 +9,7 @@ mod jsonl;
 pub mod openai;
 mod parquet;
 mod parquet_sink;
+mod parts;
 mod reread;
 
 pub use compressed::{Compression, Packer};
@@ -16,6 +17,7 @@ pub use infer::{SchemaInference, json_field};
 pub use jsonl::{Line, LineSplitter};
 pub use parquet::schema_of;
 pub use parquet_sink::check_schema;
+pub use parts::{Part, PartList, PartSize, Parts, check_folder, expand_input};
 pub use reread::Records;
 
 use std::collections::VecDeque;
@@ -28,11 +30,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::{ErrorCode, RowError};
-use crate::storage::{Location, Storage};
+use crate::storage::{Location, Storage, Upload, Written};
 use compressed::Chunks;
 use jsonl::JsonlReader;
 use parquet::ParquetReader;
 use parquet_sink::ParquetSink;
+use parts::PartSink;
 
 /// How a file holds its rows; its extension decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +63,18 @@ impl Format {
             }
             (Some("json"), _) => bail!("{}: a .json file may be one array; if it has one row per line, name it .jsonl", at.url),
             _ => bail!("{}: can't tell the format; files end in .jsonl, .ndjson (perhaps with .gz or .zst) or .parquet", at.url),
+        }
+    }
+}
+
+impl Format {
+    /// The ending of such files' names, without the dot.
+    fn ending(self) -> &'static str {
+        match self {
+            Self::Jsonl(Compression::None) => "jsonl",
+            Self::Jsonl(Compression::Gzip) => "jsonl.gz",
+            Self::Jsonl(Compression::Zstd) => "jsonl.zst",
+            Self::Parquet => "parquet",
         }
     }
 }
@@ -349,7 +364,7 @@ pub fn check_output(storage: &Storage, at: &Location) -> Result<Format> {
         bail!("{}: http(s):// can only be read; write to a path or to another store", at.url);
     }
     if storage.is_directory(at)? {
-        bail!("{} is a directory; the output must be a file", at.url);
+        bail!("{} is a directory; the output must be a file, or with --parts a folder of part files", at.url);
     }
     Ok(format)
 }
@@ -358,6 +373,8 @@ pub fn check_output(storage: &Storage, at: &Location) -> Result<Format> {
 /// [`Sink::publish`] returns. The same records make the same bytes.
 #[derive(Debug)]
 pub enum Sink {
+    /// Several files of one of the other kinds.
+    Parts(Box<PartSink>),
     /// The texts as they are, a newline after each.
     Jsonl(Box<Packer>),
     /// Columns; see [`SchemaInference`] and [`check_schema`].
@@ -367,7 +384,15 @@ pub enum Sink {
 impl Sink {
     /// To `at`; a Parquet file needs the schema of its records.
     pub fn create(storage: &Storage, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
-        let upload = storage.upload(at);
+        Self::of_file(storage.upload(at).hashed(), at, schema)
+    }
+
+    /// To a folder at `at`, whose name tells the format of its part files.
+    pub fn create_parts(storage: &Storage, at: &Location, schema: Option<SchemaRef>, parts: Parts) -> Result<Self> {
+        Ok(Self::Parts(Box::new(PartSink::new(storage, at, schema, parts)?)))
+    }
+
+    fn of_file(upload: Upload, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
         match (Format::of(at)?, schema) {
             (Format::Jsonl(compression), _) => Ok(Self::Jsonl(Box::new(Packer::new(upload, compression)?))),
             (Format::Parquet, Some(schema)) => Ok(Self::Parquet(Box::new(ParquetSink::new(upload, schema, at.url.clone())?))),
@@ -378,6 +403,7 @@ impl Sink {
     /// Writes one record. An error if the file can't be written, or the record does not fit the schema.
     pub fn write(&mut self, record: &str) -> Result<()> {
         match self {
+            Self::Parts(parts) => parts.write(record),
             Self::Jsonl(packer) => {
                 packer.write_all(record.as_bytes()).and_then(|()| packer.write_all(b"\n")).context("can't write a record")
             }
@@ -385,9 +411,10 @@ impl Sink {
         }
     }
 
-    /// Makes the file appear under its name.
-    pub fn publish(self) -> Result<()> {
+    /// Makes the file appear under its name; of parts, all of them by their list.
+    pub fn publish(self) -> Result<Written> {
         match self {
+            Self::Parts(parts) => parts.publish(),
             Self::Jsonl(packer) => packer.publish(),
             Self::Parquet(sink) => sink.publish(),
         }

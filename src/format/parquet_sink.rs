@@ -20,7 +20,7 @@ use parquet::file::properties::WriterProperties;
 use serde_json::value::RawValue;
 
 use super::infer::is_json;
-use crate::storage::Upload;
+use crate::storage::{Upload, Written};
 
 /// Rows of a row group, at most.
 const GROUP_ROWS: usize = 100_000;
@@ -99,7 +99,7 @@ impl ParquetSink {
         Ok(())
     }
 
-    pub(super) fn publish(mut self) -> Result<()> {
+    pub(super) fn publish(mut self) -> Result<Written> {
         self.write_batch()?;
         let upload = self.writer.into_inner().with_context(|| format!("can't write {}", self.url))?;
         upload.publish()

@@ -1,4 +1,4 @@
-//! The records of a file that a [`super::Sink`] has written, as they were handed to it. Knows nothing of what they mean.
+//! The records of files that a [`super::Sink`] has written, as they were handed to it. Knows nothing of what they mean.
 //! Invariant: written again, with others or without, they make the same values; of a JSONL file, the same bytes.
 
 use std::borrow::Cow;
@@ -19,7 +19,7 @@ use crate::storage::{Location, Storage};
 const CHUNK_ROWS: usize = 4096;
 const CHUNK_BYTES: usize = 8 << 20;
 
-/// Reads a written file.
+/// Reads what was written.
 #[derive(Debug)]
 pub struct Records {
     source: Source,
@@ -28,14 +28,14 @@ pub struct Records {
 }
 
 impl Records {
-    /// Of the file at `at`.
-    pub fn open(storage: &Storage, at: &Location) -> Result<Self> {
-        let schema = match Format::of(at)? {
-            Format::Jsonl(_) => None,
-            Format::Parquet => Some(written_schema(storage, at)?),
+    /// Of a file, or of all parts of one output, in order.
+    pub fn open(storage: &Storage, files: &[Location]) -> Result<Self> {
+        let schema = match files.first() {
+            Some(at) if Format::of(at)? == Format::Parquet => Some(written_schema(storage, at)?),
+            _ => None,
         };
         let schema = schema.filter(|schema| schema.fields().iter().any(|field| holds_json(field)));
-        let source = Source::open(storage, std::slice::from_ref(at), Limits { max_row_bytes: usize::MAX / 2 })?;
+        let source = Source::open(storage, files, Limits { max_row_bytes: usize::MAX / 2 })?;
         Ok(Self { source, schema })
     }
 
@@ -154,7 +154,7 @@ mod tests {
             let (first, second) = (at(&format!("first.{ending}")), at(&format!("second.{ending}")));
             write(&storage, &first, &records);
             let mut read = Vec::new();
-            let mut source = Records::open(&storage, &first).unwrap();
+            let mut source = Records::open(&storage, std::slice::from_ref(&first)).unwrap();
             while let Some(chunk) = source.next_chunk().unwrap() {
                 read.extend(chunk.into_iter().map(|text| String::from_utf8(text.into()).unwrap()));
             }

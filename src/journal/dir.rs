@@ -4,17 +4,17 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 
-use super::keeper::{CANCEL, Keeper, LEASE, Root, Standing};
+use super::keeper::{CANCEL, Keeper, Kept, LEASE, Root, Standing};
 use super::lease::{Begun, Claim, IfRunning, Lease};
 use super::manifest::{self, Manifest};
-use super::{holder, lock, segment, start};
-use crate::storage::{Announce, Location, Storage};
+use super::{holder, lock, segment};
+use crate::storage::{Announce, Hear, Location, Storage};
 
 /// How far ahead of the last epoch that left something the next one is, where nothing says which was the last.
 const EPOCHS_AHEAD: u32 = 1000;
@@ -97,11 +97,7 @@ impl JobDir {
                 at.url
             );
         }
-        let kept = Arc::clone(keeper.kept());
-        let announce = Announce(Arc::new(move |at: &Location, id: &str| {
-            let begun = Begun { path: at.path.to_string(), id: id.to_owned() };
-            kept.change(|lease| lease.uploads.push(begun))
-        }));
+        let announce = Announce(Arc::new(Uploads { kept: Arc::clone(keeper.kept()), completed: Mutex::default() }));
         let dir = Self { storage: storage.clone().announcing(announce), at: at.clone(), is_shared: swaps, keeper, _lock: lock };
         dir.abort_uploads()?;
         Ok(dir)
@@ -134,7 +130,7 @@ impl JobDir {
         self.keeper.lease()
     }
 
-    pub(super) fn change(&self, change: impl FnOnce(&mut Lease)) -> Result<()> {
+    pub(super) fn change(&self, change: impl Fn(&mut Lease)) -> Result<()> {
         self.keeper.kept().change(change)
     }
 
@@ -178,11 +174,33 @@ impl JobDir {
         }
         let is_left = |name: &&String| {
             let epoch = segment::id_of(name).map(|id| id.epoch).or_else(|| manifest::epoch_of(name));
-            epoch.is_some_and(|epoch| epoch <= lease.epoch) || is_of_old_form(name) || *name == CANCEL || *name == start::NAME
+            epoch.is_some_and(|epoch| epoch <= lease.epoch) || is_of_old_form(name) || *name == CANCEL
         };
         let left: Result<Vec<Location>> =
             self.storage.list(&self.at)?.iter().filter(is_left).map(|name| self.at.child(name)).collect();
         self.storage.delete_all(&left?)
+    }
+}
+
+/// Writes uploads into the lease.
+struct Uploads {
+    kept: Arc<Kept>,
+    /// Ids that need not stand there any more. They go with the next one that comes: a job of many outputs has a few at a time.
+    completed: Mutex<Vec<String>>,
+}
+
+impl Hear for Uploads {
+    fn begun(&self, at: &Location, id: &str) -> Result<()> {
+        let begun = Begun { path: at.path.to_string(), id: id.to_owned() };
+        let completed = std::mem::take(&mut *self.completed.lock().unwrap_or_else(PoisonError::into_inner));
+        self.kept.change(|lease| {
+            lease.uploads.retain(|upload| !completed.contains(&upload.id));
+            lease.uploads.push(begun.clone());
+        })
+    }
+
+    fn completed(&self, id: &str) {
+        self.completed.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
     }
 }
 

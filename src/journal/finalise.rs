@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::checking::Checking;
 use super::{Journal, Place, SegmentId, segment};
-use crate::format::{Format, SchemaInference, Sink};
+use crate::format::{Format, Parts, SchemaInference, Sink};
 use crate::storage::Location;
 
 /// Segments with waiting records kept in memory, bytes; of the rest only where they are in the journal.
@@ -24,6 +24,8 @@ const WAITING_BYTES: usize = 256 << 20;
 pub struct Outputs {
     /// Rows that completed.
     pub results: Location,
+    /// How the results are cut into parts, if their place is a folder and not one file.
+    pub parts: Option<Parts>,
     /// Rows that are errors.
     pub errors: Location,
     /// Columns of the results, if they are Parquet and the columns are known; otherwise found by reading the journal twice.
@@ -33,8 +35,8 @@ pub struct Outputs {
 }
 
 /// Commits the journal and writes both files, also if one has no rows. An error, before anything is written, if not
-/// exactly the rows `0..n_rows` are journaled.
-pub fn finalise(journal: &mut Journal, outputs: &Outputs, n_rows: u64) -> Result<()> {
+/// exactly the rows `0..n_rows` are journaled. Returns the hash of the results: of their file, or of the list of their parts.
+pub fn finalise(journal: &mut Journal, outputs: &Outputs, n_rows: u64) -> Result<String> {
     journal.commit()?;
     // Everything is read and verified now.
     journal.checking = Checking::None;
@@ -43,17 +45,20 @@ pub fn finalise(journal: &mut Journal, outputs: &Outputs, n_rows: u64) -> Result
 
 /// Writes both files from journals of parts: each with its rows, one after the other. Everything was committed. An error,
 /// before anything is written, if not exactly these rows are journaled.
-pub fn finalise_parts(parts: &[(&Journal, Range<u64>)], outputs: &Outputs) -> Result<()> {
+pub fn finalise_parts(parts: &[(&Journal, Range<u64>)], outputs: &Outputs) -> Result<String> {
     finalise_within(parts, outputs, WAITING_BYTES)
 }
 
-fn finalise_within(parts: &[(&Journal, Range<u64>)], outputs: &Outputs, waiting_bytes: usize) -> Result<()> {
+fn finalise_within(parts: &[(&Journal, Range<u64>)], outputs: &Outputs, waiting_bytes: usize) -> Result<String> {
     for (journal, rows) in parts {
         check_complete(journal, rows)?;
     }
     let Some((first, _)) = parts.first() else { bail!("a job has at least one part") };
     let storage = &first.dir.storage;
-    storage.sweep(&outputs.results)?;
+    match outputs.parts {
+        Some(_) => storage.sweep_under(&outputs.results)?,
+        None => storage.sweep(&outputs.results)?,
+    }
     storage.sweep(&outputs.errors)?;
     let in_order =
         |each: Each<'_>| parts.iter().try_for_each(|(journal, rows)| InOrder::new(journal, rows, waiting_bytes).run(rows, each));
@@ -67,14 +72,19 @@ fn finalise_within(parts: &[(&Journal, Range<u64>)], outputs: &Outputs, waiting_
             anyhow::Ok(Some(inference.finish(if ok { &outputs.columns } else { &[] })))
         }
     };
-    let mut results = Sink::create(storage, &outputs.results, schema(&outputs.results, true, outputs.schema.as_ref())?)?;
+    let columns = schema(&outputs.results, true, outputs.schema.as_ref())?;
+    let mut results = match &outputs.parts {
+        Some(parts) => Sink::create_parts(storage, &outputs.results, columns, parts.clone())?,
+        None => Sink::create(storage, &outputs.results, columns)?,
+    };
     let mut errors = Sink::create(storage, &outputs.errors, schema(&outputs.errors, false, None)?)?;
     in_order(&mut |row, ok, line| {
         let sink = if ok { &mut results } else { &mut errors };
         sink.write(line).with_context(|| format!("the output of row {row}"))
     })?;
-    results.publish()?;
-    errors.publish()
+    let written = results.publish()?;
+    errors.publish()?;
+    Ok(written.blake3.unwrap_or_default())
 }
 
 fn check_complete(journal: &Journal, rows: &Range<u64>) -> Result<()> {
@@ -287,7 +297,8 @@ mod tests {
                 rest = after;
             }
             let (storage, at, journal) = journal_of(&segments);
-            let outputs = Outputs { results: at.clone(), errors: at.with_extension("errors.jsonl").unwrap(), schema: None, columns: Vec::new() };
+            let errors = at.with_extension("errors.jsonl").unwrap();
+            let outputs = Outputs { results: at.clone(), parts: None, errors, schema: None, columns: Vec::new() };
             finalise_within(&[(&journal, 0..rows.len() as u64)], &outputs, waiting_bytes).unwrap();
             let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.into_owned()).collect();
             prop_assert_eq!(storage.get(&at).unwrap().unwrap(), wanted.join("\n") + "\n");

@@ -25,6 +25,9 @@ const MAX_BEAT: Duration = Duration::from_secs(10);
 /// Puts that may be refused one after the other, and the pause after the first; it grows with each.
 const MAX_REFUSALS: u32 = 12;
 const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
+/// How long a request for the lease may take, at least; where it is tried again, for how long in all.
+const MIN_LIMIT: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_mins(15);
 /// How often is looked for a wish to stop, where no sign of life is needed.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -179,6 +182,9 @@ impl fmt::Debug for Keeper {
 #[derive(Debug)]
 pub(super) struct Kept {
     root: Root,
+    /// The same for requests of which none may take longer than `limit`.
+    hurried: Root,
+    limit: Duration,
     tenure: Mutex<Tenure<LeaseVersion>>,
     standing: AtomicU8,
 }
@@ -189,8 +195,20 @@ impl Kept {
     }
 
     /// Changes the lease; returns when the store has it.
-    pub(super) fn change(&self, change: impl FnOnce(&mut Lease)) -> Result<()> {
-        self.change_by(&self.root, change)
+    pub(super) fn change(&self, change: impl Fn(&mut Lease)) -> Result<()> {
+        if !self.root.swaps {
+            return self.change_by(&self.root, change);
+        }
+        // In short tries: while one hangs, no sign of life can be shown.
+        let start = Instant::now();
+        loop {
+            let tried = Instant::now();
+            let ended = self.change_by(&self.hurried, &change);
+            let is_over = ended.is_ok() || self.standing() == Standing::Lost;
+            if is_over || tried.elapsed() < self.limit || start.elapsed() > PATIENCE {
+                return ended;
+            }
+        }
     }
 
     fn change_by(&self, root: &Root, change: impl FnOnce(&mut Lease)) -> Result<()> {
@@ -237,9 +255,11 @@ impl Keeper {
         let beats = root.swaps || root.at.is_remote();
         let beat = if beats { (Duration::from_millis(tenure.lease().lease_ms) / BEATS).min(MAX_BEAT) } else { LOOK };
         let epoch = tenure.lease().epoch;
-        let kept = Arc::new(Kept { root, tenure: Mutex::new(tenure), standing: AtomicU8::new(Standing::Held as u8) });
         // A sign of life must not wait for a request that hangs: there is time for some tries before others give up waiting.
-        let hurried = Root { storage: kept.root.storage.clone().hurried(beat), ..kept.root.clone() };
+        let limit = beat.max(MIN_LIMIT);
+        let hurried = Root { storage: root.storage.clone().hurried(limit), ..root.clone() };
+        let (tenure, standing) = (Mutex::new(tenure), AtomicU8::new(Standing::Held as u8));
+        let kept = Arc::new(Kept { root, hurried: hurried.clone(), limit, tenure, standing });
         let (stop, stopped) = channel();
         let shared = Arc::clone(&kept);
         let thread = std::thread::Builder::new().name("lease".into()).spawn(move || {

@@ -354,7 +354,7 @@ impl Journal {
         self.dir.storage.sweep(at)?;
         let mut upload = self.dir.storage.upload(at);
         upload.write_all(content)?;
-        upload.publish()
+        upload.publish().map(drop)
     }
 
     /// Says how far all rows have their outcome: up to where the job goes on, as its caller says it. Durable with the next

@@ -1,47 +1,42 @@
-//! When a job that is run in parts began: the first part to begin writes it down for all. Invariant: parts of one job that
-//! begin while it is under way are told one time.
+//! When a job that is run in shards began: the first shard to begin writes it down for all. Invariant: shards of one job are
+//! told one time, from the first that begins until the job is merged or run as a whole.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::storage::{Location, Storage};
 
-/// The object's name in the job's directory, beside those of its parts.
-pub(super) const NAME: &str = "begun.json";
+/// How the object's name begins, in the job's directory, beside those of its shards. A job's fingerprint follows: what
+/// another job has left is in nobody's way, and nobody deletes what a shard that begins at the same time has put.
+const STEM: &str = "begun";
 
 /// Times that it is tried to be the first.
 const TRIES: usize = 10;
 
 #[derive(Serialize, Deserialize)]
 struct Start {
-    job: String,
     created_unix_s: u64,
 }
 
-/// When the job of this fingerprint began, unix seconds: `now`, if none of its parts has begun before.
+/// When the job of this fingerprint began, unix seconds: `now`, if none of its shards has begun before.
 pub fn shared_start(storage: &Storage, dir: &Location, job: &str, now: u64) -> Result<u64> {
-    let at = dir.child(NAME)?;
-    let own = Start { job: job.to_owned(), created_unix_s: now };
-    let own = Bytes::from(serde_json::to_vec(&own).expect("strings and numbers are JSON"));
+    let at = dir.child(&format!("{STEM}-{job}.json"))?;
+    let own = Bytes::from(serde_json::to_vec(&Start { created_unix_s: now }).expect("numbers are JSON"));
     for _ in 0..TRIES {
-        let found = storage.get_version(&at)?;
-        let there = found.as_ref().and_then(|(text, _)| serde_json::from_slice::<Start>(text).ok());
-        if let Some(start) = there.filter(|start| start.job == job) {
+        if let Some(text) = storage.get(&at)? {
+            let start: Start = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", at.url))?;
             return Ok(start.created_unix_s);
         }
-        // Another job's, which nobody will finish: this one takes its place.
-        let over = found.map(|(_, version)| version);
-        if over.is_some() && at.local.is_some() {
-            storage.delete(&at)?;
-        } else if storage.put_over(&at, &own, over.as_ref())?.is_some() {
+        if storage.put_over(&at, &own, None)?.is_some() {
             return Ok(now);
         }
     }
-    bail!("{} changes all the time: several jobs seem to have this output", at.url)
+    bail!("{} can't be created, and is not there", at.url)
 }
 
-/// Forgets it, once no part is under way.
+/// Forgets it, and what other jobs have left, once no shard is under way.
 pub fn forget_start(storage: &Storage, dir: &Location) -> Result<()> {
-    storage.delete(&dir.child(NAME)?)
+    let names = storage.list(dir)?;
+    names.iter().filter(|name| name.starts_with(STEM)).try_for_each(|name| storage.delete(&dir.child(name)?))
 }

@@ -36,7 +36,7 @@ impl Workload {
     /// As a job's.
     pub fn run(&self, json: bool) -> Result<JobEnd> {
         let storage = Storage::new()?;
-        let end = run_job(&self.config, &storage, &JobFiles::new(&storage, &self.config.spec.output.file)?)?;
+        let end = run_job(&self.config, &storage, &JobFiles::new(&storage, &self.config.spec.output)?)?;
         if let Ended::Now(report) | Ended::Before(report) = &end {
             if json {
                 let text = serde_json::to_string(report).context("cannot write down the report")?;

@@ -31,8 +31,8 @@ type Entry = (u32, u32, Vec<(u32, u32)>);
 pub(super) struct Checkpoints {
     /// Tokens between two; 0 for none.
     every: u32,
-    /// By row and the number of its sequence; with the prompt's hash.
-    begun: Mutex<HashMap<(u64, u32), (u64, Begun)>>,
+    /// By row and the number of its sequence; with the prompt's hash. `None` if no row was begun: nobody needs to look.
+    begun: Option<Mutex<HashMap<(u64, u32), (u64, Begun)>>>,
 }
 
 impl Checkpoints {
@@ -58,14 +58,15 @@ impl Checkpoints {
             }
             begun.insert((row, part), joined);
         }
-        Ok(Self { every, begun: Mutex::new(begun) })
+        Ok(Self { every, begun: (!begun.is_empty()).then(|| Mutex::new(begun)) })
     }
 
     /// Makes a row's sequence go on from where it was, and be kept.
     pub(super) fn apply(&self, row: u64, submission: &mut Submission) {
         submission.params.checkpoint = self.every;
-        let mut rows = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((prompt, begun)) = rows.remove(&(row, submission.params.choice)) else { return };
+        let Some(rows) = &self.begun else { return };
+        let found = rows.lock().unwrap_or_else(PoisonError::into_inner).remove(&(row, submission.params.choice));
+        let Some((prompt, begun)) = found else { return };
         let params = &submission.params;
         let n_scores = params.score_from.map_or(0, |first| submission.prompt.len().saturating_sub(first as usize));
         let n_entries = params.logprobs.map_or(0, |_| begun.tokens.len() + n_scores);

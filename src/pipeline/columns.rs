@@ -114,6 +114,14 @@ impl ResultColumns {
         self.columns.iter().map(|column| column.name.clone()).chain([self.error.clone()]).collect()
     }
 
+    /// What a row's line has besides its own columns, and which of those it keeps, for the report: lines of one form have one
+    /// description.
+    pub(super) fn described(&self, kept: Option<&[String]>) -> Vec<String> {
+        let added = self.fields().into_iter().map(|field| format!("{}: {:?}", field.name(), field.data_type()));
+        let own = kept.map_or("all of its own".to_owned(), |kept| format!("of its own {kept:?}"));
+        added.chain([own]).collect()
+    }
+
     /// The names of a row's `usage` columns.
     pub(super) fn usage_names(&self) -> impl Iterator<Item = &str> {
         self.columns.iter().filter(|column| column.kind == Kind::Usage).map(|column| column.name.as_str())

@@ -61,7 +61,9 @@ impl Described {
         let form = steps::read(config, storage)?;
         let columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
         let schema = job::schema(storage, config, &inputs, &columns)?;
-        let outputs = Outputs { results: files.results.clone(), errors: files.errors.clone(), schema, columns: columns.fields() };
+        let (results, errors) = (files.results.clone(), files.errors.clone());
+        // The job's parts are named when it has begun.
+        let outputs = Outputs { results, parts: None, errors, schema, columns: columns.fields() };
         let load_start = Instant::now();
         let open = load::open(&config.model())?;
         let grammars = Grammars::new(Arc::clone(&open.tokenizer));

@@ -159,7 +159,7 @@ pub(super) struct Reading {
 /// As a job's before its work begins.
 pub(super) fn open_input(config: &Config) -> Result<Reading> {
     let storage = Storage::new()?;
-    let files = JobFiles::new(&storage, &config.spec.output.file)?;
+    let files = JobFiles::new(&storage, &config.spec.output)?;
     let inputs = job::inspect_inputs(&storage, &config.spec, &files)?;
     let form = steps::read(config, &storage)?;
     let result_columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);

@@ -159,8 +159,8 @@ impl Ended {
 }
 
 impl HostedJob {
-    fn files(&self, storage: &Storage) -> Result<JobFiles> {
-        JobFiles::new(storage, &self.folder.join("output.jsonl").to_string_lossy())
+    fn files(&self) -> Result<JobFiles> {
+        JobFiles::of(&self.folder.join("output.jsonl").to_string_lossy(), false)
     }
 
     /// Where its input is to be put.
@@ -227,7 +227,7 @@ impl HostedJob {
     /// The disk's, or the journal's.
     pub fn done(&self) -> Result<(u64, u64)> {
         let storage = Storage::new()?;
-        let found = journal::overview(&storage, &self.files(&storage)?.journal)?;
+        let found = journal::overview(&storage, &self.files()?.journal)?;
         Ok(found.map_or((0, 0), |found| (found.n_done - found.n_failed, found.n_failed)))
     }
 
@@ -244,12 +244,12 @@ impl HostedJob {
         progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<Option<Ended>> {
         let storage = Storage::new()?;
-        let files = self.files(&storage)?;
+        let files = self.files()?;
         let input = Location::parse(&self.input_path().to_string_lossy())?;
         let found = format::inspect(&storage, &input)?;
         let (manifest, other) = Self::began_as(&storage, &files, self.manifest(seat, &found))?;
         let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
-        let (manifest, journal, index) = match job::begin(&storage, &files, manifest, (None, &Terms::default()))? {
+        let (manifest, journal, index) = match job::begin(&storage, &files, manifest, (None, &Terms::default(), false))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
         };
@@ -272,7 +272,7 @@ impl HostedJob {
                 Some(Ending::Pause) | None => return Ok(None),
             }
         }
-        let outputs = Outputs { results: files.results, errors: files.errors, schema: None, columns: Vec::new() };
+        let outputs = Outputs { results: files.results, parts: None, errors: files.errors, schema: None, columns: Vec::new() };
         journal::finalise(&mut journal, &outputs, found.n_rows)?;
         Ok(Some(Ended { totals: journal.totals(), is_whole, journal }))
     }

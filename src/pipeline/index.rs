@@ -3,7 +3,7 @@
 //! the process; a resumed job fills them again from its journal. Invariant: memory does not grow with the number of rows.
 
 use super::first_rows::FirstRows;
-use crate::journal::{Place, SegmentId};
+use crate::journal::{Place, RowSet, SegmentId};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::fs::File;
@@ -14,12 +14,17 @@ use std::sync::{Mutex, PoisonError};
 
 /// Segment, first byte and length of a record, each of 8 bytes; a segment as a number is never 0.
 const PLACE_BYTES: usize = 24;
+/// No row has this number.
+pub(super) const NOBODY: u64 = u64::MAX;
 /// Records that are noted together.
 const BATCH: usize = 1 << 17;
 
 /// See the module. Things are known by a hash of them (128 bits of BLAKE3: collisions are out of reach).
 pub(super) struct JobIndex {
     ids: Mutex<FirstRows>,
+    /// The rows that a retry keeps, by their ids: these are taken, also for rows before them.
+    kept_ids: Option<Mutex<FirstRows>>,
+    sharing: Option<RowSet>,
     contents: Mutex<FirstRows>,
     /// At row · [`PLACE_BYTES`]: where the row's record is; zeros where it has none.
     places: File,
@@ -30,7 +35,32 @@ impl JobIndex {
     pub(super) fn new(folder: &Path) -> Result<Self> {
         let places = tempfile::tempfile_in(folder);
         let places = places.with_context(|| format!("cannot make a temporary file in {}", folder.display()))?;
-        Ok(Self { ids: Mutex::new(FirstRows::new(folder)?), contents: Mutex::new(FirstRows::new(folder)?), places })
+        let (ids, contents) = (Mutex::new(FirstRows::new(folder)?), Mutex::new(FirstRows::new(folder)?));
+        Ok(Self { ids, kept_ids: None, sharing: None, contents, places })
+    }
+
+    /// The same for a job that keeps rows of a finished one. `sharing`: the only rows that may share a completion, because all
+    /// others were made with other settings; `None` for all.
+    pub(super) fn keeping(folder: &Path, sharing: Option<RowSet>) -> Result<Self> {
+        Ok(Self { kept_ids: Some(Mutex::new(FirstRows::new(folder)?)), sharing, ..Self::new(folder)? })
+    }
+
+    /// Whether a row's completion may be another's, too.
+    pub(super) fn may_share(&self, row: u64) -> bool {
+        self.sharing.as_ref().is_none_or(|rows| rows.contains(row))
+    }
+
+    /// Notes ids of rows that are kept.
+    pub(super) fn keep_ids(&self, rows: &[(u64, u128)]) -> Result<()> {
+        self.kept_ids.as_ref().map_or(Ok(()), |kept| kept.lock().unwrap_or_else(PoisonError::into_inner).add(rows))
+    }
+
+    /// For each id the kept row that has it; [`NOBODY`] if there is none.
+    pub(super) fn keepers_of_ids(&self, uses: &[(u64, u128)]) -> Result<Vec<u64>> {
+        let Some(kept) = &self.kept_ids else { return Ok(vec![NOBODY; uses.len()]) };
+        // To ask is to note: as a row behind all others.
+        let asked: Vec<(u64, u128)> = uses.iter().map(|(_, key)| (NOBODY, *key)).collect();
+        kept.lock().unwrap_or_else(PoisonError::into_inner).note(&asked)
     }
 
     /// Notes `custom_id`s (their keys: [`id_key`]) and their rows; for each, the lowest row known to use it.
@@ -88,18 +118,27 @@ pub(super) struct Replay<'a> {
     /// Whether places are noted of records without a key, too.
     pub(super) all_places: bool,
     ids: Vec<(u64, u128)>,
+    kept_ids: Vec<(u64, u128)>,
     contents: Vec<(u64, u128)>,
     places: Vec<(u64, Place)>,
 }
 
 impl<'a> Replay<'a> {
     pub(super) fn new(index: &'a JobIndex, is_shard: bool) -> Self {
-        Self { index, is_shard, all_places: false, ids: Vec::new(), contents: Vec::new(), places: Vec::new() }
+        let (ids, kept_ids, contents, places) = Default::default();
+        Self { index, is_shard, all_places: false, ids, kept_ids, contents, places }
     }
 
-    /// Notes one record: its row, and what its id and its content are known by.
-    pub(super) fn note(&mut self, (row, id, key): (u64, Option<u128>, Option<u128>), place: Place) -> Result<()> {
+    /// Notes a row that another shard keeps, by its id.
+    pub(super) fn note_foreign(&mut self, row: u64, id: Option<u128>) -> Result<()> {
+        self.kept_ids.extend(id.map(|id| (row, id)));
+        if self.kept_ids.len() >= BATCH { self.flush() } else { Ok(()) }
+    }
+
+    /// Notes one record: its row, whether it completed, and what its id and its content are known by.
+    pub(super) fn note(&mut self, (row, ok): (u64, bool), (id, key): (Option<u128>, Option<u128>), place: Place) -> Result<()> {
         self.ids.extend(id.map(|id| (row, id)));
+        self.kept_ids.extend(id.filter(|_| ok).map(|id| (row, id)));
         self.contents.extend(key.map(|key| (row, key)));
         if key.is_some() || self.all_places {
             self.places.push((row, place));
@@ -109,31 +148,31 @@ impl<'a> Replay<'a> {
 
     /// Makes what was noted known.
     pub(super) fn flush(&mut self) -> Result<()> {
-        let Self { index, is_shard, ids, contents, places, .. } = self;
-        let lock =
-            |table: &Mutex<FirstRows>, uses: &[(u64, u128)]| table.lock().unwrap_or_else(PoisonError::into_inner).add(uses);
+        let Self { index, is_shard, ids, kept_ids, contents, places, .. } = self;
+        let add = |table: &Mutex<FirstRows>, uses: &[(u64, u128)]| table.lock().unwrap_or_else(PoisonError::into_inner).add(uses);
         let own: Vec<(u64, u128)> = contents.iter().filter(|_| *is_shard).map(|(row, key)| (*row, own_key(*key))).collect();
         let places = std::mem::take(places);
         let (noted, (known, placed)) = rayon::join(
-            || lock(&index.ids, ids),
+            || add(&index.ids, ids).and_then(|()| index.keep_ids(kept_ids)),
             || {
-                let known = lock(&index.contents, contents).and_then(|()| lock(&index.contents, &own));
+                let known = add(&index.contents, contents).and_then(|()| add(&index.contents, &own));
                 (known, index.add_places(places))
             },
         );
         ids.clear();
+        kept_ids.clear();
         contents.clear();
         noted.and(known).and(placed)
     }
 }
 
 /// The id in a request row's output or error line.
-pub(super) fn custom_id(line: &str) -> Result<Option<String>> {
+pub(super) fn custom_id(row: u64, line: &str) -> Result<Option<String>> {
     #[derive(Deserialize)]
     struct Line {
         custom_id: Option<String>,
     }
-    let line: Line = serde_json::from_str(line).context("a line of the results is no object")?;
+    let line: Line = serde_json::from_str(line).with_context(|| format!("the line of row {row}"))?;
     Ok(line.custom_id)
 }
 
@@ -190,8 +229,8 @@ mod tests {
         let index = index();
         let mut replay = Replay::new(&index, false);
         let place = Place { segment: SegmentId { epoch: 2, number: 7 }, start: 1, n_bytes: 2 };
-        replay.note((3, Some(id_key("id 3")), Some(255)), place).unwrap();
-        replay.note((4, Some(id_key("id 4")), None), place).unwrap();
+        replay.note((3, true), (Some(id_key("id 3")), Some(255)), place).unwrap();
+        replay.note((4, true), (Some(id_key("id 4")), None), place).unwrap();
         replay.flush().unwrap();
         assert_eq!(index.first_of_ids(&[(8, id_key("id 3")), (9, id_key("id 4"))]).unwrap(), [3, 4]);
         assert_eq!(index.first_of_contents(&[(8, 255)]).unwrap(), [3]);

@@ -6,11 +6,11 @@ use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
 use super::report::{Report, content_hash};
 use crate::config::Config;
-use crate::format::{self, Format, Inspection, Limits};
+use crate::format::{self, Format, Inspection, Limits, PartList, PartSize, Parts};
 use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
-use crate::pipeline::spec::{EngineSpec, PipelineSpec, PriceSpec};
+use crate::pipeline::spec::{EngineSpec, OutputSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use arrow::datatypes::{FieldRef, Schema, SchemaRef};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -19,8 +19,9 @@ use std::sync::Arc;
 /// The files of a job with output `out.jsonl` or `out.parquet`.
 #[derive(Debug, Clone)]
 pub(super) struct JobFiles {
-    /// The results.
+    /// The results: a file, or a folder of parts.
     pub(super) results: Location,
+    in_parts: bool,
     /// `out.errors.jsonl`
     pub(super) errors: Location,
     /// `out.report.json`
@@ -33,9 +34,19 @@ pub(super) struct JobFiles {
 
 impl JobFiles {
     /// Checks that the output can be one.
-    pub(super) fn new(storage: &Storage, output: &str) -> Result<Self> {
-        let results = Location::parse(output).context("output.file")?;
-        format::check_output(storage, &results).context("output.file")?;
+    pub(super) fn new(storage: &Storage, output: &OutputSpec) -> Result<Self> {
+        let files = Self::of(&output.file, output.parts.is_some()).context("output.file")?;
+        let checked = match &output.parts {
+            Some(_) => format::check_folder(storage, &files.results),
+            None => format::check_output(storage, &files.results).map(drop),
+        };
+        checked.context("output.file").map(|()| files)
+    }
+
+    /// Of a job that is only looked at: in parts or not, its other files are the same.
+    pub(super) fn of(output: &str, in_parts: bool) -> Result<Self> {
+        let results = Location::parse(if in_parts { output.trim_end_matches('/') } else { output })?;
+        Format::of(&results)?;
         let job = results.with_extension("job")?;
         Ok(Self {
             errors: results.with_extension("errors.jsonl")?,
@@ -43,7 +54,39 @@ impl JobFiles {
             journal: job.clone(),
             job,
             results,
+            in_parts,
         })
+    }
+
+    /// What is there once the results are published.
+    fn published(&self) -> Result<Location> {
+        if self.in_parts { PartList::place(&self.results) } else { Ok(self.results.clone()) }
+    }
+
+    /// The files that hold the published results, in order.
+    pub(super) fn result_files(&self, storage: &Storage) -> Result<Vec<Location>> {
+        if self.in_parts { PartList::files(storage, &self.results) } else { Ok(vec![self.results.clone()]) }
+    }
+
+    /// Refuses results that are not those of a report, which has their hash.
+    pub(super) fn check_results(&self, storage: &Storage, report: &Report) -> Result<()> {
+        if report.results.is_empty() {
+            // An older program's.
+            return Ok(());
+        }
+        let hash = if self.in_parts {
+            PartList::check(storage, &self.results)?;
+            storage.get(&self.published()?)?.map(|text| content_hash(&text))
+        } else {
+            Some(format::inspect(storage, &self.results)?.blake3)
+        };
+        ensure!(
+            hash.as_ref() == Some(&report.results),
+            "{} is not what {} tells of: it was changed, and rows can't be taken from it",
+            self.results.url,
+            self.report.url
+        );
+        Ok(())
     }
 
     /// Those of a part of the job.
@@ -100,8 +143,9 @@ impl Inputs {
     /// Refuses inputs that are not what they were when the job was described: a run may wait for another one for hours, or
     /// take hours itself.
     pub(super) fn check_unchanged(&self, storage: &Storage) -> Result<()> {
-        for (at, version) in self.files.iter().zip(&self.versions) {
-            if storage.open(at)?.version() != *version {
+        for ((at, version), described) in self.files.iter().zip(&self.versions).zip(&self.described) {
+            // Touched, copied over, or served by a node that names versions in its own way: what counts is what it holds.
+            if storage.open(at)?.version() != *version && format::inspect(storage, at)?.blake3 != described.blake3 {
                 bail!("input {} changed since this run began: run it again", at.url);
             }
         }
@@ -121,16 +165,21 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
         let is_same = storage.open(file).ok()?.version() == *version;
         is_same.then(|| Inspection { n_bytes, blake3, n_rows, version: version.clone() })
     };
-    let mut files = Vec::new();
+    let (mut files, mut parts) = (Vec::new(), Vec::new());
     for pattern in &spec.input.files {
-        files.extend(storage.expand(pattern).with_context(|| format!("input {}", Location::shown(pattern)))?);
+        let found = format::expand_input(storage, pattern);
+        for (file, part) in found.with_context(|| format!("input {}", Location::shown(pattern)))? {
+            files.push(file);
+            parts.push(part);
+        }
     }
     refuse_inputs_as_outputs(&files, outputs)?;
     let (mut described, mut versions) = (Vec::new(), Vec::new());
     let mut n_rows = 0;
-    for file in &files {
+    for (file, part) in files.iter().zip(parts) {
         let found = known(file).map_or_else(|| format::inspect(storage, file), Ok);
         let found = found.with_context(|| format!("input {}", file.url))?;
+        part.map_or(Ok(()), |part| part.check(file, &found)).context("input")?;
         if Format::of(file)? == Format::Parquet {
             // Columns that can't be read should stop the job now.
             let schema = format::schema_of(storage, file)?;
@@ -150,7 +199,7 @@ pub(super) fn inspect_inputs(storage: &Storage, spec: &PipelineSpec, outputs: &J
 /// A job must not read what it is going to replace.
 fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<()> {
     for output in [&outputs.results, &outputs.errors, &outputs.report] {
-        if inputs.iter().any(|input| input.is(output)) {
+        if inputs.iter().any(|input| input.is(output) || output.holds(input)) {
             bail!("{} is an input and would be replaced by the output", output.url);
         }
     }
@@ -161,7 +210,7 @@ fn refuse_inputs_as_outputs(inputs: &[Location], outputs: &JobFiles) -> Result<(
 pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model: &OpenModel) -> Result<Manifest> {
     let mut spec = config.spec.clone();
     spec.engine = EngineSpec { kind: spec.engine.kind, ..EngineSpec::default() };
-    spec.output.file = String::new();
+    (spec.output.file, spec.output.parts) = (String::new(), None);
     spec.prices = PriceSpec::default();
     spec.model.name.clone_from(&model.local.name);
     // What "fast" came to is in the device's fingerprint.
@@ -194,6 +243,12 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
     })
 }
 
+/// How the results of a job that has begun are cut. Two runs have parts of one name only if they write the same ones.
+pub(super) fn parts(manifest: &Manifest, size: PartSize) -> Parts {
+    let Manifest { created_unix_s, replaces, retries, .. } = manifest;
+    Parts::new(size, &manifest.job_fingerprint, &format!("{created_unix_s} {replaces:?} {retries:?}"))
+}
+
 /// How a job begins.
 pub(super) enum Begin {
     /// There is something to do; the journal may hold what an earlier run has done. The manifest is the first run's.
@@ -202,7 +257,8 @@ pub(super) enum Begin {
     Done(Box<Report>),
 }
 
-/// Begins, continues or refuses a job.
+/// Begins, continues or refuses a job. `is_dated`: the manifest's time is the user's wish, not that of the clock, which shards
+/// must agree on.
 ///
 /// # Errors
 /// If the output belongs to another job and `restart` was not asked for, or another process is at it.
@@ -210,7 +266,7 @@ pub(super) fn begin(
     storage: &Storage,
     files: &JobFiles,
     manifest: Manifest,
-    (shard, terms): (Option<Shard>, &Terms),
+    (shard, terms, is_dated): (Option<Shard>, &Terms, bool),
 ) -> Result<Begin> {
     let dir = JobDir::claim(storage, &files.journal, terms)?;
     let dir = alone(storage, files, dir, (shard, terms))?;
@@ -230,8 +286,8 @@ pub(super) fn begin(
     }
     let replaces = if terms.restart { storage.get(&files.report)?.map(|text| content_hash(&text)) } else { None };
     let created_unix_s = match shard {
-        Some(_) => journal::shared_start(storage, &files.job, &manifest.job_fingerprint, manifest.created_unix_s)?,
-        None => manifest.created_unix_s,
+        Some(_) if !is_dated => journal::shared_start(storage, &files.job, &manifest.job_fingerprint, manifest.created_unix_s)?,
+        _ => manifest.created_unix_s,
     };
     let manifest = Manifest { created_unix_s, replaces, ..manifest };
     let journal = create(storage, files, dir, &manifest, shard)?;
@@ -252,6 +308,9 @@ pub(super) fn create(
     if let Some(other) = files.other_cuts(storage, shard)?.first() {
         journal.remove()?;
         return Err(cut_otherwise(other));
+    }
+    if shard.is_none() {
+        journal::forget_start(storage, &files.job)?;
     }
     Ok(journal)
 }
@@ -294,7 +353,8 @@ pub(super) fn same(earlier: &Manifest, now: &Manifest, files: &JobFiles) -> Resu
 pub(super) fn resume(dir: JobDir, files: &JobFiles, earlier: Manifest, is_shard: bool) -> Result<Begin> {
     let index = JobIndex::new(&files.scratch_folder())?;
     let mut replay = Replay::new(&index, is_shard);
-    let journal = Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.id, noted.key), place))?;
+    let journal =
+        Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.ok), (noted.id, noted.key), place))?;
     replay.flush()?;
     Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)))
 }
@@ -308,13 +368,14 @@ pub(super) fn report(storage: &Storage, files: &JobFiles) -> Result<Option<Repor
 pub(super) fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Report>> {
     let own = report(storage, files)?.filter(|report| report.job_fingerprint == manifest.job_fingerprint);
     let mut there = Vec::new();
-    for file in [&files.results, &files.errors, &files.report] {
+    let published = files.published()?;
+    for file in [&published, &files.errors, &files.report] {
         if storage.exists(file)? {
             there.push(&*file.url);
         }
     }
     match own {
-        Some(report) if storage.exists(&files.results)? => Ok(Some(report)),
+        Some(report) if storage.exists(&published)? => Ok(Some(report)),
         Some(_) => Ok(None),
         None if there.is_empty() => Ok(None),
         None => bail!("not this job's, and in the way: {}; choose another output, or overwrite with --restart", there.join(", ")),
@@ -351,4 +412,26 @@ pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs, column
     let schema = Arc::new(Schema::new(fields));
     format::check_schema(&schema)?;
     Ok(Some(schema))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_input_is_what_it_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("in.jsonl");
+        std::fs::write(&path, "{}\n").unwrap();
+        let storage = Storage::new().unwrap();
+        let at = Location::parse(path.to_str().unwrap()).unwrap();
+        let found = format::inspect(&storage, &at).unwrap();
+        let described = vec![Input { url: at.url.to_string(), n_bytes: 3, blake3: found.blake3, n_rows: 1 }];
+        // As after a touch, or from a web server whose nodes name versions in their own ways.
+        let versions = vec!["another".to_owned()];
+        let inputs = Inputs { files: vec![at], described, versions, n_rows: 1, limits: Limits::default() };
+        inputs.check_unchanged(&storage).unwrap();
+        std::fs::write(&path, "[]\n").unwrap();
+        assert!(inputs.check_unchanged(&storage).unwrap_err().to_string().contains("changed since this run began"));
+    }
 }

@@ -5,7 +5,7 @@ use super::collect::Counts;
 use super::described::Described;
 use super::job::{self, JobFiles};
 use super::report::content_hash;
-use super::{Ended, JobEnd, Run, show, summary};
+use super::{Ended, JobEnd, Run, described_columns, show, summary};
 use crate::config::Config;
 use crate::journal::{self, JobDir, Journal, Manifest, Shard, Totals};
 use crate::storage::Storage;
@@ -20,13 +20,14 @@ use std::time::Instant;
 /// If a shard is missing, unfinished, being run, or one of another job.
 pub fn merge(config: &Config) -> Result<JobEnd> {
     let storage = Storage::new()?;
-    let files = JobFiles::new(&storage, &config.spec.output.file)?;
+    let files = JobFiles::new(&storage, &config.spec.output)?;
     let end = merge_job(config, &storage, &files)?;
     show(&end, config, &storage, &files)
 }
 
 fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
-    let Described { inputs, outputs, manifest, measured, .. } = Described::new(config, storage, files)?;
+    let Described { inputs, mut outputs, columns, manifest, measured, .. } = Described::new(config, storage, files)?;
+    let (settings, columns) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));
     let shards = under_way(storage, files)?;
     let manifest = of_retry(storage, files, &shards, manifest)?;
     if let Ok(Some(report)) = job::look_at_outputs(storage, files, &manifest)
@@ -59,12 +60,13 @@ fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<End
     }
     let start = Instant::now();
     let borrowed: Vec<(&Journal, Range<u64>)> = parts.iter().map(|(journal, rows)| (journal, rows.clone())).collect();
-    journal::finalise_parts(&borrowed, &outputs)?;
+    outputs.parts = config.parts.map(|size| job::parts(&manifest, size));
+    let results = journal::finalise_parts(&borrowed, &outputs)?;
     let totals = parts.iter().map(|(journal, _)| journal.totals()).fold(Totals::default(), Totals::plus);
     let n_rows = inputs.n_rows;
     let counts = Counts { resumed: n_rows, finalise: start.elapsed(), ..Counts::default() };
-    let run = Run { config, storage, files, inputs, outputs, policies: Vec::new(), manifest };
-    let report = summary::report(&run, n_rows, totals, &counts, &measured);
+    let run = Run { config, storage, files, inputs, outputs, policies: Vec::new(), manifest, settings, columns };
+    let report = summary::report(&run, (n_rows, results), totals, &counts, &measured)?;
     parts[0].0.publish(&files.report, report.to_json()?.as_bytes())?;
     for (journal, _) in parts {
         journal.remove()?;
@@ -96,7 +98,7 @@ fn of_retry(storage: &Storage, files: &JobFiles, shards: &[Shard], manifest: Man
         return Ok(Manifest { job_fingerprint: report.job_fingerprint, ..manifest });
     };
     let Some(of_first) = journal::manifest_in(storage, &files.of_shard(first)?.journal)? else { return Ok(manifest) };
-    let manifest = Manifest { created_unix_s: of_first.created_unix_s, ..manifest };
+    let manifest = Manifest { created_unix_s: of_first.created_unix_s, replaces: of_first.replaces, ..manifest };
     if of_first.retries.is_none() {
         return Ok(manifest);
     }

@@ -11,6 +11,7 @@ mod checkpoint;
 mod collect;
 mod columns;
 mod described;
+mod ended;
 mod estimate;
 mod events;
 pub mod explain;
@@ -43,9 +44,9 @@ mod window;
 
 use crate::config::Config;
 use crate::engine::handle::EngineHandle;
+use crate::format::Source;
 use crate::format::openai::PlainLines;
 use crate::format::openai::answer::Stamp;
-use crate::format::{Compression, Format, Source};
 use crate::grammar::Grammars;
 use crate::hub::LocalModel;
 use crate::journal::{self, Apart, Journal, Manifest, Outputs, Standing};
@@ -59,6 +60,9 @@ use checkpoint::Checkpoints;
 use collect::{Collector, Counts, End, Event, Stop};
 use columns::ResultColumns;
 use described::{Described, Measured};
+pub(crate) use ended::Ended;
+pub use ended::JobEnd;
+use ended::show;
 use feed::Feed;
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
@@ -76,32 +80,13 @@ use stepper::Stepper;
 use threads::Threads;
 use window::WindowSettings;
 
-/// How a job ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum JobEnd {
-    /// Every row has its outcome; so many are errors.
-    Finished {
-        /// Rows that failed.
-        failed: u64,
-    },
-    /// A signal stopped it; it can be continued.
-    Stopped {
-        /// The signal's number.
-        signal: u8,
-    },
-    /// `valar cancel` stopped it; it can be continued.
-    Cancelled,
-    /// Its budget is spent; it can be continued.
-    Paused,
-}
-
 /// Runs a job and shows what it did.
 ///
 /// # Errors
 /// If the job can't run, or can't go on; what was committed stays.
 pub fn run(config: &Config) -> Result<JobEnd> {
     let storage = Storage::new()?;
-    let mut files = JobFiles::new(&storage, &config.spec.output.file)?;
+    let mut files = JobFiles::new(&storage, &config.spec.output)?;
     if let Some(shard) = config.shard {
         files = files.of_shard(shard)?;
     }
@@ -109,95 +94,19 @@ pub fn run(config: &Config) -> Result<JobEnd> {
     show(&end, config, &storage, &files)
 }
 
-/// Says how a job ended.
-fn show(end: &Ended, config: &Config, storage: &Storage, files: &JobFiles) -> Result<JobEnd> {
-    let tell = |line: &str| {
-        if !config.quiet {
-            say(line);
-        }
-    };
-    match end {
-        Ended::Shard { failed } => {
-            tell(&format!("this shard is done, {failed} rows are errors; valar merge writes the results of all"));
-        }
-        Ended::Stopped(_) | Ended::Cancelled => tell("stopped; run the same command again to go on from here"),
-        Ended::Paused(limit) => tell(&format!("paused: {limit} is reached; the same command goes on from here")),
-        Ended::Before(_) if config.retry => tell("no row of this job is an error: there is nothing to run again"),
-        Ended::Before(_) => tell("finished by an earlier run; --restart does it again"),
-        Ended::Now(report) => tell(report.table().trim_end()),
-    }
-    if let Ended::Before(report) | Ended::Now(report) = end {
-        if let Some(line) = first_line(storage, files)? {
-            tell(&format!("first result: {line}"));
-        }
-        tell(&format!("results: {}", files.results.url));
-        if report.rows.failed > 0 {
-            tell(&format!("errors:  {}", files.errors.url));
-        }
-    }
-    Ok(end.code())
-}
-
-/// Most bytes of a result that are shown.
-const SHOWN_BYTES: u64 = 1500;
-
-/// The beginning of the first result, for people; `None` if there is none or it is not text.
-fn first_line(storage: &Storage, files: &JobFiles) -> Result<Option<String>> {
-    if Format::of(&files.results)? != Format::Jsonl(Compression::None) {
-        return Ok(None);
-    }
-    let n_bytes = storage.open(&files.results)?.n_bytes().min(SHOWN_BYTES);
-    if n_bytes == 0 {
-        return Ok(None);
-    }
-    let text = storage.get_range(&files.results, 0..n_bytes)?;
-    let text = String::from_utf8_lossy(&text);
-    Ok(text.lines().next().map(|line| if line.len() < text.len() { line.to_owned() } else { format!("{line}…") }))
-}
-
-/// How a job ended, with what there is to say of it.
-pub(crate) enum Ended {
-    /// Now.
-    Now(Box<Report>),
-    /// In an earlier run, whose report this is.
-    Before(Box<Report>),
-    /// By a signal, not finished.
-    Stopped(u8),
-    /// By `valar cancel`, not finished.
-    Cancelled,
-    /// By this limit, not finished.
-    Paused(String),
-    /// Every row of a shard has its outcome.
-    Shard {
-        /// Rows that failed.
-        failed: u64,
-    },
-}
-
-impl Ended {
-    pub(crate) fn code(&self) -> JobEnd {
-        match self {
-            Self::Now(report) | Self::Before(report) => JobEnd::Finished { failed: report.rows.failed },
-            Self::Stopped(signal) => JobEnd::Stopped { signal: *signal },
-            Self::Cancelled => JobEnd::Cancelled,
-            Self::Paused(_) => JobEnd::Paused,
-            Self::Shard { failed } => JobEnd::Finished { failed: *failed },
-        }
-    }
-}
-
 /// Runs a job. Everything that can be wrong with it is found before anything of an earlier one is touched.
 fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
-    let Described { inputs, form, policies, columns, outputs, open, grammars, manifest, measured, load_start } =
+    let Described { inputs, form, policies, columns, mut outputs, open, grammars, manifest, measured, load_start } =
         Described::new(config, storage, files)?;
     let requests = matches!(form, RowForm::Requests);
+    let (settings, described) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));
     let begun = if config.retry {
         let usage: Vec<String> = columns.usage_names().map(str::to_owned).collect();
         let dataset = retry::Lines::Dataset { usage: &usage, error: columns.error_name() };
         let lines = if requests { retry::Lines::Requests } else { dataset };
-        retry::Retry { storage, files, inputs: &inputs, lines, config }.begin(manifest)
+        retry::Retry { storage, files, inputs: &inputs, lines, columns: &described, config }.begin(manifest)
     } else {
-        job::begin(storage, files, manifest, (config.shard, &config.terms))
+        job::begin(storage, files, manifest, (config.shard, &config.terms, config.is_dated))
     };
     let (manifest, journal, index) = match begun? {
         Begin::Done(report) => return Ok(Ended::Before(report)),
@@ -210,8 +119,15 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         // It may have waited for another run. What it has not begun is in nobody's way.
         return if journal.done_rows().is_empty() { journal.remove().and(Err(changed)) } else { Err(changed) };
     }
-    let run = Run { config, storage, files, inputs, outputs, policies, manifest };
+    outputs.parts = config.parts.map(|size| job::parts(&manifest, size));
+    let run = Run { config, storage, files, inputs, outputs, policies, manifest, settings, columns: described };
     run.work(open, (form, columns, grammars), (journal, index), measured, load_start)
+}
+
+/// The form of a job's dataset rows; nothing for requests.
+fn described_columns(config: &Config, columns: &ResultColumns) -> Vec<String> {
+    let output = &config.spec.output;
+    if config.spec.is_dataset() { columns.described(output.columns.as_deref()) } else { Vec::new() }
 }
 
 /// What a job's rows are prepared with.
@@ -289,6 +205,10 @@ struct Run<'a> {
     /// What completions must be, by step.
     policies: Vec<Option<Arc<Policy>>>,
     manifest: Manifest,
+    /// The job's fingerprint as this run's settings make it.
+    settings: String,
+    /// The form of its dataset rows.
+    columns: Vec<String>,
 }
 
 impl Run<'_> {
@@ -431,9 +351,9 @@ impl Run<'_> {
     /// Writes the final files and the report.
     fn publish(&self, n_rows: u64, journal: &mut Journal, counts: &mut Counts, measured: &Measured) -> Result<Report> {
         let start = Instant::now();
-        journal::finalise(journal, &self.outputs, n_rows)?;
+        let results = journal::finalise(journal, &self.outputs, n_rows)?;
         counts.finalise += start.elapsed();
-        let report = summary::report(self, n_rows, journal.totals(), counts, measured);
+        let report = summary::report(self, (n_rows, results), journal.totals(), counts, measured)?;
         journal.publish(&self.files.report, report.to_json()?.as_bytes())?;
         Ok(report)
     }

@@ -23,6 +23,18 @@ pub struct Report {
     /// Hash of the inputs.
     #[serde(default)]
     pub inputs: String,
+    /// Hash of the results' file, or of the list of their parts.
+    #[serde(default)]
+    pub results: String,
+    /// The form of dataset rows: the columns that were added, with their types, and which of their own they keep.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub columns: Vec<String>,
+    /// As `job_fingerprint`, of the settings of this run: a retry may have others than the job whose name it keeps.
+    #[serde(default)]
+    pub settings: String,
+    /// What else has made lines of the results: the runs that a retry took them from, where those had another model or settings.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<Maker>,
     /// Row counts.
     pub rows: RowCounts,
     /// Token counts.
@@ -38,6 +50,19 @@ pub struct Report {
     /// What was expected of this run before it ran, and what it took; absent if it computed nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub estimate: Option<Estimate>,
+}
+
+/// What lines of the results were made with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Maker {
+    /// As [`Report::settings`].
+    pub settings: String,
+    /// As [`Report::system_fingerprint`].
+    pub system_fingerprint: String,
+    /// The model's name.
+    pub model: String,
+    /// Device and kernel version.
+    pub device: String,
 }
 
 /// What was expected of a run, as `valar plan` says it.
@@ -172,6 +197,14 @@ pub(super) fn ratio(a: f64, b: f64) -> f64 {
 }
 
 impl Report {
+    /// What the results were made with, this run last.
+    pub(super) fn makers(&self) -> Vec<Maker> {
+        let settings = if self.settings.is_empty() { &self.job_fingerprint } else { &self.settings };
+        let (settings, system_fingerprint) = (settings.clone(), self.system_fingerprint.clone());
+        let own = Maker { settings, system_fingerprint, model: self.model.clone(), device: self.device.clone() };
+        self.earlier.iter().cloned().chain([own]).collect()
+    }
+
     /// The table shown at the end of a run.
     pub fn table(&self) -> String {
         let (rows, tokens, seconds, rates) = (&self.rows, &self.tokens, &self.seconds, &self.rates);
@@ -191,6 +224,9 @@ impl Report {
         }
         if rows.retried > 0 {
             line("", rows.retried.to_string(), "were errors and were run again".into());
+            for maker in &self.earlier {
+                line("", String::new(), format!("others are {}'s, on {}", maker.model, maker.device));
+            }
         }
         if rows.further_attempts > 0 {
             line("", rows.further_attempts.to_string(), "attempts more, because a completion failed a check".into());

@@ -4,6 +4,7 @@
 
 use super::index::{JobIndex, Replay, custom_id, id_key};
 use super::job::{self, Begin, Inputs, JobFiles};
+use super::progress::say;
 use super::report::{Report, content_hash};
 use super::{JobEnd, run_job, show};
 use crate::config::Config;
@@ -22,7 +23,7 @@ use std::ops::Range;
 /// As for a run; and if there is no such job, or its inputs are others.
 pub fn retry(config: &Config) -> Result<JobEnd> {
     let storage = Storage::new()?;
-    let mut files = JobFiles::new(&storage, &config.spec.output.file)?;
+    let mut files = JobFiles::new(&storage, &config.spec.output)?;
     if let Some(shard) = config.shard {
         files = files.of_shard(shard)?;
     }
@@ -50,6 +51,8 @@ pub(super) struct Retry<'a> {
     pub(super) files: &'a JobFiles,
     pub(super) inputs: &'a Inputs,
     pub(super) lines: Lines<'a>,
+    /// The form of its dataset rows, as in a report.
+    pub(super) columns: &'a [String],
     pub(super) config: &'a Config,
 }
 
@@ -64,6 +67,8 @@ impl Retry<'_> {
                 job::same(&earlier, &manifest, files)?;
                 if !dir.has_forgotten() || self.is_done_shard()? {
                     dir.forget_errors()?;
+                } else {
+                    say("this retry goes on; rows that became errors since it began stay errors until the job is finished");
                 }
                 job::resume(dir, files, earlier, config.shard.is_some())
             }
@@ -81,11 +86,15 @@ impl Retry<'_> {
 
     /// Makes a job of a finished one.
     fn take_up(&self, dir: JobDir, manifest: Manifest, (report, hash): (Report, String)) -> Result<Begin> {
+        let fits = self.same_columns(&report).and_then(|()| self.files.check_results(self.storage, &report));
+        if let Err(refusal) = fits {
+            return dir.remove().and(Err(refusal));
+        }
         let errors = self.find_errors(&report)?;
+        let index = self.index(&manifest, &report, Some(&errors))?;
         let n_errors = manifest.rows.clone().filter(|&row| errors.contains(row)).count() as u64;
         let manifest = Manifest { replaces: Some(hash), retries: Some(n_errors), ..of_finished(manifest, &report) };
         let journal = job::create(self.storage, self.files, dir, &manifest, self.config.shard)?;
-        let index = JobIndex::new(&self.files.scratch_folder())?;
         let replay = self.replay(&index);
         let journal = self.take_over(&errors, manifest.rows.clone(), journal, replay)?;
         Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
@@ -93,27 +102,54 @@ impl Retry<'_> {
 
     /// Goes on with what [`Retry::take_up`] has made.
     fn go_on(&self, dir: JobDir, earlier: Manifest, now: Manifest, (report, hash): (Report, String)) -> Result<Begin> {
+        // As long as nothing was published the results are still the finished job's.
+        let is_old = earlier.replaces.as_ref() == Some(&hash);
+        let errors = if is_old { Some(self.find_errors(&report)?) } else { None };
+        let index = self.index(&now, &report, errors.as_ref())?;
         job::same(&earlier, &Manifest { retries: earlier.retries, ..of_finished(now, &report) }, self.files)?;
         if self.is_done_shard()? {
             dir.forget_errors()?;
         }
-        let index = JobIndex::new(&self.files.scratch_folder())?;
         let mut replay = self.replay(&index);
         let mut journal =
-            Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.id, noted.key), place))?;
+            Journal::resume(dir, &earlier, &mut |noted, place| replay.note((noted.row, noted.ok), (noted.id, noted.key), place))?;
         let n_taken = earlier.rows.end - earlier.rows.start - earlier.retries.unwrap_or(0);
-        if journal.done_rows().len() < n_taken {
-            // Nothing was published yet: the results are still the finished job's.
-            ensure!(
-                earlier.replaces == Some(hash),
-                "the results have been replaced since this retry began; {} is of no use any more",
-                self.files.journal.url
-            );
-            journal = self.take_over(&self.find_errors(&report)?, earlier.rows.clone(), journal, replay)?;
-        } else {
-            replay.flush()?;
+        let is_taken_over = journal.done_rows().len() >= n_taken;
+        match errors {
+            // A shard must know of the others' ids, too.
+            Some(errors) if !is_taken_over || self.config.shard.is_some() => {
+                if !is_taken_over {
+                    self.files.check_results(self.storage, &report)?;
+                }
+                journal = self.take_over(&errors, earlier.rows.clone(), journal, replay)?;
+            }
+            None if !is_taken_over => {
+                bail!("the results have been replaced since this retry began; {} is of no use any more", self.files.journal.url)
+            }
+            _ => replay.flush()?,
         }
         Ok(Begin::Work(Box::new(earlier), Box::new(journal), Box::new(index)))
+    }
+
+    /// Refuses to put lines of another form beside those that stay.
+    fn same_columns(&self, report: &Report) -> Result<()> {
+        let is_same = report.columns.is_empty() || report.columns == self.columns;
+        ensure!(
+            is_same,
+            "{} has rows of another form, which stay as they are: {}; these settings make {}",
+            self.files.results.url,
+            report.columns.join(", "),
+            self.columns.join(", ")
+        );
+        Ok(())
+    }
+
+    /// `now`: the job as these settings make it. Rows that are run with others than the rest share no completion with those;
+    /// where it is not known which rows these are, with none.
+    fn index(&self, now: &Manifest, report: &Report, errors: Option<&RowSet>) -> Result<JobIndex> {
+        let is_alike = report.makers().iter().all(|maker| maker.settings == now.job_fingerprint);
+        let sharing = if is_alike { None } else { Some(errors.cloned().unwrap_or_default()) };
+        JobIndex::keeping(&self.files.scratch_folder(), sharing)
     }
 
     fn replay<'i>(&self, index: &'i JobIndex) -> Replay<'i> {
@@ -150,7 +186,8 @@ impl Retry<'_> {
     /// The rows in the error file.
     fn find_errors(&self, report: &Report) -> Result<RowSet> {
         let Self { storage, files, inputs, lines, .. } = *self;
-        let mut errors = ErrorLines { records: Records::open(storage, &files.errors)?, read: VecDeque::new(), lines };
+        let mut errors =
+            ErrorLines { records: Records::open(storage, std::slice::from_ref(&files.errors))?, read: VecDeque::new(), lines };
         let mut found = RowSet::default();
         let mut start = 0;
         let mut next = errors.next()?;
@@ -182,22 +219,29 @@ impl Retry<'_> {
     /// Journals the published results of `own` rows.
     fn take_over(&self, errors: &RowSet, own: Range<u64>, mut journal: Journal, mut replay: Replay<'_>) -> Result<Journal> {
         let Self { storage, files, inputs, lines, .. } = *self;
-        let mut records = Records::open(storage, &files.results)?;
+        let mut records = Records::open(storage, &files.result_files(storage)?)?;
         let mut rows = (0..inputs.n_rows).filter(|&row| !errors.contains(row));
         while let Some(chunk) = records.next_chunk()? {
             for text in chunk {
                 let row = rows.next().with_context(|| format!("{} has more rows than completed", files.results.url))?;
-                if !own.contains(&row) || journal.done_rows().contains(row) {
+                if own.contains(&row) && journal.done_rows().contains(row) {
                     continue;
                 }
                 let line = std::str::from_utf8(&text).with_context(|| format!("{} is not UTF-8", files.results.url))?;
+                let id = match lines {
+                    Lines::Requests => custom_id(row, line)?.as_deref().map(id_key),
+                    Lines::Dataset { .. } => None,
+                };
+                if !own.contains(&row) {
+                    replay.note_foreign(row, id)?;
+                    continue;
+                }
                 let usage = lines.usage(line).with_context(|| format!("{}, row {row}", files.results.url))?;
                 let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
-                let id = if matches!(lines, Lines::Requests) { custom_id(line)?.as_deref().map(id_key) } else { None };
                 let line = line.into();
                 let record = Record { row, ok: true, prompt_tokens, completion_tokens, cached_tokens, key: None, id, line };
                 if let Some(place) = journal.append(&record)? {
-                    replay.note((row, id, None), place)?;
+                    replay.note((row, true), (id, None), place)?;
                 }
             }
         }

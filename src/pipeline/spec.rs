@@ -176,12 +176,25 @@ pub struct MessageSpec {
 pub struct OutputSpec {
     /// The results; `.jsonl` or `.parquet`. Errors, report and journal stand beside it.
     pub file: String,
+    /// Cuts the results into parts: `file` is a folder of files of so much.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<PartsSpec>,
     /// Put before the names of the columns that are added to a dataset row.
     #[serde(default)]
     pub prefix: String,
     /// The only columns of its own that a dataset row keeps, in this order; without it, all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub columns: Option<Vec<String>>,
+}
+
+/// `output.parts = 100000` or `output.parts = "256MiB"`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum PartsSpec {
+    /// Rows of a part.
+    Rows(u64),
+    /// Bytes of its rows.
+    Size(String),
 }
 
 /// `[model]`

@@ -50,7 +50,7 @@ struct Part {
 /// If its store can't be read.
 pub fn show(output: &str, json: bool) -> Result<bool> {
     let storage = Storage::new()?;
-    let files = JobFiles::new(&storage, output)?;
+    let files = JobFiles::of(output.trim_end_matches('/'), false)?;
     let shown = look(&storage, &files)?;
     let text = if json { serde_json::to_string(&shown).context("cannot write down the state")? + "\n" } else { shown.table() };
     std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")?;
@@ -63,7 +63,7 @@ pub fn show(output: &str, json: bool) -> Result<bool> {
 /// If its store can't be reached.
 pub fn cancel(output: &str, say: &mut dyn FnMut(&str)) -> Result<bool> {
     let storage = Storage::new()?;
-    let files = JobFiles::new(&storage, output)?;
+    let files = JobFiles::of(output.trim_end_matches('/'), false)?;
     let mut asked = Vec::new();
     for (shard, dir) in dirs(&storage, &files)? {
         if let Some(run) = journal::ask_to_stop(&storage, &dir)? {

@@ -5,12 +5,22 @@ use super::collect::Counts;
 use super::estimate::{self, seconds};
 use super::progress::say;
 use super::report::{self, Actual, Estimate, Report};
-use super::{Measured, Run};
+use super::{Measured, Run, job};
 use crate::device::BLOCK_TOKENS;
 use crate::journal::Totals;
+use anyhow::Result;
 
-/// The report of a job that has finished now.
-pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts, measured: &Measured) -> Report {
+/// The report of a job that has finished now, `results` by their hash.
+///
+/// # Errors
+/// The earlier report of a retried job can't be read.
+pub(super) fn report(
+    run: &Run<'_>,
+    (n_rows, results): (u64, String),
+    totals: Totals,
+    counts: &Counts,
+    measured: &Measured,
+) -> Result<Report> {
     let (stats, meter) = (&counts.stats, measured.meter.read());
     let feed = measured.feed.read();
     let total = measured.start.elapsed().saturating_sub(measured.load).as_secs_f64();
@@ -29,13 +39,17 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
         finalise: counts.finalise.as_secs_f64(),
     };
     let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
-    Report {
+    let mut report = Report {
         job_fingerprint: run.manifest.job_fingerprint.clone(),
         system_fingerprint: run.manifest.model_fingerprint.clone(),
         model: measured.model.clone(),
         device: measured.device.clone(),
         created: run.manifest.created_unix_s,
         inputs: run.manifest.inputs_hash(),
+        results,
+        columns: run.columns.clone(),
+        settings: run.settings.clone(),
+        earlier: Vec::new(),
         rows: report::RowCounts {
             total: n_rows,
             completed: totals.n_ok,
@@ -67,7 +81,15 @@ pub(super) fn report(run: &Run<'_>, n_rows: u64, totals: Totals, counts: &Counts
         kv_tokens: measured.kv_tokens,
         estimate: estimate(counts, measured, &seconds),
         seconds,
+    };
+    if run.manifest.retries.is_some()
+        && let Some(finished) = job::report(run.storage, run.files)?
+    {
+        // Killed just before the journal was removed, it is this run's.
+        let own = report.makers();
+        report.earlier = finished.makers().into_iter().filter(|maker| !own.contains(maker)).collect();
     }
+    Ok(report)
 }
 
 /// What was expected of this run; `None` if it ran nothing.

@@ -4,7 +4,7 @@
 //! an earlier run has done already.
 
 use super::answer::RowMeta;
-use super::index::{JobIndex, id_key};
+use super::index::{JobIndex, NOBODY, id_key};
 use crate::engine::Submission;
 use crate::outcome::{ErrorCode, RowError};
 use crate::plan::{Plan, PlanRow, plan};
@@ -123,22 +123,26 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Re
     if uses.is_empty() {
         return Ok(());
     }
-    let first = index.first_of_ids(&uses)?;
-    for (row, first) in rows.iter_mut().filter(|row| row.id_key.is_some()).zip(first) {
-        if first < row.row_idx
-            && let Origin::Request { custom_id: Some(id), .. } = &row.prepared.origin
-        {
-            let message = format!("{id:?} was used by an earlier row (row {first}, counted from 0)");
-            row.prepared.prompts = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
-        }
+    let (first, keeper) = (index.first_of_ids(&uses)?, index.keepers_of_ids(&uses)?);
+    for (row, (first, keeper)) in rows.iter_mut().filter(|row| row.id_key.is_some()).zip(first.into_iter().zip(keeper)) {
+        let Origin::Request { custom_id: Some(id), .. } = &row.prepared.origin else { continue };
+        let message = if keeper != NOBODY && keeper != row.row_idx {
+            // It may be a later one: this row's id could not be read before.
+            format!("{id:?} is the id of a row that has completed (row {keeper}, counted from 0)")
+        } else if first < row.row_idx && keeper == NOBODY {
+            format!("{id:?} was used by an earlier row (row {first}, counted from 0)")
+        } else {
+            continue;
+        };
+        row.prepared.prompts = Err(RowError::field(ErrorCode::DuplicateCustomId, "custom_id", message));
     }
     Ok(())
 }
 
 /// Finds each row's first of the same content. Must see the windows in order, but for those that the index knows.
 pub(super) fn find_first(rows: &mut [WindowRow], settings: &WindowSettings, index: &JobIndex) -> Result<()> {
-    let mut keyed: Vec<&mut WindowRow> =
-        rows.iter_mut().filter(|row| row.key.is_some() && row.prepared.prompts.is_ok()).collect();
+    let may_share = |row: &WindowRow| row.key.is_some() && row.prepared.prompts.is_ok() && index.may_share(row.row_idx);
+    let mut keyed: Vec<&mut WindowRow> = rows.iter_mut().filter(|row| may_share(row)).collect();
     let uses: Vec<(u64, u128)> = keyed.iter().filter_map(|row| Some((row.row_idx, row.key?))).collect();
     if uses.is_empty() {
         return Ok(());

@@ -107,6 +107,11 @@ impl Location {
         self.path == other.path && self.remote == other.remote
     }
 
+    /// Whether the other place is somewhere under this one.
+    pub fn holds(&self, other: &Self) -> bool {
+        self.remote == other.remote && self.path != other.path && other.path.prefix_matches(&self.path)
+    }
+
     /// Whether it can only be read by its name: a web server, which lists nothing.
     pub fn is_web(&self) -> bool {
         self.remote.starts_with("http")

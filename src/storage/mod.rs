@@ -14,7 +14,7 @@ mod upload;
 
 pub use conditional::Version;
 pub use location::Location;
-pub use upload::{Announce, Upload};
+pub use upload::{Announce, Hear, Upload, Written};
 
 use std::fs::File;
 use std::future::Future;
@@ -78,7 +78,7 @@ impl Storage {
         Self { announce: Some(announce), ..self }
     }
 
-    /// The same for small requests that are made again soon anyhow: none takes longer than that, or is tried twice.
+    /// The same for small requests that are made again soon anyhow: none takes longer than that, tries included.
     #[must_use]
     pub fn hurried(self, limit: Duration) -> Self {
         Self { limit: Some(limit), ..self }
@@ -96,17 +96,18 @@ impl Storage {
     }
 
     async fn trying<T, F: Future<Output = object_store::Result<T>>>(&self, what: impl Fn() -> F) -> object_store::Result<T> {
-        if let Some(limit) = self.limit {
-            let late = || Error::Generic { store: "store", source: format!("no answer within {limit:?}").into() };
-            return tokio::time::timeout(limit, what()).await.unwrap_or_else(|_| Err(late()));
-        }
-        for pause in PAUSES {
-            match what().await {
-                Err(e) if broke_off(&e) => tokio::time::sleep(pause).await,
-                ended => return ended,
+        let tries = async {
+            for pause in PAUSES {
+                match what().await {
+                    Err(e) if broke_off(&e) => tokio::time::sleep(pause).await,
+                    ended => return ended,
+                }
             }
-        }
-        what().await
+            what().await
+        };
+        let Some(limit) = self.limit else { return tries.await };
+        let late = || Error::Generic { store: "store", source: format!("no answer within {limit:?}").into() };
+        tokio::time::timeout(limit, tries).await.unwrap_or_else(|_| Err(late()))
     }
 
     /// Objects and folders directly under `at`.

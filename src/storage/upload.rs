@@ -19,16 +19,32 @@ use super::location::Uploads;
 use super::remote::tell;
 use super::{Location, Storage};
 
-type Hear = dyn Fn(&Location, &str) -> Result<()> + Send + Sync;
+/// Whoever must know of uploads that are under way.
+pub trait Hear: Send + Sync {
+    /// Told of an upload's place and id before it has a part; an error ends the upload.
+    fn begun(&self, at: &Location, id: &str) -> Result<()>;
 
-/// Told of an upload's place and id before it has a part; an error ends the upload.
+    /// The upload is the object now: nothing is under way by this id any more.
+    fn completed(&self, id: &str);
+}
+
+/// See [`Hear`].
 #[derive(Clone)]
-pub struct Announce(pub Arc<Hear>);
+pub struct Announce(pub Arc<dyn Hear>);
 
 impl fmt::Debug for Announce {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Announce")
     }
+}
+
+/// What an upload has written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// Size of the object, bytes.
+    pub n_bytes: u64,
+    /// Hash of its content, hexadecimal, if it was asked for.
+    pub blake3: Option<String>,
 }
 
 /// Where an object's metadata says which upload wrote it.
@@ -48,6 +64,8 @@ pub struct Upload {
     /// Unlike that of any other upload.
     mark: String,
     part: Vec<u8>, // at most `part_bytes` of the storage
+    n_bytes: u64,
+    hasher: Option<Box<blake3::Hasher>>,
 }
 
 /// An upload that has begun.
@@ -62,11 +80,24 @@ impl Upload {
         // Two hashers are seeded apart by the system's randomness.
         let [high, low] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
         let mark = format!("{high:016x}{low:016x}");
-        Self { storage, at, sending: None, under_way: None, syncing: None, mark, part: Vec::new() }
+        Self { storage, at, sending: None, under_way: None, syncing: None, mark, part: Vec::new(), n_bytes: 0, hasher: None }
+    }
+
+    /// The same, with the hash of what is written from now on.
+    #[must_use]
+    pub fn hashed(mut self) -> Self {
+        self.hasher = Some(Box::default());
+        self
     }
 
     /// Makes the object appear under its name, complete and durable.
-    pub fn publish(mut self) -> Result<()> {
+    pub fn publish(mut self) -> Result<Written> {
+        self.complete()?;
+        let blake3 = self.hasher.take().map(|hasher| hasher.finalize().to_hex().to_string());
+        Ok(Written { n_bytes: self.n_bytes, blake3 })
+    }
+
+    fn complete(&mut self) -> Result<()> {
         if self.sending.is_none() && self.announced().is_none() {
             let content = Bytes::from(std::mem::take(&mut self.part));
             return self.storage.put(&self.at, content);
@@ -90,7 +121,11 @@ impl Upload {
                 return Err(self.failed(error));
             }
         }
-        self.sending = None;
+        if let Some(Sending::Named { id, .. }) = self.sending.take()
+            && let Some((announce, _)) = self.announced()
+        {
+            announce.0.completed(&id);
+        }
         Ok(())
     }
 
@@ -123,7 +158,7 @@ impl Upload {
         let begun = self.storage.patiently(|| uploads.0.create_multipart_opts(&self.at.path, self.options()));
         let id = begun.map_err(|e| self.failed(e))?;
         self.sending = Some(Sending::Named { uploads, id: id.clone(), parts: Vec::new() });
-        announce.0(&self.at, &id)
+        announce.0.begun(&self.at, &id)
     }
 
     /// Sends the part; where it may end later, the one before has ended then.
@@ -173,6 +208,10 @@ impl io::Write for Upload {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = bytes.len().min(self.storage.part_bytes - self.part.len());
         self.part.extend_from_slice(&bytes[..taken]);
+        self.n_bytes += taken as u64;
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&bytes[..taken]);
+        }
         if self.part.len() == self.storage.part_bytes {
             self.send_part().map_err(io::Error::other)?;
         }

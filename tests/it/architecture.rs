@@ -13,7 +13,7 @@ use valar::pipeline::spec;
 const EDGES: &[(&str, &[&str])] = &[
     ("cache", &["engine"]),
     ("cli", &["journal", "pipeline"]),
-    ("config", &["cli", "device", "hub", "journal", "pipeline", "server"]),
+    ("config", &["cli", "device", "format", "hub", "journal", "pipeline", "server"]),
     ("device", &["tensor"]),
     ("engine", &["model", "text", "device"]),
     ("fingerprint", &[]),
@@ -261,6 +261,7 @@ fn the_readme_knows_the_pipeline_keys() {
         "output.file",
         "output.prefix",
         "output.columns",
+        "output.parts",
         "prompt.tokens",
         "model.name",
         "model.device",

@@ -11,6 +11,7 @@ use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
+use valar::format::{PartSize, Parts};
 use valar::journal::{IfRunning, Input, JobDir, Journal, Manifest, Noted, Outputs, Record, Terms, finalise};
 use valar::storage::{Location, Storage};
 
@@ -19,6 +20,7 @@ use crate::dying::{Death, DyingStore};
 const N_ROWS: u64 = 40;
 const WINDOW: usize = 9; // rows under way at once: the bound of how far order is lost
 const COMMIT_ROWS: usize = 4;
+const PART_ROWS: u64 = 7;
 
 /// A well-known mixing function (splitmix64): outcomes and orders that look random and need no state.
 fn hash(x: u64) -> u64 {
@@ -86,8 +88,10 @@ const TERMS: Terms = Terms { if_running: IfRunning::TakeOver, lease: Duration::f
 impl Places {
     fn new(store: &Arc<dyn ObjectStore>, output: &str) -> Self {
         let results = Location::new(store.clone(), Path::from(output), output);
+        let parts = output.contains("parts").then(|| Parts::new(PartSize::Rows(PART_ROWS), "job", ""));
         let beside = |extension| results.with_extension(extension).unwrap();
-        let outputs = Outputs { results: results.clone(), errors: beside("errors.jsonl"), schema: None, columns: Vec::new() };
+        let outputs =
+            Outputs { results: results.clone(), errors: beside("errors.jsonl"), parts, schema: None, columns: Vec::new() };
         Self { dir: beside("job"), outputs, report: beside("report.json"), terms: TERMS }
     }
 }
@@ -211,7 +215,9 @@ fn uninterrupted(storage: &Storage, output: &str) -> (Vec<(String, Bytes)>, usiz
 fn check_every_write(output: &str) {
     let storage = storage();
     let (wanted_files, n_writes) = uninterrupted(&storage, output);
-    assert_eq!(wanted_files.len(), 3, "results, errors, report");
+    let n_ok = (0..N_ROWS).filter(|&row| outcome(row).ok).count();
+    let n_files = if output.contains("parts") { n_ok.div_ceil(PART_ROWS as usize) + 3 } else { 3 };
+    assert_eq!(wanted_files.len(), n_files, "results (and their list), errors, report");
     assert!(n_writes > 30, "{n_writes} writes: too few to tell anything");
     let mut warnings = Vec::new();
     for death in Death::ALL {
@@ -232,6 +238,12 @@ fn jsonl_is_the_same_after_any_death() {
 #[test]
 fn parquet_is_the_same_after_any_death() {
     check_every_write("out/x.parquet");
+}
+
+#[test]
+fn parts_are_the_same_after_any_death() {
+    check_every_write("out/parts.jsonl");
+    check_every_write("out/parts.parquet");
 }
 
 #[test]
@@ -258,7 +270,8 @@ fn local_files_survive_any_death_and_no_litter_stays() {
         assert!(ended.is_err() || n > n_writes - 3, "write {n}: survived");
 
         let at = |name: &str| Location::parse(&format!("{dir}/{name}")).unwrap();
-        let outputs = Outputs { results: at("x.jsonl"), errors: at("x.errors.jsonl"), schema: None, columns: Vec::new() };
+        let outputs =
+            Outputs { results: at("x.jsonl"), errors: at("x.errors.jsonl"), parts: None, schema: None, columns: Vec::new() };
         let places = Places { dir: at("x.job"), outputs, report: at("x.report.json"), terms: Terms::default() };
         run(&storage, &places, 2, &mut Life::default()).unwrap();
         let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -379,6 +392,36 @@ fn damage_in_the_middle_is_an_error_that_names_the_segment() {
     storage.delete(&at).unwrap();
     let error = found_damage(&storage, &places);
     assert!(error.contains("x.job/seg-00001-00000003.jsonl is gone"), "{error}");
+}
+
+#[test]
+fn a_tail_cut_off_or_corrupted_anywhere_costs_its_own_rows() {
+    let (storage, store, places) = five_segments();
+    let at = places.dir.child("seg-00001-00000005.jsonl").unwrap();
+    let whole = storage.get(&at).unwrap().unwrap();
+    let lease = places.dir.child("lease.json").unwrap();
+    let flipped = |i: usize| {
+        let mut content = whole.to_vec();
+        content[i] ^= 1 << (i % 8);
+        Bytes::from(content)
+    };
+    let n = whole.len();
+    let damaged = (0..n).map(|end| whole.slice(..end)).chain((0..n).map(flipped));
+    for (i, content) in damaged.enumerate() {
+        // As a run that was killed leaves it: each finds the same lease.
+        let before = storage.get(&lease).unwrap().unwrap();
+        storage.put(&at, content).unwrap();
+        let journal = resume(&storage, &places).unwrap_or_else(|e| panic!("damage {i}: {e:#}"));
+        assert_eq!((journal.done_rows().len(), journal.warnings.len()), (8, 1), "damage {i}");
+        assert!(journal.warnings[0].contains("seg-00001-00000005.jsonl is damaged"), "{:?}", journal.warnings);
+        drop(journal);
+        storage.put(&lease, before).unwrap();
+    }
+    // What was lost is computed again.
+    let mut life = Life::default();
+    run(&storage, &places, 1, &mut life).unwrap();
+    assert!(life.computed.contains(&8) && life.computed.contains(&9) && !life.computed.contains(&7), "{:?}", life.computed);
+    assert_eq!(contents(&storage, &store), uninterrupted(&storage, "x.jsonl").0);
 }
 
 /// Puts a segment with these rows, which may be those of other segments, too.

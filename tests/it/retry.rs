@@ -146,7 +146,7 @@ fn columns_are_kept_as_they_were() {
     let storage = Storage::new().unwrap();
     let at = Location::parse(sandbox.path("out.parquet").to_str().unwrap()).unwrap();
     let records = || {
-        let (mut source, mut records) = (Records::open(&storage, &at).unwrap(), Vec::<Value>::new());
+        let (mut source, mut records) = (Records::open(&storage, std::slice::from_ref(&at)).unwrap(), Vec::<Value>::new());
         while let Some(chunk) = source.next_chunk().unwrap() {
             records.extend(chunk.iter().map(|text| serde_json::from_slice::<Value>(text).unwrap()));
         }
@@ -179,7 +179,9 @@ fn a_paused_job_goes_on_without_its_errors() {
         shown[name].as_u64().unwrap()
     };
     assert!(state("failed") > 0 && state("done") < 2000);
-    sandbox.expect(&job(&RETRY, "out.jsonl", SMALL), 3);
+    sandbox.expect(&paused(&RETRY), 6);
+    let said = sandbox.expect(&job(&RETRY, "out.jsonl", SMALL), 3);
+    assert!(said.contains("became errors since it began stay errors"), "{said}");
     for (ours, calm) in [("out.jsonl", "calm.jsonl"), ("out.errors.jsonl", "calm.errors.jsonl")] {
         assert!(sandbox.read(ours) == sandbox.read(calm), "{ours} differs");
     }
@@ -230,4 +232,95 @@ fn a_killed_retry_goes_on() {
     sandbox.expect(&again, 0);
     assert!(sandbox.read("out.jsonl") == after, "the results differ");
     assert!(!sandbox.path("out.job").exists());
+}
+
+#[test]
+fn an_id_that_is_read_later_is_not_used_twice() {
+    let sandbox = Sandbox::new();
+    let long = "la ".repeat(700);
+    let line = |i: usize| match i {
+        // Rows 2 and 12 can't be read at first; their ids are those of later rows, in this shard and in the next one.
+        2 => chat_line("row-5", &long, json!({"max_tokens": 2})),
+        4 => chat_line("row-15", &long, json!({"max_tokens": 2})),
+        12 => chat_line("row-1", &long, json!({"max_tokens": 2})),
+        7 => chat_line("row-7", &long, json!({"max_tokens": 2})),
+        _ => chat_line(&format!("row-{i}"), &format!("Short {i}."), json!({"max_tokens": 2})),
+    };
+    sandbox.write("in.jsonl", (0..20).map(|i| line(i) + "\n").collect::<String>());
+    for (output, shards) in [("out.jsonl", &[][..]), ("cut.jsonl", &["1/2", "0/2"][..])] {
+        sandbox.expect(&job(&["run"], output, SMALL), 3);
+        for shard in shards {
+            sandbox.expect(&[&job(&RETRY, output, LARGE)[..], &["--shard", shard]].concat(), 3);
+        }
+        let last = if shards.is_empty() { job(&RETRY, output, LARGE) } else { job(&["merge"], output, LARGE) };
+        sandbox.expect(&last, 3);
+        let mut found: Vec<String> = ids(&sandbox, output).iter().map(|id| id.as_str().unwrap().to_owned()).collect();
+        let errors = sandbox.rows(&output.replace(".jsonl", ".errors.jsonl"));
+        assert_eq!(errors.iter().map(|row| row["line"].as_u64().unwrap()).collect::<Vec<_>>(), [3, 5, 13], "{output}");
+        let said = errors[0]["error"]["message"].as_str().unwrap().to_owned();
+        assert!(errors[0]["error"]["code"] == "duplicate_custom_id" && said.contains("row 5, counted from 0"), "{errors:?}");
+        found.sort();
+        found.dedup();
+        assert_eq!((found.len(), sandbox.rows(output).len()), (17, 17), "an id stands there twice");
+    }
+}
+
+#[test]
+fn other_settings_count_for_the_rows_that_are_run_again() {
+    let sandbox = Sandbox::new();
+    let row = |i: usize, pad: usize| {
+        let body = json!({"messages": [{"role": "user", "content": format!("Say {}.", i % 4)}], "temperature": 0});
+        let line = json!({"custom_id": format!("row-{i}"), "method": "POST", "url": "/v1/chat/completions", "body": body});
+        line.to_string() + &" ".repeat(pad) + "\n"
+    };
+    // Rows 4 to 7 and 12 to 15 are too long at first, by nothing that counts; their contents are those of others.
+    sandbox.write("in.jsonl", (0..16).map(|i| row(i, if i % 8 > 3 { 2000 } else { 0 })).collect::<String>());
+    let with =
+        |command: &[&'static str], limit, tokens: &'static str| [&job(command, "out.jsonl", limit)[..], &[tokens]].concat();
+    let (one, two) = ("--set=sampling.max_tokens=1", "--set=sampling.max_tokens=2");
+    sandbox.expect(&with(&["run"], SMALL, one), 3);
+    let before = report(&sandbox, "out.report.json");
+    sandbox.expect(&with(&RETRY, LARGE, two), 0);
+    let drawn = |row: &Value| row["response"]["body"]["usage"]["completion_tokens"].as_u64().unwrap();
+    let rows = sandbox.rows("out.jsonl");
+    for (i, row) in rows.iter().enumerate() {
+        assert_eq!((row["custom_id"].as_str().unwrap(), drawn(row)), (&*format!("row-{i}"), if i % 8 > 3 { 2 } else { 1 }));
+    }
+    let after = report(&sandbox, "out.report.json");
+    // Those that are run share what they have in common.
+    assert_eq!(after["estimate"]["actual"]["output_tokens"], 8);
+    assert_eq!(after["earlier"][0]["settings"], before["job_fingerprint"]);
+    assert!(after["job_fingerprint"] == before["job_fingerprint"] && after["settings"] != before["settings"], "{after}");
+    assert_eq!((&after["earlier"][0]["model"], after["earlier"].as_array().unwrap().len()), (&before["model"], 1));
+}
+
+#[test]
+fn results_that_are_not_those_of_the_job_are_not_taken_over() {
+    let sandbox = Sandbox::new();
+    sandbox.write("in.jsonl", requests(40));
+    sandbox.expect(&job(&["run"], "out.jsonl", SMALL), 3);
+    let text = sandbox.read("out.jsonl");
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.swap(1, 2);
+    sandbox.write("out.jsonl", lines.join("\n") + "\n");
+    let said = sandbox.expect(&job(&RETRY, "out.jsonl", LARGE), 1);
+    assert!(said.contains("out.jsonl is not what out.report.json tells of"), "{said}");
+    sandbox.write("out.jsonl", &text);
+    sandbox.expect(&job(&RETRY, "out.jsonl", LARGE), 3);
+
+    // Rows of another form beside those that stay.
+    let rows: String = (0..20).map(|i| json!({"q": "Row ".repeat(1 + 400 * (i % 3 / 2))}).to_string() + "\n").collect();
+    sandbox.write("in.jsonl", rows);
+    for output in ["rows.jsonl", "rows.parquet"] {
+        let with = |command: &[&'static str], limit, more: &[&'static str]| {
+            [&job(command, output, limit)[..], &["--set=prompt.text={{ q }}", "--set=sampling.max_tokens=2"], more].concat()
+        };
+        sandbox.expect(&with(&["run"], SMALL, &["--restart"]), 3);
+        for other in ["--set=output.prefix=r_", "--set=output.columns=[]", "--set=sampling.n=2"] {
+            let said = sandbox.expect(&with(&RETRY, LARGE, &[other]), 1);
+            assert!(said.contains("has rows of another form"), "{other}: {said}");
+            assert!(!sandbox.path("rows.job").exists(), "{other} leaves something behind");
+        }
+        sandbox.expect(&with(&RETRY, LARGE, &["--set=sampling.temperature=0"]), 0);
+    }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const SECRET: &str = "wJalrXUtnFEMI-secret";
 
 /// The program with the environment of somebody who uses this server.
-fn command(sandbox: &Sandbox, port: u16, args: &[&str]) -> Command {
+pub(crate) fn command(sandbox: &Sandbox, port: u16, args: &[&str]) -> Command {
     let mut command = sandbox.command(args);
     command
         .env("AWS_ACCESS_KEY_ID", "AKIATEST")
@@ -25,7 +25,7 @@ fn command(sandbox: &Sandbox, port: u16, args: &[&str]) -> Command {
 }
 
 #[track_caller]
-fn expect(mut command: Command, code: i32) -> String {
+pub(crate) fn expect(mut command: Command, code: i32) -> String {
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{said}");
@@ -59,7 +59,7 @@ fn prepare(server: &S3, sandbox: &Sandbox, output: &str) -> Vec<u8> {
 
 /// Only results, errors and report are left, and the lease, which nobody holds.
 #[track_caller]
-fn check_tidy(server: &S3, stem: &str) {
+pub(crate) fn check_tidy(server: &S3, stem: &str) {
     let keys: Vec<String> = server.keys().into_iter().filter(|key| key.starts_with(stem)).collect();
     let in_job: Vec<&str> = keys.iter().filter_map(|key| key.split_once(".job/")).map(|(_, name)| name).collect();
     assert!(keys.len() == 4 && in_job == ["lease.json"], "{keys:?}");
@@ -156,8 +156,45 @@ fn errors_are_run_again_on_s3() {
     check_tidy(&server, "out.");
 }
 
+#[test]
+fn parts_on_s3_are_those_of_a_local_job() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let wanted = prepare(&server, &sandbox, "out.jsonl");
+    let args = [&null_job("s3://bucket/in/*.jsonl", "s3://bucket/out.jsonl")[..], &["--parts=500"]].concat();
+    let n_parts = || server.keys().iter().filter(|key| key.starts_with("out.jsonl/part-")).count();
+    for n in [1, 6] {
+        let mut child = command(&sandbox, server.port, &args).stderr(Stdio::piped()).spawn().unwrap();
+        while n_parts() < n {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+            sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!server.keys().contains(&"out.jsonl/_SUCCESS".to_owned()), "the list came before the last part");
+        let lease: Value = serde_json::from_slice(&server.get("out.job/lease.json")).unwrap();
+        assert!(lease["uploads"].as_array().unwrap().len() <= 4, "{lease}");
+    }
+    expect(command(&sandbox, server.port, &args), 0);
+    let list: Value = serde_json::from_slice(&server.get("out.jsonl/_SUCCESS")).unwrap();
+    let parts = list["parts"].as_array().unwrap();
+    let joined: Vec<u8> =
+        parts.iter().flat_map(|part| server.get(&format!("out.jsonl/{}", part["name"].as_str().unwrap()))).collect();
+    assert!(parts.len() == 10 && n_parts() == 10 && joined == wanted, "the parts are not the file");
+    assert_eq!(server.uploads(), [""; 0], "parts of uploads are left");
+    // As an input, with and without the slash.
+    let again = ["--set", "output.prefix=again_", "--restart"];
+    sandbox.expect(&[&null_job("out.jsonl", "again.jsonl")[..], &again].concat(), 0);
+    for input in ["s3://bucket/out.jsonl", "s3://bucket/out.jsonl/"] {
+        expect(command(&sandbox, server.port, &[&null_job(input, "from_s3.jsonl")[..], &again].concat()), 0);
+        assert!(sandbox.read("from_s3.jsonl") == sandbox.read("again.jsonl"), "{input} is read as something else");
+    }
+    server.delete("out.jsonl/_SUCCESS");
+    let said = expect(command(&sandbox, server.port, &[&null_job("s3://bucket/out.jsonl/", "x.jsonl")[..], &again].concat()), 1);
+    assert!(said.contains("not published them yet"), "{said}");
+}
+
 /// Rows of the real model that take several seconds.
-const SLOW: [&str; 12] = [
+pub(crate) const SLOW: [&str; 12] = [
     "run",
     "-i",
     "s3://bucket/in.jsonl",
@@ -172,7 +209,7 @@ const SLOW: [&str; 12] = [
     "job.window_rows=16",
 ];
 
-fn put_slow_rows(server: &S3) {
+pub(crate) fn put_slow_rows(server: &S3) {
     let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true}));
     server.put("in.jsonl", (0..40).map(line).collect::<Vec<_>>().join("\n").as_bytes());
 }
@@ -182,7 +219,7 @@ fn n_segments(server: &S3) -> usize {
 }
 
 /// A run that has committed something since it was started.
-fn started(server: &S3, mut command: Command) -> Child {
+pub(crate) fn started(server: &S3, mut command: Command) -> Child {
     let before = n_segments(server);
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_mins(5);
@@ -194,7 +231,7 @@ fn started(server: &S3, mut command: Command) -> Child {
     child
 }
 
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
 }
 
@@ -227,13 +264,19 @@ fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
 fn requests_that_hang_do_not_end_a_tenure() {
     let (server, sandbox) = (S3::start(), Sandbox::new());
     put_slow_rows(&server);
-    let mut n_leases = 0;
-    // The look for a wish to stop never comes back, nor do two signs of life.
+    let (mut n_leases, mut n_uploads) = (0, 0);
+    // The look for a wish to stop never comes back, nor do two signs of life, nor the word of an upload.
     let plan = move |seen: &crate::faults::Seen<'_>| match seen.method {
         "GET" if seen.path.contains("out.job/cancel") => Fault::Hang,
+        "POST" if seen.path.ends_with("?uploads") || seen.path.ends_with("?uploads=") => {
+            n_uploads += 1;
+            Fault::None
+        }
         "PUT" if seen.path.contains("out.job/lease.json") => {
             n_leases += 1;
-            if [6, 9].contains(&n_leases) { Fault::Hang } else { Fault::None }
+            let is_word = n_uploads == 1;
+            n_uploads += u32::from(is_word);
+            if [6, 9].contains(&n_leases) || is_word { Fault::Hang } else { Fault::None }
         }
         _ => Fault::None,
     };
@@ -244,9 +287,12 @@ fn requests_that_hang_do_not_end_a_tenure() {
     sleep(Duration::from_secs(4));
     let said = expect(command(&sandbox, server.port, &lease), 4);
     assert!(said.contains("another run is at this job"), "{said}");
+    // One that would take over from a silent run waits to its end.
+    let waits = command(&sandbox, server.port, &[&lease[..], &["--if-running", "wait"]].concat()).spawn().unwrap();
     let ended = first.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
-    assert!(happened.lock().unwrap().iter().filter(|&&fault| fault == Fault::Hang).count() >= 2);
+    assert_eq!(waits.wait_with_output().unwrap().status.code(), Some(0));
+    assert!(happened.lock().unwrap().iter().filter(|&&fault| fault == Fault::Hang).count() >= 3);
 }
 
 #[test]

@@ -285,35 +285,3 @@ fn killed_on_s3_in_shards() {
     let expected = undisturbed();
     println!("{}", Job::new(Place::Store(S3::start()), 4).shake(n_kills(), &SHARDS, &expected));
 }
-
-#[test]
-#[ignore = "needs the right to mount a small disk"]
-fn a_full_disk_stops_a_job_that_goes_on_when_there_is_room() {
-    let sandbox = Sandbox::new();
-    let rows: String =
-        (0..3000).map(|i| json!({"id": i, "q": format!("Row {i}?"), "pad": "x ".repeat(200)}).to_string() + "\n").collect();
-    sandbox.write("in.jsonl", rows);
-    std::fs::create_dir(sandbox.path("small")).unwrap();
-    let mount = |options: &str| {
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(sandbox.path("small"));
-        assert!(command.status().unwrap().success(), "a small disk can't be mounted");
-    };
-    let job = |output: &'static str| {
-        ["run", "-i", "in.jsonl", "-o", output, "-q", "--engine=null", "--set=prompt.text={{ q }}", "--set=job.window_rows=500"]
-    };
-    sandbox.expect(&job("calm.jsonl"), 0);
-    mount("size=1m");
-    let said = sandbox.expect(&job("small/out.jsonl"), 1);
-    // Room for the journal, not for the files as well.
-    mount("remount,size=3m");
-    let said_then = sandbox.expect(&job("small/out.jsonl"), 1);
-    mount("remount,size=64m");
-    sandbox.expect(&job("small/out.jsonl"), 0);
-    let same = sandbox.read("small/out.jsonl") == sandbox.read("calm.jsonl");
-    let unmounted = Command::new("umount").arg(sandbox.path("small")).status().unwrap();
-    assert!(same && unmounted.success(), "the output differs");
-    for said in [said, said_then] {
-        assert!(said.contains("No space left on device"), "{said}");
-    }
-}

@@ -87,6 +87,9 @@ fn shards_of_one_job_begin_at_one_time() {
     std::fs::create_dir(sandbox.path("out.job")).unwrap();
     sandbox.write("out.job/begun.json", "{\"job\": \"other\", \"created_unix_s\": 5}");
     job("run", &["--shard", "1/2"]);
+    // Refused, and leaves the time alone.
+    job("run", &[]);
+    job("retry", &["--errors"]);
     sleep(Duration::from_millis(1100));
     job("run", &["--shard", "0/2"]);
     job("merge", &[]);
@@ -96,6 +99,14 @@ fn shards_of_one_job_begin_at_one_time() {
     assert!(rows.len() > 20 && created(&rows[0]) > 1_700_000_000);
     assert!(rows.iter().all(|row| created(row) == report["created"].as_u64().unwrap()), "rows of one job began at two times");
     assert!(!sandbox.path("out.job").exists());
+
+    // A date that the user sets is the date, also where the job was begun before.
+    job("run", &["--shard", "1/2", "--restart"]);
+    for shard in ["0/2", "1/2"] {
+        sandbox.expect(&[&["run"], &REQUESTS[..], &["-o", "out.jsonl", "--restart", "--shard", shard]].concat(), 3);
+    }
+    job("merge", &[]);
+    assert!(sandbox.rows("out.jsonl").iter().all(|row| created(row) == 1_700_000_000));
 }
 
 #[test]
