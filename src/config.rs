@@ -150,8 +150,7 @@ impl Config {
         }
         let defaults = sampling_params(&spec.sampling, spec.is_dataset())?;
         at_least("input.max_line_bytes", spec.input.max_line_bytes, 1024)?;
-        at_least("engine.budget_tokens", spec.engine.budget_tokens, 16)?;
-        at_least("engine.max_running", spec.engine.max_running, 1)?;
+        check_step(spec.engine.budget_tokens, spec.engine.max_running)?;
         at_least("job.window_rows", spec.job.window_rows, 1)?;
         at_least("job.window_bytes", spec.job.window_bytes, 1024)?;
         let prices = &spec.prices;
@@ -224,6 +223,19 @@ fn part_size(spec: &PartsSpec) -> Result<PartSize> {
 fn at_least(name: &str, value: usize, min: usize) -> Result<()> {
     if value < min {
         bail!("{name}: {value} is under the least that works, {min}");
+    }
+    Ok(())
+}
+
+/// Most tokens, and rows, of a step: more than memory holds.
+const MAX_STEP: usize = 1 << 20;
+
+/// How large a step may get.
+fn check_step(budget_tokens: usize, max_running: usize) -> Result<()> {
+    for (name, value, min) in [("budget_tokens", budget_tokens, 16), ("max_running", max_running, 1)] {
+        if !(min..=MAX_STEP).contains(&value) {
+            bail!("engine.{name}: {value} is outside {min} to {MAX_STEP}");
+        }
     }
     Ok(())
 }

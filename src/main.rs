@@ -13,6 +13,7 @@ use valar::config::{self, Config, ReusePlace, cache_folder};
 use valar::device::cpu::Numerics;
 use valar::hub;
 use valar::journal::Apart;
+use valar::outcome::shortened;
 use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
 use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, retry, spec, status};
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            say(&format!("error: {error:#}"));
+            say(&shortened(format!("error: {error:#}")));
             ExitCode::from(if error.is::<Apart>() { 4 } else { 1 })
         }
     }
@@ -148,7 +149,7 @@ fn job(args: &RunArgs) -> Result<Config> {
 
 /// A job that makes no sense as typed.
 fn usage(error: &anyhow::Error) -> u8 {
-    say(&format!("error: {error:#}"));
+    say(&shortened(format!("error: {error:#}")));
     2
 }
 

@@ -137,14 +137,27 @@ pub struct Tried {
 impl RowError {
     /// An error of a whole row.
     pub fn row(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, field: None, message: message.into(), tried: None }
+        Self { code, field: None, message: shortened(message.into()), tried: None }
     }
 
     /// An error of one field; `message` is prefixed by the field's name.
     pub fn field(code: ErrorCode, field: impl Into<String>, message: impl fmt::Display) -> Self {
-        let field = field.into();
-        Self { code, message: format!("{field}: {message}"), field: Some(field), tried: None }
+        let field = shortened(field.into());
+        Self { code, message: shortened(format!("{field}: {message}")), field: Some(field), tried: None }
     }
+}
+
+/// Most bytes of a message. What it repeats of an input may be of any length.
+const MAX_MESSAGE_BYTES: usize = 2000;
+
+/// A message without its middle if it is too long: what is wrong stands at its beginning or at its end.
+pub fn shortened(message: String) -> String {
+    if message.len() <= MAX_MESSAGE_BYTES {
+        return message;
+    }
+    let start = message.floor_char_boundary(MAX_MESSAGE_BYTES / 2);
+    let end = message.ceil_char_boundary(message.len() - MAX_MESSAGE_BYTES / 2);
+    format!("{} … {}", &message[..start], &message[end..])
 }
 
 /// Kinds of row errors. The spelling on the wire is [`ErrorCode::as_str`]; programs match on it, never on messages.

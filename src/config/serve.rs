@@ -321,8 +321,7 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
         Some(text) => parse_bytes(text).context("engine.memory")?,
         None => free_memory_bytes()? / 2,
     };
-    ensure!(engine.budget_tokens >= 16, "engine.budget_tokens: {} is under the least that works, 16", engine.budget_tokens);
-    ensure!(engine.max_running >= 1, "engine.max_running: must be at least 1");
+    super::check_step(engine.budget_tokens, engine.max_running)?;
     let n_threads = n_threads(flags.threads.or(engine.threads)).context("engine.threads")?;
     let mut names: Vec<_> =
         entries.iter().map(|entry| (&entry.weights, &entry.device, &entry.numerics, &entry.chat_template)).collect();

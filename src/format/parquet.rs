@@ -9,9 +9,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use arrow::array::{Array, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 use arrow::json::writer::{EncoderOptions, make_encoder};
@@ -68,19 +69,16 @@ impl ParquetReader {
         };
         let url = object.url().clone();
         let schema = builder.schema().clone();
-        encode_rows(&RecordBatch::new_empty(schema), limits).with_context(|| format!("{url}: a column can't be read"))?;
+        let encoded = caught(|| Ok(encode_rows(&RecordBatch::new_empty(schema), limits)?));
+        encoded.with_context(|| format!("{url}: a column can't be read"))?;
         let metadata = builder.metadata();
-        let mut n_rows = 0;
-        let count_up = metadata.row_groups().iter().map(|group| {
-            n_rows += group.num_rows() as u64;
-            n_rows
-        });
-        let group_ends: Vec<u64> = count_up.collect();
+        let group_ends = group_ends(metadata)?;
         let batch_rows = batch_rows(metadata);
         let first_group = group_ends.partition_point(|&end| end <= skip);
         let before = if first_group == 0 { 0 } else { group_ends[first_group - 1] };
         let builder = builder.with_row_groups((first_group..group_ends.len()).collect()).with_offset((skip - before) as usize);
-        let batches = builder.with_batch_size(batch_rows).build().with_context(|| format!("can't read {url}"))?;
+        let batches = caught(|| Ok(builder.with_batch_size(batch_rows).build()?));
+        let batches = batches.with_context(|| format!("can't read {url}"))?;
         Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: skip + 1, group_ends, limits })
     }
 
@@ -95,9 +93,16 @@ impl ParquetReader {
 
     pub(super) fn next_row(&mut self) -> Result<Option<FileRow>> {
         while self.rows.is_empty() {
-            let Some(batch) = self.batches.next() else { return Ok(None) };
-            let rows = batch.and_then(|batch| encode_rows(&batch, self.limits));
-            self.rows = rows.with_context(|| self.batch_place())?;
+            let next = caught(|| {
+                let batch = self.batches.next().transpose()?;
+                Ok(batch.map(|batch| encode_rows(&batch, self.limits)).transpose()?)
+            });
+            let Some(rows) = next.with_context(|| self.batch_place())? else {
+                let (n_rows, n_read) = (self.group_ends.last().copied().unwrap_or(0), self.next_line - 1);
+                ensure!(n_read == n_rows, "{}: it holds {n_read} rows, not {n_rows} as its footer says", self.url);
+                return Ok(None);
+            };
+            self.rows = rows;
         }
         let line = self.next_line;
         self.next_line += 1;
@@ -136,9 +141,35 @@ pub(super) fn count_rows(object: &Object) -> Result<u64> {
 
 fn open_file(object: &Object) -> Result<ParquetRecordBatchReaderBuilder<BlockFile>> {
     let file = BlockFile::new(object.clone());
-    let metadata = load_metadata(&file).with_context(|| format!("{} is not a readable Parquet file", object.url()))?;
+    let metadata = caught(|| {
+        let metadata = load_metadata(&file)?;
+        ensure!(metadata.parquet_schema().num_columns() > 0, "it has no columns");
+        group_ends(metadata.metadata())?;
+        Ok(metadata)
+    });
+    let metadata = metadata.with_context(|| format!("{} is not a readable Parquet file", object.url()))?;
     file.blocks().n_max = MIN_BLOCKS.max(2 * metadata.parquet_schema().num_columns());
     Ok(ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata))
+}
+
+/// Rows up to and with each row group.
+fn group_ends(metadata: &ParquetMetaData) -> Result<Vec<u64>> {
+    let mut n_rows = 0i64;
+    let mut ends = Vec::with_capacity(metadata.num_row_groups());
+    for (i, group) in metadata.row_groups().iter().enumerate() {
+        let sum = n_rows.checked_add(group.num_rows()).filter(|&sum| sum >= n_rows);
+        n_rows = sum.with_context(|| format!("row group {i} says that it has {} rows", group.num_rows()))?;
+        ends.push(n_rows as u64);
+    }
+    let n_file = metadata.file_metadata().num_rows();
+    ensure!(n_rows == n_file, "its footer counts {n_file} rows, its row groups {n_rows}");
+    Ok(ends)
+}
+
+/// What work gives; where the library panics, which it does on some damaged files, an error.
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let Ok(result) = catch_unwind(AssertUnwindSafe(work)) else { bail!("it is damaged: the Parquet library failed") };
+    result
 }
 
 fn load_metadata(file: &BlockFile) -> Result<ArrowReaderMetadata, ParquetError> {

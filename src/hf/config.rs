@@ -5,7 +5,7 @@
 use crate::device::{Activation, ExpertSizes, RopeStyle};
 use crate::model::family::Family;
 use crate::model::rope::{self, RopeScaling};
-use crate::model::{ExpertSpec, Facts, Rope};
+use crate::model::{ExpertSpec, Facts, MAX_LAYERS, Rope};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
@@ -124,7 +124,7 @@ impl Config {
             width: self.hidden_size,
             ffn_width: self.expert_width().unwrap_or(self.intermediate_size),
             max_context: self.max_position_embeddings,
-            norm_eps: self.rms_norm_eps,
+            norm_eps: positive("rms_norm_eps", Some(self.rms_norm_eps))?.context("rms_norm_eps is missing")?,
             tied_head: self.tied_head(family),
             n_heads: self.num_attention_heads,
             n_kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
@@ -266,6 +266,3 @@ impl Config {
         Ok(Some(ExpertSpec { sizes, renormalise, stacked: false }))
     }
 }
-
-/// More layers than any model has; keeps a damaged file from costing memory.
-const MAX_LAYERS: usize = 4096;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 
 use super::keeper::{CANCEL, Keeper, Kept, LEASE, Root, Standing};
-use super::lease::{Begun, Claim, IfRunning, Lease};
+use super::lease::{Begun, Claim, IfRunning, Lease, MAX_EPOCH};
 use super::manifest::{self, Manifest};
 use super::{holder, lock, segment};
 use crate::storage::{Announce, Hear, Location, Storage};
@@ -214,5 +214,6 @@ fn is_of_old_form(name: &str) -> bool {
 fn last_epoch(root: &Root) -> Result<u32> {
     let names = root.storage.list(&root.at)?;
     let epochs = names.iter().filter_map(|name| segment::id_of(name).map(|id| id.epoch).or_else(|| manifest::epoch_of(name)));
-    Ok(epochs.max().unwrap_or(0))
+    // What bears a larger one was never written by a run.
+    Ok(epochs.filter(|&epoch| epoch < MAX_EPOCH - EPOCHS_AHEAD).max().unwrap_or(0))
 }

@@ -58,8 +58,7 @@ impl Root {
     pub(super) fn read(&self) -> Result<Option<(Box<Lease>, LeaseVersion)>> {
         let at = self.at.child(LEASE)?;
         let Some((text, version)) = self.storage.get_version(&at)? else { return Ok(None) };
-        let lease = serde_json::from_slice(&text);
-        let lease = lease.with_context(|| format!("{} is damaged; --restart begins the job anew", at.url))?;
+        let lease = Lease::parse(&text).with_context(|| format!("{} is damaged; --restart begins the job anew", at.url))?;
         Ok(Some((lease, Some(version))))
     }
 

@@ -82,7 +82,20 @@ pub enum IfRunning {
     TakeOver,
 }
 
+/// Far more epochs than a job can have; what is over it is damage.
+pub(super) const MAX_EPOCH: u32 = u32::MAX / 2;
+
 impl Lease {
+    /// Of its text in the store.
+    pub(super) fn parse(text: &[u8]) -> serde_json::Result<Box<Self>> {
+        let lease: Box<Self> = serde_json::from_slice(text)?;
+        if lease.epoch > MAX_EPOCH {
+            let damage = format!("epoch {} is over the limit of {MAX_EPOCH}", lease.epoch);
+            return Err(serde::de::Error::custom(damage));
+        }
+        Ok(lease)
+    }
+
     /// A job's first.
     pub fn first(holder: Holder, lease_ms: u64) -> Self {
         let (closed, uploads) = (Vec::new(), Vec::new());

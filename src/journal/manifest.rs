@@ -113,6 +113,12 @@ impl Manifest {
         let manifest: Self = serde_json::from_slice(text)?;
         let version = manifest.format_version;
         ensure!(version == FORMAT_VERSION, "it has form {version}; this program knows form {FORMAT_VERSION}");
+        let n_inputs = manifest.inputs.iter().try_fold(0u64, |sum, input| sum.checked_add(input.n_rows));
+        ensure!(n_inputs.is_some(), "inputs: the sum of n_rows is over {}", u64::MAX);
+        let Range { start, end } = manifest.rows;
+        ensure!(start <= end, "rows: {start} to {end} is no range");
+        let n_retried = manifest.retries.unwrap_or(0);
+        ensure!(n_retried <= end - start, "retries: {n_retried} of {} rows", end - start);
         Ok(manifest)
     }
 

@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use rayon::prelude::*;
 
@@ -70,6 +70,9 @@ pub struct Totals {
     /// Prompt tokens that were shared with another row.
     pub cached_tokens: u64,
 }
+
+/// Most segments of a job: one a second for half a year.
+const MAX_SEGMENTS: u64 = 1 << 24;
 
 /// Segments whose indexes are in memory at a time.
 const READ_AHEAD: usize = 16;
@@ -142,6 +145,8 @@ impl Journal {
     pub fn resume(dir: JobDir, manifest: &Manifest, each: &mut dyn FnMut(&Noted, Place) -> Result<()>) -> Result<Self> {
         let mut journal = Self::empty(dir, manifest);
         let closed = journal.dir.lease().closed;
+        let n_segments: u64 = closed.iter().map(|closed| u64::from(closed.n_segments)).sum();
+        ensure!(n_segments <= MAX_SEGMENTS, "the lease says that there are {n_segments} segments; {DAMAGED}");
         let ids = closed
             .iter()
             .flat_map(|&Closed { epoch, n_segments }| (1..=n_segments).map(move |number| SegmentId { epoch, number }));
@@ -170,7 +175,7 @@ impl Journal {
             };
             std::thread::Builder::new().name("segments".into()).spawn_scoped(scope, read).context("starting a thread")?;
             for (&id, read) in ids.iter().zip(indexes.into_iter().flatten()) {
-                journal.count(id, read.context(DAMAGED)?, each)?;
+                journal.count(id, read.context(DAMAGED)?, &manifest.rows, each)?;
             }
             anyhow::Ok(())
         })?;
@@ -213,17 +218,25 @@ impl Journal {
         }
     }
 
-    fn count(&mut self, id: SegmentId, read: ReadIndex, each: &mut dyn FnMut(&Noted, Place) -> Result<()>) -> Result<()> {
+    fn count(
+        &mut self,
+        id: SegmentId,
+        read: ReadIndex,
+        own: &Range<u64>,
+        each: &mut dyn FnMut(&Noted, Place) -> Result<()>,
+    ) -> Result<()> {
         let ReadIndex { rows, lines, reached } = read;
+        let name = segment::name_of(id);
         self.reached = reached.or(self.reached.take());
         if let Some(lines) = lines {
-            for entry in segment::entries(&lines)? {
-                if let segment::Line::Checkpoint(checkpoint) = entry?.line {
+            for (number, entry) in (1..).zip(segment::entries(&lines).with_context(|| name.clone())?) {
+                if let segment::Line::Checkpoint(checkpoint) = entry.with_context(|| format!("{name}, line {number}"))?.line {
                     self.begun.add(checkpoint);
                 }
             }
         }
         for noted in rows {
+            ensure!(own.contains(&noted.row), "{name}: row {} is none of the job's", noted.row);
             self.begun.end(noted.row);
             if self.counts(noted.ok, id) && self.done.insert(noted.row) {
                 self.totals.add(&noted);

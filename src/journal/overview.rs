@@ -70,7 +70,7 @@ pub fn overview(storage: &Storage, at: &Location) -> Result<Option<Overview>> {
 
 fn overview_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Overview>> {
     let Some(manifest) = manifest_of(storage, at, lease)? else { return Ok(None) };
-    let (mut n_done, mut n_failed) = (0, 0);
+    let (mut n_done, mut n_failed) = (0u64, 0u64);
     let root = Root { storage: storage.clone(), at: at.clone(), swaps: false };
     let own = Closed { epoch: lease.epoch, n_segments: root.count(lease.epoch)? };
     for closed in lease.closed.iter().chain([&own]) {
@@ -80,10 +80,10 @@ fn overview_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option
             let counts = segment::counts(&storage.get_end(&at, segment::SEAL_BYTES)?, &manifest.job_fingerprint);
             let (rows, failed) = counts.unwrap_or_default();
             if closed.epoch < lease.errors_from {
-                n_done += rows - failed;
+                n_done = rows.saturating_sub(failed).saturating_add(n_done);
             } else {
-                n_done += rows;
-                n_failed += failed;
+                n_done = rows.saturating_add(n_done);
+                n_failed = failed.saturating_add(n_failed);
             }
         }
     }

@@ -278,7 +278,7 @@ pub(super) const SEAL_BYTES: u64 = 1024;
 /// Rows and failed rows of a segment of `job`, as its end says; `None` if that is not its end.
 pub(super) fn counts(end: &[u8], job: &str) -> Option<(u64, u64)> {
     let seal = Seal::read(&end[start_of_seal(end)..])?;
-    (seal.job == job).then_some((seal.rows, seal.failed))
+    (seal.job == job && seal.failed <= seal.rows).then_some((seal.rows, seal.failed))
 }
 
 /// What the end of a segment says.

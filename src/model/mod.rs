@@ -12,6 +12,7 @@ mod spec;
 mod workspace;
 
 pub use file::ModelFile;
+pub(crate) use spec::MAX_LAYERS;
 pub use spec::{ExpertSpec, Facts, ModelSpec, Rope};
 pub use workspace::{Sizing, Workspace, sizing};
 

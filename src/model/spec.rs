@@ -126,12 +126,8 @@ impl ModelSpec {
     pub fn new(family: &Family, facts: Facts, file: &dyn ModelFile) -> Result<Self> {
         let embeddings = file.tensor("token_embd.weight")?;
         ensure!(embeddings.shape.len() == 2, "tensor token_embd.weight has {} dimensions, expected 2", embeddings.shape.len());
-        let n_tensors = file.tensor_names().len();
-        ensure!(facts.n_layers <= n_tensors, "{} layers (block_count), but only {n_tensors} tensors", facts.n_layers);
         ensure!(facts.experts.is_none() || family.experts, "experts are not supported in architecture {}", facts.architecture);
-        if let Some(ExpertSpec { sizes: ExpertSizes { n_experts, n_used, .. }, .. }) = facts.experts {
-            ensure!((1..=n_experts).contains(&n_used), "a token can't use {n_used} of {n_experts} experts");
-        }
+        check_sizes(&facts, file.tensor_names().len())?;
         let spec = Self {
             attention: attention(&facts)?,
             name: facts.name,
@@ -262,6 +258,24 @@ pub(super) fn layer_tensor(layer: usize, part: &str) -> String {
     format!("blk.{layer}.{part}")
 }
 
+/// More layers than any model has; keeps a damaged file from costing memory.
+pub(crate) const MAX_LAYERS: usize = 4096;
+/// Larger heads than any model has; the same.
+const MAX_HEAD_DIM: usize = 8192;
+
+/// Fails on sizes that no model has, or whose tensors can't all be in the file: what is made of them next would cost memory.
+fn check_sizes(facts: &Facts, n_tensors: usize) -> Result<()> {
+    ensure!(facts.n_layers <= n_tensors, "{} layers, but only {n_tensors} tensors", facts.n_layers);
+    ensure!(facts.n_layers <= MAX_LAYERS, "{} layers, the limit is {MAX_LAYERS}", facts.n_layers);
+    if let Some(ExpertSpec { sizes: ExpertSizes { n_experts, n_used, .. }, stacked, .. }) = facts.experts {
+        ensure!((1..=n_experts).contains(&n_used), "a token can't use {n_used} of {n_experts} experts");
+        let n_apart = if stacked { 1 } else { n_experts };
+        let fits = n_apart.checked_mul(facts.n_layers).is_some_and(|n| n <= n_tensors);
+        ensure!(fits, "{n_experts} experts in each of {} layers, but only {n_tensors} tensors", facts.n_layers);
+    }
+    Ok(())
+}
+
 /// The attention of each layer.
 fn attention(facts: &Facts) -> Result<Vec<AttentionSpec>> {
     let Facts { n_heads, n_kv_heads, width, .. } = *facts;
@@ -271,6 +285,7 @@ fn attention(facts: &Facts) -> Result<Vec<AttentionSpec>> {
         format!("{width} elements can't be split among {n_heads} heads, and the file does not say how large a head is")
     })?;
     let rope_dim = facts.rope_dim.unwrap_or(head_dim);
+    ensure!(head_dim <= MAX_HEAD_DIM, "{n_heads} heads of {head_dim} elements, the limit is {MAX_HEAD_DIM}");
     ensure!(
         head_dim.is_multiple_of(2) && rope_dim.is_multiple_of(2) && rope_dim <= head_dim,
         "rotary embedding of {rope_dim} of {head_dim} elements: both must be even, the first not larger"

@@ -196,7 +196,7 @@ pub fn open_files(local: &LocalModel) -> Result<Opened> {
     }
     let gguf = Gguf::open(&local.path)?;
     let spec = gguf.spec()?;
-    let tokenizer = Tokenizer::from_gguf(&gguf).with_context(|| format!("tokenizer of {path}"))?;
+    let tokenizer = Tokenizer::from_gguf(&gguf)?;
     let template = ChatTemplate::from_gguf(&gguf).with_context(|| format!("chat template of {path}"))?;
     Ok(Opened { file: Box::new(gguf), spec, tokenizer, template })
 }

@@ -97,7 +97,7 @@ fn compile(key: &str, source: &str) -> Result<RowTemplate> {
 
 fn step(name: String, prompt: &PromptSpec, mut params: Params, files: &mut Files<'_>) -> Result<Step> {
     let mut turns = Vec::new();
-    let turn = |role: &str, key: &str, source: &str| anyhow::Ok(Turn::Template(role.to_owned(), compile(key, source)?));
+    let turn = |role: &str, key: &str, source: &str| anyhow::Ok(Turn::Template(role.to_owned(), compile(key, source)?.into()));
     if let Some(text) = &prompt.text {
         turns.push(turn("", "text", text)?);
     }

@@ -37,7 +37,7 @@ pub struct PromptTemplate {
 /// One or several turns of a chat.
 pub enum Turn {
     /// (role, text)
-    Template(String, RowTemplate),
+    Template(String, Box<RowTemplate>),
     /// The same for every row.
     Fixed(Message),
     /// A column that holds messages: `[{"role", "content"}, …]`.
@@ -64,7 +64,7 @@ impl PromptTemplate {
     /// Its templates.
     pub fn templates(&self) -> impl Iterator<Item = &RowTemplate> {
         let turns =
-            self.turns.iter().filter_map(|turn| if let Turn::Template(_, template) = turn { Some(template) } else { None });
+            self.turns.iter().filter_map(|turn| if let Turn::Template(_, template) = turn { Some(&**template) } else { None });
         turns.chain(&self.prefill).chain(&self.continuation)
     }
 }

@@ -10,7 +10,7 @@ use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result, anyhow, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, context};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior, context, filters};
 use serde::Serialize;
 use serde_json::Map;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
@@ -77,11 +77,8 @@ impl ChatTemplate {
         for (name, token) in specials {
             environment.add_global((*name).to_owned(), *token);
         }
-        let compiled = environment.add_template_owned(NAME, source.to_owned());
-        let environment = match compiled {
-            Ok(()) => Ok(environment),
-            Err(error) => Err(format!("the model's chat template does not compile: {error}")),
-        };
+        let compiled = compile(environment, source, |environment| environment);
+        let environment = compiled.map_err(|why| format!("the model's chat template does not compile: {why}"));
         Self {
             environment,
             source: Some(source.to_owned()),
@@ -157,9 +154,7 @@ impl ChatTemplate {
         };
         let own = context! { messages, add_generation_prompt, tools, documents => () };
         let context = context! { ..own, ..Value::from(Serde(&chat.template_kwargs)) };
-        compiled(environment)
-            .render(context)
-            .map_err(|error| refuse(format!("the model's chat template refused the messages: {error}")))
+        render(environment, context).map_err(|why| refuse(format!("the model's chat template refused the messages: {why}")))
     }
 
     /// blake3 (hex) of the template and its special tokens; part of the fingerprint.
@@ -174,6 +169,8 @@ pub struct RowTemplate {
     environment: Environment<'static>,
     /// The names that the template takes from the row, sorted.
     columns: Vec<String>,
+    /// The same with what is taken from within them (`a.b`).
+    nested: Vec<String>,
 }
 
 impl RowTemplate {
@@ -184,20 +181,22 @@ impl RowTemplate {
     pub fn compile(source: &str) -> Result<Self> {
         let mut environment = base_environment();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| anyhow!("the template does not compile: {error}"))?;
-        let mut columns: Vec<String> = compiled(&environment).undeclared_variables(false).into_iter().collect();
+        let with_names = |environment: Environment<'static>| {
+            let [names, nested] = [false, true].map(|nested| compiled(&environment).undeclared_variables(nested));
+            (environment, names, nested)
+        };
+        let (environment, names, nested) =
+            compile(environment, source, with_names).map_err(|why| anyhow!("the template does not compile: {why}"))?;
+        let mut columns: Vec<String> = names.into_iter().collect();
         columns.retain(|name| environment.globals().all(|(global, _)| global != name));
         columns.sort_unstable();
         ensure!(!source.trim().is_empty(), "the template is empty");
-        Ok(Self { environment, columns })
+        Ok(Self { environment, columns, nested: nested.into_iter().collect() })
     }
 
     /// Names under `root` that the template uses (`root.NAME…`), sorted.
     pub fn names_under(&self, root: &str) -> Vec<String> {
-        let nested = compiled(&self.environment).undeclared_variables(true);
-        let under = nested.iter().filter_map(|path| path.strip_prefix(root)?.strip_prefix('.'));
+        let under = self.nested.iter().filter_map(|path| path.strip_prefix(root)?.strip_prefix('.'));
         let mut names: Vec<String> = under.map(|rest| rest.split('.').next().unwrap_or(rest).to_owned()).collect();
         names.sort_unstable();
         names.dedup();
@@ -214,8 +213,8 @@ impl RowTemplate {
     /// # Errors
     /// `TemplateError` that says what the template refused, and names the columns that it knows and the row lacks.
     pub fn render(&self, columns: &Map<String, serde_json::Value>) -> Result<String, RowError> {
-        compiled(&self.environment).render(Value::from(Serde(columns))).map_err(|error| {
-            let mut message = format!("the template refused the row: {error}");
+        render(&self.environment, Value::from(Serde(columns))).map_err(|why| {
+            let mut message = format!("the template refused the row: {why}");
             let missing: Vec<_> = self.columns.iter().filter(|name| !columns.contains_key(*name)).map(String::as_str).collect();
             if !missing.is_empty() {
                 let present: Vec<_> = columns.keys().take(MAX_NAMED_COLUMNS).map(String::as_str).collect();
@@ -232,6 +231,22 @@ const MARK: &str = "\u{f8ff}answer\u{f8ff}";
 /// An environment holds one template; messages call it this.
 const NAME: &str = "template";
 
+/// Most instructions that a template may take: a chat of a hundred thousand messages takes a fraction, an endless loop ends
+/// after a second or two.
+const MAX_STEPS: u64 = 20_000_000;
+
+/// Longest template.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+
+/// The compiler's stack: so much, and so much more for every byte of the source. What is not used costs nothing.
+const STACK_BYTES: (usize, usize) = (16 << 20, 1 << 10);
+
+/// Largest count that `batch` and `slice` take: they fill up to it.
+const MAX_FILTER_COUNT: usize = 100_000;
+
+/// Longest text that a template may make; far more than any model's context holds.
+const MAX_TEXT_BYTES: usize = 256 << 20;
+
 /// Most of a row's own columns that an error names.
 const MAX_NAMED_COLUMNS: usize = 20;
 
@@ -239,13 +254,26 @@ const MAX_NAMED_COLUMNS: usize = 20;
 /// `strftime_now`: templates that know it test whether it is there, and a prompt must not depend on the day.
 fn base_environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MAX_STEPS));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", to_json);
+    environment.add_filter("batch", |state: &State<'_, '_>, value: Value, count: usize, fill: Option<Value>| {
+        filters::batch(state, value, within(count)?, fill)
+    });
+    environment.add_filter("slice", |state: &State<'_, '_>, value: Value, count: usize, fill: Option<Value>| {
+        filters::slice(state, value, within(count)?, fill)
+    });
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
     environment
+}
+
+/// A count that a filter may be given.
+fn within(count: usize) -> Result<usize, Error> {
+    let refusal = || Error::new(ErrorKind::InvalidOperation, format!("{count} is over the limit of {MAX_FILTER_COUNT}"));
+    (count <= MAX_FILTER_COUNT).then_some(count).ok_or_else(refusal)
 }
 
 fn owned(specials: &BTreeMap<&str, &str>) -> BTreeMap<String, String> {
@@ -254,6 +282,62 @@ fn owned(specials: &BTreeMap<&str, &str>) -> BTreeMap<String, String> {
 
 fn compiled<'a>(environment: &'a Environment<'static>) -> minijinja::Template<'a, 'a> {
     environment.get_template(NAME).expect("added when the environment was made")
+}
+
+/// Compiles a template and lets `then` look at it, on a stack that holds the longest expression that fits into a template:
+/// minijinja walks chains of operators by recursion. What is wrong if it can't.
+fn compile<T: Send>(
+    mut environment: Environment<'static>,
+    source: &str,
+    then: impl FnOnce(Environment<'static>) -> T + Send,
+) -> Result<T, String> {
+    if source.len() > MAX_SOURCE_BYTES {
+        return Err(format!("it has {} bytes, the limit is {MAX_SOURCE_BYTES}", source.len()));
+    }
+    let work = move || {
+        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| error.to_string())?;
+        Ok(then(environment))
+    };
+    std::thread::scope(|scope| {
+        let thread =
+            std::thread::Builder::new().stack_size(STACK_BYTES.0 + source.len() * STACK_BYTES.1).spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| format!("no thread to compile it: {error}"))?;
+        thread.join().unwrap_or_else(|_| Err("the compiler failed".to_owned()))
+    })
+}
+
+/// Renders a template within its limits; what is wrong if it can't.
+fn render(environment: &Environment<'static>, context: Value) -> Result<String, String> {
+    let mut written = Written::default();
+    let rendered = compiled(environment).render_captured_to(context, &mut written).map(|_| ());
+    match rendered {
+        Ok(()) => Ok(String::from_utf8(written.text).expect("templates write text")),
+        Err(_) if written.is_too_long => Err(format!("it makes more than {} MiB of text", MAX_TEXT_BYTES >> 20)),
+        Err(error) if error.kind() == ErrorKind::OutOfFuel => Err(format!("it takes more than {MAX_STEPS} steps")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// What a template writes, up to a limit.
+#[derive(Default)]
+struct Written {
+    text: Vec<u8>,
+    is_too_long: bool,
+}
+
+impl io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.is_too_long |= self.text.len() + bytes.len() > MAX_TEXT_BYTES;
+        if self.is_too_long {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn message_value(message: &Message) -> Value {

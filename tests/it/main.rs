@@ -15,6 +15,8 @@ mod compressed;
 mod conformance;
 mod conformance_attention;
 mod conformance_families;
+mod corpus;
+mod damage;
 mod dataset_rows;
 mod dying;
 mod explain;

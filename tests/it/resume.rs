@@ -17,7 +17,7 @@ use valar::storage::{Location, Storage};
 
 use crate::dying::{Death, DyingStore};
 
-const N_ROWS: u64 = 40;
+pub(crate) const N_ROWS: u64 = 40;
 const WINDOW: usize = 9; // rows under way at once: the bound of how far order is lost
 const COMMIT_ROWS: usize = 4;
 const PART_ROWS: u64 = 7;
@@ -31,7 +31,7 @@ fn hash(x: u64) -> u64 {
 }
 
 /// What becomes of a row, whenever it is computed.
-fn outcome(row: u64) -> Record<'static> {
+pub(crate) fn outcome(row: u64) -> Record<'static> {
     let ok = !hash(row).is_multiple_of(5);
     let text = "né\\n".repeat((hash(row) % 30) as usize);
     let line = format!("{{\"row\":{row},\"ok\":{ok},\"text\":\"{text}\"}}").into();
@@ -57,7 +57,7 @@ fn wanted(ok: bool) -> String {
     (0..N_ROWS).map(outcome).filter(|r| r.ok == ok).flat_map(|r| [r.line.into_owned(), "\n".to_owned()]).collect()
 }
 
-fn manifest() -> Manifest {
+pub(crate) fn manifest() -> Manifest {
     Manifest {
         format_version: Manifest::FORMAT_VERSION,
         valar_version: "test".into(),
@@ -75,9 +75,9 @@ fn manifest() -> Manifest {
 }
 
 /// A job's places in one store.
-struct Places {
-    dir: Location,
-    outputs: Outputs,
+pub(crate) struct Places {
+    pub(crate) dir: Location,
+    pub(crate) outputs: Outputs,
     report: Location,
     /// Its last holder is known to be dead.
     terms: Terms,
@@ -98,8 +98,8 @@ impl Places {
 
 /// What one process learned before it ended.
 #[derive(Default)]
-struct Life {
-    computed: Vec<u64>,
+pub(crate) struct Life {
+    pub(crate) computed: Vec<u64>,
     committed: BTreeSet<u64>,
     warnings: Vec<String>,
     /// What was there could not be used.
@@ -108,7 +108,7 @@ struct Life {
 
 /// A pipeline in small: computes what is not done, in an order that depends on `seed`, commits now and then, publishes,
 /// reports, and tidies up.
-fn run(storage: &Storage, places: &Places, seed: u64, life: &mut Life) -> Result<()> {
+pub(crate) fn run(storage: &Storage, places: &Places, seed: u64, life: &mut Life) -> Result<()> {
     let dir = match JobDir::claim(storage, &places.dir, &places.terms) {
         // A store that tears puts tore the lease: the user says --restart.
         Err(e) if format!("{e:#}").contains("--restart") => {
@@ -153,7 +153,7 @@ fn run(storage: &Storage, places: &Places, seed: u64, life: &mut Life) -> Result
 }
 
 /// All objects there are, with their content; but for the lease, which stays.
-fn contents(storage: &Storage, store: &Arc<dyn ObjectStore>) -> Vec<(String, Bytes)> {
+pub(crate) fn contents(storage: &Storage, store: &Arc<dyn ObjectStore>) -> Vec<(String, Bytes)> {
     let root = Location::new(store.clone(), Path::default(), "");
     let found = storage.expand_under(&root, "**").unwrap();
     let found = found.iter().filter(|at| !at.url.ends_with(".job/lease.json"));
@@ -203,7 +203,7 @@ fn memory() -> Arc<dyn ObjectStore> {
 }
 
 /// The job without any death, and how many writes it takes.
-fn uninterrupted(storage: &Storage, output: &str) -> (Vec<(String, Bytes)>, usize) {
+pub(crate) fn uninterrupted(storage: &Storage, output: &str) -> (Vec<(String, Bytes)>, usize) {
     let store = memory();
     let counting = DyingStore::immortal(store.clone());
     let life: Arc<dyn ObjectStore> = Arc::new(counting.clone());
@@ -298,7 +298,7 @@ fn a_job_is_run_by_one_process_at_a_time() {
 }
 
 /// A journal of ten rows in five segments, and its store.
-fn five_segments() -> (Storage, Arc<dyn ObjectStore>, Places) {
+pub(crate) fn five_segments() -> (Storage, Arc<dyn ObjectStore>, Places) {
     let (storage, store) = (storage(), memory());
     let places = Places::new(&store, "x.jsonl");
     let mut journal = Journal::create(JobDir::claim(&storage, &places.dir, &TERMS).unwrap(), &manifest()).unwrap();
@@ -343,85 +343,8 @@ fn what_could_not_be_committed_is_committed_later() {
     assert_eq!(rows, [(3, first), (4, second)]);
 }
 
-fn resume(storage: &Storage, places: &Places) -> Result<Journal> {
+pub(crate) fn resume(storage: &Storage, places: &Places) -> Result<Journal> {
     Journal::resume(JobDir::claim(storage, &places.dir, &TERMS)?, &manifest(), &mut |_, _| Ok(()))
-}
-
-/// What the journal says of damage, when it is opened or when something is added to it.
-fn found_damage(storage: &Storage, places: &Places) -> String {
-    let mut journal = match resume(storage, places) {
-        Err(error) => return format!("{error:#}"),
-        Ok(journal) => journal,
-    };
-    for row in 10..N_ROWS {
-        journal.append(&outcome(row)).unwrap();
-        // Segments are verified on a thread of their own.
-        std::thread::sleep(Duration::from_millis(20));
-        if let Err(error) = journal.commit() {
-            return format!("{error:#}");
-        }
-    }
-    panic!("nothing was found");
-}
-
-#[test]
-fn damage_in_the_middle_is_an_error_that_names_the_segment() {
-    let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
-        let (storage, _, places) = five_segments();
-        let at = places.dir.child("seg-00001-00000003.jsonl").unwrap();
-        let mut content = storage.get(&at).unwrap().unwrap().to_vec();
-        change(&mut content);
-        storage.put(&at, content.into()).unwrap();
-        (storage, places, at)
-    };
-    let in_line = |content: &mut Vec<u8>| content[20] ^= 1;
-    let in_index = |content: &mut Vec<u8>| {
-        let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
-        content[index] ^= 1;
-    };
-    let flips: [(&dyn Fn(&mut _), _); 2] = [(&in_line, "its checksum is wrong"), (&in_index, "its index is damaged")];
-    for (flip, wanted) in flips {
-        let (storage, places, _) = damaged(flip);
-        let finished = resume(&storage, &places).and_then(|mut journal| finalise(&mut journal, &places.outputs, 10));
-        let error = format!("{:#}", finished.unwrap_err());
-        assert!(error.contains("seg-00001-00000003.jsonl"), "{error}");
-        let error = found_damage(&storage, &places);
-        assert!(error.contains(&format!("seg-00001-00000003.jsonl: {wanted}")), "{error}");
-    }
-    let (storage, places, at) = damaged(&|_| {});
-    storage.delete(&at).unwrap();
-    let error = found_damage(&storage, &places);
-    assert!(error.contains("x.job/seg-00001-00000003.jsonl is gone"), "{error}");
-}
-
-#[test]
-fn a_tail_cut_off_or_corrupted_anywhere_costs_its_own_rows() {
-    let (storage, store, places) = five_segments();
-    let at = places.dir.child("seg-00001-00000005.jsonl").unwrap();
-    let whole = storage.get(&at).unwrap().unwrap();
-    let lease = places.dir.child("lease.json").unwrap();
-    let flipped = |i: usize| {
-        let mut content = whole.to_vec();
-        content[i] ^= 1 << (i % 8);
-        Bytes::from(content)
-    };
-    let n = whole.len();
-    let damaged = (0..n).map(|end| whole.slice(..end)).chain((0..n).map(flipped));
-    for (i, content) in damaged.enumerate() {
-        // As a run that was killed leaves it: each finds the same lease.
-        let before = storage.get(&lease).unwrap().unwrap();
-        storage.put(&at, content).unwrap();
-        let journal = resume(&storage, &places).unwrap_or_else(|e| panic!("damage {i}: {e:#}"));
-        assert_eq!((journal.done_rows().len(), journal.warnings.len()), (8, 1), "damage {i}");
-        assert!(journal.warnings[0].contains("seg-00001-00000005.jsonl is damaged"), "{:?}", journal.warnings);
-        drop(journal);
-        storage.put(&lease, before).unwrap();
-    }
-    // What was lost is computed again.
-    let mut life = Life::default();
-    run(&storage, &places, 1, &mut life).unwrap();
-    assert!(life.computed.contains(&8) && life.computed.contains(&9) && !life.computed.contains(&7), "{:?}", life.computed);
-    assert_eq!(contents(&storage, &store), uninterrupted(&storage, "x.jsonl").0);
 }
 
 /// Puts a segment with these rows, which may be those of other segments, too.

@@ -2,6 +2,7 @@
 //! Invariant: the verdict on a completion, and what is drawn instead of it, depend on the row alone: not on the batch, on the
 //! order, or on what a kill has cut short.
 
+mod cycles;
 mod spec;
 
 pub use spec::{Action, CheckSpec, PolicySpec, RetrySpec};
@@ -169,6 +170,7 @@ fn condition(spec: &CheckSpec, read: &mut impl FnMut(&str) -> Result<String>) ->
             }
             inline => serde_json::to_value(inline).context("check: json_schema")?,
         };
+        cycles::refuse(&schema).context("check: json_schema")?;
         let validator = jsonschema::validator_for(&schema).map_err(|error| anyhow::anyhow!("check: json_schema: {error}"))?;
         found.push(("json_schema", Condition::JsonSchema(Box::new(validator))));
     }

@@ -3,7 +3,7 @@
 use super::families::Family;
 use super::pieces::{BLANK, LeadingBlank, Vocabulary, Writing};
 use super::split::{Splitter, Step};
-use super::{Ends, Hash, Parts};
+use super::{Ends, Hash, Parts, normalizer};
 use crate::gguf::Gguf;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::HashMap;
@@ -12,6 +12,13 @@ use tokenizers::models::unigram::Unigram;
 use tokenizers::normalizers::{NFC, Precompiled, Prepend, Replace, Sequence, Strip};
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
+
+/// Longer tokens than any vocabulary has: what is done with them takes time by the square of their length.
+const MAX_TOKEN_BYTES: usize = 1024;
+/// Most text of the merges that scores stand for, bytes: ten times that of the largest vocabularies.
+const MAX_MERGE_BYTES: usize = 256 << 20;
+/// What a merge takes besides its text, bytes.
+const MERGE_BYTES: usize = 128;
 
 /// A token's kind: the numbers of `tokenizer.ggml.token_type` (llama.cpp's `llama_token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +78,9 @@ impl<'a> Tokens<'a> {
             Some(types) => types.into_iter().map(Kind::parse).collect(),
             None => vec![Kind::Normal; texts.len()],
         };
+        if let Some(id) = texts.iter().position(|text| text.len() > MAX_TOKEN_BYTES) {
+            bail!("tokenizer.ggml.tokens: token {id} has {} bytes, the limit is {MAX_TOKEN_BYTES}", texts[id].len());
+        }
         ensure!(kinds.len() == texts.len(), "{} tokens, but tokenizer.ggml.token_type has {} entries", texts.len(), kinds.len());
         Ok(Self { gguf, texts, kinds })
     }
@@ -196,7 +206,7 @@ fn sentencepiece_bpe(tokens: &Tokens<'_>) -> Result<Parts> {
     for score in scores {
         hash.text(&score.to_string());
     }
-    let mut bpe = BPE::builder().vocab_and_merges(tokens.vocab(), merges(tokens, scores)).fuse_unk(true).byte_fallback(true);
+    let mut bpe = BPE::builder().vocab_and_merges(tokens.vocab(), merges(tokens, scores)?).fuse_unk(true).byte_fallback(true);
     if let Some(id) = unknown(tokens)? {
         bpe = bpe.unk_token(tokens.texts[id as usize].to_owned());
     }
@@ -225,10 +235,10 @@ fn unknown(tokens: &Tokens<'_>) -> Result<Option<u32>> {
 
 /// The merges that scores stand for: every cut of a token into two tokens, the token of the highest score first. Where
 /// scores are equal, longer parts go first, then lower ids: the order that `transformers` gives them.
-fn merges(tokens: &Tokens<'_>, scores: &[f64]) -> Vec<(String, String)> {
+fn merges(tokens: &Tokens<'_>, scores: &[f64]) -> Result<Vec<(String, String)>> {
     let is_text = |kind: Kind| !matches!(kind, Kind::Unused | Kind::Control | Kind::Unknown);
     let ids: HashMap<&str, u32> = tokens.iter().filter(|(_, _, kind)| is_text(*kind)).map(|(id, text, _)| (text, id)).collect();
-    let mut merges = Vec::new();
+    let (mut merges, mut n_bytes) = (Vec::new(), 0);
     for (id, text, kind) in tokens.iter().filter(|(_, _, kind)| is_text(*kind)) {
         if kind == Kind::Byte {
             continue;
@@ -241,10 +251,12 @@ fn merges(tokens: &Tokens<'_>, scores: &[f64]) -> Vec<(String, String)> {
                 merges.push(((scores[id as usize], n_left, n_right), (left_id, right_id), (left, right)));
             }
         }
+        n_bytes += (merges.len() - n_before) * (text.len() + MERGE_BYTES);
+        ensure!(n_bytes <= MAX_MERGE_BYTES, "tokenizer.ggml.tokens: merges of over {} MiB", MAX_MERGE_BYTES >> 20);
         merges[n_before..].sort_by_key(|(_, ids, _)| *ids);
     }
     merges.sort_by(|(a, ..), (b, ..)| b.0.total_cmp(&a.0).then_with(|| (b.1, b.2).cmp(&(a.1, a.2))));
-    merges.into_iter().map(|(_, _, (left, right))| (left.to_owned(), right.to_owned())).collect()
+    Ok(merges.into_iter().map(|(_, _, (left, right))| (left.to_owned(), right.to_owned())).collect())
 }
 
 fn unigram(tokens: &Tokens<'_>) -> Result<Parts> {
@@ -265,6 +277,7 @@ fn unigram(tokens: &Tokens<'_>) -> Result<Parts> {
     let blanks = Replace::new(blanks, BLANK.to_string()).map_err(|error| anyhow!("blanks: {error}"))?;
     let mut normalizers = vec![NormalizerWrapper::StripNormalizer(Strip::new(false, true)), NormalizerWrapper::Replace(blanks)];
     if !charsmap.is_empty() {
+        normalizer::check_charsmap(&charsmap).context("tokenizer.ggml")?;
         let map = Precompiled::from(&charsmap).map_err(|error| anyhow!("tokenizer.ggml.precompiled_charsmap: {error}"))?;
         normalizers.insert(0, NormalizerWrapper::Precompiled(map));
     }

@@ -3,27 +3,50 @@
 
 use super::pieces::{LeadingBlank, Vocabulary, Writing};
 use super::split::{Splitter, Step, Words};
-use super::{Ends, Hash, Parts, families};
+use super::{Ends, Hash, Parts, families, normalizer};
 use crate::text::hf::{HfConfig, HfFiles};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
 use serde_json::Value;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::collections::HashMap;
-use tokenizers::{AddedToken, Model, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
+use tokenizers::{AddedToken, Model, ModelWrapper, PreTokenizerWrapper};
 
 /// tokenizer.json.
 #[derive(Deserialize)]
 struct TokenizerJson {
     #[serde(default)]
     added_tokens: Vec<Added>,
-    normalizer: Option<NormalizerWrapper>,
+    #[serde(default)]
+    normalizer: Value,
     #[serde(default)]
     pre_tokenizer: Value,
     #[serde(default)]
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
+    #[serde(deserialize_with = "model")]
     model: ModelWrapper,
+}
+
+/// Longest token of a unigram model: the crate's own tree of them is taken down by recursion, a level for each byte.
+const MAX_TOKEN_BYTES: usize = 1024;
+
+fn model<'de, D: Deserializer<'de>>(json: D) -> Result<ModelWrapper, D::Error> {
+    #[derive(Deserialize)]
+    struct Unigram<'a> {
+        #[serde(borrow)]
+        vocab: Vec<(Cow<'a, str>, f64)>,
+    }
+    let text = Box::<RawValue>::deserialize(json)?;
+    if let Ok(Unigram { vocab }) = serde_json::from_str(text.get())
+        && let Some((token, _)) = vocab.iter().find(|(token, _)| token.len() > MAX_TOKEN_BYTES)
+    {
+        return Err(D::Error::custom(format!("model: a token has {} bytes, the limit is {MAX_TOKEN_BYTES}", token.len())));
+    }
+    serde_json::from_str(text.get()).map_err(|error| D::Error::custom(format!("model: {error}")))
 }
 
 #[derive(Deserialize)]
@@ -33,14 +56,25 @@ struct Added {
     token: AddedToken,
 }
 
+/// A text that no vocabulary has: a character that Unicode sets aside for nobody.
+const UNKNOWN: &str = "\u{10fffe}";
+
 /// Reads and checks a directory's tokenizer.
 pub(super) fn read(files: &HfFiles<'_>) -> Result<Parts> {
     let config = HfConfig::read(files)?;
     let mut json: TokenizerJson = serde_json::from_str(files.tokenizer).context("cannot be read")?;
+    normalizer::check(&json.normalizer).context("normalizer")?;
+    let normalizer = serde_json::from_value(std::mem::take(&mut json.normalizer)).context("normalizer: cannot be read")?;
     ensure!(
         matches!(json.model, ModelWrapper::BPE(_) | ModelWrapper::Unigram(_)),
         "model is neither BPE nor Unigram, which are supported"
     );
+    if let ModelWrapper::BPE(bpe) = &json.model {
+        ensure!(bpe.dropout.is_none(), "model: dropout, which makes tokens random, is not supported");
+    }
+    // Models without a token for what they don't know (or with one that is none) would fail in the middle of a job.
+    let unknown = json.model.tokenize(UNKNOWN).map(|_| ());
+    unknown.map_err(|error| anyhow!("model: it can't tokenize every text: {error}"))?;
     let ids = json.model.get_vocab();
     json.added_tokens.retain(|added| (added.id as usize) < files.n_vocab);
     // transformers recognises special tokens that only the configuration names.
@@ -63,7 +97,7 @@ pub(super) fn read(files: &HfFiles<'_>) -> Result<Parts> {
     hash.text(files.tokenizer);
     Ok(Parts {
         model: json.model,
-        normalizer: json.normalizer,
+        normalizer,
         splitter: Splitter(steps),
         added,
         vocabulary,

@@ -5,14 +5,16 @@
 mod families;
 mod gguf;
 mod hf;
+mod normalizer;
 mod pieces;
 mod split;
 
 use crate::gguf::Gguf;
 use crate::text::hf::HfFiles;
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use pieces::{Alphabet, LeadingBlank, Vocabulary};
 use split::Splitter;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Model as _, ModelWrapper, NormalizerWrapper, OffsetReferential, OffsetType, TokenizerImpl};
 
@@ -63,7 +65,7 @@ impl Tokenizer {
     /// of splitting text (`tokenizer.ggml.pre`) is not known: a guess would give other tokens than the model was trained on.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let about = || format!("tokenizer of {}", gguf.path().display());
-        gguf::read(gguf).and_then(Self::new).with_context(about)
+        caught(|| gguf::read(gguf).and_then(Self::new)).with_context(about)
     }
 
     /// Builds the tokenizer of a Hugging Face model directory.
@@ -71,7 +73,7 @@ impl Tokenizer {
     /// # Errors
     /// A file is not what it should be, or the tokenizer is of a kind whose tokens have no bytes of their own.
     pub fn from_hf(files: &HfFiles<'_>) -> Result<Self> {
-        hf::read(files).and_then(Self::new).context("tokenizer.json")
+        caught(|| hf::read(files).and_then(Self::new)).context("tokenizer.json")
     }
 
     fn new(parts: Parts) -> Result<Self> {
@@ -181,6 +183,11 @@ impl Tokenizer {
     pub fn hash(&self) -> &str {
         &self.hash
     }
+}
+
+/// What work gives; where the crate panics, which it does on some damaged files, an error.
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| bail!("the tokenizers library failed: the file is damaged"))
 }
 
 /// A running hash of texts and numbers. Each text goes in with its length: two tokenizers never feed the same bytes.

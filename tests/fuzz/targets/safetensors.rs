@@ -1,0 +1,2 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(init: valar_fuzz::begin(), |data: &[u8]| valar_fuzz::safetensors(data));

@@ -1,0 +1,86 @@
+//! Journals that are not what was written: of the last segment the rows are computed again, anywhere else it is an error.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use valar::journal::finalise;
+use valar::storage::Storage;
+
+use crate::resume::{Life, N_ROWS, Places, contents, five_segments, outcome, resume, run, uninterrupted};
+
+/// What the journal says of damage, when it is opened or when something is added to it.
+fn found_damage(storage: &Storage, places: &Places) -> String {
+    let mut journal = match resume(storage, places) {
+        Err(error) => return format!("{error:#}"),
+        Ok(journal) => journal,
+    };
+    for row in 10..N_ROWS {
+        journal.append(&outcome(row)).unwrap();
+        // Segments are verified on a thread of their own.
+        std::thread::sleep(Duration::from_millis(20));
+        if let Err(error) = journal.commit() {
+            return format!("{error:#}");
+        }
+    }
+    panic!("nothing was found");
+}
+
+#[test]
+fn damage_in_the_middle_is_an_error_that_names_the_segment() {
+    let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
+        let (storage, _, places) = five_segments();
+        let at = places.dir.child("seg-00001-00000003.jsonl").unwrap();
+        let mut content = storage.get(&at).unwrap().unwrap().to_vec();
+        change(&mut content);
+        storage.put(&at, content.into()).unwrap();
+        (storage, places, at)
+    };
+    let in_line = |content: &mut Vec<u8>| content[20] ^= 1;
+    let in_index = |content: &mut Vec<u8>| {
+        let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
+        content[index] ^= 1;
+    };
+    let flips: [(&dyn Fn(&mut _), _); 2] = [(&in_line, "its checksum is wrong"), (&in_index, "its index is damaged")];
+    for (flip, wanted) in flips {
+        let (storage, places, _) = damaged(flip);
+        let finished = resume(&storage, &places).and_then(|mut journal| finalise(&mut journal, &places.outputs, 10));
+        let error = format!("{:#}", finished.unwrap_err());
+        assert!(error.contains("seg-00001-00000003.jsonl"), "{error}");
+        let error = found_damage(&storage, &places);
+        assert!(error.contains(&format!("seg-00001-00000003.jsonl: {wanted}")), "{error}");
+    }
+    let (storage, places, at) = damaged(&|_| {});
+    storage.delete(&at).unwrap();
+    let error = found_damage(&storage, &places);
+    assert!(error.contains("x.job/seg-00001-00000003.jsonl is gone"), "{error}");
+}
+
+#[test]
+fn a_tail_cut_off_or_corrupted_anywhere_costs_its_own_rows() {
+    let (storage, store, places) = five_segments();
+    let at = places.dir.child("seg-00001-00000005.jsonl").unwrap();
+    let whole = storage.get(&at).unwrap().unwrap();
+    let lease = places.dir.child("lease.json").unwrap();
+    let flipped = |i: usize| {
+        let mut content = whole.to_vec();
+        content[i] ^= 1 << (i % 8);
+        Bytes::from(content)
+    };
+    let n = whole.len();
+    let damaged = (0..n).map(|end| whole.slice(..end)).chain((0..n).map(flipped));
+    for (i, content) in damaged.enumerate() {
+        // As a run that was killed leaves it: each finds the same lease.
+        let before = storage.get(&lease).unwrap().unwrap();
+        storage.put(&at, content).unwrap();
+        let journal = resume(&storage, &places).unwrap_or_else(|e| panic!("damage {i}: {e:#}"));
+        assert_eq!((journal.done_rows().len(), journal.warnings.len()), (8, 1), "damage {i}");
+        assert!(journal.warnings[0].contains("seg-00001-00000005.jsonl is damaged"), "{:?}", journal.warnings);
+        drop(journal);
+        storage.put(&lease, before).unwrap();
+    }
+    // What was lost is computed again.
+    let mut life = Life::default();
+    run(&storage, &places, 1, &mut life).unwrap();
+    assert!(life.computed.contains(&8) && life.computed.contains(&9) && !life.computed.contains(&7), "{:?}", life.computed);
+    assert_eq!(contents(&storage, &store), uninterrupted(&storage, "x.jsonl").0);
+}
