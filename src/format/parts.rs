@@ -303,7 +303,9 @@ mod tests {
 
     fn write(storage: &Storage, at: &Location, records: &[String], (size, state): (PartSize, &str)) {
         let mut sink = Sink::create_parts(storage, at, None, Parts::new(size, "job", state)).unwrap();
-        records.iter().for_each(|record| sink.write(record).unwrap());
+        for record in records {
+            sink.write(record).unwrap();
+        }
         sink.publish().unwrap();
     }
 
@@ -356,7 +358,9 @@ mod tests {
 
         // As far as a killed run comes: nothing has changed for whoever reads by the list.
         let mut killed = Sink::create_parts(&storage, &at, None, Parts::new(PartSize::Rows(2), "job", "second")).unwrap();
-        records(5).iter().for_each(|record| killed.write(record).unwrap());
+        for record in &records(5) {
+            killed.write(record).unwrap();
+        }
         drop(killed);
         assert_eq!(storage.list(&at).unwrap().len(), 1 + 5 + 2);
         assert_eq!(PartList::read(&storage, &at).unwrap().unwrap(), first);

@@ -31,9 +31,12 @@ type Entry = (u32, u32, Vec<(u32, u32)>);
 pub(super) struct Checkpoints {
     /// Tokens between two; 0 for none.
     every: u32,
-    /// By row and the number of its sequence; with the prompt's hash. `None` if no row was begun: nobody needs to look.
-    begun: Option<Mutex<HashMap<(u64, u32), (u64, Begun)>>>,
+    /// `None` if no row was begun: nobody needs to look.
+    begun: Option<Mutex<BegunRows>>,
 }
+
+/// By row and the number of its sequence; with the prompt's hash.
+type BegunRows = HashMap<(u64, u32), (u64, Begun)>;
 
 impl Checkpoints {
     /// Those of the rows that earlier runs have begun.
@@ -41,7 +44,7 @@ impl Checkpoints {
     /// # Errors
     /// The journal holds something else.
     pub(super) fn new(every: u32, rows: journal::BegunRows) -> Result<Self> {
-        let mut begun = HashMap::new();
+        let mut begun = BegunRows::new();
         for (row, part, pieces) in rows.into_parts() {
             let mut joined = (0, Begun::default());
             for piece in pieces {

@@ -40,9 +40,8 @@ fn damage_in_the_middle_is_an_error_that_names_the_segment() {
         let index = content.windows(9).rposition(|text| text == b"{\"index\":").unwrap() + 20;
         content[index] ^= 1;
     };
-    let flips: [(&dyn Fn(&mut _), _); 2] = [(&in_line, "its checksum is wrong"), (&in_index, "its index is damaged")];
-    for (flip, wanted) in flips {
-        let (storage, places, _) = damaged(flip);
+    for (is_in_line, wanted) in [(true, "its checksum is wrong"), (false, "its index is damaged")] {
+        let (storage, places, _) = if is_in_line { damaged(&in_line) } else { damaged(&in_index) };
         let finished = resume(&storage, &places).and_then(|mut journal| finalise(&mut journal, &places.outputs, 10));
         let error = format!("{:#}", finished.unwrap_err());
         assert!(error.contains("seg-00001-00000003.jsonl"), "{error}");

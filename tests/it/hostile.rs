@@ -51,7 +51,7 @@ fn a_full_disk_stops_a_job_that_goes_on_when_there_is_room() {
     for (name, parts) in [("one", ""), ("parts", "--parts=400")] {
         let (calm, small) = (job(&format!("calm-{name}.jsonl"), parts), job(&format!("small/{name}.jsonl"), parts));
         // With 1 MiB the journal is too much, with 3 MiB the files beside it are.
-        script += &format!(
+        let run = format!(
             "{calm}\n\
              mount -o remount,size=1m small\n\
              code=0; {small} || code=$?; test $code = 1\n\
@@ -65,6 +65,7 @@ fn a_full_disk_stops_a_job_that_goes_on_when_there_is_room() {
              test ! -e small/{name}.job\n\
              rm -r small/*\n"
         );
+        script.push_str(&run);
     }
     match with_mounts(&sandbox, &script) {
         Some(said) => {
