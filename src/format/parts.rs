@@ -358,8 +358,8 @@ mod tests {
 
         // As far as a killed run comes: nothing has changed for whoever reads by the list.
         let mut killed = Sink::create_parts(&storage, &at, None, Parts::new(PartSize::Rows(2), "job", "second")).unwrap();
-        for record in &records(5) {
-            killed.write(record).unwrap();
+        for record in records(5) {
+            killed.write(&record).unwrap();
         }
         drop(killed);
         assert_eq!(storage.list(&at).unwrap().len(), 1 + 5 + 2);

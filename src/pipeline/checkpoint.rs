@@ -26,17 +26,17 @@ struct Data {
 /// A token, its log-probability's bits, and the likeliest tokens with theirs.
 type Entry = (u32, u32, Vec<(u32, u32)>);
 
+/// By row and the number of its sequence; with the prompt's hash.
+type BegunSequences = HashMap<(u64, u32), (u64, Begun)>;
+
 /// What sequences are to begin with, and how often they are to be kept.
 #[derive(Debug, Default)]
 pub(super) struct Checkpoints {
     /// Tokens between two; 0 for none.
     every: u32,
     /// `None` if no row was begun: nobody needs to look.
-    begun: Option<Mutex<BegunRows>>,
+    begun: Option<Mutex<BegunSequences>>,
 }
-
-/// By row and the number of its sequence; with the prompt's hash.
-type BegunRows = HashMap<(u64, u32), (u64, Begun)>;
 
 impl Checkpoints {
     /// Those of the rows that earlier runs have begun.
@@ -44,7 +44,7 @@ impl Checkpoints {
     /// # Errors
     /// The journal holds something else.
     pub(super) fn new(every: u32, rows: journal::BegunRows) -> Result<Self> {
-        let mut begun = BegunRows::new();
+        let mut begun = HashMap::new();
         for (row, part, pieces) in rows.into_parts() {
             let mut joined = (0, Begun::default());
             for piece in pieces {

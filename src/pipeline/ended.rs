@@ -92,16 +92,15 @@ const SHOWN_BYTES: u64 = 1500;
 
 /// The beginning of the first result, for people; `None` if there is none or it is not text.
 fn first_line(storage: &Storage, files: &JobFiles) -> Result<Option<String>> {
-    let results = files.result_files(storage)?;
-    let Some(at) = results.first() else { return Ok(None) };
-    if Format::of(at)? != Format::Jsonl(Compression::None) {
+    let Some(at) = files.first_result(storage)? else { return Ok(None) };
+    if Format::of(&at)? != Format::Jsonl(Compression::None) {
         return Ok(None);
     }
-    let n_bytes = storage.open(at)?.n_bytes().min(SHOWN_BYTES);
+    let n_bytes = storage.open(&at)?.n_bytes().min(SHOWN_BYTES);
     if n_bytes == 0 {
         return Ok(None);
     }
-    let text = storage.get_range(at, 0..n_bytes)?;
+    let text = storage.get_range(&at, 0..n_bytes)?;
     let text = String::from_utf8_lossy(&text);
     Ok(text.lines().next().map(|line| if line.len() < text.len() { line.to_owned() } else { format!("{line}…") }))
 }

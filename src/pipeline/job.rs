@@ -68,6 +68,15 @@ impl JobFiles {
         if self.in_parts { PartList::files(storage, &self.results) } else { Ok(vec![self.results.clone()]) }
     }
 
+    /// The first of them.
+    pub(super) fn first_result(&self, storage: &Storage) -> Result<Option<Location>> {
+        if !self.in_parts {
+            return Ok(Some(self.results.clone()));
+        }
+        let first = PartList::read(storage, &self.results)?.and_then(|list| list.parts.into_iter().next());
+        first.map(|part| self.results.child(&part.name)).transpose()
+    }
+
     /// Refuses results that are not those of a report, which has their hash.
     pub(super) fn check_results(&self, storage: &Storage, report: &Report) -> Result<()> {
         if report.results.is_empty() {

@@ -4,7 +4,7 @@
 use super::collect::Counts;
 use super::estimate::{self, seconds};
 use super::progress::say;
-use super::report::{self, Actual, Estimate, Report};
+use super::report::{self, Actual, Estimate, Maker, Report};
 use super::{Measured, Run, job};
 use crate::device::BLOCK_TOKENS;
 use crate::journal::Totals;
@@ -21,8 +21,7 @@ pub(super) fn report(
     counts: &Counts,
     measured: &Measured,
 ) -> Result<Report> {
-    let (stats, meter) = (&counts.stats, measured.meter.read());
-    let feed = measured.feed.read();
+    let (stats, meter, feed) = (&counts.stats, measured.meter.read(), measured.feed.read());
     let total = measured.start.elapsed().saturating_sub(measured.load).as_secs_f64();
     let seconds = report::Seconds {
         total,
@@ -82,14 +81,16 @@ pub(super) fn report(
         estimate: estimate(counts, measured, &seconds),
         seconds,
     };
-    if run.manifest.retries.is_some()
-        && let Some(finished) = job::report(run.storage, run.files)?
-    {
-        // Killed just before the journal was removed, it is this run's.
-        let own = report.makers();
-        report.earlier = finished.makers().into_iter().filter(|maker| !own.contains(maker)).collect();
-    }
+    report.earlier = earlier_makers(run, &report)?;
     Ok(report)
+}
+
+/// What has made the lines that a retry took over.
+fn earlier_makers(run: &Run<'_>, report: &Report) -> Result<Vec<Maker>> {
+    let finished = if run.manifest.retries.is_some() { job::report(run.storage, run.files)? } else { None };
+    // Killed just before the journal was removed, it is this run's.
+    let own = report.makers();
+    Ok(finished.map(|finished| finished.makers()).into_iter().flatten().filter(|maker| !own.contains(maker)).collect())
 }
 
 /// What was expected of this run; `None` if it ran nothing.

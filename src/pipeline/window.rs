@@ -126,10 +126,10 @@ pub(super) fn refuse_second_uses(rows: &mut [WindowRow], index: &JobIndex) -> Re
     let (first, keeper) = (index.first_of_ids(&uses)?, index.keepers_of_ids(&uses)?);
     for (row, (first, keeper)) in rows.iter_mut().filter(|row| row.id_key.is_some()).zip(first.into_iter().zip(keeper)) {
         let Origin::Request { custom_id: Some(id), .. } = &row.prepared.origin else { continue };
-        let message = if keeper != NOBODY && keeper != row.row_idx {
-            // It may be a later one: this row's id could not be read before.
-            format!("{id:?} is the id of a row that has completed (row {keeper}, counted from 0)")
-        } else if first < row.row_idx && keeper == NOBODY {
+        let message = if keeper != NOBODY && keeper > row.row_idx {
+            // This row's id could not be read before.
+            format!("{id:?} is the id of a later row that has completed (row {keeper}, counted from 0)")
+        } else if first < row.row_idx && keeper != row.row_idx {
             format!("{id:?} was used by an earlier row (row {first}, counted from 0)")
         } else {
             continue;

@@ -99,6 +99,7 @@ impl Upload {
 
     fn complete(&mut self) -> Result<()> {
         if self.sending.is_none() && self.announced().is_none() {
+            self.hash_part();
             let content = Bytes::from(std::mem::take(&mut self.part));
             return self.storage.put(&self.at, content);
         }
@@ -164,6 +165,7 @@ impl Upload {
     /// Sends the part; where it may end later, the one before has ended then.
     fn send_part(&mut self) -> Result<()> {
         self.wait_for_part()?;
+        self.hash_part();
         let content = Bytes::from(std::mem::replace(&mut self.part, Vec::with_capacity(self.storage.part_bytes)));
         if self.sending.is_none() {
             self.begin()?;
@@ -178,6 +180,13 @@ impl Upload {
             }
         }
         Ok(())
+    }
+
+    /// A part at a time: a hash of small pieces takes several times as long.
+    fn hash_part(&mut self) {
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&self.part);
+        }
     }
 
     fn wait_for_part(&mut self) -> Result<()> {
@@ -209,9 +218,6 @@ impl io::Write for Upload {
         let taken = bytes.len().min(self.storage.part_bytes - self.part.len());
         self.part.extend_from_slice(&bytes[..taken]);
         self.n_bytes += taken as u64;
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(&bytes[..taken]);
-        }
         if self.part.len() == self.storage.part_bytes {
             self.send_part().map_err(io::Error::other)?;
         }

@@ -257,8 +257,9 @@ fn an_id_that_is_read_later_is_not_used_twice() {
         let mut found: Vec<String> = ids(&sandbox, output).iter().map(|id| id.as_str().unwrap().to_owned()).collect();
         let errors = sandbox.rows(&output.replace(".jsonl", ".errors.jsonl"));
         assert_eq!(errors.iter().map(|row| row["line"].as_u64().unwrap()).collect::<Vec<_>>(), [3, 5, 13], "{output}");
-        let said = errors[0]["error"]["message"].as_str().unwrap().to_owned();
-        assert!(errors[0]["error"]["code"] == "duplicate_custom_id" && said.contains("row 5, counted from 0"), "{errors:?}");
+        let error = &errors[0]["response"]["body"]["error"];
+        let said = error["message"].as_str().unwrap();
+        assert!(error["code"] == "duplicate_custom_id" && said.contains("row 5, counted from 0"), "{errors:?}");
         found.sort();
         found.dedup();
         assert_eq!((found.len(), sandbox.rows(output).len()), (17, 17), "an id stands there twice");
