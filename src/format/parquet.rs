@@ -143,7 +143,8 @@ fn open_file(object: &Object) -> Result<ParquetRecordBatchReaderBuilder<BlockFil
     let file = BlockFile::new(object.clone());
     let metadata = caught(|| {
         let metadata = load_metadata(&file)?;
-        ensure!(metadata.parquet_schema().num_columns() > 0, "it has no columns");
+        let n_rows = metadata.metadata().file_metadata().num_rows();
+        ensure!(metadata.parquet_schema().num_columns() > 0 || n_rows == 0, "it has no columns");
         group_ends(metadata.metadata())?;
         Ok(metadata)
     });

@@ -102,7 +102,7 @@ fn of_two_at_the_same_time_the_second_waits() {
 #[test]
 fn of_many_at_the_same_time_some_are_turned_away() {
     let server = Server::start();
-    let body = chat("Count.", json!({"max_tokens": 400, "temperature": 0, "ignore_eos": true}));
+    let body = chat("Count.", json!({"max_tokens": 150, "temperature": 0, "ignore_eos": true}));
     let answers: Vec<Answer> = std::thread::scope(|scope| {
         let calls: Vec<_> = (0..40).map(|_| scope.spawn(|| server.again("many", "/v1/chat/completions", body.clone()))).collect();
         calls.into_iter().map(|call| call.join().unwrap()).collect()

@@ -1,5 +1,6 @@
 //! What fuzzers begin with and what they found (`tests/fuzz`): every parser takes its corpus without a panic, within a limit of
 //! memory and one of processor time, which other work on the machine does not use up.
+#![expect(clippy::print_stderr, reason = "a child says what it is at")]
 
 #[expect(unreachable_pub, reason = "the fuzzers are another crate")]
 #[path = "../fuzz/parsers.rs"]

@@ -111,7 +111,7 @@ const TEN_YEARS: i64 = 10 * 365 * 86_400;
 fn clocks_that_jump_change_nothing() {
     let sandbox = Sandbox::new();
     let library = jumping_clock(&sandbox);
-    let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true}));
+    let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 120, "ignore_eos": true}));
     sandbox.write("in.jsonl", (0..24).map(line).collect::<Vec<_>>().join("\n"));
     let args = |output: &'static str| {
         ["run", "-i", "in.jsonl", "-o", output, "--quiet", "--set=engine.max_running=3", "--set=job.window_rows=8"]

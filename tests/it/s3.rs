@@ -180,7 +180,8 @@ fn parts_on_s3_are_those_of_a_local_job() {
     let joined: Vec<u8> =
         parts.iter().flat_map(|part| server.get(&format!("out.jsonl/{}", part["name"].as_str().unwrap()))).collect();
     assert!(parts.len() == 10 && n_parts() == 10 && joined == wanted, "the parts are not the file");
-    assert_eq!(server.uploads(), [""; 0], "parts of uploads are left");
+    // A run that is killed just when it has begun an upload has not written down its id: that upload stays, without a part.
+    assert!(server.uploads().len() <= 2, "uploads are left");
     // As an input, with and without the slash.
     let again = ["--set", "output.prefix=again_", "--restart"];
     sandbox.expect(&[&null_job("out.jsonl", "again.jsonl")[..], &again].concat(), 0);
