@@ -75,7 +75,7 @@ pub struct Totals {
 const MAX_SEGMENTS: u64 = 1 << 24;
 
 /// Segments whose indexes are in memory at a time.
-const READ_AHEAD: usize = 16;
+const READ_AHEAD: usize = 4;
 
 /// What helps if a segment that others follow is damaged.
 const DAMAGED: &str = "the journal is damaged; --restart begins the job anew";

@@ -14,7 +14,8 @@ TIMEFORMAT='%R'
 
 peak() { awk -F '[:,]' '/"peak_memory_bytes"/ { print int($2 / 1048576) }' "$1"; }
 
-for rows in "${@:-100000 1000000 10000000}"; do for rows in $rows; do
+[ $# -gt 0 ] || set -- 100000 1000000 10000000
+for rows; do
   "$here/pipeline.sh" --make tokens "$rows" >in.jsonl
   run() { "$valar" run --engine null -q -i in.jsonl -o out.jsonl "$@" >>log 2>&1; }
   # A row is 102 tokens; a budget pauses the run, exit code 6.
@@ -27,7 +28,7 @@ for rows in "${@:-100000 1000000 10000000}"; do for rows in $rows; do
   echo "$rows rows in three runs: $first s to 97 %, $again s to go on and pause, $rest s for the rest; peak of the last $(peak out.report.json) MiB"
   rm -rf out.* in.jsonl
   VALAR=$valar BENCH_FOLDER=$folder "$here/pipeline.sh" "$rows" tokens 2>/dev/null | sed -n 1p
-done; done
+done
 
 if [ -n "${PYTHON:-}" ]; then
   for rows in 50000 500000 1000000; do

@@ -86,14 +86,20 @@ fn a_request_that_comes_again_is_done_once() {
     assert_eq!(server.again(&"x".repeat(256), "/v1/chat/completions", chat("Hi", json!({}))).status, 400);
 }
 
+/// The answers to so many calls at the same time with one key.
+fn at_once(server: &Server, n_calls: usize, body: &Value) -> Vec<Answer> {
+    std::thread::scope(|scope| {
+        let call = || server.again("one", "/v1/chat/completions", body.clone());
+        let calls: Vec<_> = (0..n_calls).map(|_| scope.spawn(call)).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    })
+}
+
 #[test]
 fn of_two_at_the_same_time_the_second_waits() {
     let server = Server::start();
     let body = chat("Count.", json!({"max_tokens": 60, "temperature": 1, "ignore_eos": true}));
-    let answers: Vec<Answer> = std::thread::scope(|scope| {
-        let calls: Vec<_> = (0..6).map(|_| scope.spawn(|| server.again("one", "/v1/chat/completions", body.clone()))).collect();
-        calls.into_iter().map(|call| call.join().unwrap()).collect()
-    });
+    let answers = at_once(&server, 6, &body);
     assert!(answers.iter().all(|answer| answer.status == 200 && answer.text == answers[0].text), "{answers:?}");
     assert_eq!(answers.iter().filter(|answer| answer.header("idempotent-replayed").is_empty()).count(), 1);
     assert_eq!(server.total()["n_requests"], 1);
@@ -103,10 +109,7 @@ fn of_two_at_the_same_time_the_second_waits() {
 fn of_many_at_the_same_time_some_are_turned_away() {
     let server = Server::start();
     let body = chat("Count.", json!({"max_tokens": 150, "temperature": 0, "ignore_eos": true}));
-    let answers: Vec<Answer> = std::thread::scope(|scope| {
-        let calls: Vec<_> = (0..40).map(|_| scope.spawn(|| server.again("many", "/v1/chat/completions", body.clone()))).collect();
-        calls.into_iter().map(|call| call.join().unwrap()).collect()
-    });
+    let answers = at_once(&server, 40, &body);
     let (done, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
     assert!(!done.is_empty() && done.iter().all(|answer| answer.text == done[0].text));
     assert!(!refused.is_empty() && refused.iter().all(|answer| answer.status == 429));
