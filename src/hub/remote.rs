@@ -110,15 +110,20 @@ const SMALL_FILES: [&str; 8] = [
     "model.safetensors.index.json",
 ];
 
+/// Of a folder's files those that the engine reads: of weights in both forms, the sharded ones.
+pub(super) fn wanted<'n>(names: impl Iterator<Item = &'n str> + Clone) -> Vec<&'n str> {
+    let sharded = names.clone().any(|name| name == "model.safetensors.index.json");
+    let is_weight = |name: &str| {
+        if sharded { name.starts_with("model-") && name.ends_with(".safetensors") } else { name == "model.safetensors" }
+    };
+    names.filter(|name| is_plain(name) && (SMALL_FILES.contains(name) || is_weight(name))).collect()
+}
+
 impl Listing {
-    /// The files that the engine reads: of weights in both forms, the sharded ones.
+    /// The files that the engine reads.
     fn wanted(&self) -> Vec<&Listed> {
-        let sharded = self.siblings.iter().any(|file| file.name == "model.safetensors.index.json");
-        let is_weight = |name: &str| {
-            if sharded { name.starts_with("model-") && name.ends_with(".safetensors") } else { name == "model.safetensors" }
-        };
-        let wanted = |file: &&Listed| is_plain(&file.name) && (SMALL_FILES.contains(&&*file.name) || is_weight(&file.name));
-        self.siblings.iter().filter(wanted).collect()
+        let names = wanted(self.siblings.iter().map(|file| &*file.name));
+        self.siblings.iter().filter(|file| names.contains(&&*file.name)).collect()
     }
 }
 

@@ -252,10 +252,10 @@ impl Journal {
         ok || id.epoch >= self.errors_from
     }
 
-    /// The verified lines of a segment.
+    /// The verified lines of a segment, which is hardly read again.
     fn read(&self, id: SegmentId) -> Result<Bytes> {
         let at = self.dir.segment(id)?;
-        let Some(content) = self.dir.storage.get(&at)? else { bail!("{} is gone", at.url) };
+        let Some(content) = self.dir.storage.get_once(&at)? else { bail!("{} is gone", at.url) };
         segment::verify(&content, &self.job).with_context(|| at.url.to_string())
     }
 

@@ -6,6 +6,7 @@
 //! `LocalFileSystem::with_fsync(true)` writes beside the target (`name#1`), syncs the file, renames it and syncs the
 //! directory, for puts as for multipart uploads (read in `object_store` 0.14.2).
 
+mod cache;
 mod conditional;
 mod glob;
 mod location;
@@ -165,6 +166,17 @@ impl Storage {
             Err(Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(tell(e).context(format!("can't read {}", at.url))),
         }
+    }
+
+    /// The same, for content that hardly anybody reads again: the system need not keep a local file in its cache.
+    pub fn get_once(&self, at: &Location) -> Result<Option<Bytes>> {
+        let content = self.get(at)?;
+        if let Some(path) = &at.local
+            && let Ok(file) = File::open(path)
+        {
+            cache::release(&file);
+        }
+        Ok(content)
     }
 
     /// Bytes `range` of an object.

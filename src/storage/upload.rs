@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::location::Uploads;
 use super::remote::tell;
-use super::{Location, Storage};
+use super::{Location, Storage, cache};
 
 /// Whoever must know of uploads that are under way.
 pub trait Hear: Send + Sync {
@@ -196,15 +196,20 @@ impl Upload {
         Ok(())
     }
 
-    /// Has the disk begin with what was written of a local file. Only a hint: if the file is not where `object_store` 0.14
-    /// has it, or can't be synced now, all is left to the end.
+    /// Has the disk begin with what was written of a local file, which then need not be cached. Only a hint: if the file is
+    /// not where `object_store` 0.14 has it, or can't be synced now, all is left to the end.
     fn sync_ahead(&mut self) {
         let Some(path) = &self.at.local else { return };
         if self.syncing.as_ref().is_none_or(JoinHandle::is_finished) {
             let mut staged = path.as_os_str().to_owned();
             staged.push("#1");
-            let sync = move || drop(File::open(staged).and_then(|file| file.sync_data()));
-            self.syncing = Some(self.storage.runtime.spawn_blocking(sync));
+            self.syncing = Some(self.storage.runtime.spawn_blocking(move || {
+                if let Ok(file) = File::open(staged)
+                    && file.sync_data().is_ok()
+                {
+                    cache::release(&file);
+                }
+            }));
         }
     }
 

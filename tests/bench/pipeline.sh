@@ -44,6 +44,7 @@ alone() {
   [ -z "${TOKENIZER:-}" ] || target/release/tokenizers-alone "$TOKENIZER" "$folder/text.jsonl"
 }
 alone
+sync # what was made here: valar's own syncs should not wait for it
 TIMEFORMAT='%R %U %S'
 spent=$( { time "$valar" run --engine null -q -i "$folder/in.jsonl" -o "$folder/out.jsonl" "$@" >&2; } 2> >(tee /dev/stderr | tail -1))
 awk -v rows="$rows" '

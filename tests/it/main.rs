@@ -37,6 +37,7 @@ mod memory;
 mod model;
 mod money;
 mod oracle;
+mod other_stores;
 mod parameters;
 mod parts;
 mod policies;

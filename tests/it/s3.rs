@@ -1,7 +1,7 @@
 //! Jobs whose files are in object stores: the real program against a real S3 server on this machine, directly and through
 //! a proxy that fails. Outputs are compared byte for byte with those of the same job on the local disk.
 
-use crate::common::{Sandbox, chat_line, model_path};
+use crate::common::{Sandbox, chat_line, golden, model_path};
 use crate::faults::{Fault, S3, proxy};
 use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
@@ -343,6 +343,34 @@ fn a_model_is_fetched_from_s3_once() {
     };
     assert!(run().contains("fetching s3://bucket/m/tiny.gguf"));
     assert!(!run().contains("fetching"));
+}
+
+#[test]
+fn a_model_folder_is_fetched_from_s3_as_it_is_now() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let put = |family: &str| {
+        for name in ["config.json", "model.safetensors"] {
+            server.put(&format!("m/tiny/{name}"), &std::fs::read(golden("models").join(family).join(name)).unwrap());
+        }
+    };
+    let inspect = |url: &str, code| {
+        let mut command = command(&sandbox, server.port, &["inspect", url]);
+        command.env("VALAR_CACHE", sandbox.path("cache"));
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    put("qwen2");
+    server.put("m/tiny/README.md", b"not fetched");
+    let (said, on_the_way) = inspect("s3://bucket/m/tiny/", 0);
+    assert!(said.contains("qwen2") && on_the_way.contains("fetching s3://bucket/m/tiny/"), "{said}{on_the_way}");
+    assert_eq!(inspect("s3://bucket/m/tiny/", 0), (said, String::new()));
+    put("gemma3");
+    let (said, on_the_way) = inspect("s3://bucket/m/tiny/", 0);
+    assert!(said.contains("gemma3") && on_the_way.contains("fetching"), "{said}{on_the_way}");
+    server.delete("m/tiny/config.json");
+    let (_, why) = inspect("s3://bucket/m/tiny/", 1);
+    assert!(why.contains("neither a .gguf file nor a folder with config.json"), "{why}");
 }
 
 #[test]
