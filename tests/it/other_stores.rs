@@ -72,6 +72,11 @@ fn job<'a>(input: &'a str, output: &'a str) -> Vec<&'a str> {
     ["run", "--quiet", "--engine", "null", "-i", input, "-o", output].into_iter().chain(settings).collect()
 }
 
+/// A job whose input is the results of one.
+fn job_after<'a>(input: &'a str, output: &'a str) -> Vec<&'a str> {
+    job(input, output).into_iter().chain(["--set", "output.prefix=second_"]).collect()
+}
+
 fn unguarded<'a>(args: &[&'a str]) -> Vec<&'a str> {
     [args, &["--unguarded"]].concat()
 }
@@ -155,7 +160,7 @@ fn azure_blobs_hold_a_job() {
 
     // The store as an input, by name and by pattern.
     for (input, output) in [("az://jobs/a/out.jsonl", "b.jsonl"), ("az://jobs/a/*.jsonl", "c.jsonl")] {
-        expect(calm.command(&sandbox, &job(input, output)), 0);
+        expect(calm.command(&sandbox, &job_after(input, output)), 0);
     }
     let questions: Vec<_> = sandbox.rows("b.jsonl").iter().map(|row| row["q"].clone()).collect();
     assert_eq!(questions, sandbox.rows("in.jsonl").iter().map(|row| row["q"].clone()).collect::<Vec<_>>());
@@ -180,6 +185,6 @@ fn a_server_that_ignores_conditions_is_refused() {
     let said = expect(command(&args), 1);
     assert!(said.contains("does not honour conditional writes") && said.contains("--unguarded"), "{said}");
     expect(command(&unguarded(&args)), 0);
-    expect(command(&job("s3://jobs/out.jsonl", "back.jsonl")), 0);
+    expect(command(&job_after("s3://jobs/out.jsonl", "back.jsonl")), 0);
     assert_eq!(sandbox.rows("back.jsonl").len(), N_ROWS);
 }

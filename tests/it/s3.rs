@@ -360,11 +360,16 @@ fn a_model_folder_is_fetched_from_s3_as_it_is_now() {
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
     };
+    let letters: serde_json::Map<_, _> = ('a'..='z').zip(0..).map(|(letter, id)| (letter.to_string(), json!(id))).collect();
+    let split = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let model = json!({"type": "BPE", "vocab": letters, "merges": []});
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "decoder": split, "model": model});
+    server.put("m/tiny/tokenizer.json", tokenizer.to_string().as_bytes());
     put("qwen2");
     server.put("m/tiny/README.md", b"not fetched");
     let (said, on_the_way) = inspect("s3://bucket/m/tiny/", 0);
     assert!(said.contains("qwen2") && on_the_way.contains("fetching s3://bucket/m/tiny/"), "{said}{on_the_way}");
-    assert_eq!(inspect("s3://bucket/m/tiny/", 0), (said, String::new()));
+    assert_eq!(inspect("s3://bucket/m/tiny/", 0), (said.clone(), String::new()));
     put("gemma3");
     let (said, on_the_way) = inspect("s3://bucket/m/tiny/", 0);
     assert!(said.contains("gemma3") && on_the_way.contains("fetching"), "{said}{on_the_way}");
