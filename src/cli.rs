@@ -95,12 +95,20 @@ pub enum Command {
 pub const DEFAULT_CACHE_SIZE: &str = "10GiB";
 
 /// `valar cache`
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum CacheAction {
-    /// Print how many results it holds, their size and its folder
-    Stats,
+    /// Print how many results it holds, their size and its place
+    Stats {
+        /// A folder or URL, as of `valar run --cache`
+        #[arg(value_name = "WHERE", default_value = "", hide_default_value = true)]
+        place: String,
+    },
     /// Forget them all
-    Clear,
+    Clear {
+        /// A folder or URL, as of `valar run --cache`
+        #[arg(value_name = "WHERE", default_value = "", hide_default_value = true)]
+        place: String,
+    },
 }
 
 const RUN_HELP: &str = "\
@@ -250,9 +258,10 @@ pub struct RunArgs {
     /// Journal rows that are not done each time they have so many more tokens, to go on from there after a kill; 0: never
     #[arg(long, value_name = "N")]
     pub checkpoint_tokens: Option<u32>,
-    /// Use and fill the cache of results that jobs of this machine share: what was computed before is not computed again
-    #[arg(long)]
-    pub cache: bool,
+    /// Use and fill a cache of results that jobs share: what was computed before is not computed again. This machine's own,
+    /// one in a folder, or one at a URL (`s3://bucket/prefix`) that machines share
+    #[arg(long, value_name = "WHERE", num_args = 0..=1, default_missing_value = "")]
+    pub cache: Option<String>,
     /// What that cache may grow to; results that were not used for longest go first
     #[arg(long, value_name = "SIZE", default_value = DEFAULT_CACHE_SIZE)]
     pub cache_size: String,

@@ -54,8 +54,10 @@ pub struct Config {
 /// A cache of results.
 #[derive(Debug, Clone)]
 pub struct ReusePlace {
-    /// Its folder.
+    /// Its folder; of one in a store, where the folders for copies of such are.
     pub folder: PathBuf,
+    /// The URL of one in a store.
+    pub store: Option<String>,
     /// What it may grow to.
     pub max_bytes: u64,
 }
@@ -64,14 +66,23 @@ pub struct ReusePlace {
 const MIN_CACHE_BYTES: u64 = 1 << 20;
 
 impl ReusePlace {
-    /// Where it is, of this size ("10GiB").
+    /// Where it is, as typed (a folder, a URL, or nothing for this machine's usual place), of this size ("10GiB").
     ///
     /// # Errors
     /// A size that is none, or no place.
-    pub fn new(max_size: &str) -> Result<Self> {
+    pub fn new(place: &str, max_size: &str) -> Result<Self> {
         let max_bytes = parse_bytes(max_size).context("--cache-size")?;
         ensure!(max_bytes >= MIN_CACHE_BYTES, "--cache-size: {max_size} is under 1MiB");
-        Ok(Self { folder: cache_folder()?.join("results"), max_bytes })
+        let usual = cache_folder()?.join("results");
+        if place.is_empty() {
+            return Ok(Self { folder: usual, store: None, max_bytes });
+        }
+        if place.contains("://") {
+            return Ok(Self { folder: usual, store: Some(place.to_owned()), max_bytes });
+        }
+        let folder = PathBuf::from(place);
+        ensure!(!folder.is_file(), "--cache: {place} is a file, not a folder or URL; put the job before --cache");
+        Ok(Self { folder, store: None, max_bytes })
     }
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::process::ExitCode;
-use valar::cache::{Cache, CacheStats};
+use valar::cache::{Cache, CacheStats, PackStats, Packs};
 use valar::cli::{
     BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, MachineBench, PlanArgs, RunArgs, ServeArgs, UsageArgs,
 };
@@ -83,7 +83,7 @@ fn run(cli: Cli) -> Result<u8> {
             server::usage::print(&data, (from.as_deref(), until.as_deref()), by.as_deref(), json).map(|()| 0)
         }
         Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),
-        Command::Cache { action } => cache(action),
+        Command::Cache { action } => cache(&action),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "valar", &mut script);
@@ -139,9 +139,10 @@ fn measure(args: BenchArgs) -> Result<u8> {
 
 /// A job as typed.
 fn job(args: &RunArgs) -> Result<Config> {
+    // First, for it may have been given what was meant as the job.
+    let reuse = args.cache.as_ref().map(|place| ReusePlace::new(place, &args.cache_size)).transpose()?;
     let spec = spec::load(args.pipeline.as_deref(), &args.overrides())?;
     let config = Config::new(spec, args.restart, args.quiet)?;
-    let reuse = if args.cache { Some(ReusePlace::new(&args.cache_size)?) } else { None };
     let budget = args.budget(&config.spec.prices);
     budget.check()?;
     Ok(Config { terms: args.terms(), shard: args.shard, reuse, budget, ..config })
@@ -213,9 +214,22 @@ fn price_line(price: Price, currency: &str) -> Result<String> {
     Ok(format!("{input} {currency} input, {cached} cached, {output} output, a million tokens"))
 }
 
-fn cache(action: CacheAction) -> Result<u8> {
-    let folder = ReusePlace::new(DEFAULT_CACHE_SIZE)?.folder;
-    if matches!(action, CacheAction::Clear) {
+fn cache(action: &CacheAction) -> Result<u8> {
+    let (CacheAction::Stats { place } | CacheAction::Clear { place }) = action;
+    let ReusePlace { folder, store, .. } = ReusePlace::new(place, DEFAULT_CACHE_SIZE)?;
+    let is_cleared = matches!(action, CacheAction::Clear { .. });
+    if let Some(url) = store {
+        let packs = Packs::new(&url, u64::MAX)?;
+        if is_cleared {
+            packs.clear(&folder)?;
+        }
+        let PackStats { n_results, n_packs, n_bytes, n_packed } = packs.stats()?;
+        let (kib, packed) = (n_bytes >> 10, n_packed >> 10);
+        let mut out = std::io::stdout();
+        writeln!(out, "{n_results} results, {kib} KiB, in {n_packs} packs of {packed} KiB at {}", packs.url())?;
+        return Ok(0);
+    }
+    if is_cleared {
         Cache::clear(&folder)?;
     }
     let cache = Cache::open(&folder, u64::MAX)?;

@@ -10,6 +10,17 @@ const FORM: u32 = 1;
 /// What a result is found by: 128 bits of BLAKE3.
 pub type Key = [u8; 16];
 
+/// What stands in all keys of a model with this fingerprint, 16 hexadecimal digits: results of another kind can't be found.
+pub fn kind(fingerprint: &str) -> String {
+    let hash = blake3::hash(format!("{} {fingerprint}", versions()).as_bytes());
+    hash.to_hex()[..16].to_owned()
+}
+
+/// Of the code that is in no fingerprint.
+fn versions() -> String {
+    format!("valar result {FORM} {RESULT_VERSION} {}", env!("CARGO_PKG_VERSION"))
+}
+
 /// What a sequence's result is found by, on a model with this fingerprint; `None` if it is not known what it depends on.
 pub fn key(fingerprint: &str, submission: &Submission) -> Option<Key> {
     // All fields by name: whoever adds one must say here what becomes of it.
@@ -47,7 +58,7 @@ pub fn key(fingerprint: &str, submission: &Submission) -> Option<Key> {
         // Lengths too: no two lists of fields make the same bytes.
         hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
     };
-    add(format!("valar result {FORM} {RESULT_VERSION} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+    add(versions().as_bytes());
     add(fingerprint.as_bytes());
     let floats = [*temperature, *top_p, *min_p, *presence_penalty, *frequency_penalty, *repetition_penalty];
     for float in floats {

@@ -1,11 +1,18 @@
 //! Results that jobs share: what a sequence came to, found by everything that it depends on (see `key`), so that a row whose
-//! like was computed before is not computed again. One `SQLite` file that several processes use at once.
+//! like was computed before is not computed again. One `SQLite` file that several processes use at once; for those of several
+//! machines, packs of results in a store (`packs`), and such a file as each machine's copy of them.
 //! Invariants: what is found is, bit for bit, what would be computed; a file that is lost, damaged or another program's costs
 //! computation, never a result; results never take more than the bound.
 
+mod copy;
 mod key;
+mod pack;
+mod packs;
+mod stored;
 
-pub use key::{Key, key};
+pub use key::{Key, key, kind};
+pub use pack::PackBuilder;
+pub use packs::{Brought, PackStats, Packs};
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +20,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, Transaction, TransactionBehavior, params};
-use serde::{Deserialize, Serialize};
+use stored::{decode, encode};
 
-use crate::engine::{Finished, SeqLogprob};
-use crate::outcome::FinishReason;
+use crate::engine::Finished;
 
 /// The form of the file; each has a file of its own, so that two versions of the program never meet in one.
 const FORM: u32 = 1;
@@ -29,8 +35,6 @@ const OPEN_TRIES: u32 = 20;
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
 /// A result that was used is marked so at most this often, seconds.
 const MARK_SECONDS: i64 = 3600;
-/// Bytes of a result's hash before it.
-const HASH_BYTES: usize = 8;
 /// What the log beside the file is cut down to.
 const LOG_BYTES: u32 = 8 << 20;
 /// Results that are let go of in one transaction where many must go.
@@ -42,6 +46,35 @@ pub struct Cache {
     db: Connection,
     path: PathBuf,
     max_bytes: u64,
+    role: Role,
+}
+
+/// What a file is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// It is the cache.
+    Own,
+    /// It is a copy of packs; those written before this time (unix milliseconds) are old.
+    Copy { renew_before: i64 },
+}
+
+impl Role {
+    fn file_name(self) -> String {
+        match self {
+            Self::Own => format!("results-{FORM}.sqlite"),
+            Self::Copy { .. } => format!("results-copy-{FORM}.sqlite"),
+        }
+    }
+
+    fn tables(self) -> &'static str {
+        match self {
+            Self::Own => {
+                "CREATE TABLE results (key BLOB NOT NULL UNIQUE, used INTEGER NOT NULL, result BLOB NOT NULL);
+                 CREATE INDEX results_used ON results (used);"
+            }
+            Self::Copy { .. } => copy::TABLES,
+        }
+    }
 }
 
 /// What a cache holds.
@@ -58,22 +91,9 @@ pub struct CacheStats {
 pub struct Found {
     /// Each result under its submission's name.
     pub results: Vec<Finished>,
-    /// Those that were not marked as used for a while.
+    /// Those that were not marked as used for a while; of a copy, those of old packs.
     pub stale: Vec<Key>,
 }
-
-/// A completion as it is stored; log-probabilities as bits, so that they come back as they were.
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    tokens: Vec<u32>,
-    text: String,
-    reason: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    logprobs: Vec<StoredLogprob>,
-}
-
-/// Token, bits, and the likeliest tokens with theirs.
-type StoredLogprob = (u32, u32, Vec<(u32, u32)>);
 
 impl Cache {
     /// Opens the cache in a folder, making it if need be; its file is kept under `max_bytes`.
@@ -81,19 +101,23 @@ impl Cache {
     /// # Errors
     /// The disk's, a damaged file, or one that is not ours.
     pub fn open(folder: &Path, max_bytes: u64) -> Result<Self> {
+        Self::open_as(folder, max_bytes, Role::Own)
+    }
+
+    fn open_as(folder: &Path, max_bytes: u64, role: Role) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        let path = folder.join(format!("results-{FORM}.sqlite"));
-        let mut db = connect(&path);
+        let path = folder.join(role.file_name());
+        let mut db = connect(&path, role);
         for _ in 1..OPEN_TRIES {
             // Another process may be making it; not all of that waits by itself.
             if !db.as_ref().is_err_and(Self::is_passing) {
                 break;
             }
             std::thread::sleep(OPEN_PAUSE);
-            db = connect(&path);
+            db = connect(&path, role);
         }
         let db = db.with_context(|| format!("cannot use the cache {}", path.display()))?;
-        Ok(Self { db, path, max_bytes })
+        Ok(Self { db, path, max_bytes, role })
     }
 
     /// Whether an error is one that passes: somebody else is writing, or the disk is full.
@@ -107,7 +131,10 @@ impl Cache {
     /// # Errors
     /// `SQLite`'s.
     pub fn get(&self, wanted: &[(u64, Key)]) -> Result<Found> {
-        let now = unix_seconds();
+        let stale_before = match self.role {
+            Role::Own => unix_seconds() - MARK_SECONDS,
+            Role::Copy { renew_before } => renew_before,
+        };
         let transaction = self.db.unchecked_transaction()?;
         let mut found = Found::default();
         let mut query = transaction.prepare_cached("SELECT result, used FROM results WHERE key = ?1")?;
@@ -120,7 +147,7 @@ impl Cache {
             let Some((bytes, last)) = row else { continue };
             let Some(result) = decode(*id, key, &bytes) else { continue };
             found.results.push(result);
-            if now - last > MARK_SECONDS {
+            if last < stale_before {
                 found.stale.push(*key);
             }
         }
@@ -182,7 +209,11 @@ impl Cache {
     /// # Errors
     /// The disk's, or a file that is not ours.
     pub fn clear(folder: &Path) -> Result<()> {
-        let own = format!("results-{FORM}.sqlite");
+        Self::clear_as(folder, Role::Own)
+    }
+
+    fn clear_as(folder: &Path, role: Role) -> Result<()> {
+        let own = role.file_name();
         let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
         for entry in entries {
             let entry = entry?;
@@ -191,8 +222,13 @@ impl Cache {
                 fs::remove_file(entry.path())?;
             }
         }
-        let cleared = Self::open(folder, u64::MAX).and_then(|cache| {
-            cache.db.execute("DELETE FROM results", [])?;
+        let cleared = Self::open_as(folder, u64::MAX, role).and_then(|cache| {
+            let transaction = cache.write()?;
+            transaction.execute("DELETE FROM results", [])?;
+            if role != Role::Own {
+                transaction.execute("DELETE FROM packs", [])?;
+            }
+            transaction.commit()?;
             give_back(&cache.db)?;
             Ok(cache.db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?)
         });
@@ -219,7 +255,7 @@ fn is_damage(error: &anyhow::Error) -> bool {
     matches!(code, Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt))
 }
 
-fn connect(path: &Path) -> Result<Connection> {
+fn connect(path: &Path, role: Role) -> Result<Connection> {
     let db = Connection::open(path)?;
     db.busy_timeout(PATIENCE)?;
     let n_tables = |db: &Connection| db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u64>(0));
@@ -231,10 +267,7 @@ fn connect(path: &Path) -> Result<Connection> {
         if n_tables(&transaction)? == 0 {
             transaction.pragma_update(None, "application_id", APPLICATION)?;
             transaction.pragma_update(None, "user_version", FORM)?;
-            transaction.execute_batch(
-                "CREATE TABLE results (key BLOB NOT NULL UNIQUE, used INTEGER NOT NULL, result BLOB NOT NULL);
-                 CREATE INDEX results_used ON results (used);",
-            )?;
+            transaction.execute_batch(role.tables())?;
         }
         transaction.commit()?;
     }
@@ -276,49 +309,11 @@ fn unix_seconds() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
-/// So that neither damage nor another key's result passes for this one's.
-fn hash(key: &Key, text: &[u8]) -> [u8; HASH_BYTES] {
-    let hash = *blake3::Hasher::new().update(key).update(text).finalize().as_bytes();
-    *hash.first_chunk().expect("a hash has 32 bytes")
-}
-
-fn encode(key: &Key, finished: &Finished) -> Vec<u8> {
-    let logprob = |entry: &SeqLogprob| {
-        let top = entry.top.iter().map(|(token, logprob)| (*token, logprob.to_bits())).collect();
-        (entry.token, entry.logprob.to_bits(), top)
-    };
-    let stored = Stored {
-        tokens: finished.tokens.clone(),
-        text: finished.text.clone(),
-        reason: finished.finish_reason.as_str().to_owned(),
-        logprobs: finished.logprobs.iter().map(logprob).collect(),
-    };
-    let mut bytes = vec![0; HASH_BYTES];
-    serde_json::to_writer(&mut bytes, &stored).expect("numbers and texts are JSON, and memory takes it");
-    let hash = hash(key, &bytes[HASH_BYTES..]);
-    bytes[..HASH_BYTES].copy_from_slice(&hash);
-    bytes
-}
-
-/// `None` if that is not what was written.
-fn decode(id: u64, key: &Key, bytes: &[u8]) -> Option<Finished> {
-    let (known, text) = bytes.split_at_checked(HASH_BYTES)?;
-    if hash(key, text) != *known {
-        return None;
-    }
-    let Stored { tokens, text, reason, logprobs } = serde_json::from_slice(text).ok()?;
-    let finish_reason = FinishReason::parse(&reason)?;
-    let logprob = |(token, bits, top): StoredLogprob| {
-        let top = top.into_iter().map(|(token, bits)| (token, f32::from_bits(bits))).collect();
-        SeqLogprob { token, logprob: f32::from_bits(bits), top }
-    };
-    let logprobs = logprobs.into_iter().map(logprob).collect();
-    Some(Finished { id, tokens, text, finish_reason, logprobs, broken: None })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::SeqLogprob;
+    use crate::outcome::FinishReason;
     use proptest::prelude::*;
 
     fn finished(id: u64, text: &str) -> Finished {

@@ -70,7 +70,7 @@ use load::{MemoryPlan, OpenModel};
 use policy::Policy;
 use progress::{Progress, say};
 use report::Report;
-use reuse::Keeping;
+use reuse::{Keeping, Shared};
 use rows::{FeedTimes, WindowReader};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -98,6 +98,7 @@ pub fn run(config: &Config) -> Result<JobEnd> {
 fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
     let Described { inputs, form, policies, columns, mut outputs, open, grammars, manifest, measured, load_start } =
         Described::new(config, storage, files)?;
+    let shared = config.reuse.as_ref().map(Shared::find).transpose()?;
     let requests = matches!(form, RowForm::Requests);
     let (settings, described) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));
     let begun = if config.retry {
@@ -121,7 +122,7 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     }
     outputs.parts = config.parts.map(|size| job::parts(&manifest, size));
     let run = Run { config, storage, files, inputs, outputs, policies, manifest, settings, columns: described };
-    run.work(open, (form, columns, grammars), (journal, index), measured, load_start)
+    run.work((open, shared), (form, columns, grammars), (journal, index), measured, load_start)
 }
 
 /// The form of a job's dataset rows; nothing for requests.
@@ -214,7 +215,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn work(
         &self,
-        open: OpenModel,
+        (open, shared): (OpenModel, Option<Shared>),
         (form, columns, grammars): (RowForm, ResultColumns, Grammars),
         (mut journal, index): (Journal, JobIndex),
         mut measured: Measured,
@@ -252,7 +253,7 @@ impl Run<'_> {
         let mut collector =
             Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
         collector.judge_by(&self.policies, self.manifest.job_seed);
-        let [lookup, step_lookup] = collector.share(self.config.reuse.as_ref(), &self.manifest.model_fingerprint);
+        let [lookup, step_lookup] = collector.share(shared, &self.manifest.model_fingerprint, self.config.quiet);
         let feed = |engine: Arc<EngineHandle>, events: Sender<Event>| {
             let (job_seed, engine_too) = (self.manifest.job_seed, Arc::clone(&engine));
             let stepper = Stepper {

@@ -1,24 +1,29 @@
 //! A job's use of the cache that jobs share: sequences whose results are known are not run, and what is run is kept.
-//! Looking up is done by whoever submits; writing by a thread of its own, so that nothing of the job ever waits for another
-//! process's transaction. Invariant: a job's outputs are the same with and without it; a cache that fails is left alone,
+//! Looking up is done by whoever submits, in a file of this machine; writing by a thread of its own, so that nothing of the
+//! job ever waits for another process's transaction, or for a store. Invariant: a job's outputs are the same with and without it; a cache that fails is left alone,
 //! never a job.
 
 use super::collect::Collector;
 use super::progress::say;
-use crate::cache::{Cache, Key, key};
+use crate::cache::{Brought, Cache, Found, Key, PackBuilder, Packs, key, kind};
 use crate::config::ReusePlace;
 use crate::engine::{Finished, Submission};
 use anyhow::{Context, Result};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Bytes of results that may wait to be written; what comes when there are more is not kept.
 const MAX_WAITING_BYTES: usize = 64 << 20;
 /// Bytes of results that are written together, about.
 const GROUP_BYTES: usize = 2 << 20;
+/// A pack is put when it is full, or so long after its first result.
+const PACK_TIME: Duration = Duration::from_mins(10);
+/// How often that is looked at.
+const TICK: Duration = Duration::from_secs(10);
 
 /// What the writing thread is to do.
 enum Task {
@@ -26,11 +31,47 @@ enum Task {
     Mark(Vec<Key>),
 }
 
+/// A cache that is there.
+pub(super) struct Shared {
+    place: ReusePlace,
+    /// Where it is in a store.
+    packs: Option<Packs>,
+}
+
+impl Shared {
+    /// Finds out whether the store, if it is in one, can be reached.
+    pub(super) fn find(place: &ReusePlace) -> Result<Self> {
+        let packs = place.store.as_ref().map(|url| Packs::new(url, place.max_bytes)).transpose()?;
+        packs.iter().try_for_each(Packs::check)?;
+        Ok(Self { place: place.clone(), packs })
+    }
+}
+
+/// To the writing thread.
+#[derive(Clone)]
+struct Outbox {
+    tasks: Sender<Task>,
+    n_waiting: Arc<AtomicUsize>,
+}
+
+impl Outbox {
+    /// Has a result kept, if there is room for it to wait.
+    fn keep(&self, key: Key, finished: &Finished) {
+        if self.n_waiting.load(Relaxed) < MAX_WAITING_BYTES {
+            self.n_waiting.fetch_add(n_bytes(finished), Relaxed);
+            // A writer that has ended keeps nothing.
+            let _nobody_listens = self.tasks.send(Task::Keep(key, finished.clone()));
+        }
+    }
+}
+
 /// Finds results; one for each thread that submits.
 pub(super) struct Lookup {
     fingerprint: String,
     cache: Cache,
-    tasks: Sender<Task>,
+    outbox: Outbox,
+    /// Results of old packs go into a new one: the old are about to go.
+    renews: bool,
     is_off: Arc<AtomicBool>,
 }
 
@@ -46,33 +87,70 @@ pub(super) struct Known {
 pub(super) struct Keeping {
     /// Of what is being run.
     keys: HashMap<u64, Key>,
-    tasks: Sender<Task>,
-    n_waiting: Arc<AtomicUsize>,
+    outbox: Outbox,
     is_ending: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
-/// Opens the cache in a folder, for a model with this fingerprint: to keep results, and to find them on two threads.
-fn open(place: &ReusePlace, fingerprint: &str) -> Result<(Keeping, [Lookup; 2])> {
-    let open = || Cache::open(&place.folder, place.max_bytes);
+/// Opens the cache for a model with this fingerprint: to keep results, and to find them on two threads. What a store has
+/// is brought here first; if that fails on the way, what is here is used.
+fn open(shared: Shared, fingerprint: &str, quiet: bool) -> Result<(Keeping, [Lookup; 2])> {
+    let Shared { place: ReusePlace { folder, max_bytes, .. }, packs } = shared;
+    let (sink, lookups) = match packs {
+        None => {
+            let open = || Cache::open(&folder, max_bytes);
+            (Sink::File(open()?), [open()?, open()?])
+        }
+        Some(packs) => {
+            let kind = kind(fingerprint);
+            let (copy, brought) = packs.bring(&folder, &kind)?;
+            let renew_before = tell(brought, &packs, quiet);
+            let folder = packs.copy_folder(&folder)?;
+            let open = || Cache::open_copy(&folder, packs.copy_bytes(), renew_before);
+            let (pack, opened) = (PackBuilder::new(max_bytes)?, [open()?, open()?]);
+            let packing = Packing { packs, copy, kind, max_bytes, pack, begun: None, has_failed: false };
+            (Sink::Store(Box::new(packing)), opened)
+        }
+    };
+    let renews = matches!(sink, Sink::Store(_));
     let (tasks, inbox) = channel();
     let (is_off, is_ending) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let n_waiting = Arc::new(AtomicUsize::new(0));
-    let lookup = || {
-        let (fingerprint, tasks, is_off) = (fingerprint.to_owned(), tasks.clone(), Arc::clone(&is_off));
-        anyhow::Ok(Lookup { fingerprint, cache: open()?, tasks, is_off })
-    };
-    let lookups = [lookup()?, lookup()?];
-    let writer = Writer { cache: open()?, n_waiting: Arc::clone(&n_waiting), is_off, is_ending: Arc::clone(&is_ending) };
+    let outbox = Outbox { tasks, n_waiting: Arc::clone(&n_waiting) };
+    let lookups = lookups.map(|cache| Lookup {
+        fingerprint: fingerprint.to_owned(),
+        cache,
+        outbox: outbox.clone(),
+        renews,
+        is_off: Arc::clone(&is_off),
+    });
+    let writer = Writer { sink, n_waiting, is_off, is_ending: Arc::clone(&is_ending) };
     let thread = std::thread::Builder::new().name("cache".into());
     let thread = thread.spawn(move || writer.run(&inbox)).context("cannot start the cache's thread")?;
-    Ok((Keeping { keys: HashMap::new(), tasks, n_waiting, is_ending, thread }, lookups))
+    Ok((Keeping { keys: HashMap::new(), outbox, is_ending, thread }, lookups))
+}
+
+/// Says what came from a store, or did not; the time before which packs there are old.
+fn tell(brought: Result<Brought>, packs: &Packs, quiet: bool) -> Option<i64> {
+    match brought {
+        Ok(brought) => {
+            brought.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+            if brought.n_packs > 0 && !quiet {
+                say(&format!("{} packs of results fetched ({} KiB)", brought.n_packs, brought.n_packed >> 10));
+            }
+            brought.renew_before
+        }
+        Err(error) => {
+            say(&format!("warning: going on with what is here of the cache {}: {error:#}", packs.url()));
+            None
+        }
+    }
 }
 
 impl Collector {
     /// Keeps results in the cache, if there is one that can be used; what the feed and the stepper find them with.
-    pub(super) fn share(&mut self, place: Option<&ReusePlace>, fingerprint: &str) -> [Option<Lookup>; 2] {
-        let opened = place.and_then(|place| open(place, fingerprint).map_err(|error| warn(&error)).ok());
+    pub(super) fn share(&mut self, shared: Option<Shared>, fingerprint: &str, quiet: bool) -> [Option<Lookup>; 2] {
+        let opened = shared.and_then(|shared| open(shared, fingerprint, quiet).map_err(|error| warn(&error)).ok());
         let Some((keeping, lookups)) = opened else { return [None, None] };
         self.keeping = Some(keeping);
         lookups.map(Some)
@@ -104,16 +182,30 @@ impl Lookup {
         }
         let mut keys: Vec<(u64, Key)> = submissions.iter().filter_map(|s| Some((s.id, key(&self.fingerprint, s)?))).collect();
         let found = answer(self.cache.get(&keys), &self.is_off).unwrap_or_default();
-        if !found.stale.is_empty() {
-            // A writer that has ended marks nothing.
-            let _nobody_listens = self.tasks.send(Task::Mark(found.stale));
-        }
+        self.refresh(&found, &keys);
         let mut known: Vec<u64> = found.results.iter().map(|finished| finished.id).collect();
         known.sort_unstable();
         let is_known = |id: u64| known.binary_search(&id).is_ok();
         keys.retain(|(id, _)| !is_known(*id));
         take_out(submissions, is_known);
         Known { found: found.results, keys }
+    }
+
+    /// Sees to it that results that were found do not go before others that are not used.
+    fn refresh(&self, found: &Found, keys: &[(u64, Key)]) {
+        if found.stale.is_empty() {
+            return;
+        }
+        if !self.renews {
+            // A writer that has ended marks nothing.
+            let _nobody_listens = self.outbox.tasks.send(Task::Mark(found.stale.clone()));
+            return;
+        }
+        let stale: HashSet<&Key> = found.stale.iter().collect();
+        let stale: HashMap<u64, Key> = keys.iter().copied().filter(|(_, key)| stale.contains(key)).collect();
+        for finished in &found.results {
+            stale.get(&finished.id).into_iter().for_each(|key| self.outbox.keep(*key, finished));
+        }
     }
 }
 
@@ -139,17 +231,15 @@ impl Keeping {
     /// Keeps a result that was computed, if there is room for it to wait.
     pub(super) fn note(&mut self, finished: &Finished) {
         let Some(key) = self.keys.remove(&finished.id) else { return };
-        if finished.broken.is_none() && self.n_waiting.load(Relaxed) < MAX_WAITING_BYTES {
-            self.n_waiting.fetch_add(n_bytes(finished), Relaxed);
-            // A writer that has ended keeps nothing.
-            let _nobody_listens = self.tasks.send(Task::Keep(key, finished.clone()));
+        if finished.broken.is_none() {
+            self.outbox.keep(key, finished);
         }
     }
 
     /// Waits until what waits is written, or until somebody else stands in the way of that. Whoever looks up must be gone.
     pub(super) fn end(self) {
         self.is_ending.store(true, Relaxed);
-        drop(self.tasks);
+        drop(self.outbox);
         if self.thread.join().is_err() {
             say("warning: the cache's thread panicked; what it had not written is not kept");
         }
@@ -162,9 +252,61 @@ fn n_bytes(finished: &Finished) -> usize {
     128 + 4 * finished.tokens.len() + finished.text.len() + logprobs
 }
 
+/// Where results are kept.
+enum Sink {
+    File(Cache),
+    Store(Box<Packing>),
+}
+
+/// Makes packs and puts them into a store.
+struct Packing {
+    packs: Packs,
+    /// This machine's.
+    copy: Cache,
+    kind: String,
+    max_bytes: u64,
+    /// The next one.
+    pack: PackBuilder,
+    /// When it had its first result.
+    begun: Option<Instant>,
+    /// Whether that was said.
+    has_failed: bool,
+}
+
+impl Packing {
+    fn add(&mut self, results: &[(Key, Finished)]) -> Result<()> {
+        for (key, finished) in results {
+            self.pack.add(key, finished)?;
+            if self.pack.is_full() {
+                self.put()?;
+            }
+        }
+        if !self.pack.is_empty() {
+            self.begun.get_or_insert_with(Instant::now);
+        }
+        Ok(())
+    }
+
+    fn put_if_due(&mut self) -> Result<()> {
+        if self.begun.is_some_and(|begun| begun.elapsed() > PACK_TIME) { self.put() } else { Ok(()) }
+    }
+
+    /// Puts the pack. One that the store does not take is lost; the next may be taken again.
+    fn put(&mut self) -> Result<()> {
+        self.begun = None;
+        let pack = std::mem::replace(&mut self.pack, PackBuilder::new(self.max_bytes)?);
+        if let Err(error) = self.packs.keep(pack, &self.kind, &self.copy)
+            && !std::mem::replace(&mut self.has_failed, true)
+        {
+            say(&format!("warning: the cache {} does not take results: {error:#}", self.packs.url()));
+        }
+        Ok(())
+    }
+}
+
 /// The writing thread's.
 struct Writer {
-    cache: Cache,
+    sink: Sink,
     n_waiting: Arc<AtomicUsize>,
     is_off: Arc<AtomicBool>,
     is_ending: Arc<AtomicBool>,
@@ -172,10 +314,15 @@ struct Writer {
 
 impl Writer {
     /// Until nobody has anything to write.
-    fn run(self, inbox: &Receiver<Task>) {
-        while let Ok(first) = inbox.recv() {
+    fn run(mut self, inbox: &Receiver<Task>) {
+        loop {
+            let first = match inbox.recv_timeout(TICK) {
+                Ok(first) => Some(first),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
             let (mut results, mut marks, mut n_group) = (Vec::new(), Vec::new(), 0);
-            let mut next = Some(first);
+            let mut next = first;
             while let Some(task) = next {
                 match task {
                     Task::Keep(key, finished) => {
@@ -186,12 +333,26 @@ impl Writer {
                 }
                 next = if n_group < GROUP_BYTES { inbox.try_recv().ok() } else { None };
             }
-            let is_kept = !self.is_off.load(Relaxed) && answer(self.cache.put(&results, &marks), &self.is_off).is_some();
+            let is_kept = self.is_off.load(Relaxed) || self.keep(&results, &marks).is_some();
             if !is_kept && self.is_ending.load(Relaxed) {
                 return;
             }
             self.n_waiting.fetch_sub(n_group, Relaxed);
         }
+        if let Sink::Store(packing) = &mut self.sink
+            && !packing.pack.is_empty()
+        {
+            answer(packing.put(), &self.is_off);
+        }
+    }
+
+    fn keep(&mut self, results: &[(Key, Finished)], marks: &[Key]) -> Option<()> {
+        let kept = match &mut self.sink {
+            Sink::File(_) if results.is_empty() && marks.is_empty() => Ok(()),
+            Sink::File(cache) => cache.put(results, marks),
+            Sink::Store(packing) => packing.add(results).and_then(|()| packing.put_if_due()),
+        };
+        answer(kept, &self.is_off)
     }
 }
 

@@ -47,6 +47,17 @@ const DELETIONS: usize = 16;
 const PAUSES: [Duration; 4] =
     [Duration::from_millis(200), Duration::from_millis(800), Duration::from_secs(3), Duration::from_secs(8)];
 
+/// An object as its store lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name in its folder.
+    pub name: String,
+    /// Its size, bytes.
+    pub n_bytes: u64,
+    /// When it was written, by its store's clock.
+    pub changed_at: SystemTime,
+}
+
 /// The door to all stores. Cloning is cheap. Its methods block the calling thread, so they must not be called from
 /// asynchronous code.
 #[derive(Debug, Clone)]
@@ -224,6 +235,18 @@ impl Storage {
         let mut names: Vec<String> = listed.objects.iter().filter_map(|o| o.location.filename().map(str::to_owned)).collect();
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// The objects directly under `at`, the oldest first; those of one time by their names.
+    pub fn list_by_age(&self, at: &Location) -> Result<Vec<Listed>> {
+        let listed = self.list_level(at)?;
+        let entry = |object: ObjectMeta| {
+            let name = object.location.filename()?.to_owned();
+            Some(Listed { name, n_bytes: object.size, changed_at: object.last_modified.into() })
+        };
+        let mut objects: Vec<Listed> = listed.objects.into_iter().filter_map(entry).collect();
+        objects.sort_unstable_by(|a, b| (a.changed_at, &a.name).cmp(&(b.changed_at, &b.name)));
+        Ok(objects)
     }
 
     /// Names of the folders directly under `at`, sorted.

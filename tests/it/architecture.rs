@@ -11,7 +11,7 @@ use valar::pipeline::spec;
 
 /// Modules and what each may use besides the vocabulary. A line is an edge that somebody meant to make.
 const EDGES: &[(&str, &[&str])] = &[
-    ("cache", &["engine"]),
+    ("cache", &["engine", "storage"]),
     ("cli", &["journal", "pipeline"]),
     ("config", &["cli", "device", "format", "hub", "journal", "pipeline", "server"]),
     ("device", &["tensor"]),

@@ -5,6 +5,7 @@ mod architecture;
 mod background;
 mod batch_ends;
 mod batches;
+mod cache_store;
 mod callers;
 mod checkpoint;
 mod checks;
