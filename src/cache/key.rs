@@ -24,7 +24,7 @@ fn versions() -> String {
 /// What a sequence's result is found by, on a model with this fingerprint; `None` if it is not known what it depends on.
 pub fn key(fingerprint: &str, submission: &Submission) -> Option<Key> {
     // All fields by name: whoever adds one must say here what becomes of it.
-    let Submission { id: _, prompt, params, class: _, keep_tokens: _, stream: _ } = submission;
+    let Submission { id: _, prompt, params, class: _, keep_tokens: _, stream: _, due: _ } = submission;
     let SeqParams {
         max_tokens,
         temperature,
@@ -93,6 +93,7 @@ mod tests {
             class: crate::window::Class::Batch,
             keep_tokens: 0,
             stream: 0,
+            due: crate::engine::Due::NEVER,
         };
         let with = |change: &dyn Fn(&mut SeqParams)| {
             let mut submission = base();
@@ -129,7 +130,8 @@ mod tests {
         keys.dedup();
         assert_eq!(keys.len(), n_keys);
         // What no result depends on.
-        let named = Submission { id: 2, keep_tokens: 3, stream: 1, ..base() };
+        let due = crate::engine::Due::window(1, 1);
+        let named = Submission { id: 2, keep_tokens: 3, stream: 1, due, ..base() };
         assert_eq!(key("m", &named), key("m", &base()));
         let greedy = |seed| with(&move |p| (p.temperature, p.seed) = (0.0, seed));
         assert_eq!(greedy(1), greedy(2));

@@ -7,7 +7,7 @@ use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
 use crate::server::limits::Rates;
 use crate::server::prices::{self, PriceSpec, Prices, PricesSpec};
-use crate::server::windows::Window;
+use crate::server::windows::{Table, Window, WindowsSpec};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use std::path::PathBuf;
@@ -91,6 +91,8 @@ pub struct ServeLimits {
     pub max_step: Duration,
     /// Time that calls have to finish after the first signal.
     pub drain: Duration,
+    /// What windows promise.
+    pub windows: Table,
 }
 
 /// `valar.toml`
@@ -102,6 +104,7 @@ struct ServeSpec {
     engine: EngineSpec,
     sampling: SamplingSpec,
     prices: MoneySpec,
+    windows: WindowsSpec,
     key: Vec<KeyEntry>,
 }
 
@@ -261,6 +264,7 @@ impl ServeConfig {
                 body_timeout: Duration::from_secs(server.body_timeout_s),
                 max_step: Duration::from_millis(server.max_step_ms),
                 drain: Duration::from_secs(server.drain_s),
+                windows: spec.windows.checked().context("windows")?,
             },
         })
     }

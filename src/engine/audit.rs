@@ -1,7 +1,7 @@
 //! Counts the scheduler's books again from scratch. Changes nothing.
 
 use super::scheduler::Scheduler;
-use super::sequence::Phase;
+use super::sequence::{Phase, Sequence};
 use crate::device::BLOCK_TOKENS;
 
 impl Scheduler {
@@ -21,9 +21,9 @@ impl Scheduler {
             n_live[row.stream_idx] += 1;
         }
         for (queue, &n_queued) in self.waiting.iter().zip(&self.n_queued) {
-            let n_preempted = queue.iter().take_while(|r| r.is_admitted).count();
-            assert_eq!(queue.len(), n_preempted + n_queued, "preempted rows come first in the queue");
-            assert!(queue.iter().skip(n_preempted).all(|r| !r.is_admitted));
+            assert_eq!(queue.iter().filter(|r| !r.is_admitted).count(), n_queued);
+            let order = |r: &Sequence| (r.rank.order(), !r.is_admitted);
+            assert!(queue.iter().map(order).is_sorted(), "by rank, and preempted rows before new ones");
             assert!(queue.iter().all(|r| r.phase == Phase::Live && r.computed == 0 && r.buffers.table.is_empty()));
             for row in queue {
                 n_live[row.stream_idx] += 1;

@@ -6,10 +6,11 @@ use std::any::Any;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 
-use super::{Checkpoint, Engine, EngineStats, Finished, Progress, Scheduled, Submission};
+use super::{Checkpoint, Due, Engine, EngineStats, Finished, Progress, Scheduled, Submission};
 use crate::model::RunnerLimits;
 use crate::window::Class;
 
@@ -45,6 +46,8 @@ pub struct EngineHandle {
     commands: SyncSender<Command>,
     gate: Arc<Gate>,
     limits: RunnerLimits,
+    /// The engine's clock began then.
+    began: Instant,
     thread: JoinHandle<anyhow::Result<EngineStats>>,
 }
 
@@ -70,9 +73,15 @@ impl EngineHandle {
         // a full queue of one class never stands in another's way.
         let (commands, inbox) = sync_channel(Class::ALL.len() * max_waiting + CONTROL_COMMANDS);
         let closer = GateCloser(Arc::clone(&gate));
-        let thread = Builder::new().name("engine".into());
-        let thread = thread.spawn(move || work(engine, &inbox, deliver, &closer.0)).context("starting the engine's thread")?;
-        Ok(Self { commands, gate, limits, thread })
+        let (thread, began) = (Builder::new().name("engine".into()), Instant::now());
+        let work = move || work(engine, &inbox, deliver, (&closer.0, began));
+        let thread = thread.spawn(work).context("starting the engine's thread")?;
+        Ok(Self { commands, gate, limits, began, thread })
+    }
+
+    /// The time of the engine's clock, by which rows are due: milliseconds.
+    pub fn now_ms(&self) -> i64 {
+        self.began.elapsed().as_millis() as i64
     }
 
     /// Queues a prompt; waits while its class's queue is full.
@@ -86,7 +95,7 @@ impl EngineHandle {
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.limits);
-        if self.gate.enter(submission.class, 1) == 0 {
+        if self.gate.enter(submission.class, submission.due, 1) == 0 {
             return Err(submission);
         }
         self.commands.send(Command::Submit(submission)).map_err(|refused| match refused.0 {
@@ -103,8 +112,8 @@ impl EngineHandle {
     #[must_use]
     pub fn submit_all(&self, submissions: impl Iterator<Item = Submission>) -> bool {
         let mut rest = submissions.inspect(|next| next.check(&self.limits)).peekable();
-        while let Some(class) = rest.peek().map(|next| next.class) {
-            let n_places = self.gate.enter(class, GROUP);
+        while let Some((class, due)) = rest.peek().map(|next| (next.class, next.due)) {
+            let n_places = self.gate.enter(class, due, GROUP);
             if n_places == 0 {
                 return false;
             }
@@ -165,7 +174,12 @@ pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
 }
 
 /// The thread: take commands, step, deliver.
-fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gate: &Gate) -> anyhow::Result<EngineStats> {
+fn work(
+    mut engine: Engine,
+    inbox: &Receiver<Command>,
+    mut deliver: Deliver,
+    (gate, began): (&Gate, Instant),
+) -> anyhow::Result<EngineStats> {
     let mut finished = Vec::new();
     let mut n_known = [0; Class::ALL.len()]; // rows that hold a place in the gate and have reached the engine
     let mut is_open = true;
@@ -218,7 +232,9 @@ fn work(mut engine: Engine, inbox: &Receiver<Command>, mut deliver: Deliver, gat
             engine.check();
             return Ok(*engine.stats());
         }
+        engine.advance(began.elapsed().as_millis() as i64);
         engine.step(&mut finished)?;
+        engine.advance(began.elapsed().as_millis() as i64);
         leave(&engine, &mut n_known, gate);
         let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
         let checkpoints = engine.take_checkpoints();
@@ -247,24 +263,38 @@ struct Gate {
 
 struct Places {
     n_taken: [usize; Class::ALL.len()],
+    /// Whoever wants one, by when that is due.
+    wanted: Vec<(Class, i64)>,
     is_closed: bool,
 }
 
 impl Gate {
     fn new(max_waiting: usize) -> Self {
-        let places = Mutex::new(Places { n_taken: [0; Class::ALL.len()], is_closed: false });
+        let places = Mutex::new(Places { n_taken: [0; Class::ALL.len()], wanted: Vec::new(), is_closed: false });
         Self { places, changed: Condvar::new(), max_waiting }
     }
 
-    /// Two numbers and a flag are never half changed.
+    /// Numbers and a flag are never half changed.
     fn lock(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes up to `n_wanted` places, when there are some; none if the gate is closed.
-    fn enter(&self, class: Class, n_wanted: usize) -> usize {
-        let is_full = |p: &mut Places| p.n_taken[class as usize] >= self.max_waiting && !p.is_closed;
-        let mut places = self.changed.wait_while(self.lock(), is_full).unwrap_or_else(PoisonError::into_inner);
+    /// Takes up to `n_wanted` places, when there are some and nobody of the class wants any for what is due sooner; none if
+    /// the gate is closed.
+    fn enter(&self, class: Class, due: Due, n_wanted: usize) -> usize {
+        let own = (class, due.at_ms);
+        let must_wait = |p: &mut Places| {
+            let is_first = p.wanted.iter().all(|&(other, at_ms)| other != class || at_ms >= due.at_ms);
+            !p.is_closed && (p.n_taken[class as usize] >= self.max_waiting || !is_first)
+        };
+        let mut places = self.lock();
+        places.wanted.push(own);
+        let mut places = self.changed.wait_while(places, must_wait).unwrap_or_else(PoisonError::into_inner);
+        if let Some(idx) = places.wanted.iter().position(|other| *other == own) {
+            places.wanted.swap_remove(idx);
+        }
+        // Others may have waited for it to go first.
+        self.changed.notify_all();
         if places.is_closed {
             return 0;
         }

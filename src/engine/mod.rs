@@ -10,6 +10,8 @@ mod batch;
 mod blocks;
 mod checkpoint;
 pub mod handle;
+mod policy;
+mod preemption;
 mod progress;
 mod quarantine;
 pub mod repetition;
@@ -35,6 +37,7 @@ use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
 pub use checkpoint::{Begun, Checkpoint};
+pub use policy::Due;
 pub use progress::Progress;
 pub use sequence::Submission;
 
@@ -68,6 +71,8 @@ pub struct EngineConfig {
     pub max_preemptions: u32,
     /// Output tokens that a stream's rows are expected to have until some have finished.
     pub cold_output_tokens: u32,
+    /// By class: percent of the last minute's tokens (but for asap's) that it gets at least, while it waits.
+    pub share_floors: [u8; 3],
 }
 
 impl EngineConfig {
@@ -79,6 +84,7 @@ impl EngineConfig {
             budget_tokens: limits.max_step_tokens,
             max_preemptions: 3,
             cold_output_tokens: 256,
+            share_floors: [0, 10, 2],
         }
     }
 }
@@ -140,6 +146,22 @@ pub struct EngineStats {
     pub running: usize,
     /// Rows that wait, preempted ones included.
     pub waiting: usize,
+}
+
+/// How long steps may be, in tokens.
+#[derive(Debug)]
+pub struct StepLimits {
+    /// Most tokens of a step, but for asap rows that decode. Never more than the budget.
+    pub tokens: AtomicUsize,
+    /// What a step takes whatever is in it, as tokens that would take as long.
+    pub base_tokens: AtomicUsize,
+}
+
+impl Default for StepLimits {
+    /// Nothing but the budget limits steps.
+    fn default() -> Self {
+        Self { tokens: AtomicUsize::new(usize::MAX), base_tokens: AtomicUsize::new(usize::MAX / 4) }
+    }
 }
 
 /// One sequence's share of a step.
@@ -220,10 +242,16 @@ impl Engine {
         })
     }
 
-    /// Takes the most tokens of a step while asap rows are there from `tokens`, which may change between steps; never more
-    /// than the budget. Changes no result: only how prompts are cut into steps.
-    pub fn limit_asap_steps(&mut self, tokens: Arc<AtomicUsize>) {
-        self.scheduler.asap_tokens = tokens;
+    /// Takes how long steps may be from `limits`, which may change between steps. Changes no result: only how prompts are cut
+    /// into steps.
+    pub fn limit_steps(&mut self, limits: Arc<StepLimits>) {
+        self.scheduler.step_limits = limits;
+    }
+
+    /// Tells the time that rows are due by: milliseconds of a clock of the caller's. Told before and after each step, it
+    /// teaches what steps take. Where it is never told, time stands still.
+    pub fn advance(&mut self, now_ms: i64) {
+        self.scheduler.policy.advance(now_ms);
     }
 
     /// Queues a prompt. Gives it back if its class's queue is full: step, then try again.
@@ -293,10 +321,11 @@ impl Engine {
 
     /// Takes in what the step drew.
     fn settle(&mut self, finished: &mut Vec<Finished>) {
-        let Scheduler { scheduled, running, streams, stats, limits, .. } = &mut self.scheduler;
+        let Scheduler { scheduled, running, streams, stats, limits, policy, .. } = &mut self.scheduler;
         assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
         let mut rows = self.out.rows.iter();
         for (place, share) in scheduled.iter().enumerate() {
+            policy.note(share.class, share.n_tokens);
             let seq = &mut running[share.running_idx];
             let mut broken = self.broken.iter().find(|(broken, _)| *broken == place).map(|(_, why)| why.clone());
             let not_a_number = |seq: &Sequence| {

@@ -132,10 +132,11 @@ impl Scheduler {
         })
     }
 
-    /// Puts rows back behind those in the queues, all of which have run before.
+    /// Puts rows back behind those of their rank, all of which have run before.
     fn take_back(&mut self, aside: Aside) {
         for (queue, mut others) in self.waiting.iter_mut().zip(aside) {
             queue.append(&mut others);
+            queue.make_contiguous().sort_by_key(|row| (row.rank.order(), !row.is_admitted));
         }
         self.scheduled.clear();
     }

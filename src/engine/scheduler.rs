@@ -1,23 +1,25 @@
 //! Who runs in a step: queues, admission, the order of classes, and preemption. Knows nothing of devices, text or why a
 //! sequence ends.
 //!
-//! A step is filled in this order, until its budget of tokens is used: asap decodes, asap prefills, standard decodes,
-//! batch decodes, standard prefills, batch prefills; admission is a prefill's first chunk. An asap row takes blocks and
-//! places from rows of other classes; those take them from each other only when a forecast was wrong.
+//! A step is filled in this order, until its budget of tokens is used: asap decodes, asap prefills; one row of a class that
+//! is owed (`policy`); what is urgent, decodes before prefills; standard decodes, batch decodes, standard prefills, batch
+//! prefills. Admission is a prefill's first chunk, in the order of `policy`. What nobody before has used goes down to the
+//! next. An asap row takes blocks and places from rows of other classes, an urgent one from batch rows that have time (see
+//! `preemption`); others only when a forecast was wrong.
 //!
 //! Invariants: no step passes its budget; a row that has tokens in the step is not preempted in it; one that is
-//! preempted comes back in a later step, before any row of its class that never ran; whenever there is work, a step
-//! does some.
+//! preempted comes back in a later step, before any row of its class that is due when it is and never ran; whenever there is
+//! work, a step does some.
 
-use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::blocks::Blocks;
+use super::policy::Policy;
 use super::sequence::{Phase, Sequence, Submission};
 use super::stream::Stream;
-use super::{EngineConfig, EngineStats, Scheduled, TokenTable};
+use super::{EngineConfig, EngineStats, Scheduled, StepLimits, TokenTable};
 use crate::device::BLOCK_TOKENS;
 use crate::device::batch::BlockCopy;
 use crate::model::RunnerLimits;
@@ -30,7 +32,7 @@ pub(super) struct Scheduler {
     pub(super) blocks: Blocks,
     /// Entries are reused, never removed: sequences hold their index.
     pub(super) streams: Vec<Stream>,
-    /// By class. Preempted rows come first.
+    /// By class, in the order of their ranks; of equal ones, preempted rows come first.
     pub(super) waiting: [VecDeque<Sequence>; 3],
     /// By class: waiting rows that never ran.
     pub(super) n_queued: [usize; 3],
@@ -39,19 +41,21 @@ pub(super) struct Scheduler {
     /// Live rows of `running`.
     pub(super) n_running: usize,
     /// Steps so far, this one included.
-    step: u64,
+    pub(super) step: u64,
+    /// Who goes first.
+    pub(super) policy: Policy,
     /// What this step runs, in order.
     pub(super) scheduled: Vec<Scheduled>,
     /// What this step copies, in order.
     pub(super) copies: Vec<BlockCopy>,
     /// Sources of `copies`: not to be reused before the device has done the step.
     pub(super) held: Vec<u32>,
-    /// Most tokens of a step while asap rows are there.
-    pub(super) asap_tokens: Arc<AtomicUsize>,
+    /// How long steps may be.
+    pub(super) step_limits: Arc<StepLimits>,
     /// Tokens that this step can still take.
     room_tokens: usize,
     /// Blocks ran out in this step, or a row had to wait for them: nobody below asap is admitted.
-    is_tight: bool,
+    pub(super) is_tight: bool,
     pub(super) stats: EngineStats,
 }
 
@@ -67,10 +71,11 @@ impl Scheduler {
             running: Vec::with_capacity(2 * config.max_running),
             n_running: 0,
             step: 0,
+            policy: Policy::new(config.share_floors.map(|percent| f64::from(percent) / 100.0)),
             scheduled: Vec::with_capacity(limits.max_step_seqs),
             copies: Vec::with_capacity(limits.max_step_seqs),
             held: Vec::with_capacity(limits.max_step_seqs),
-            asap_tokens: Arc::new(AtomicUsize::new(usize::MAX)),
+            step_limits: Arc::default(),
             room_tokens: 0,
             is_tight: false,
             stats: EngineStats { blocks_total: limits.n_blocks, ..EngineStats::default() },
@@ -89,10 +94,23 @@ impl Scheduler {
         let stream_idx = self.stream_idx(submission.stream);
         self.streams[stream_idx].n_live += 1;
         self.n_queued[class] += 1;
-        let mut row = Sequence::new(submission, stream_idx, self.limits.max_context);
+        let most = submission.params.max_tokens;
+        let expected = self.streams[stream_idx].lengths.expected(self.config.cold_output_tokens).min(most);
+        let n_drawn = if submission.params.ignore_eos { most } else { expected };
+        let service_ms = self.policy.service_ms(submission.prompt.len(), n_drawn as usize);
+        let mut row = Sequence::new(submission, stream_idx, service_ms, self.limits.max_context);
         row.restore(tokens);
-        self.waiting[class].push_back(row);
+        self.enqueue(row);
         Ok(())
+    }
+
+    /// Puts a row into its class's queue: behind those of its rank, or, if it was preempted, before them.
+    fn enqueue(&mut self, row: Sequence) {
+        let queue = &mut self.waiting[row.class as usize];
+        let order = |row: &Sequence| (row.rank.order(), !row.is_admitted);
+        let own = order(&row);
+        let place = queue.partition_point(|other| order(other) < own || (order(other) == own && !row.is_admitted));
+        queue.insert(place, row);
     }
 
     /// The stream's entry. A new stream takes the place of one without rows once there are as many as rows can be live.
@@ -147,13 +165,21 @@ impl Scheduler {
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
         self.is_tight = false;
+        let limit = self.step_limits.tokens.load(Relaxed);
         self.decode(Class::Asap);
-        if self.has_asap() {
-            // Whoever waits for tokens gets them in every step; what else is in it gets the rest, never less than a quarter.
-            let (limit, n_decoding) = (self.asap_tokens.load(Relaxed), self.config.budget_tokens - self.room_tokens);
-            self.room_tokens = self.room_tokens.min(limit.saturating_sub(n_decoding).max(limit / 4).max(1));
-        }
+        // Whoever waits for tokens gets them in every step; what else is in it gets the rest, never less than a quarter.
+        let n_decoding = self.config.budget_tokens - self.room_tokens;
+        self.room_tokens = self.room_tokens.min(limit.saturating_sub(n_decoding).max(limit / 4).max(1));
+        let before = self.room_tokens;
         self.prefill(Class::Asap);
+        let n_prompt = before - self.room_tokens;
+        if n_prompt > 0 {
+            // Nobody waits much longer for a first token than alone: others add half of what the step takes without them.
+            let own_tokens = n_decoding + n_prompt + self.step_limits.base_tokens.load(Relaxed);
+            self.room_tokens = self.room_tokens.min((own_tokens / 2).max(1));
+        }
+        self.run_owed();
+        self.run_urgent();
         self.decode(Class::Standard);
         self.decode(Class::Batch);
         self.prefill(Class::Standard);
@@ -162,7 +188,7 @@ impl Scheduler {
         assert!(!self.scheduled.is_empty() || !has_work, "a step without work while {} rows run", self.n_running);
     }
 
-    /// Ends the step: finished rows leave, preempted ones go back to the front of their queue in the order they ran in.
+    /// Ends the step: finished rows leave, preempted ones go back to their queue in the order they ran in.
     pub(super) fn settle(&mut self) {
         for idx in (0..self.running.len()).rev() {
             match self.running[idx].phase {
@@ -170,7 +196,7 @@ impl Scheduler {
                 Phase::Preempted => {
                     let mut row = self.running.remove(idx);
                     row.phase = Phase::Live;
-                    self.waiting[row.class as usize].push_front(row);
+                    self.enqueue(row);
                 }
                 Phase::Finished => {
                     self.release_blocks(idx);
@@ -191,47 +217,83 @@ impl Scheduler {
         self.stats.waiting = self.waiting.iter().map(VecDeque::len).sum();
     }
 
-    /// Whether somebody waits for the next step.
-    fn has_asap(&self) -> bool {
-        let is_asap = |row: &Sequence| row.class == Class::Asap && row.phase == Phase::Live;
-        !self.waiting[Class::Asap as usize].is_empty() || self.running.iter().any(is_asap)
-    }
-
     fn has_room(&self) -> bool {
         self.room_tokens > 0 && self.scheduled.len() < self.limits.max_step_seqs
     }
 
+    /// Lets each class that is owed go on, and begin with one row.
+    fn run_owed(&mut self) {
+        for class in [Class::Standard, Class::Batch] {
+            let has_queue = !self.waiting[class as usize].is_empty();
+            if !has_queue && !self.running.iter().any(|row| row.class == class && row.remaining() > 1) {
+                self.policy.excuse(class);
+            } else if self.policy.is_owed(class) {
+                self.run_where(true, |_, row| row.class == class);
+                self.run_where(false, |_, row| row.class == class);
+                if has_queue && self.admit_next(class, &mut None) {
+                    // What a class got as its floor is not taken from it again, or the floor would be spent on prompts.
+                    self.running.last_mut().expect("it was admitted").n_preemptions = self.config.max_preemptions;
+                }
+            }
+        }
+    }
+
+    /// Goes on with what is urgent, then admits what is, least slack first.
+    fn run_urgent(&mut self) {
+        self.run_where(true, |own, row| own.policy.is_urgent(row.rank));
+        self.run_where(false, |own, row| own.policy.is_urgent(row.rank));
+        let mut growth = None;
+        loop {
+            let firsts = [Class::Standard, Class::Batch].into_iter().filter_map(|class| {
+                let rank = self.waiting[class as usize].front()?.rank;
+                self.policy.is_urgent(rank).then_some((rank.order(), class))
+            });
+            let Some((_, class)) = firsts.min() else { return };
+            if !self.admit_next(class, &mut growth) {
+                return;
+            }
+        }
+    }
+
     /// Gives a token each to the rows of the class that need just one, if they have a slot for it.
     fn decode(&mut self, class: Class) {
+        self.run_where(true, |_, row| row.class == class);
+    }
+
+    /// Goes on with the class's prefills, then admits from its queue.
+    fn prefill(&mut self, class: Class) {
+        self.run_where(false, |_, row| row.class == class);
+        // Reckoned once, then with each admitted row, which are many in a step.
+        let mut growth = None;
+        while !self.waiting[class as usize].is_empty() && self.admit_next(class, &mut growth) {}
+    }
+
+    /// Goes on with rows that decode, or with those that are in their prompts.
+    fn run_where(&mut self, decodes: bool, is_meant: impl Fn(&Self, &Sequence) -> bool) {
         for idx in 0..self.running.len() {
             let row = &self.running[idx];
-            let wants = row.class == class && row.phase == Phase::Live && row.remaining() == 1;
-            if wants && self.has_room() && self.ensure_slot(idx) {
+            let wants = row.phase == Phase::Live && row.remaining() > 0 && (row.remaining() == 1) == decodes;
+            // Prompts have their slots.
+            if wants && is_meant(self, row) && self.has_room() && (!decodes || self.ensure_slot(idx)) {
                 self.take_chunk(idx);
             }
         }
     }
 
-    /// Goes on with the class's prefills, then admits from its queue.
-    fn prefill(&mut self, class: Class) {
-        for idx in 0..self.running.len() {
-            let row = &self.running[idx];
-            if self.has_room() && row.class == class && row.phase == Phase::Live && row.remaining() > 1 {
-                self.take_chunk(idx);
-            }
+    /// Lets the first row of the class's queue begin; false if that is not to be in this step.
+    fn admit_next(&mut self, class: Class, growth: &mut Option<usize>) -> bool {
+        if !self.has_room() {
+            return false;
         }
-        // Reckoned once, then with each admitted row, which are many in a step.
-        let mut growth = None;
-        while self.has_room() && !self.waiting[class as usize].is_empty() {
-            if !self.can_admit(class, &mut growth) {
-                self.is_tight = true; // or smaller rows of lower classes would overtake it for ever
-                break;
-            }
-            self.admit(class);
-            let row = &self.running[self.running.len() - 1];
-            growth = growth.map(|growth| growth + self.growth_of(row));
-            self.take_chunk(self.running.len() - 1);
+        if !self.can_admit(class, growth) {
+            self.is_tight = true; // or smaller rows of lower classes would overtake it for ever
+            return false;
         }
+        self.admit(class);
+        let row = &self.running[self.running.len() - 1];
+        *growth = growth.map(|growth| growth + self.growth_of(row));
+        self.take_chunk(self.running.len() - 1);
+        true
     }
 
     /// Puts as much of a row into the step as there is room for.
@@ -274,17 +336,15 @@ impl Scheduler {
         match class {
             Class::Asap => self.asap_fits() && (has_place || self.preempt_below_asap()) && self.make_room_for_asap(),
             Class::Standard | Class::Batch => {
-                has_place && !self.is_tight && {
-                    let growth = *growth.get_or_insert_with(|| self.growth());
-                    self.forecast_fits(class, growth)
-                }
+                (has_place && !self.is_tight && self.forecast_fits(class, *growth.get_or_insert_with(|| self.growth())))
+                    || self.make_room_for_urgent(class, growth)
             }
         }
     }
 
     /// How many leading tokens the first row of the queue would get from its trunk: all but its last token, which must
     /// be computed to draw from it.
-    fn shared_tokens(&self, class: Class) -> usize {
+    pub(super) fn shared_tokens(&self, class: Class) -> usize {
         let row = &self.waiting[class as usize][0];
         // The logits of the token before the first scored one are wanted too.
         let most = row.params.score_from.map_or(row.n_tokens(), |first| first as usize).min(row.n_tokens()) - 1;
@@ -292,30 +352,30 @@ impl Scheduler {
     }
 
     /// Blocks that a row will hold at its end.
-    fn final_blocks(&self, row: &Sequence) -> usize {
+    pub(super) fn final_blocks(&self, row: &Sequence) -> usize {
         let estimate = self.streams[row.stream_idx].lengths.estimate(self.config.cold_output_tokens);
         row.final_blocks(estimate, self.limits.max_context)
     }
 
     /// Blocks that a running row will need besides those it has.
-    fn growth_of(&self, row: &Sequence) -> usize {
+    pub(super) fn growth_of(&self, row: &Sequence) -> usize {
         self.final_blocks(row).saturating_sub(row.buffers.table.len())
     }
 
     /// Blocks that the running rows will need besides those they have.
-    fn growth(&self) -> usize {
+    pub(super) fn growth(&self) -> usize {
         self.running.iter().filter(|r| r.phase == Phase::Live).map(|r| self.growth_of(r)).sum()
     }
 
     /// Blocks in use once the running rows, which need `growth` more, and the first of the queue have grown to their
     /// predicted lengths.
-    fn forecast(&self, class: Class, growth: usize) -> usize {
+    pub(super) fn forecast(&self, class: Class, growth: usize) -> usize {
         let new = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
         self.blocks.n_used() + growth + new
     }
 
     /// Whether the forecast with the first row of the queue fits the pool; frees trunks for it as far as that is right.
-    fn forecast_fits(&mut self, class: Class, growth: usize) -> bool {
+    pub(super) fn forecast_fits(&mut self, class: Class, growth: usize) -> bool {
         let n_total = self.blocks.n_total();
         let fits = |own: &Self| own.forecast(class, growth) <= n_total;
         if fits(self) || (self.drop_idle_trunks() && fits(self)) {
@@ -327,28 +387,6 @@ impl Scheduler {
         self.drop_trunks();
         assert!(fits(self), "a row alone doesn't fit the pool");
         true
-    }
-
-    /// Whether the asap rows, with the first of their queue, would fit a pool of their own at their predicted lengths.
-    fn asap_fits(&self) -> bool {
-        let class = Class::Asap;
-        let own = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
-        let asap = self.running.iter().filter(|r| r.phase == Phase::Live && r.class == class);
-        let others: usize = asap.map(|r| self.final_blocks(r) - r.n_shared_blocks).sum();
-        own + others <= self.blocks.n_total()
-    }
-
-    /// Frees blocks for the tokens of the first asap row; false if only asap rows have any left.
-    fn make_room_for_asap(&mut self) -> bool {
-        loop {
-            let n_shared_blocks = self.shared_tokens(Class::Asap) / BLOCK_TOKENS;
-            if self.waiting[Class::Asap as usize][0].n_blocks() - n_shared_blocks <= self.blocks.n_free() {
-                return true;
-            }
-            if !(self.drop_idle_trunks() || self.preempt_below_asap() || self.drop_trunks()) {
-                return false;
-            }
-        }
     }
 
     /// Moves the first row of the queue to the running ones and gives it blocks for all its tokens.
@@ -413,47 +451,6 @@ impl Scheduler {
         }
     }
 
-    /// Who loses its blocks when the row at `needy` has no slot: of the rows without tokens in this step and of no
-    /// higher class, the lowest class, then the one that costs least to compute again; perhaps `needy` itself. Rows that
-    /// were preempted too often are left alone (but not by asap), unless nothing else could go on.
-    fn victim_for(&self, needy: usize) -> Option<usize> {
-        let class = self.running[needy].class;
-        let max_preemptions = self.config.max_preemptions;
-        let is_candidate = |r: &Sequence| r.phase == Phase::Live && r.in_step != self.step && r.class >= class;
-        let may_lose = |r: &Sequence| r.n_preemptions < max_preemptions || (class == Class::Asap && r.class > class);
-        let worst = self.worst(|_, r| is_candidate(r) && may_lose(r));
-        if worst.is_some() || !self.scheduled.is_empty() {
-            return worst;
-        }
-        self.worst(|idx, r| is_candidate(r) && idx != needy)
-    }
-
-    fn worst(&self, is_candidate: impl Fn(usize, &Sequence) -> bool) -> Option<usize> {
-        let rows = self.running.iter().enumerate().filter(|&(idx, row)| is_candidate(idx, row));
-        rows.max_by_key(|&(idx, row)| (row.class, Reverse(row.computed), idx)).map(|(idx, _)| idx)
-    }
-
-    /// Preempts the least row of a class below asap, if there is one; none has tokens in the step yet.
-    fn preempt_below_asap(&mut self) -> bool {
-        let victim = self.worst(|_, r| r.phase == Phase::Live && r.class > Class::Asap);
-        if let Some(idx) = victim {
-            self.preempt(idx);
-        }
-        victim.is_some()
-    }
-
-    /// Takes a row's blocks; what it has drawn stays.
-    fn preempt(&mut self, idx: usize) {
-        self.release_blocks(idx);
-        let row = &mut self.running[idx];
-        assert!(row.in_step != self.step, "row {} was preempted in a step that runs it", row.id);
-        row.phase = Phase::Preempted;
-        row.n_preemptions += 1;
-        self.n_running -= 1;
-        self.stats.preemptions += 1;
-        self.is_tight = true;
-    }
-
     pub(super) fn release_blocks(&mut self, idx: usize) {
         let row = &mut self.running[idx];
         self.streams[row.stream_idx].trunk.note_lost(row.id, &mut self.blocks);
@@ -463,7 +460,7 @@ impl Scheduler {
     }
 
     /// Frees the trunks of streams without rows; says whether that freed any reference.
-    fn drop_idle_trunks(&mut self) -> bool {
+    pub(super) fn drop_idle_trunks(&mut self) -> bool {
         self.drop_trunks_where(|s| s.n_live == 0)
     }
 

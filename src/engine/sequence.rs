@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::checkpoint::Kept;
+use super::policy::{Due, Rank};
 use super::progress::Told;
 use super::repetition::ends_in_circles;
 use super::sampling::SeqParams;
@@ -33,6 +34,8 @@ pub struct Submission {
     pub keep_tokens: u32,
     /// Which job's trunk it belongs to; one stream's submissions should be of one class.
     pub stream: u32,
+    /// When it should be done. Changes who goes first, never a bit of the result.
+    pub due: Due,
 }
 
 /// Where a sequence of the running list stands.
@@ -73,6 +76,8 @@ pub(super) struct Sequence {
     pub(super) prompt: Arc<[u32]>,
     pub(super) params: SeqParams,
     pub(super) class: Class,
+    /// Its place in the order of its class.
+    pub(super) rank: Rank,
     /// At most `prompt.len()`.
     pub(super) keep_tokens: usize,
     /// Index of its stream in the scheduler.
@@ -101,12 +106,13 @@ pub(super) struct Sequence {
     pub(super) restored_end: usize,
     /// The last step that it has tokens in.
     pub(super) in_step: u64,
+    /// Times that it lost its blocks; as many as are allowed, if it is to keep them.
     pub(super) n_preemptions: u32,
 }
 
 impl Sequence {
-    /// A sequence that waits.
-    pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
+    /// A sequence that waits, and is predicted to take that time.
+    pub(super) fn new(submission: Submission, stream_idx: usize, service_ms: i64, max_context: usize) -> Self {
         let buffers = Buffers::new(&submission, max_context);
         let history = LogitHistory::new(&submission.params, &submission.prompt);
         Self {
@@ -115,6 +121,7 @@ impl Sequence {
             prompt: submission.prompt,
             params: submission.params,
             class: submission.class,
+            rank: Rank::new(submission.class, submission.due, service_ms),
             stream_idx,
             buffers,
             history,

@@ -129,6 +129,11 @@ impl Lengths {
         self.deviation += rate * (error.abs() - self.deviation);
     }
 
+    /// The length that a row is likely to have; `cold` until enough rows have finished.
+    pub(super) fn expected(&self, cold: u32) -> u32 {
+        if self.n_rows < WARM_LENGTHS { cold } else { self.mean.ceil() as u32 }
+    }
+
     /// A length that few rows pass; at least `cold` until enough rows have finished.
     pub(super) fn estimate(&self, cold: u32) -> u32 {
         let high = (self.mean + 2.0 * self.deviation).ceil() as u32;

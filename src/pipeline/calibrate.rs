@@ -6,7 +6,7 @@ use super::load::{self, OpenModel};
 use super::meter::{Meter, Reading};
 use crate::config::Config;
 use crate::engine::sampling::SeqParams;
-use crate::engine::{Engine, EngineConfig, Submission};
+use crate::engine::{Due, Engine, EngineConfig, Submission};
 use crate::plan::estimate::Totals;
 use crate::window::Class;
 use anyhow::Result;
@@ -90,5 +90,6 @@ fn row(id: u64, n_prompt: usize, first: u32, n_vocab: u32, max_tokens: u32) -> S
         class: Class::Batch,
         keep_tokens: 0,
         stream: 0,
+        due: Due::NEVER,
     }
 }

@@ -8,6 +8,7 @@ use super::estimate::JobEstimator;
 use super::reuse::Lookup;
 use super::rows::{FeedTimes, WindowReader};
 use super::window::{PlannedWindow, WindowRow, WindowSettings, plan_window};
+use crate::engine::Due;
 use crate::engine::handle::{EngineHandle, panic_message};
 use crate::journal::RowSet;
 use anyhow::{Context, Result, anyhow};
@@ -36,16 +37,15 @@ pub(super) struct Feed {
     pub(super) estimator: Option<Arc<Mutex<JobEstimator>>>,
     /// The name of the first sequence.
     pub(super) first_id: u64,
-    /// What rows share prefixes in, where the engine is not the job's own.
-    pub(super) stream: Option<u32>,
+    /// What rows share prefixes in and when they are due, where the engine is not the job's own.
+    pub(super) seat: Option<(u32, Due)>,
     pub(super) checkpoints: Arc<Checkpoints>,
 }
 
 impl Feed {
     /// Feeds the job to its end, or until it is stopped; returns the number of rows read.
     pub(super) fn run(self) -> Result<u64> {
-        let Self { reader, done, engine, events, finished_windows, stop, lookup, estimator, first_id, stream, checkpoints } =
-            self;
+        let Self { reader, done, engine, events, finished_windows, stop, lookup, estimator, first_id, seat, checkpoints } = self;
         let planner = Planner {
             settings: reader.settings.clone(),
             times: Arc::clone(&reader.times),
@@ -55,7 +55,7 @@ impl Feed {
             stop: &stop,
             lookup: lookup.as_ref(),
             estimator: estimator.as_deref(),
-            stream,
+            seat,
             checkpoints,
         };
         // Prepared windows are handed over one by one, none waits.
@@ -116,7 +116,7 @@ struct Planner<'a> {
     stop: &'a AtomicBool,
     lookup: Option<&'a Lookup>,
     estimator: Option<&'a Mutex<JobEstimator>>,
-    stream: Option<u32>,
+    seat: Option<(u32, Due)>,
     checkpoints: Arc<Checkpoints>,
 }
 
@@ -138,8 +138,8 @@ impl Planner<'_> {
             let from_before = estimator.lock().expect("an estimator does not panic").observe(&window);
             window.trie_tokens -= u64::from(from_before);
         }
-        if let Some(stream) = self.stream {
-            window.submissions.iter_mut().for_each(|submission| submission.stream = stream);
+        if let Some(seat) = self.seat {
+            window.submissions.iter_mut().for_each(|submission| (submission.stream, submission.due) = seat);
         }
         for (submission, (group, _)) in window.submissions.iter_mut().zip(&window.sequences) {
             self.checkpoints.apply(window.groups[*group as usize].leader.row_idx, submission);

@@ -13,7 +13,7 @@ use super::progress::{Progress, say};
 use super::rows::{FeedTimes, WindowReader};
 use super::window::WindowSettings;
 use crate::engine::handle::{EngineHandle, panic_message};
-use crate::engine::{EngineStats, Finished};
+use crate::engine::{Due, EngineStats, Finished};
 use crate::format::openai::answer::Stamp;
 use crate::format::openai::{Endpoint, PlainLines, parse_object};
 use crate::format::{self, Limits, RawRow, Source};
@@ -69,6 +69,8 @@ pub struct Seat {
     pub first_id: u64,
     /// What its rows share prefixes in.
     pub stream: u32,
+    /// When they should all be done.
+    pub due: Due,
 }
 
 /// A row that can't be run.
@@ -364,7 +366,7 @@ impl HostedJob {
             lookup: None,
             estimator: None,
             first_id: seat.first_id,
-            stream: Some(seat.stream),
+            seat: Some((seat.stream, seat.due)),
             checkpoints: Arc::default(),
         };
         let ends = (window_finished, Arc::clone(&stop));

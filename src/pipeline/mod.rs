@@ -275,7 +275,7 @@ impl Run<'_> {
                 lookup,
                 estimator: Some(Arc::clone(&measured.estimator)),
                 first_id: 0,
-                stream: None,
+                seat: None,
                 checkpoints,
             };
             Ok((feed, stepper))

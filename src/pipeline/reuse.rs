@@ -371,6 +371,7 @@ mod tests {
             class: Class::Batch,
             keep_tokens,
             stream: 0,
+            due: crate::engine::Due::NEVER,
         };
         let left = |known: &[u64]| {
             let keeps = [(0, 9), (1, 4), (2, 7), (3, 5), (4, 6), (5, 3)];

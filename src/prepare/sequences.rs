@@ -4,7 +4,7 @@
 
 use super::Prompt;
 use crate::engine::sampling::SeqParams;
-use crate::engine::{Finished, SeqLogprob, Submission};
+use crate::engine::{Due, Finished, SeqLogprob, Submission};
 use crate::outcome::{Choice, FinishReason, TokenLogprob, Usage};
 use crate::request::MAX_CHOICES;
 use crate::text::tokenizer::Tokenizer;
@@ -238,6 +238,7 @@ pub fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_token
         class: Class::Batch,
         keep_tokens,
         stream: prompt.step as u32,
+        due: Due::NEVER,
     }
 }
 

@@ -4,6 +4,7 @@
 
 use super::App;
 use super::auth::Owner;
+use super::backlog::Ticket;
 use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
 use super::ids;
@@ -45,6 +46,8 @@ const EVENTS: usize = 512;
 pub struct Background {
     /// By id; a bell that rings when something was stored, gone when nothing more will be.
     bells: Mutex<HashMap<String, watch::Sender<()>>>,
+    /// By id, of those that were accepted since the start: they count as work to be done.
+    tickets: Mutex<HashMap<String, Ticket>>,
     /// Counts those that ended.
     ended: watch::Sender<u64>,
     queues: HashMap<(String, Window), UnboundedSender<String>>,
@@ -81,8 +84,8 @@ impl Background {
                 receivers.push(Queue { ids, n_running });
             }
         }
-        let (bells, ended) = (Mutex::default(), watch::Sender::new(0));
-        (Self { bells, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
+        let (bells, tickets, ended) = (Mutex::default(), Mutex::default(), watch::Sender::new(0));
+        (Self { bells, tickets, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, watch::Sender<()>>) -> T) -> T {
@@ -90,11 +93,12 @@ impl Background {
     }
 
     /// Makes a place for one more; false if there is none.
-    fn open(&self, id: &str) -> bool {
+    fn open(&self, id: &str, ticket: Ticket) -> bool {
         self.with(|bells| {
             let has_room = bells.len() < self.max_open && !self.is_closed.load(SeqCst);
             if has_room {
                 bells.insert(id.to_owned(), watch::Sender::new(()));
+                self.tickets.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned(), ticket);
             }
             has_room
         })
@@ -124,6 +128,7 @@ impl Background {
 
     /// Nothing more will be stored of it.
     pub(super) fn close(&self, id: &str) {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         if self.with(|bells| bells.remove(id)).is_some() {
             self.ended.send_modify(|n_ended| *n_ended += 1);
         }
@@ -186,7 +191,8 @@ pub(super) async fn create(
     };
     let claim = owner.claim.clone().zip(Some(if is_streamed { once::RESPONSE_EVENTS } else { once::RESPONSE }));
     let first = [event(0, "response.created", &response), event(1, "response.queued", &response)];
-    if !app.background.open(&id) {
+    let ticket = prepared.admit(app)?;
+    if !app.background.open(&id, ticket) {
         return Err(ApiError::busy());
     }
     // A caller who goes away now must not leave a response behind that is stored and never run.
@@ -354,7 +360,7 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     let previous = stored.previous.clone();
     let own = Own { store: true, background: true, previous, window: None, is_streamed };
     loop {
-        match Call::submit((app, &owner), &prepared, &identity) {
+        match Call::submit((app, &owner), &prepared, &identity, None) {
             Ok(call) => return Ok((call, own, is_streamed)),
             Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(refuse(error.message)),

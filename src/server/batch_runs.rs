@@ -365,8 +365,8 @@ async fn wait_and_run(
         if open.ending() == Some(Ending::Pause) {
             return Ok(None);
         }
-        let (job, model, own) = (job.clone(), Arc::clone(model), Arc::clone(open));
-        let ran = spawn_blocking(move || run(&job, &model, &own)).await.context("the batch panicked")?;
+        let (job, model, own, expires_at) = (job.clone(), Arc::clone(model), Arc::clone(open), stored.expires_at);
+        let ran = spawn_blocking(move || run(&job, &model, &own, expires_at)).await.context("the batch panicked")?;
         drop(place);
         let must_leave = std::mem::take(&mut lock(&open.control).must_leave);
         if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
@@ -398,9 +398,10 @@ async fn wait<'a>(app: &'a Arc<App>, stored: &StoredBatch, open: &Arc<Open>, mod
     Some(place)
 }
 
-fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>) -> Result<Option<Ended>> {
+fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>, expires_at: u64) -> Result<Option<Ended>> {
     let (link, inbox) = Inbox::new();
-    let at = model.live.seat(&link, &open.machine_ns);
+    let [left, window] = [now(), job.created_unix_s].map(|from| Duration::from_secs(expires_at.saturating_sub(from)));
+    let at = model.live.seat(&link, &open.machine_ns, (left, window));
     {
         let mut control = lock(&open.control);
         if control.ending.is_some() || control.must_leave {

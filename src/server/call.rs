@@ -3,6 +3,7 @@
 
 use super::App;
 use super::auth::Owner;
+use super::backlog::Ticket;
 use super::books::Bill;
 use super::errors::ApiError;
 use super::flow::Flow;
@@ -17,6 +18,7 @@ use crate::prepare::Prompt;
 use crate::text::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A call that runs.
 pub struct Call {
@@ -37,6 +39,8 @@ pub struct Call {
     /// Whether its caller gets it as it comes.
     pub is_streamed: bool,
     pub(super) app: Arc<App>,
+    /// It counts as work to be done, until it ends.
+    _ticket: Option<Ticket>,
     /// If its request may come again.
     claim: Option<Arc<Claim>>,
 }
@@ -54,28 +58,35 @@ impl Call {
     ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
         let prepared = Self::prepare(app, endpoint, body, asked).await?;
-        Self::submit((app, owner), &prepared, &Identity::new())
+        let ticket = prepared.admit(app)?;
+        Self::submit((app, owner), &prepared, &Identity::new(), Some(ticket))
     }
 
-    /// Starts prompts that are prepared.
+    /// Starts prompts that are prepared, and were admitted.
     ///
     /// # Errors
     /// Too many calls wait.
-    pub(super) fn submit((app, owner): (&Arc<App>, &Owner), prepared: &Prepared, identity: &Identity) -> Result<Self, ApiError> {
+    pub(super) fn submit(
+        (app, owner): (&Arc<App>, &Owner),
+        prepared: &Prepared,
+        identity: &Identity,
+        ticket: Option<Ticket>,
+    ) -> Result<Self, ApiError> {
         let Prepared { model, window, prompts, echo, id_prefix } = prepared;
         let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
         if n_sequences > MAX_SEQUENCES {
             let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
             return Err(ApiError::invalid_value("n", message));
         }
-        let flow = model.live.submit(prompts, window.class(), identity.seed).map_err(|_busy| ApiError::busy())?;
+        let accepted_ago = Duration::from_secs(now().saturating_sub(identity.created));
+        let flow = model.live.submit(prompts, window.class(), accepted_ago, identity.seed).map_err(|_busy| ApiError::busy())?;
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let object = format!("{id_prefix}{}", identity.id);
         let bill = Arc::new(Bill::new(app, owner, (&*model, *window), object, n_prompt as u64));
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
-        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim })
+        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, _ticket: ticket, claim })
     }
 
     /// What a request's prompts are counted as; nothing is run.
@@ -96,7 +107,8 @@ impl Call {
         let model = Arc::clone(app.models.named(body)?);
         let metadata = windows::metadata(body)?;
         let window = asked.window.map(Window::as_str).or_else(|| windows::asked(metadata));
-        let window = windows::resolve(window, asked.mode, &model.id, &model.windows)?;
+        let supported = app.windows.open_to(asked.mode, &model.windows);
+        let window = windows::resolve(window, asked.mode, &model.id, &supported)?;
         let (mut request, echo) = parse_body(0, endpoint, body, &app.defaults)?;
         // The name is the server's matter, not the weights'.
         request.model = None;
@@ -135,6 +147,19 @@ impl Call {
         self.close(&completion, &mut answer["usage"]);
         self.settle(Some(&answer)).await;
         Ok(answer)
+    }
+}
+
+impl Prepared {
+    /// Counts it in as work to be done.
+    ///
+    /// # Errors
+    /// Its window can't hold it now.
+    pub(super) fn admit(&self, app: &App) -> Result<Ticket, ApiError> {
+        let class = self.window.class();
+        self.model.live.admit(&self.prompts, class).map_err(|wait| {
+            ApiError::over_capacity(self.window.as_str(), wait, app.windows.of(class).ceiling.unwrap_or_default())
+        })
     }
 }
 

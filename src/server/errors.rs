@@ -7,6 +7,7 @@ use crate::pipeline::progress::say;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Whose form an answer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +85,16 @@ impl ApiError {
         let message = "too many requests wait already; try again";
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"), message);
         Self { retry_after_s: Some(1), ..error }
+    }
+
+    /// So much is before it that it would be done too late: it may come again when its window can hold it.
+    pub fn over_capacity(window: &str, wait: Duration, ceiling: Duration) -> Self {
+        let (wait_s, ceiling_s) = (wait.as_secs(), ceiling.as_secs());
+        let message =
+            format!("the work before this request takes about {wait_s} s, and window {window} allows {ceiling_s} s; try again");
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, Some("capacity_exceeded"), message);
+        let too_long = wait.saturating_sub(ceiling).as_secs().saturating_add(1);
+        Self { retry_after_s: Some(u32::try_from(too_long).unwrap_or(u32::MAX)), ..error }
     }
 
     /// The server is on its way out.

@@ -75,6 +75,11 @@ impl Pending {
 const JOB_IDS: u64 = 1 << 61;
 const JOB_SHIFT: u32 = 40;
 
+/// Whether a sequence is of a job.
+pub(super) fn is_of_job(id: u64) -> bool {
+    id >= JOB_IDS
+}
+
 /// The job that a sequence is of.
 fn job_of(id: u64) -> u64 {
     (id - JOB_IDS) >> JOB_SHIFT

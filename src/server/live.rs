@@ -3,13 +3,15 @@
 //! the same request; a caller that goes away leaves nothing behind; memory held for a caller that reads slowly is bounded
 //! by its answer.
 
-use super::flow::{Flow, Mailbox, Routes, first_id};
+use super::backlog::{Backlog, Ticket};
+use super::flow::{Flow, Mailbox, Routes, first_id, is_of_job};
 use super::metrics::Times;
 use super::pace::Pace;
+use super::windows::Table;
 use crate::config::ModelConfig;
 use crate::config::serve::ServeLimits;
 use crate::engine::handle::{Delivery, EngineHandle};
-use crate::engine::{Engine, EngineConfig, EngineStats, Submission};
+use crate::engine::{Due, Engine, EngineConfig, EngineStats, StepLimits, Submission};
 use crate::format::openai::Endpoint;
 use crate::grammar::Grammars;
 use crate::outcome::{ErrorCode, RowError};
@@ -25,6 +27,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 /// See the module.
@@ -43,6 +46,9 @@ pub struct LiveModel {
     n_queued: [Arc<AtomicUsize>; Class::ALL.len()],
     /// Most of them.
     max_queued: usize,
+    /// What is open, and how long it will take.
+    backlog: Arc<Backlog>,
+    windows: Table,
     /// As many requests as are prepared at a time.
     preparing: Semaphore,
     next_id: AtomicU64,
@@ -60,13 +66,16 @@ struct Work {
     _place: Arc<Place>,
 }
 
+/// Batches are to be done so much of their window before its end: a twentieth.
+const DEADLINE_MARGIN: u32 = 20;
+
 /// Too many calls wait already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Busy;
 
 impl LiveModel {
-    /// Loads a model, which rows may also call by these names, and starts its engine. While a call of class asap is there, a
-    /// step takes about `limits.max_step` at most. `n_busy` counts the engines that share the machine just now.
+    /// Loads a model, which rows may also call by these names, and starts its engine. A step takes about
+    /// `limits.max_step` at most. `n_busy` counts the engines that share the machine just now.
     ///
     /// # Errors
     /// No such model, one that can't be used, or not enough memory.
@@ -86,10 +95,11 @@ impl LiveModel {
         let mut engine_config = EngineConfig::for_runner(&runner.limits());
         engine_config.max_running = config.max_running.min(engine_config.max_running);
         engine_config.max_waiting = 2 * engine_config.max_running;
+        engine_config.share_floors = limits.windows.share_floors();
         let mut engine = Engine::new(engine_config, runner, Arc::clone(&tokenizer) as _)?;
-        let asap_tokens = Arc::new(AtomicUsize::new(usize::MAX));
-        engine.limit_asap_steps(Arc::clone(&asap_tokens));
-        let pace = Pace::new(meter, limits.max_step, asap_tokens);
+        let step_limits = Arc::new(StepLimits::default());
+        engine.limit_steps(Arc::clone(&step_limits));
+        let pace = Pace::new(meter, limits.max_step, step_limits);
         let preparer = Preparer {
             form: RowForm::Requests,
             grammars: Grammars::new(Arc::clone(&tokenizer)),
@@ -102,10 +112,10 @@ impl LiveModel {
             max_context: memory.max_context,
             max_context_reason: memory.max_context_reason,
         };
-        let (routes, stats) = (Arc::new(Routes::default()), Arc::new(Mutex::default()));
+        let (routes, stats, backlog) = (Arc::new(Routes::default()), Arc::default(), Arc::new(Backlog::default()));
         let (end, ended) = watch::channel(false);
-        let own = Arc::clone(&routes);
-        let mut receiver = Receiving { routes: own, stats: Arc::clone(&stats), end, pace, n_busy, is_busy: false };
+        let own = (Arc::clone(&routes), Arc::clone(&stats), Arc::clone(&backlog));
+        let mut receiver = Receiving { routes: own.0, stats: own.1, backlog: own.2, end, pace, n_busy, is_busy: false };
         let engine = Arc::new(EngineHandle::start(engine, Box::new(move |step| receiver.take(step)))?);
         let [asap, standard, batch] = Class::ALL.map(|class| feed(class, Arc::clone(&engine)));
         Ok(Self {
@@ -117,6 +127,8 @@ impl LiveModel {
             feeds: [asap?, standard?, batch?],
             n_queued: Default::default(),
             max_queued: limits.max_queued,
+            backlog,
+            windows: limits.windows,
             preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
             next_job: AtomicU64::new(0),
@@ -137,11 +149,25 @@ impl LiveModel {
         prepared.unwrap_or_else(|_| Err(RowError::row(ErrorCode::EngineError, "preparing the request failed")))
     }
 
-    /// Starts a call: its prompts run side by side, in their class. `seed` is what it draws with where it names no seed.
+    /// Counts a call in, if it can be done in its window.
+    ///
+    /// # Errors
+    /// How long it would wait, if that is too long.
+    pub fn admit(&self, prompts: &[Prompt], class: Class) -> Result<Ticket, Duration> {
+        let sequences = prompts.iter().flat_map(|prompt| {
+            let own = (prompt.tokens.len(), prompt.max_tokens);
+            std::iter::repeat_n(own, n_computed(prompt))
+        });
+        self.backlog.enter(class, sequences, self.windows.of(class).ceiling)
+    }
+
+    /// Starts a call that was accepted so long ago: its prompts run side by side, in their class. `seed` is what it draws with
+    /// where it names no seed.
     ///
     /// # Errors
     /// Too many calls of the class wait already.
-    pub fn submit(&self, prompts: &[Prompt], class: Class, seed: u64) -> Result<Flow, Busy> {
+    pub fn submit(&self, prompts: &[Prompt], class: Class, accepted_ago: Duration, seed: u64) -> Result<Flow, Busy> {
+        let due = self.windows.due(class, self.engine.now_ms(), accepted_ago);
         let queued = &self.n_queued[class as usize];
         if queued.fetch_add(1, Relaxed) >= self.max_queued {
             queued.fetch_sub(1, Relaxed);
@@ -156,7 +182,7 @@ impl LiveModel {
                 let keep_tokens = prompt.tokens.len() as u32;
                 let draw = (meta.seed, draw_number(prompt, prompt_idx, choice));
                 let mut next = submission(id, prompt, draw, keep_tokens);
-                (next.class, next.stream, next.params.watch) = (class, class as u32, true);
+                (next.class, next.stream, next.params.watch, next.due) = (class, class as u32, true, due);
                 submissions.push(next);
                 sequences.push((id, prompt_idx));
             }
@@ -185,8 +211,10 @@ impl LiveModel {
     }
 
     /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
-    /// Their shares of the machine's time are added to `machine_ns`.
-    pub fn seat(&self, link: &Link, machine_ns: &Arc<AtomicU64>) -> JobPlace {
+    /// Their shares of the machine's time are added to `machine_ns`. It has so much time `left` of its window.
+    pub fn seat(&self, link: &Link, machine_ns: &Arc<AtomicU64>, (left, window): (Duration, Duration)) -> JobPlace {
+        // What is only just done in time is done too late when a row takes longer than others.
+        let left = left.saturating_sub(window / DEADLINE_MARGIN);
         let number = self.next_job.fetch_add(1, Relaxed);
         self.routes.open_job(number, link, machine_ns);
         let seat = Seat {
@@ -196,6 +224,7 @@ impl LiveModel {
             first_id: first_id(number),
             // Calls of each class have a stream of their own.
             stream: Class::ALL.len() as u32 + number as u32,
+            due: Due::window(self.engine.now_ms() + left.as_millis() as i64, window.as_millis() as i64),
         };
         JobPlace { seat, routes: Arc::clone(&self.routes), number }
     }
@@ -208,6 +237,11 @@ impl LiveModel {
     /// Calls of a class that have not begun to run.
     pub fn n_queued(&self, class: Class) -> usize {
         self.n_queued[class as usize].load(Relaxed)
+    }
+
+    /// How long a call of the class would wait, if it came now.
+    pub fn wait(&self, class: Class) -> Duration {
+        self.backlog.wait(class)
     }
 
     /// Sequences that somebody waits for.
@@ -254,6 +288,7 @@ impl Drop for Place {
 struct Receiving {
     routes: Arc<Routes>,
     stats: Arc<Mutex<EngineStats>>,
+    backlog: Arc<Backlog>,
     end: watch::Sender<bool>,
     pace: Pace,
     /// Engines that have work, of all that share the machine.
@@ -264,6 +299,12 @@ struct Receiving {
 impl Receiving {
     fn take(&mut self, step: Delivery<'_>) {
         let time = self.pace.note(step.stats);
+        if step.stats.waiting > 0 {
+            self.backlog.note_full_step(time, step.step.iter().map(|share| share.n_tokens).sum());
+        }
+        for done in step.finished.iter().filter(|done| !is_of_job(done.id)) {
+            self.backlog.note_finished(done.tokens.len());
+        }
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = *step.stats;
         let is_busy = !step.step.is_empty();
         match (self.is_busy, is_busy) {

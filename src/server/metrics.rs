@@ -104,6 +104,13 @@ pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
             line(&mut out, "valar_queued_calls", &labels, &model.live.n_queued(class));
         }
     }
+    head(&mut out, "valar_predicted_wait_seconds", "gauge", "How long a call that comes now would wait.");
+    for model in &models {
+        for class in [Class::Asap, Class::Standard] {
+            let labels = format!("model={:?},class=\"{}\"", model.id, format!("{class:?}").to_lowercase());
+            line(&mut out, "valar_predicted_wait_seconds", &labels, &model.live.wait(class).as_secs_f64());
+        }
+    }
     head(&mut out, "valar_open_calls", "gauge", "Calls that have not ended.");
     for model in &models {
         line(&mut out, "valar_open_calls", &format!("model={:?}", model.id), &model.live.n_open());

@@ -4,6 +4,7 @@
 
 mod auth;
 pub mod background;
+pub mod backlog;
 mod batch_retry;
 pub mod batch_runs;
 mod batches;
@@ -93,6 +94,7 @@ pub struct App {
     pub data: PathBuf,
     max_file_bytes: u64,
     max_batch_rows: u64,
+    windows: windows::Table,
     /// Set by the first signal: new requests are sent away.
     is_draining: AtomicBool,
 }
@@ -125,6 +127,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             data: config.data.clone(),
             max_file_bytes: config.limits.max_file_bytes,
             max_batch_rows: config.limits.max_batch_rows,
+            windows: config.limits.windows,
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
             defaults: config.defaults.clone(),

@@ -2,9 +2,12 @@
 //! a window that is not supported is refused by name, never ignored.
 
 use super::errors::ApiError;
-use crate::window::Class;
+use crate::engine::Due;
+use crate::window::{AIM, Class, STANDARD_TARGET_S};
+use anyhow::{Result as Checked, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::time::Duration;
 
 /// How much time a call gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -34,6 +37,117 @@ impl Window {
             Self::Asap => Class::Asap,
             Self::Standard => Class::Standard,
         }
+    }
+}
+
+/// What a window, or the class of batches, promises and takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    /// Mean time that a call should take, from when it was accepted to its end.
+    pub target: Option<Duration>,
+    /// Calls that would wait longer than that are refused.
+    pub ceiling: Option<Duration>,
+    /// Whether only background responses may ask for it.
+    pub background_only: bool,
+    /// Percent of the tokens that it gets at least while it waits (asap's are not counted).
+    pub share_floor: u8,
+}
+
+/// `[windows.NAME]` of `valar.toml`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TermsSpec {
+    target_s: Option<u64>,
+    ceiling_s: Option<u64>,
+    background_only: Option<bool>,
+    share_floor: Option<u8>,
+}
+
+/// `[windows]` of `valar.toml`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WindowsSpec {
+    asap: TermsSpec,
+    standard: TermsSpec,
+    batch: TermsSpec,
+}
+
+/// The terms of each class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Table([Terms; Class::ALL.len()]);
+
+/// Floors of all classes together: what is above goes by urgency alone.
+const MAX_FLOORS: u8 = 50;
+
+impl Default for Table {
+    fn default() -> Self {
+        let (seconds, background_only) = (|s| Some(Duration::from_secs(s)), false);
+        Self([
+            Terms { target: None, ceiling: seconds(60), background_only, share_floor: 0 },
+            Terms { target: seconds(STANDARD_TARGET_S), ceiling: seconds(1800), background_only, share_floor: 10 },
+            // A batch says itself how much time it has.
+            Terms { target: None, ceiling: None, background_only, share_floor: 2 },
+        ])
+    }
+}
+
+impl Table {
+    /// Of a class.
+    pub fn of(&self, class: Class) -> &Terms {
+        &self.0[class as usize]
+    }
+
+    /// By class, in percent.
+    pub fn share_floors(&self) -> [u8; Class::ALL.len()] {
+        self.0.map(|terms| terms.share_floor)
+    }
+
+    /// The windows of these that a call of that mode may ask for.
+    pub fn open_to(&self, mode: Mode, supported: &[Window]) -> Vec<Window> {
+        let is_open = |window: &&Window| mode == Mode::Background || !self.of(window.class()).background_only;
+        supported.iter().filter(is_open).copied().collect()
+    }
+
+    /// When a call that was accepted so long ago should be done.
+    pub fn due(&self, class: Class, now_ms: i64, accepted_ago: Duration) -> Due {
+        let due = |target: Duration| Due {
+            at_ms: now_ms + target.mul_f64(AIM).as_millis() as i64 - accepted_ago.as_millis() as i64,
+            ramp_ms: 0,
+        };
+        self.of(class).target.map_or(Due::NEVER, due)
+    }
+}
+
+impl WindowsSpec {
+    /// Lays what was said over the defaults.
+    ///
+    /// # Errors
+    /// What makes no sense, by its name.
+    pub fn checked(&self) -> Checked<Table> {
+        let mut table = Table::default();
+        for ((name, spec), terms) in
+            [("asap", self.asap), ("standard", self.standard), ("batch", self.batch)].into_iter().zip(&mut table.0)
+        {
+            let seconds = |value: Option<u64>, default| value.map(Duration::from_secs).or(default);
+            terms.target = seconds(spec.target_s, terms.target);
+            terms.ceiling = seconds(spec.ceiling_s, terms.ceiling);
+            terms.background_only = spec.background_only.unwrap_or(terms.background_only);
+            terms.share_floor = spec.share_floor.unwrap_or(terms.share_floor);
+            ensure!(terms.target.is_none_or(|target| !target.is_zero()), "{name}.target_s: must be at least 1");
+            ensure!(terms.ceiling >= terms.target || terms.ceiling.is_none(), "{name}.ceiling_s: is less than its target_s");
+            let is_batch = name == "batch";
+            ensure!(
+                !is_batch || spec == TermsSpec { share_floor: spec.share_floor, ..TermsSpec::default() },
+                "batch: has a share_floor and nothing else: its deadlines are the batches' own"
+            );
+            ensure!(
+                name != "asap" || spec.share_floor.is_none_or(|floor| floor == 0) && spec.target_s.is_none(),
+                "asap: goes before all others and has neither target_s nor share_floor"
+            );
+        }
+        let floors: u32 = table.share_floors().iter().map(|&floor| u32::from(floor)).sum();
+        ensure!(floors <= u32::from(MAX_FLOORS), "share_floor: {floors} percent in all, over {MAX_FLOORS}");
+        Ok(table)
     }
 }
 
@@ -90,7 +204,11 @@ pub fn metadata(body: &Map<String, Value>) -> Result<Option<&Map<String, Value>>
 pub fn resolve(asked: Option<&str>, mode: Mode, model: &str, supported: &[Window]) -> Result<Window, ApiError> {
     let Some(asked) = asked else {
         let default = if mode == Mode::Foreground { Window::Asap } else { Window::Standard };
-        return Ok(supported.iter().copied().find(|window| *window == default).unwrap_or(supported[0]));
+        let default = supported.iter().copied().find(|window| *window == default).or(supported.first().copied());
+        return default.ok_or_else(|| {
+            let message = format!("model {model} is for background responses only; supported windows of other calls: none");
+            ApiError::new(axum::http::StatusCode::BAD_REQUEST, Some("unsupported_value"), message)
+        });
     };
     let found = supported.iter().copied().find(|window| window.as_str() == asked);
     found.ok_or_else(|| {

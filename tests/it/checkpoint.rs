@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Begun, EngineConfig, Finished, Submission};
+use valar::engine::{Begun, Due, EngineConfig, Finished, Submission};
 use valar::model::RunnerLimits;
 use valar::window::Class;
 
@@ -32,7 +32,15 @@ fn rows(rng: &mut Rng, max_context: usize, every: u32) -> Vec<Submission> {
             checkpoint: every,
             ..SeqParams::default()
         };
-        Submission { id, prompt: prompt.into(), params, class: Class::Batch, keep_tokens: rng.range(0, 9) as u32, stream: 0 }
+        Submission {
+            id,
+            prompt: prompt.into(),
+            params,
+            class: Class::Batch,
+            keep_tokens: rng.range(0, 9) as u32,
+            stream: 0,
+            due: Due::NEVER,
+        }
     };
     (0..n_rows).map(row).collect()
 }

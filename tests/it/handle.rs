@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use valar::engine::handle::{Delivery, EngineHandle};
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, Finished, Submission};
+use valar::engine::{Due, Engine, EngineConfig, Finished, Submission};
 use valar::model::RunnerLimits;
 use valar::window::Class;
 
@@ -31,6 +31,7 @@ fn row(id: u64, class: Class) -> Submission {
         class,
         keep_tokens: 1,
         stream: class as u32,
+        due: Due::NEVER,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use valar::device::batch::{Batch, StepOutput};
 use valar::device::cpu::{CpuDevice, Isa, Numerics};
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, Finished, Submission};
+use valar::engine::{Due, Engine, EngineConfig, Finished, Submission};
 use valar::gguf::Gguf;
 use valar::model::{ModelRunner, Runner, RunnerLimits};
 use valar::text::tokenizer::Tokenizer;
@@ -57,6 +57,7 @@ fn rows(rng: &mut Rng) -> Vec<Submission> {
         class: rng.pick(&Class::ALL),
         keep_tokens: shared(i) as u32,
         stream: 0,
+        due: Due::NEVER,
     };
     prompts.iter().enumerate().map(submission).collect()
 }
@@ -139,6 +140,7 @@ fn the_real_models_other_rows_keep_their_bits() {
         class: Class::Batch,
         keep_tokens: 2,
         stream: 0,
+        due: Due::NEVER,
     };
     let rows: Vec<Submission> = texts.iter().enumerate().map(row).collect();
     let run = |runner: Box<dyn Runner>| {

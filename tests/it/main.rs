@@ -61,3 +61,4 @@ mod text;
 mod tokenizers;
 mod webhooks;
 mod weights;
+mod window_terms;

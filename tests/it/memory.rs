@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use valar::device::cpu::{CpuDevice, Isa, Numerics};
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, Finished, Submission};
+use valar::engine::{Due, Engine, EngineConfig, Finished, Submission};
 use valar::model::{ModelFile, ModelRunner, Runner as _};
 use valar::window::Class;
 
@@ -60,6 +60,7 @@ fn submissions(logprobs: bool) -> Vec<Submission> {
         class: Class::Batch,
         keep_tokens: 9,
         stream: 0,
+        due: Due::NEVER,
     };
     (0..40).map(submission).collect()
 }

@@ -1,7 +1,7 @@
 //! What the scheduler is meant to be good at, a case each: small workloads whose counters can be told in advance.
 
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, EngineStats, Submission};
+use valar::engine::{Due, Engine, EngineConfig, EngineStats, Submission};
 use valar::model::RunnerLimits;
 use valar::window::Class;
 
@@ -16,7 +16,7 @@ fn limits(n_blocks: usize) -> RunnerLimits {
 /// A row of exactly `n_output` tokens.
 fn row(id: u64, class: Class, prompt: &[u32], n_output: u32) -> Submission {
     let params = SeqParams { max_tokens: n_output, ignore_eos: true, seed: id, ..SeqParams::default() };
-    Submission { id, prompt: prompt.into(), params, class, keep_tokens: 0, stream: class as u32 }
+    Submission { id, prompt: prompt.into(), params, class, keep_tokens: 0, stream: class as u32, due: Due::NEVER }
 }
 
 fn submit(engine: &mut Engine, rows: impl IntoIterator<Item = Submission>) {

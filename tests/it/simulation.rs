@@ -5,11 +5,11 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use valar::device::BLOCK_TOKENS;
 use valar::engine::sampling::SeqParams;
-use valar::engine::{Engine, EngineConfig, EngineStats, Finished, Progress, Submission};
+use valar::engine::{Due, Engine, EngineConfig, EngineStats, Finished, Progress, Scheduled, StepLimits, Submission};
 use valar::model::RunnerLimits;
 use valar::window::Class;
 
@@ -71,6 +71,7 @@ fn simulate(workload: &Workload) -> EngineStats {
         for id in cancelled {
             n_done += forget(&mut engine, &mut live, id);
         }
+        engine.advance(100 * step as i64);
         let finished = one_step(&mut engine, &live, &mut seen);
         note_progress(&mut told, engine.take_progress());
         for done in finished {
@@ -154,8 +155,9 @@ fn one_step(engine: &mut Engine, live: &HashMap<u64, &Row>, seen: &mut HashSet<u
     assert_eq!(after.running + after.waiting, live.len() - finished.len());
     assert!(after.running <= engine.config().max_running);
 
-    // No new row takes the blocks that another just lost, but for asap rows.
-    let n_new = step.iter().filter(|s| seen.insert(s.id) && s.class != Class::Asap).count();
+    // No new row takes the blocks that another just lost, but for asap rows and those that may be overdue.
+    let may_take = |s: &Scheduled| s.class == Class::Asap || live[&s.id].submission.due != Due::NEVER;
+    let n_new = step.iter().filter(|s| seen.insert(s.id) && !may_take(s)).count();
     assert!(n_new == 0 || after.preemptions == before.preemptions);
 
     // If anybody else runs, every asap row does, unless asap rows alone may fill the pool or the places.
@@ -211,6 +213,12 @@ fn params(rng: &mut Rng, max_output: usize) -> SeqParams {
     }
 }
 
+/// Overdue, soon due, late, never, with a ramp or without.
+fn any_due(rng: &mut Rng) -> Due {
+    let at_ms = rng.range(0, 40_000) as i64 - 5_000;
+    rng.pick(&[Due::NEVER, Due { at_ms, ramp_ms: 0 }, Due::window(at_ms, 60_000)])
+}
+
 /// Any workload at all: the pool may be as small as one row, the budget one token.
 fn any_workload(rng: &mut Rng) -> Workload {
     let max_context = rng.range(2, 160);
@@ -229,8 +237,10 @@ fn any_workload(rng: &mut Rng) -> Workload {
         budget_tokens: rng.range(1, limits.max_step_tokens),
         max_preemptions: rng.range(0, 3) as u32,
         cold_output_tokens: rng.pick(&[1, 1, 8, 64]),
+        share_floors: rng.pick(&[[0, 10, 2], [0, 50, 50], [0; 3]]),
     };
     let percent_endless = rng.pick(&[0, 0, 30, 100]);
+    let is_timed = rng.chance(50);
     let (is_mixed, is_wrong, pace) = (rng.chance(30), rng.chance(40), rng.pick(&[0, 1, 6]));
     let percent_cancelled = rng.pick(&[0, 0, 20]);
     let mut rows = Vec::new();
@@ -248,7 +258,8 @@ fn any_workload(rng: &mut Rng) -> Workload {
             let keep_tokens = if is_wrong { rng.range(0, prompt.len() + 4) as u32 } else { keep };
             let max_output = rng.pick(&[4, 40, 200]);
             let params = SeqParams { ignore_eos: rng.chance(percent_endless), ..params(rng, max_output) };
-            let submission = Submission { id, prompt: prompt.clone().into(), params, class, keep_tokens, stream };
+            let due = if is_timed { any_due(rng) } else { Due::NEVER };
+            let submission = Submission { id, prompt: prompt.clone().into(), params, class, keep_tokens, stream, due };
             let cancelled = rng.chance(percent_cancelled).then(|| arrives + rng.range(0, 40));
             rows.push(Row { submission, arrives, cancelled });
         }
@@ -287,7 +298,7 @@ fn any_workload_gives_each_row_its_outcome() {
 fn job(prompts: &[Vec<u32>], mut params: impl FnMut(u64) -> SeqParams) -> Vec<Row> {
     let submission = |(id, (prompt, keep_tokens)): (usize, (&Vec<u32>, u32))| {
         let (id, prompt) = (id as u64, prompt.clone().into());
-        Submission { id, prompt, params: params(id), class: Class::Batch, keep_tokens, stream: 0 }
+        Submission { id, prompt, params: params(id), class: Class::Batch, keep_tokens, stream: 0, due: Due::NEVER }
     };
     let submissions = prompts.iter().zip(keeps(prompts)).enumerate().map(submission);
     submissions.map(|submission| Row { submission, arrives: 0, cancelled: None }).collect()
@@ -320,15 +331,24 @@ fn an_asap_row_is_in_the_next_step_of_a_full_engine() {
             let max_tokens = rng.range(1, 60) as u32;
             let prompt = vec![rng.range(0, 9) as u32; rng.range(1, 90)].into();
             let params = SeqParams { max_tokens, ignore_eos: true, seed: id, ..SeqParams::default() };
-            let class = rng.pick(&[Class::Standard, Class::Batch]);
-            engine.submit(Submission { id, prompt, params, class, keep_tokens: 5, stream: 1 }).expect("there is room");
+            let (class, due) = (rng.pick(&[Class::Standard, Class::Batch]), any_due(rng));
+            engine.submit(Submission { id, prompt, params, class, keep_tokens: 5, stream: 1, due }).expect("there is room");
         }
         let mut finished = Vec::new();
-        for _ in 0..rng.range(0, 60) {
+        for step in 0..rng.range(0, 60) {
+            engine.advance(500 * step as i64);
             engine.step(&mut finished).expect("the fake runner does not fail");
         }
         let prompt = vec![1; rng.range(1, 150)].into();
-        let asap = Submission { id: 99, prompt, params: SeqParams::default(), class: Class::Asap, keep_tokens: 0, stream: 2 };
+        let asap = Submission {
+            id: 99,
+            prompt,
+            params: SeqParams::default(),
+            class: Class::Asap,
+            keep_tokens: 0,
+            stream: 2,
+            due: Due::NEVER,
+        };
         engine.submit(asap).expect("no other asap row waits");
         engine.step(&mut finished).expect("the fake runner does not fail");
         engine.check();
@@ -345,7 +365,7 @@ fn a_step_is_filled_in_the_order_of_classes() {
         for &(id, class, n_prompt) in rows {
             let params = SeqParams { max_tokens: 9, ignore_eos: true, ..SeqParams::default() };
             let prompt = vec![id as u32; n_prompt].into();
-            let row = Submission { id, prompt, params, class, keep_tokens: 0, stream: 0 };
+            let row = Submission { id, prompt, params, class, keep_tokens: 0, stream: 0, due: Due::NEVER };
             engine.submit(row).expect("there is room");
         }
         engine.step(&mut Vec::new()).expect("the fake runner does not fail");
@@ -386,11 +406,11 @@ fn a_row_that_fills_the_pool_alone_finishes() {
 }
 
 #[test]
-fn steps_are_short_while_an_asap_row_is_there() {
+fn steps_are_as_short_as_they_are_to_be() {
     let limits = RunnerLimits { n_blocks: 100, max_step_tokens: 64, max_step_seqs: 8, n_vocab: N_VOCAB, max_context: 600 };
     let mut engine = engine(limits, EngineConfig::for_runner(&limits));
-    let limit = Arc::new(AtomicUsize::new(5));
-    engine.limit_asap_steps(Arc::clone(&limit));
+    let step_limits = Arc::new(StepLimits { tokens: 5.into(), ..StepLimits::default() });
+    engine.limit_steps(Arc::clone(&step_limits));
     let params = |max_tokens| SeqParams { max_tokens, ignore_eos: true, ..SeqParams::default() };
     let row = |id, n_prompt, class, params| Submission {
         id,
@@ -399,31 +419,61 @@ fn steps_are_short_while_an_asap_row_is_there() {
         class,
         keep_tokens: 0,
         stream: id as u32,
+        due: Due::NEVER,
     };
     engine.submit(row(0, 500, Class::Batch, params(3))).expect("there is room");
     engine.submit(row(1, 12, Class::Asap, params(9))).expect("there is room");
     let mut finished = Vec::new();
-    let mut longest = [0; 2];
+    let mut longest = 0;
     while engine.has_work() {
         engine.step(&mut finished).expect("the fake runner does not fail");
-        let has_asap = engine.last_step().iter().any(|share| share.class == Class::Asap);
-        let n_tokens: usize = engine.last_step().iter().map(|share| share.n_tokens).sum();
-        longest[usize::from(has_asap)] = longest[usize::from(has_asap)].max(n_tokens);
+        longest = longest.max(engine.last_step().iter().map(|share| share.n_tokens).sum());
         // Whatever it is set to, something is done.
-        limit.store(if finished.is_empty() { 5 } else { 0 }, Ordering::Relaxed);
+        step_limits.tokens.store(if finished.is_empty() { 5 } else { 0 }, Ordering::Relaxed);
     }
-    assert_eq!((longest, finished.len()), ([64, 5], 2));
+    assert_eq!((longest, finished.len()), (5, 2));
+}
+
+#[test]
+fn what_shares_a_step_with_a_first_token_is_half_of_it() {
+    let limits = RunnerLimits { n_blocks: 300, max_step_tokens: 512, max_step_seqs: 8, n_vocab: N_VOCAB, max_context: 600 };
+    let mut engine = engine(limits, EngineConfig::for_runner(&limits));
+    engine.limit_steps(Arc::new(StepLimits { tokens: 400.into(), base_tokens: 40.into() }));
+    let row = |id, n_prompt, class| {
+        let params = SeqParams { max_tokens: 3, ignore_eos: true, ..SeqParams::default() };
+        Submission { id, prompt: vec![7; n_prompt].into(), params, class, keep_tokens: 0, stream: id as u32, due: Due::NEVER }
+    };
+    for id in 0..4 {
+        engine.submit(row(id, 500, Class::Batch)).expect("there is room");
+    }
+    let mut sizes = Vec::new();
+    for step in 0..4 {
+        if step == 1 {
+            engine.submit(row(9, 100, Class::Asap)).expect("there is room");
+        }
+        engine.step(&mut Vec::new()).expect("the fake runner does not fail");
+        sizes.push(engine.last_step().iter().map(|share| share.n_tokens).sum::<usize>());
+    }
+    // Its 100 tokens and the step itself, and half as many of others; later it needs a token of each step.
+    assert_eq!(sizes, [400, 100 + 70, 400, 400]);
 }
 
 #[test]
 fn every_asap_row_gets_its_token_in_every_step() {
     let limits = RunnerLimits { n_blocks: 100, max_step_tokens: 64, max_step_seqs: 16, n_vocab: N_VOCAB, max_context: 600 };
     let mut engine = engine(limits, EngineConfig::for_runner(&limits));
-    engine.limit_asap_steps(Arc::new(AtomicUsize::new(3)));
+    engine.limit_steps(Arc::new(StepLimits { tokens: 3.into(), ..StepLimits::default() }));
     for id in 0..9 {
         let params = SeqParams { max_tokens: 40, ignore_eos: true, ..SeqParams::default() };
-        let row =
-            Submission { id, prompt: vec![id as u32; 5].into(), params, class: Class::Asap, keep_tokens: 0, stream: id as u32 };
+        let row = Submission {
+            id,
+            prompt: vec![id as u32; 5].into(),
+            params,
+            class: Class::Asap,
+            keep_tokens: 0,
+            stream: id as u32,
+            due: Due::NEVER,
+        };
         engine.submit(row).expect("there is room");
     }
     let mut finished = Vec::new();

@@ -1,0 +1,35 @@
+//! What `[windows]` of the server's configuration says, as callers see it.
+
+use crate::serving::{MODEL, Server};
+use serde_json::json;
+
+#[test]
+fn a_window_for_background_responses_is_refused_to_those_that_wait() {
+    let server = Server::with("[windows.standard]\nbackground_only = true\ntarget_s = 60\nceiling_s = 60\n", &["-m", MODEL]);
+    let body = |background: bool, window: &str| json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1, "background": background, "metadata": {"completion_window": window}});
+    let answer = server.post("/v1/responses", body(false, "standard"));
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status, &error["param"]), (400, &json!("metadata.completion_window")));
+    assert!(error["message"].as_str().unwrap().ends_with("supported: asap"), "{error}");
+    assert_eq!(server.post("/v1/responses", body(false, "asap")).status, 200);
+    let answer = server.post("/v1/responses", body(true, "standard"));
+    assert_eq!((answer.status, &answer.json()["completion_window"]), (200, &json!("standard")));
+}
+
+#[test]
+fn terms_that_make_no_sense_are_named() {
+    for (config, name) in [
+        ("[windows.standard]\ntarget_s = 0\n", "standard.target_s"),
+        ("[windows.standard]\nceiling_s = 10\n", "standard.ceiling_s"),
+        ("[windows.standard]\nshare_floor = 60\n", "share_floor"),
+        ("[windows.asap]\nshare_floor = 1\n", "asap"),
+        ("[windows.batch]\nceiling_s = 1\n", "batch"),
+        ("[windows.soon]\n", "soon"),
+    ] {
+        let sandbox = crate::common::Sandbox::new();
+        std::fs::write(sandbox.path("valar.toml"), config).unwrap();
+        let output = sandbox.command(&["serve", "--config", "valar.toml", "--port", "0"]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("windows") && said.contains(name), "{config}: {said}");
+    }
+}
