@@ -304,6 +304,24 @@ pub enum MachineBench {
     },
     /// Count what the order of a workload's rows is worth: tokens prefilled, beside the fewest possible
     Plan(BenchPlanArgs),
+    /// Run a day of calls and batches through the scheduler, on a machine of counted time, and beside it first come, first served
+    Windows(BenchWindowsArgs),
+}
+
+/// `valar bench windows`
+#[derive(Debug, Args)]
+pub struct BenchWindowsArgs {
+    /// When requests came and how long they were: CSV with TIMESTAMP, `ContextTokens`, `GeneratedTokens`
+    pub trace: PathBuf,
+    /// How long
+    #[arg(long, default_value_t = 24)]
+    pub hours: u32,
+    /// Draw turn times and batches here
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `valar bench plan`

@@ -16,7 +16,7 @@ use valar::journal::Apart;
 use valar::outcome::shortened;
 use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::progress::say;
-use valar::pipeline::{self, JobEnd, bench, explain, inspect, kernels, merge, retry, spec, status};
+use valar::pipeline::{self, JobEnd, bench, bench_windows, explain, inspect, kernels, merge, retry, spec, status};
 use valar::server;
 use valar::server::prices::Price;
 
@@ -126,6 +126,9 @@ fn measure(args: BenchArgs) -> Result<u8> {
                 Ok(bench) => bench.run(args.json).map(|()| 0),
                 Err(error) => Ok(usage(&error)),
             }
+        }
+        BenchArgs { machine: Some(MachineBench::Windows(args)), .. } => {
+            bench_windows::show(&args.trace, args.hours, args.svg.as_deref(), args.json).map(|()| 0)
         }
         args => {
             let workload = match bench::Workload::new(args.overrides(), args.output) {

@@ -62,3 +62,4 @@ mod tokenizers;
 mod webhooks;
 mod weights;
 mod window_terms;
+mod windows;
