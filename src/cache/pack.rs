@@ -56,7 +56,7 @@ impl PackName {
 
     /// Whether it is a name of ours, in whatever form.
     pub(super) fn is_ours(name: &str) -> bool {
-        name.starts_with("results-") && name.ends_with(".pack")
+        name.strip_suffix(".pack").is_some_and(|name| name.starts_with("results-"))
     }
 }
 

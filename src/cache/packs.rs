@@ -334,11 +334,12 @@ mod tests {
         assert_eq!(packs.bring_into(&one, KIND).unwrap().n_packs, 0);
         put(&packs, &one, 0..10);
         put(&packs, &other, 5..20);
-        assert_eq!(found(&one, 0..20), Vec::from_iter(0..10), "its own are there at once");
+        assert_eq!(found(&one, 0..20), (0..10).collect::<Vec<_>>(), "its own are there at once");
         for (copy, n_packs) in [(&one, 1), (&other, 1), (&one, 0)] {
             assert_eq!(packs.bring_into(copy, KIND).unwrap().n_packs, n_packs);
         }
-        assert_eq!((found(&one, 0..20), found(&other, 0..20)), (Vec::from_iter(0..20), Vec::from_iter(0..20)));
+        let all: Vec<u64> = (0..20).collect();
+        assert_eq!((found(&one, 0..20), found(&other, 0..20)), (all.clone(), all));
         // Another model's are not fetched.
         assert_eq!(packs.bring_into(&places.copy("third"), "fedcba9876543210").unwrap().n_packs, 0);
         let stats = packs.stats().unwrap();
@@ -347,7 +348,7 @@ mod tests {
         let oldest = packs.list().unwrap()[0].name.clone();
         packs.storage.delete(&packs.at.child(&oldest).unwrap()).unwrap();
         packs.bring_into(&other, KIND).unwrap();
-        assert_eq!(found(&other, 0..20), Vec::from_iter(5..20));
+        assert_eq!(found(&other, 0..20), (5..20).collect::<Vec<_>>());
         packs.clear(places.0.path()).unwrap();
         assert_eq!(packs.stats().unwrap(), PackStats::default());
         packs.bring_into(&other, KIND).unwrap();
@@ -371,7 +372,7 @@ mod tests {
         let other = places.copy("other");
         let brought = packs.bring_into(&other, KIND).unwrap();
         assert_eq!(brought.n_packs, 1);
-        assert_eq!(found(&other, 0..20), Vec::from_iter(10..20), "something of a damaged pack was used");
+        assert_eq!(found(&other, 0..20), (10..20).collect::<Vec<_>>(), "something of a damaged pack was used");
         let said = brought.warnings.join("\n");
         assert_eq!(brought.warnings.len(), 3, "{said}");
         assert!(said.contains(&format!("{}: it is damaged", damaged.url)), "{said}");
@@ -394,7 +395,7 @@ mod tests {
             assert_eq!(brought.renew_before.is_some(), stats.n_bytes > max_bytes / 2);
         }
         let kept = found(&one, 0..1800);
-        assert!(kept.len() > 100 && kept == Vec::from_iter(1800 - kept.len() as u64..1800), "{kept:?}");
+        assert!(kept.len() > 100 && kept == (1800 - kept.len() as u64..1800).collect::<Vec<_>>(), "{kept:?}");
         // About half of it is to be renewed before it goes: the older half.
         let listed = packs.list().unwrap();
         let before = packs.renew_before(&listed).unwrap();
