@@ -8,7 +8,7 @@ use super::books::Bill;
 use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
-use super::models::{Offered, now};
+use super::models::{Offered, OpenCall, now};
 use super::once::Claim;
 use super::windows::{self, Mode, Window};
 use crate::format::openai::answer::{self, Stamp};
@@ -43,6 +43,8 @@ pub struct Call {
     _ticket: Option<Ticket>,
     /// If its request may come again.
     claim: Option<Arc<Claim>>,
+    /// Counts it as open.
+    _open: OpenCall,
 }
 
 impl Call {
@@ -86,7 +88,21 @@ impl Call {
         let bill = Arc::new(Bill::new(app, owner, (&*model, *window), object, n_prompt as u64));
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
-        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, _ticket: ticket, claim })
+        let counted = OpenCall::new(&model, *window);
+        Ok(Self {
+            model,
+            window: *window,
+            id,
+            stamp,
+            echo,
+            flow,
+            bill,
+            is_streamed: false,
+            app,
+            _ticket: ticket,
+            claim,
+            _open: counted,
+        })
     }
 
     /// What a request's prompts are counted as; nothing is run.

@@ -27,6 +27,7 @@ mod metrics;
 pub mod models;
 pub mod once;
 mod pace;
+mod page;
 mod paging;
 mod places;
 pub mod prices;
@@ -34,6 +35,7 @@ pub mod response_events;
 pub mod responses;
 mod shown;
 mod sse;
+mod status;
 mod stored;
 mod tokens;
 pub mod usage;
@@ -61,10 +63,11 @@ use metrics::Counters;
 use models::Models;
 use once::Once;
 use serde_json::json;
+use status::Asked;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -90,6 +93,10 @@ pub struct App {
     pub deliveries: Deliveries,
     books: Books,
     once: Once,
+    /// What went wrong of late.
+    errors: status::Errors,
+    /// Unix seconds.
+    started_at: u64,
     /// The data folder.
     pub data: PathBuf,
     max_file_bytes: u64,
@@ -130,6 +137,8 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             windows: config.limits.windows,
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
+            errors: status::Errors::default(),
+            started_at: models::now(),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
             max_body_bytes: config.limits.max_body_bytes,
@@ -222,6 +231,7 @@ async fn sweep(app: Arc<App>, retention: Duration) {
 fn router(app: Arc<App>) -> Router {
     let front = from_fn_with_state(Arc::clone(&app), front);
     Router::new()
+        .route("/", get(page::show))
         .route("/health", get(async || json_response(&json!({"status": "ok"}))))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics::show))
@@ -251,6 +261,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/webhook_endpoints/{id}/redeliver", post(webhooks::redeliver))
         .route("/v1/webhook_event_types", get(webhooks::event_types_list))
         .route("/v1/usage", get(usage::show))
+        .route("/v1/status", get(status::show))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         // Clients that add `/v1` themselves, given a base that has it.
@@ -279,14 +290,18 @@ async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 /// What counts as a request where requests are limited: what makes the model work at once.
 const LIMITED: [&str; 5] = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/v1/messages"];
 
+/// What anybody may ask for: what is no secret, and whether the server is there.
+const UNLOCKED: [&str; 3] = ["/", "/health", "/ready"];
+
 /// What every request passes through: its id, whether it may, and the form of its error.
 async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let request_id = ids::new("req_");
     let path = request.uri().path();
     let dialect = Dialect::of(path, request.headers());
-    let is_open = path == "/health" || path == "/ready";
-    let allowed = if is_open { Ok(None) } else { app.admit(&request).map(Some) };
+    let asked = Asked { method: request.method().clone(), path: path.to_owned() };
+    let allowed = if UNLOCKED.contains(&path) { Ok(None) } else { app.admit(&request).map(Some) };
     let allowance = app.allowance_for(&allowed, request.method(), path);
+    let caller = allowed.as_ref().ok().and_then(|owner| Some(owner.as_ref()?.to_string()));
     let response = match allowed {
         Ok(Some(owner)) => once::through(&app, owner, request, next).await.unwrap_or_else(ApiError::into_response),
         Ok(None) => next.run(request).await,
@@ -295,6 +310,7 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     let mut response = match response.extensions().get::<ApiError>() {
         None => response,
         Some(error) => {
+            app.errors.note(caller, &asked, error, &request_id);
             let mut written = error.response(dialect, &request_id);
             if let Some(allow) = response.headers().get("allow") {
                 written.headers_mut().insert("allow", allow.clone());

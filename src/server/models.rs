@@ -9,12 +9,13 @@ use super::windows::{self, Mode, Window};
 use crate::config::ModelConfig;
 use crate::config::serve::ServeConfig;
 use anyhow::{Result, ensure};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A model under its public name.
@@ -29,6 +30,8 @@ pub struct Offered {
     pub live: Arc<LiveModel>,
     /// Unix seconds of the start.
     created: u64,
+    /// By window: calls that have not ended.
+    open: [AtomicUsize; Window::ALL.len()],
     /// Set when the engine has ended, which is a fault.
     has_ended: AtomicBool,
 }
@@ -61,8 +64,9 @@ impl Models {
             };
             let id = next.id.clone().unwrap_or_else(|| live.preparer.model.name.clone());
             ensure!(offered.iter().all(|other| other.id != id), "model.id: {id:?} is offered twice");
-            let (windows, prices, has_ended) = (next.windows.clone(), next.prices, AtomicBool::new(false));
-            offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), has_ended }));
+            let (windows, prices, open, has_ended) =
+                (next.windows.clone(), next.prices, Default::default(), AtomicBool::new(false));
+            offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), open, has_ended }));
         }
         Ok(Self(offered))
     }
@@ -141,7 +145,31 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+/// A call that has not ended: counted as long as this is held.
+pub(super) struct OpenCall {
+    model: Arc<Offered>,
+    window: Window,
+}
+
+impl OpenCall {
+    pub(super) fn new(model: &Arc<Offered>, window: Window) -> Self {
+        model.open[window as usize].fetch_add(1, Relaxed);
+        Self { model: Arc::clone(model), window }
+    }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.model.open[self.window as usize].fetch_sub(1, Relaxed);
+    }
+}
+
 impl Offered {
+    /// Calls of a window that have not ended.
+    pub(super) fn n_open(&self, window: Window) -> usize {
+        self.open[window as usize].load(Relaxed)
+    }
+
     /// One object that both dialects' clients read.
     fn shown(&self, currency: &str) -> Value {
         let max_context = self.live.preparer.max_context;
@@ -187,7 +215,11 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{id…}`
-pub(super) async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub(super) async fn retrieve(
+    State(app): State<Arc<App>>,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
+    let Path(id) = path.map_err(|_| unknown(""))?;
     let model = app.models.find(&id).ok_or_else(|| unknown(&id))?;
     Ok(json_response(&model.shown(&app.books.currency)))
 }

@@ -39,6 +39,7 @@ mod model;
 mod money;
 mod oracle;
 mod other_stores;
+mod page;
 mod parameters;
 mod parts;
 mod policies;
