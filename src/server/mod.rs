@@ -26,6 +26,7 @@ mod messages;
 mod metrics;
 pub mod models;
 pub mod once;
+mod openapi;
 mod pace;
 mod page;
 mod paging;
@@ -232,6 +233,7 @@ fn router(app: Arc<App>) -> Router {
     let front = from_fn_with_state(Arc::clone(&app), front);
     Router::new()
         .route("/", get(page::show))
+        .route("/openapi.json", get(openapi::show))
         .route("/health", get(async || json_response(&json!({"status": "ok"}))))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics::show))
@@ -291,7 +293,7 @@ async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 const LIMITED: [&str; 5] = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/v1/messages"];
 
 /// What anybody may ask for: what is no secret, and whether the server is there.
-const UNLOCKED: [&str; 3] = ["/", "/health", "/ready"];
+const UNLOCKED: [&str; 4] = ["/", "/openapi.json", "/health", "/ready"];
 
 /// What every request passes through: its id, whether it may, and the form of its error.
 async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {

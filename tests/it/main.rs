@@ -37,6 +37,7 @@ mod lease_store;
 mod memory;
 mod model;
 mod money;
+mod openapi;
 mod oracle;
 mod other_stores;
 mod page;
