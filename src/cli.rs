@@ -169,6 +169,12 @@ pub struct ServeArgs {
     /// A key that callers must send (repeatable); without any, anybody may call
     #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
+    /// Certificate chain of a server that speaks TLS (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's key (PEM, not encrypted)
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// What computes
     #[command(flatten)]
     pub engine: EngineArgs,

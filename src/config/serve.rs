@@ -28,12 +28,36 @@ pub struct ServeConfig {
     pub models: Vec<OfferedModel>,
     /// Sampling parameters where a request says nothing.
     pub defaults: Params,
+    /// What connections are encrypted with, if they are.
+    pub tls: Option<TlsFiles>,
     /// What bounds the server.
     pub limits: ServeLimits,
     /// What an hour of the machine costs, in millionths of the currency; 0: unknown.
     pub hour_price: u64,
     /// What prices are in.
     pub currency: String,
+}
+
+/// PEM files of a server that speaks TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Its certificate, and those that it was signed with.
+    pub cert: PathBuf,
+    /// The certificate's key.
+    pub key: PathBuf,
+}
+
+impl TlsFiles {
+    fn new(args: &ServeArgs, server: &ServerSpec) -> Result<Option<Self>> {
+        let (cert, key) =
+            (args.tls_cert.as_ref().or(server.tls_cert.as_ref()), args.tls_key.as_ref().or(server.tls_key.as_ref()));
+        match (cert.cloned(), key.cloned()) {
+            (Some(cert), Some(key)) => Ok(Some(Self { cert, key })),
+            (None, None) => Ok(None),
+            (Some(_), None) => bail!("server.tls_cert: needs server.tls_key (--tls-key) too"),
+            (None, Some(_)) => bail!("server.tls_key: needs server.tls_cert (--tls-cert) too"),
+        }
+    }
 }
 
 /// A key that callers may have.
@@ -152,6 +176,8 @@ struct ServerSpec {
     max_connections: usize,
     header_timeout_s: u64,
     body_timeout_s: u64,
+    tls_cert: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
     max_step_ms: u64,
     drain_s: u64,
 }
@@ -175,6 +201,8 @@ impl Default for ServerSpec {
             max_connections: 8192,
             header_timeout_s: 30,
             body_timeout_s: 300,
+            tls_cert: None,
+            tls_key: None,
             max_step_ms: 250,
             drain_s: 30,
         }
@@ -246,6 +274,7 @@ impl ServeConfig {
             port: args.port.unwrap_or(server.port),
             data: args.data.clone().unwrap_or_else(|| server.data.clone()),
             keys: keys(args, &spec)?,
+            tls: TlsFiles::new(args, server)?,
             models: models(args, &spec)?,
             defaults: sampling_params(&spec.sampling, false)?,
             hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,

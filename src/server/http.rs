@@ -1,15 +1,17 @@
-//! Connections: accepted, bounded, and let go of in good order. Knows nothing of what is served.
+//! Connections: accepted, encrypted if so asked, bounded, and let go of in good order. Knows nothing of what is served.
 
 use crate::config::serve::ServeLimits;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
 
 /// Pause after a failed accept: the system is out of something, and may have it again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -18,14 +20,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(super) struct Server {
     router: Router,
     header_timeout: Duration,
+    tls: Option<TlsAcceptor>,
     places: Arc<Semaphore>,
     connections: GracefulShutdown,
 }
 
 impl Server {
-    pub(super) fn new(router: Router, limits: &ServeLimits) -> Self {
+    pub(super) fn new(router: Router, limits: &ServeLimits, tls: Option<TlsAcceptor>) -> Self {
         let places = Arc::new(Semaphore::new(limits.max_connections));
-        Self { router, header_timeout: limits.header_timeout, places, connections: GracefulShutdown::new() }
+        Self { router, header_timeout: limits.header_timeout, tls, places, connections: GracefulShutdown::new() }
     }
 
     /// Accepts connections for ever: the places for them are never closed.
@@ -37,20 +40,43 @@ impl Server {
             };
             // Deltas are small, and wanted at once. A socket that refuses works all the same.
             drop(stream.set_nodelay(true));
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(self.header_timeout);
-            let service = TowerToHyperService::new(self.router.clone());
-            let connection = self.connections.watch(builder.serve_connection(TokioIo::new(stream), service));
-            tokio::spawn(async move {
-                // A client that breaks off is its own affair.
-                drop(connection.await);
-                drop(place);
-            });
+            let connection = Connection {
+                service: TowerToHyperService::new(self.router.clone()),
+                header_timeout: self.header_timeout,
+                watcher: self.connections.watcher(),
+                _place: place,
+            };
+            match self.tls.clone() {
+                None => drop(tokio::spawn(connection.serve(stream))),
+                Some(tls) => drop(tokio::spawn(async move {
+                    // One that does not shake hands is no client.
+                    if let Ok(Ok(stream)) = tokio::time::timeout(connection.header_timeout, tls.accept(stream)).await {
+                        connection.serve(stream).await;
+                    }
+                })),
+            }
         }
     }
 
     /// The connections that are open.
     pub(super) fn into_connections(self) -> GracefulShutdown {
         self.connections
+    }
+}
+
+/// One connection.
+struct Connection {
+    service: TowerToHyperService<Router>,
+    header_timeout: Duration,
+    watcher: Watcher,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(self.header_timeout);
+        // A client that breaks off is its own affair.
+        drop(self.watcher.watch(builder.serve_connection(TokioIo::new(stream), self.service)).await);
     }
 }

@@ -38,6 +38,7 @@ mod shown;
 mod sse;
 mod status;
 mod stored;
+mod tls;
 mod tokens;
 pub mod usage;
 mod webhooks;
@@ -72,6 +73,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_rustls::TlsAcceptor;
 
 /// What all requests share.
 pub struct App {
@@ -112,6 +114,7 @@ pub struct App {
 /// # Errors
 /// A model that can't be loaded, an address that can't be had, or an engine that fails.
 pub fn serve(config: &ServeConfig) -> Result<()> {
+    let tls = config.tls.as_ref().map(tls::load).transpose()?;
     let data = config.data.display();
     std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make the data folder {data}"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build();
@@ -152,7 +155,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         tokio::spawn(deliveries::run(Arc::clone(&app)));
         tokio::spawn(books::run(Arc::clone(&app)));
         tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
-        let ended = run(listener, Arc::clone(&app), config).await;
+        let ended = run((listener, tls), Arc::clone(&app), config).await;
         app.read_meters().await?;
         if let Some(id) = app.models.ended() {
             app.store.write(crate::store::responses::note_fault).await?;
@@ -166,9 +169,9 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
 }
 
 /// Serves until a signal, or until an engine ends.
-async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Result<()> {
+async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>, config: &ServeConfig) -> Result<()> {
     let address = listener.local_addr().context("an address that is bound is known")?;
-    say(&format!("listening on http://{address}"));
+    say(&format!("listening on {}://{address}", if tls.is_some() { "https" } else { "http" }));
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut any_signal = async || {
         tokio::select! {
@@ -176,7 +179,7 @@ async fn run(listener: TcpListener, app: Arc<App>, config: &ServeConfig) -> Resu
             _ = interrupt.recv() => {}
         }
     };
-    let server = http::Server::new(router(Arc::clone(&app)), &config.limits);
+    let server = http::Server::new(router(Arc::clone(&app)), &config.limits, tls);
     tokio::select! {
         () = server.accept(listener) => {}
         () = app.models.any_ended() => return Ok(()),

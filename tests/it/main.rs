@@ -60,6 +60,7 @@ mod serving;
 mod shards;
 mod simulation;
 mod text;
+mod tls;
 mod tokenizers;
 mod webhooks;
 mod weights;

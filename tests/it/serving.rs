@@ -32,7 +32,9 @@ fn spawn(sandbox: &Sandbox, args: &[String]) -> (Child, String) {
     let address = loop {
         let mut line = String::new();
         assert!(said.read_line(&mut line).unwrap() > 0, "the server ended before it listened: {before}");
-        if let Some((_, address)) = line.split_once("listening on http://") {
+        if let Some((_, (_, address))) =
+            line.split_once("listening on ").and_then(|(said, rest)| Some((said, rest.split_once("://")?)))
+        {
             break address.trim().to_owned();
         }
         before.push_str(&line);
