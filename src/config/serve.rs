@@ -111,6 +111,8 @@ pub struct ServeLimits {
     pub header_timeout: Duration,
     /// Time that a client has to send its body.
     pub body_timeout: Duration,
+    /// Time in which a client must take some of its answer.
+    pub write_timeout: Duration,
     /// Time that a step may take while somebody waits for it.
     pub max_step: Duration,
     /// Time that calls have to finish after the first signal.
@@ -176,6 +178,7 @@ struct ServerSpec {
     max_connections: usize,
     header_timeout_s: u64,
     body_timeout_s: u64,
+    write_timeout_s: u64,
     tls_cert: Option<PathBuf>,
     tls_key: Option<PathBuf>,
     max_step_ms: u64,
@@ -201,6 +204,7 @@ impl Default for ServerSpec {
             max_connections: 8192,
             header_timeout_s: 30,
             body_timeout_s: 300,
+            write_timeout_s: 600,
             tls_cert: None,
             tls_key: None,
             max_step_ms: 250,
@@ -291,6 +295,7 @@ impl ServeConfig {
                 max_connections: server.max_connections,
                 header_timeout: Duration::from_secs(server.header_timeout_s),
                 body_timeout: Duration::from_secs(server.body_timeout_s),
+                write_timeout: Duration::from_secs(server.write_timeout_s),
                 max_step: Duration::from_millis(server.max_step_ms),
                 drain: Duration::from_secs(server.drain_s),
                 windows: spec.windows.checked().context("windows")?,

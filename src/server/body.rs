@@ -2,13 +2,16 @@
 
 use super::App;
 use super::errors::ApiError;
+use async_stream::stream;
 use axum::body::{Body, to_bytes};
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// A body that is one JSON object.
 pub(super) struct JsonObject(pub(super) Map<String, Value>);
@@ -19,6 +22,19 @@ impl FromRequest<Arc<App>> for JsonObject {
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
         parse(&read(&parts.headers, body, app).await?).map(Self)
+    }
+}
+
+/// The same, which may be left out.
+pub(super) struct MaybeObject(pub(super) Map<String, Value>);
+
+impl FromRequest<Arc<App>> for MaybeObject {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        let bytes = read(&parts.headers, body, app).await?;
+        if bytes.trim_ascii().is_empty() { Ok(Self(Map::new())) } else { parse(&bytes).map(Self) }
     }
 }
 
@@ -51,6 +67,35 @@ async fn discard(body: Body, limit: usize) {
     }
 }
 
+/// Bytes a second that uploads must have on average, after the time that a body has.
+const MIN_RATE: f64 = 4096.0;
+
+/// A long body: it breaks off if it comes so slowly that it seems to be there to take up room.
+pub(super) async fn paced(State(app): State<Arc<App>>, request: Request) -> Request {
+    request.map(|body| {
+        let (start, mut n_bytes) = (Instant::now(), 0.0);
+        let chunks = stream! {
+            let mut chunks = body.into_data_stream();
+            loop {
+                let end = start + app.body_timeout + Duration::from_secs_f64(n_bytes / MIN_RATE);
+                match tokio::time::timeout_at(end, chunks.next()).await {
+                    Ok(Some(Ok(chunk))) => {
+                        n_bytes += chunk.len() as f64;
+                        yield Ok(chunk);
+                    }
+                    Ok(Some(Err(error))) => yield Err(std::io::Error::other(error)),
+                    Ok(None) => return,
+                    Err(_) => {
+                        yield Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "it comes too slowly"));
+                        return;
+                    }
+                }
+            }
+        };
+        Body::from_stream(chunks)
+    })
+}
+
 fn is_too_long(error: &axum::Error) -> bool {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
@@ -65,11 +110,6 @@ fn is_too_long(error: &axum::Error) -> bool {
 fn too_large(limit: usize) -> ApiError {
     let message = format!("the body is over the limit of {limit} bytes");
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("request_too_large"), message)
-}
-
-/// A body that may be left out.
-pub(super) fn parse_or_empty(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
-    if bytes.trim_ascii().is_empty() { Ok(Map::new()) } else { parse(bytes) }
 }
 
 fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {

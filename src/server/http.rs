@@ -1,5 +1,6 @@
 //! Connections: accepted, encrypted if so asked, bounded, and let go of in good order. Knows nothing of what is served.
 
+use super::stalled::Watched;
 use crate::config::serve::ServeLimits;
 use axum::Router;
 use hyper::server::conn::http1;
@@ -7,6 +8,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
@@ -20,15 +22,19 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(super) struct Server {
     router: Router,
     header_timeout: Duration,
+    write_timeout: Duration,
     tls: Option<TlsAcceptor>,
     places: Arc<Semaphore>,
+    n_open: Arc<AtomicUsize>,
     connections: GracefulShutdown,
 }
 
 impl Server {
-    pub(super) fn new(router: Router, limits: &ServeLimits, tls: Option<TlsAcceptor>) -> Self {
+    /// `n_open` is kept at the number of connections that are open.
+    pub(super) fn new(router: Router, limits: &ServeLimits, tls: Option<TlsAcceptor>, n_open: Arc<AtomicUsize>) -> Self {
         let places = Arc::new(Semaphore::new(limits.max_connections));
-        Self { router, header_timeout: limits.header_timeout, tls, places, connections: GracefulShutdown::new() }
+        let (header_timeout, write_timeout) = (limits.header_timeout, limits.write_timeout);
+        Self { router, header_timeout, write_timeout, tls, places, n_open, connections: GracefulShutdown::new() }
     }
 
     /// Accepts connections for ever: the places for them are never closed.
@@ -44,8 +50,9 @@ impl Server {
                 service: TowerToHyperService::new(self.router.clone()),
                 header_timeout: self.header_timeout,
                 watcher: self.connections.watcher(),
-                _place: place,
+                _place: Place::new(place, &self.n_open),
             };
+            let stream = Watched::new(stream, self.write_timeout);
             match self.tls.clone() {
                 None => drop(tokio::spawn(connection.serve(stream))),
                 Some(tls) => drop(tokio::spawn(async move {
@@ -69,7 +76,7 @@ struct Connection {
     service: TowerToHyperService<Router>,
     header_timeout: Duration,
     watcher: Watcher,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connection {
@@ -78,5 +85,24 @@ impl Connection {
         builder.timer(TokioTimer::new()).header_read_timeout(self.header_timeout);
         // A client that breaks off is its own affair.
         drop(self.watcher.watch(builder.serve_connection(TokioIo::new(stream), self.service)).await);
+    }
+}
+
+/// A connection's place, counted as long as it is held.
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    n_open: Arc<AtomicUsize>,
+}
+
+impl Place {
+    fn new(permit: OwnedSemaphorePermit, n_open: &Arc<AtomicUsize>) -> Self {
+        n_open.fetch_add(1, Relaxed);
+        Self { _permit: permit, n_open: Arc::clone(n_open) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.n_open.fetch_sub(1, Relaxed);
     }
 }

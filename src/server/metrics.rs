@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::runtime::Handle;
 
 /// Answers by status: one counter per hundred of them.
 #[derive(Debug, Default)]
@@ -125,6 +126,13 @@ pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
     head(&mut out, "valar_time_to_first_token_seconds", "histogram", "From a call's start to its first token.");
     for model in &models {
         model.live.first_tokens.write(&mut out, "valar_time_to_first_token_seconds", &model.id);
+    }
+    for (name, help, n) in [
+        ("valar_connections", "Connections that are open.", app.connections.load(Relaxed)),
+        ("valar_tasks", "Tasks of the server that have not ended.", Handle::current().metrics().num_alive_tasks()),
+    ] {
+        head(&mut out, name, "gauge", help);
+        writeln!(out, "{name} {n}").expect("memory takes text");
     }
     head(&mut out, "valar_http_responses_total", "counter", "Answers, by hundred of their status.");
     for (i, count) in app.counters.by_status.iter().enumerate() {

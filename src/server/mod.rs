@@ -36,6 +36,7 @@ pub mod response_events;
 pub mod responses;
 mod shown;
 mod sse;
+mod stalled;
 mod status;
 mod stored;
 mod tls;
@@ -53,7 +54,7 @@ use auth::{Keys, Owner};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state, map_request_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use background::Background;
@@ -69,7 +70,7 @@ use status::Asked;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -98,6 +99,8 @@ pub struct App {
     once: Once,
     /// What went wrong of late.
     errors: status::Errors,
+    /// How many are open.
+    connections: Arc<AtomicUsize>,
     /// Unix seconds.
     started_at: u64,
     /// The data folder.
@@ -142,6 +145,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
             errors: status::Errors::default(),
+            connections: Arc::default(),
             started_at: models::now(),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
@@ -179,7 +183,7 @@ async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>,
             _ = interrupt.recv() => {}
         }
     };
-    let server = http::Server::new(router(Arc::clone(&app)), &config.limits, tls);
+    let server = http::Server::new(router(Arc::clone(&app)), &config.limits, tls, Arc::clone(&app.connections));
     tokio::select! {
         () = server.accept(listener) => {}
         () = app.models.any_ended() => return Ok(()),
@@ -234,6 +238,7 @@ async fn sweep(app: Arc<App>, retention: Duration) {
 /// All routes.
 fn router(app: Arc<App>) -> Router {
     let front = from_fn_with_state(Arc::clone(&app), front);
+    let paced = map_request_with_state(Arc::clone(&app), body::paced);
     Router::new()
         .route("/", get(page::show))
         .route("/openapi.json", get(openapi::show))
@@ -251,7 +256,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/responses/{id}/cancel", post(stored::cancel))
         .route("/v1/responses/{id}/input_items", get(stored::input_items))
         // Its own limit stands in `files`.
-        .route("/v1/files", post(files::create).layer(DefaultBodyLimit::disable()).get(files::list))
+        .route("/v1/files", post(files::create).layer(DefaultBodyLimit::disable()).layer(paced).get(files::list))
         .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
         .route("/v1/files/{id}/content", get(files::content))
         .route("/v1/batches", post(batches::create).get(batches::list))

@@ -3,7 +3,7 @@
 
 use super::App;
 use super::auth::Owner;
-use super::body::JsonObject;
+use super::body::{JsonObject, MaybeObject};
 use super::deliveries::new_secret;
 use super::errors::{ApiError, json_response};
 use super::ids;
@@ -195,9 +195,8 @@ pub(super) async fn rotate_secret(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
     path: Id,
-    body: axum::body::Bytes,
+    MaybeObject(body): MaybeObject,
 ) -> Result<Response, ApiError> {
-    let body = super::body::parse_or_empty(&body)?;
     let field = "keep_old_secret_active_for_24_hours";
     only(&body, &[field])?;
     let keeps = match body.get(field) {
@@ -244,9 +243,8 @@ pub(super) async fn redeliver(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
     path: Id,
-    body: axum::body::Bytes,
+    MaybeObject(body): MaybeObject,
 ) -> Result<Response, ApiError> {
-    let body = super::body::parse_or_empty(&body)?;
     only(&body, &["event_id"])?;
     let event = text(&body, "event_id")?;
     let id = find(&app, &owner, path).await?.id;

@@ -1,6 +1,7 @@
 //! The integration tests: one binary, one module per subject.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+mod abuse;
 mod architecture;
 mod background;
 mod batch_ends;
