@@ -145,6 +145,7 @@ struct KeyEntry {
     admin: bool,
     requests_per_minute: Option<u64>,
     tokens_per_minute: Option<u64>,
+    batch_tokens: Option<u64>,
 }
 
 /// `[prices]`
@@ -173,6 +174,7 @@ struct ServerSpec {
     max_queued: usize,
     requests_per_minute: u64,
     tokens_per_minute: u64,
+    batch_tokens: Option<u64>,
     max_background: usize,
     retention_days: u64,
     max_connections: usize,
@@ -199,6 +201,7 @@ impl Default for ServerSpec {
             max_queued: 4096,
             requests_per_minute: 0,
             tokens_per_minute: 0,
+            batch_tokens: None,
             max_background: 100_000,
             retention_days: 30,
             max_connections: 8192,
@@ -306,8 +309,14 @@ impl ServeConfig {
 
 impl ServerSpec {
     fn rates(&self) -> Rates {
-        Rates { requests_per_minute: self.requests_per_minute, tokens_per_minute: self.tokens_per_minute }
+        rates((self.requests_per_minute, self.tokens_per_minute), self.batch_tokens)
     }
+}
+
+/// Requests and tokens a minute, and tokens in batches: as many as the key gets in a day, where nothing is said.
+fn rates((requests_per_minute, tokens_per_minute): (u64, u64), batch_tokens: Option<u64>) -> Rates {
+    let batch_tokens = batch_tokens.unwrap_or(tokens_per_minute.saturating_mul(24 * 60));
+    Rates { requests_per_minute, tokens_per_minute, batch_tokens }
 }
 
 /// The keys of the file and of the flags; of each only its hash stays.
@@ -324,10 +333,11 @@ fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
             (None, Some(hash)) => blake3::Hash::from_hex(hash).context("key.hash: is not what `valar key` prints")?,
             _ => bail!("key: needs either key or hash"),
         };
-        let rates = Rates {
-            requests_per_minute: entry.requests_per_minute.unwrap_or(rates.requests_per_minute),
-            tokens_per_minute: entry.tokens_per_minute.unwrap_or(rates.tokens_per_minute),
-        };
+        let a_minute = (
+            entry.requests_per_minute.unwrap_or(spec.server.requests_per_minute),
+            entry.tokens_per_minute.unwrap_or(spec.server.tokens_per_minute),
+        );
+        let rates = self::rates(a_minute, entry.batch_tokens.or(spec.server.batch_tokens));
         Ok(KeyConfig { name: entry.name.clone(), hash, rates, is_admin: entry.admin })
     });
     let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;

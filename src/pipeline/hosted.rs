@@ -21,7 +21,7 @@ pub use crate::journal::Totals;
 use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms};
 use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::sequences::n_computed;
-use crate::prepare::{Origin, Preparer, RowForm};
+use crate::prepare::{Origin, Preparer, Prompt, RowForm};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -87,6 +87,8 @@ pub struct Fault {
 pub struct Checked {
     /// Rows, blank lines not counted.
     pub n_rows: u64,
+    /// Tokens that those which can be run may come to at most.
+    pub n_tokens: u64,
     /// The first faults.
     pub faults: Vec<Fault>,
 }
@@ -198,7 +200,7 @@ impl HostedJob {
         let storage = Storage::new()?;
         let index = Arc::new(JobIndex::new(&self.folder)?);
         let mut reader = self.reader(&storage, preparer, &index)?;
-        let mut faults = Vec::new();
+        let (mut faults, mut n_tokens) = (Vec::new(), 0);
         while let Some(rows) = reader.read()? {
             for row in reader.prepare(rows)? {
                 let error = match (row.prepared.prompts, row.prepared.origin) {
@@ -211,7 +213,10 @@ impl HostedJob {
                         let message = format!("prompts times n is more than {MAX_ROW_SEQUENCES}");
                         RowError::field(ErrorCode::InvalidValue, "body.n", message)
                     }
-                    _ => continue,
+                    (Ok(prompts), _) => {
+                        n_tokens += prompts.iter().map(Prompt::most_tokens).sum::<u64>();
+                        continue;
+                    }
                 };
                 faults.push(Fault { line: row.line, error });
             }
@@ -220,7 +225,7 @@ impl HostedJob {
             }
         }
         faults.truncate(max_faults);
-        Ok(Checked { n_rows: reader.n_rows(), faults })
+        Ok(Checked { n_rows: reader.n_rows(), n_tokens, faults })
     }
 
     /// Rows that were completed and rows that failed, as the journal has them.

@@ -69,6 +69,13 @@ pub struct Prompt {
     pub one_call: bool,
 }
 
+impl Prompt {
+    /// Tokens that it may come to at most, its own included.
+    pub fn most_tokens(&self) -> u64 {
+        self.tokens.len() as u64 + u64::from(self.max_tokens) * u64::from(self.params.n)
+    }
+}
+
 /// How rows are read.
 pub enum RowForm {
     /// `OpenAI` Batch lines.

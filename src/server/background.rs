@@ -5,9 +5,11 @@
 use super::App;
 use super::auth::Owner;
 use super::backlog::Ticket;
+use super::books;
 use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
 use super::ids;
+use super::limits::Held;
 use super::models::{Models, now};
 use super::once;
 use super::response_events::{Event, TERMINAL, Told, event, events, failed};
@@ -22,7 +24,7 @@ use crate::store::responses::{self, StoredEvent, StoredResponse};
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -44,15 +46,29 @@ const EVENTS: usize = 512;
 
 /// The background responses that are open.
 pub struct Background {
-    /// By id; a bell that rings when something was stored, gone when nothing more will be.
-    bells: Mutex<HashMap<String, watch::Sender<()>>>,
-    /// By id, of those that were accepted since the start: they count as work to be done.
-    tickets: Mutex<HashMap<String, Ticket>>,
+    /// By id, gone when nothing more will be stored.
+    open: Mutex<HashMap<String, Open>>,
     /// Counts those that ended.
     ended: watch::Sender<u64>,
     queues: HashMap<(String, Window), UnboundedSender<String>>,
     max_open: usize,
     is_closed: AtomicBool,
+}
+
+/// A response that is open.
+struct Open {
+    /// Rings when something was stored.
+    bell: watch::Sender<()>,
+    /// What it may come to, taken from what its owner may ask for, until it runs.
+    held: Option<Held>,
+    /// Its part of the work that is to be done; of those that were accepted since the start.
+    _ticket: Option<Ticket>,
+}
+
+impl Open {
+    fn new(held: Option<Held>, ticket: Option<Ticket>) -> Self {
+        Self { bell: watch::Sender::new(()), held, _ticket: ticket }
+    }
 }
 
 /// What waits to be run, of a model and a window.
@@ -84,24 +100,28 @@ impl Background {
                 receivers.push(Queue { ids, n_running });
             }
         }
-        let (bells, tickets, ended) = (Mutex::default(), Mutex::default(), watch::Sender::new(0));
-        (Self { bells, tickets, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
+        let (open, ended) = (Mutex::default(), watch::Sender::new(0));
+        (Self { open, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, watch::Sender<()>>) -> T) -> T {
-        work(&mut self.bells.lock().unwrap_or_else(PoisonError::into_inner))
+    fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, Open>) -> T) -> T {
+        work(&mut self.open.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Makes a place for one more; false if there is none.
-    fn open(&self, id: &str, ticket: Ticket) -> bool {
-        self.with(|bells| {
-            let has_room = bells.len() < self.max_open && !self.is_closed.load(SeqCst);
+    /// Makes a place for one more, which holds that; false if there is none.
+    fn open(&self, id: &str, held: Option<Held>, ticket: Ticket) -> bool {
+        self.with(|open| {
+            let has_room = open.len() < self.max_open && !self.is_closed.load(SeqCst);
             if has_room {
-                bells.insert(id.to_owned(), watch::Sender::new(()));
-                self.tickets.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned(), ticket);
+                open.insert(id.to_owned(), Open::new(held, Some(ticket)));
             }
             has_room
         })
+    }
+
+    /// What it holds, which is its run's from now on.
+    fn held(&self, id: &str) -> Option<Held> {
+        self.with(|open| open.get_mut(id)?.held.take())
     }
 
     fn enqueue(&self, id: String, model: &str, window: Window) {
@@ -115,21 +135,20 @@ impl Background {
 
     /// Rings when more of it was stored; ends when nothing more will be. `None`: nothing more will be.
     pub(super) fn listen(&self, id: &str) -> Option<watch::Receiver<()>> {
-        self.with(|bells| bells.get(id).map(watch::Sender::subscribe))
+        self.with(|open| open.get(id).map(|open| open.bell.subscribe()))
     }
 
     fn ring(&self, id: &str) {
-        self.with(|bells| {
-            if let Some(bell) = bells.get(id) {
-                bell.send_replace(());
+        self.with(|open| {
+            if let Some(open) = open.get(id) {
+                open.bell.send_replace(());
             }
         });
     }
 
     /// Nothing more will be stored of it.
     pub(super) fn close(&self, id: &str) {
-        self.tickets.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
-        if self.with(|bells| bells.remove(id)).is_some() {
+        if self.with(|open| open.remove(id)).is_some() {
             self.ended.send_modify(|n_ended| *n_ended += 1);
         }
     }
@@ -143,7 +162,7 @@ impl Background {
 
     /// Of these, the ones that nothing more may come of, and the rest.
     pub(super) fn closed_and_open<'i>(&self, ids: &'i [String]) -> (Vec<&'i String>, Vec<&'i String>) {
-        self.with(|bells| ids.iter().partition(|id| !bells.contains_key(*id)))
+        self.with(|open| ids.iter().partition(|id| !open.contains_key(*id)))
     }
 
     /// Changes when one ends.
@@ -153,7 +172,7 @@ impl Background {
 
     /// How many there are.
     pub(super) fn n_open(&self) -> usize {
-        self.with(|bells| bells.len())
+        self.with(|open| open.len())
     }
 }
 
@@ -191,8 +210,8 @@ pub(super) async fn create(
     };
     let claim = owner.claim.clone().zip(Some(if is_streamed { once::RESPONSE_EVENTS } else { once::RESPONSE }));
     let first = [event(0, "response.created", &response), event(1, "response.queued", &response)];
-    let ticket = prepared.admit(app)?;
-    if !app.background.open(&id, ticket) {
+    let (ticket, held) = (prepared.admit(app)?, prepared.hold(app, owner)?);
+    if !app.background.open(&id, held, ticket) {
         return Err(ApiError::busy());
     }
     // A caller who goes away now must not leave a response behind that is stored and never run.
@@ -238,7 +257,7 @@ pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
         Ok(open)
     });
     for (id, place) in open.await? {
-        app.background.with(|bells| bells.insert(id.clone(), watch::Sender::new(())));
+        app.background.with(|open| open.insert(id.clone(), Open::new(None, None)));
         let (model, window) = place.unwrap_or((String::new(), Window::Standard));
         app.background.enqueue(id, &model, window);
     }
@@ -283,11 +302,12 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
             let events = responses::events(connection, &key, told.n_events(), EVENTS)?;
             told.take_in(&events);
             if events.len() < EVENTS {
-                return Ok((responses::any(connection, &key)?, told));
+                let told_entry = responses::told(connection, &key)?;
+                return Ok((responses::any(connection, &key)?, told, n_told(told_entry.as_deref())?));
             }
         }
     });
-    let (Some(stored), told) = read.await? else { return Ok(()) };
+    let (Some(stored), told, mut n_noted) = read.await? else { return Ok(()) };
     if !stored.is_open() {
         return Ok(());
     }
@@ -299,7 +319,7 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         Err(error) => {
             let response = failed(response, &error);
             let last = event(told.n_events(), "response.failed", &response);
-            return store_events(app, id, told.n_events(), (vec![last], None)).await.map(drop);
+            return store_events(app, id, told.n_events(), vec![last], None).await.map(drop);
         }
     };
     let (mut n_stored, bill) = (told.n_events(), Arc::clone(&call.bill));
@@ -319,8 +339,11 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         }
         let is_end = pending.last().is_none_or(|(name, _)| TERMINAL.contains(name));
         let n_pending = pending.len() as u64;
-        let entry = if is_end { bill.take() } else { None };
-        if !store_events(app, id, n_stored, (pending, entry)).await? || is_end {
+        // Of one that is told again, what was told before counts until more was.
+        let told = bill.told().filter(|entry| entry.output_tokens > n_noted);
+        n_noted = told.as_ref().map_or(n_noted, |entry| entry.output_tokens);
+        let entry = if is_end { bill.take().map(Money::Charged) } else { told.map(Money::Told) };
+        if !store_events(app, id, n_stored, pending, entry).await? || is_end {
             return Ok(());
         }
         n_stored += n_pending;
@@ -332,6 +355,20 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
             }
         }
     }
+}
+
+/// Tokens that an entry of what was told counts.
+fn n_told(entry: Option<&str>) -> Result<u64> {
+    let entry: Option<Entry> = entry.map(serde_json::from_str).transpose().context("what a response has told")?;
+    Ok(entry.map_or(0, |entry| entry.output_tokens))
+}
+
+/// What is written with a response's events.
+enum Money {
+    /// It is charged that.
+    Charged(Entry),
+    /// It would be, if it were cancelled now.
+    Told(Entry),
 }
 
 /// Returns when nothing more will be stored of a response.
@@ -359,8 +396,9 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     let identity = Identity { id, created: stored.created_at, seed };
     let previous = stored.previous.clone();
     let own = Own { store: true, background: true, previous, window: None, is_streamed };
+    let mut held = app.background.held(&stored.id);
     loop {
-        match Call::submit((app, &owner), &prepared, &identity, None) {
+        match Call::submit_held((app, &owner), &prepared, &identity, (None, &mut held)) {
             Ok(call) => return Ok((call, own, is_streamed)),
             Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(refuse(error.message)),
@@ -369,7 +407,7 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
 }
 
 /// Stores a response's events, what they say of its state, and what it is charged; false if it has ended before.
-async fn store_events(app: &Arc<App>, id: &str, from: u64, (events, entry): (Vec<Event>, Option<Entry>)) -> Result<bool> {
+async fn store_events(app: &Arc<App>, id: &str, from: u64, events: Vec<Event>, money: Option<Money>) -> Result<bool> {
     let (id, own) = (id.to_owned(), Arc::clone(app));
     app.store
         .write(move |connection| {
@@ -377,25 +415,47 @@ async fn store_events(app: &Arc<App>, id: &str, from: u64, (events, entry): (Vec
             let status = last.and_then(|response| response["status"].as_str()).unwrap_or("in_progress");
             let body = last.map(ToString::to_string);
             let is_changed = responses::update(connection, &id, status, body.as_deref(), &numbered(from, &events))?;
-            if let Some(entry) = entry.filter(|_| is_changed) {
-                own.books.add(connection, &entry)?;
+            match money.filter(|_| is_changed) {
+                Some(Money::Charged(entry)) => own.books.add(connection, &entry)?,
+                Some(Money::Told(entry)) => responses::note_told(connection, &id, &serde_json::to_string(&entry)?)?,
+                None => {}
             }
             Ok(is_changed)
         })
         .await
 }
 
-/// Ends an open response as cancelled; the response as it is then.
-pub(super) fn cancel(connection: &Connection, stored: &StoredResponse) -> Result<Value> {
+/// Ends an open response as cancelled, and charges what of its text was told; the response as it is then.
+pub(super) fn cancel(app: &App, connection: &Connection, stored: &StoredResponse) -> Result<Value> {
     let mut response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
     if !stored.is_open() {
         return Ok(response);
     }
     response["status"] = "cancelled".into();
+    if let Some(told) = responses::told(connection, &stored.id)? {
+        let entry = Entry { at: now(), ..serde_json::from_str(&told).context("what a response has told")? };
+        response["usage"] = usage(&entry);
+        app.books.add(connection, &entry)?;
+    }
     let n_events = responses::next_event(connection, &stored.id)?;
     let last = event(n_events, "response.failed", &response);
     responses::update(connection, &stored.id, "cancelled", Some(&response.to_string()), &numbered(n_events, &[last]))?;
     Ok(response)
+}
+
+/// What a response that was cancelled has told, and what that costs.
+fn usage(entry: &Entry) -> Value {
+    let mut usage = json!({
+        "input_tokens": entry.input_tokens,
+        "input_tokens_details": {"cached_tokens": entry.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": entry.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": entry.input_tokens + entry.output_tokens,
+    });
+    if let Some(cost) = books::cost(entry.prices != [0; 3], entry) {
+        usage["cost"] = cost.to_string().into();
+    }
+    usage
 }
 
 /// Responses that are forgotten at a time.

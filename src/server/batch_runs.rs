@@ -5,8 +5,10 @@
 use super::App;
 use super::files::BATCH_OUTPUT;
 use super::ids;
+use super::limits;
 use super::models::{Offered, now};
 use super::places::{Place, Places};
+use super::prices::Price;
 use crate::format::openai::{Endpoint, parse_object};
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
@@ -40,6 +42,38 @@ pub(super) struct Settings {
     pub(super) endpoint: String,
     /// How long its files are kept.
     pub(super) output_seconds: Option<u64>,
+    /// What its tokens cost, as it was when it was accepted.
+    #[serde(default)]
+    pub(super) tariff: Tariff,
+}
+
+/// What a batch's tokens cost.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Tariff {
+    /// What its model costs when it ends: an earlier version accepted it.
+    #[default]
+    Current,
+    /// Nothing.
+    Free,
+    /// These prices.
+    Prices(Price),
+}
+
+impl Tariff {
+    /// Of a model that may not be offered.
+    pub(super) fn of(model: Option<&Arc<Offered>>) -> Self {
+        model.and_then(|model| model.prices.of_batch()).map_or(Self::Free, Self::Prices)
+    }
+
+    /// The prices, of a batch of this model.
+    fn price(self, app: &App, model: &str) -> Option<Price> {
+        match self {
+            Self::Current => app.models.find(model)?.prices.of_batch(),
+            Self::Free => None,
+            Self::Prices(price) => Some(price),
+        }
+    }
 }
 
 /// The batches that are open.
@@ -269,7 +303,7 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
 }
 
 /// The model that the first line names.
-fn first_model(path: &Path) -> Result<Option<String>> {
+pub(super) fn first_model(path: &Path) -> Result<Option<String>> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut line = Vec::new();
     let mut lines = BufReader::new(file.take(FIRST_LINE_BYTES));
@@ -291,7 +325,7 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bo
     let _turn = app.batches.checking.acquire().await.context("nobody closes it")?;
     let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
     let checked = spawn_blocking(move || own.check(&preparer, max_rows, MAX_FAULTS));
-    let Checked { n_rows, faults } = checked.await.context("checking the lines panicked")??;
+    let Checked { n_rows, n_tokens, faults } = checked.await.context("checking the lines panicked")??;
     let fault = |code: &str, message: String| json!({"code": code, "message": message, "param": null, "line": null});
     let faults: Vec<Value> = if n_rows > max_rows {
         vec![fault("too_many_tasks", format!("the file has more than {max_rows} requests"))]
@@ -312,7 +346,17 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bo
         fail(app, &job.name, faults).await?;
         return Ok(false);
     }
-    let (_, mut body) = load(app, &job.name).await?;
+    let (stored, mut body) = load(app, &job.name).await?;
+    let limit = app.keys.allowance(&stored.owner).map_or(0, |allowance| allowance.batch_tokens);
+    if limit > 0 {
+        let (id, owner) = (stored.id.clone(), stored.owner.clone());
+        let used = app.store.read(move |connection| batches::held_tokens(connection, &owner, &id)).await?;
+        if used.saturating_add(n_tokens) > limit {
+            let message = limits::too_many_in_batches(limit, used, n_tokens);
+            fail(app, &job.name, vec![fault(limits::IN_BATCHES, message)]).await?;
+            return Ok(false);
+        }
+    }
     body["status"] = "in_progress".into();
     body["in_progress_at"] = now().into();
     body["model"] = job.model.clone().into();
@@ -320,6 +364,7 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bo
     let (id, text) = (job.name.clone(), body.to_string());
     app.store
         .write(move |connection| {
+            batches::hold_tokens(connection, &id, n_tokens)?;
             if batches::update(connection, &id, ("validating", "in_progress"), &text)? {
                 return Ok(());
             }
@@ -418,6 +463,7 @@ fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>, expires_at: u64) -> R
 
 /// Writes down how a batch ended, with its files, all at once.
 async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
+    let tariff = settings.tariff;
     let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let output = |name: &str, suffix: &str| -> Result<StoredFile> {
         let path = folder(id).join(name);
@@ -460,7 +506,8 @@ async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &Settings, en
                 "total_tokens": totals.prompt_tokens + totals.completion_tokens,
             });
             let model = body["model"].as_str().unwrap_or_default();
-            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), totals, &machine_ns)? {
+            let price = tariff.price(&own, model);
+            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), price, (totals, &machine_ns))? {
                 body["usage"]["cost"] = cost.to_string().into();
             }
             for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {

@@ -3,9 +3,11 @@
 
 use super::App;
 use super::auth::Owner;
-use super::batch_runs::{self, Settings, cancelled, folder};
+use super::batch_runs::{self, Settings, Tariff, cancelled, folder};
+use super::batch_tokens::{default_output, estimate};
 use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
+use super::limits;
 use super::models::now;
 use super::once::{self, Claim};
 use super::paging::{Page, Pairs};
@@ -140,8 +142,7 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
         "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
     });
-    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds };
-    let settings = serde_json::to_string(&settings).context("settings are JSON")?;
+    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds, tariff: Tariff::Free };
     let expires_at = created_at + 3600 * hours;
     let status = "validating".to_owned();
     let new = StoredBatch {
@@ -150,16 +151,22 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         created_at,
         expires_at,
         status,
-        settings,
+        settings: String::new(),
         body: object.to_string(),
+        n_tokens: 0,
     };
     // A caller who goes away now must not leave a batch behind that is stored and never run.
-    tokio::spawn(accept(app, new, input, owner.claim.clone())).await.context("accepting a batch panicked")??;
+    tokio::spawn(accept(app, (new, settings), input, owner.claim.clone())).await.context("accepting a batch panicked")??;
     Ok(json_response(&object))
 }
 
-/// Puts a batch on the disk, and has it run.
-async fn accept(app: Arc<App>, new: StoredBatch, input: Input, claim: Option<Arc<Claim>>) -> anyhow::Result<()> {
+/// Puts a batch on the disk, and has it run, unless its owner has too much in batches.
+async fn accept(
+    app: Arc<App>,
+    (mut new, mut settings): (StoredBatch, Settings),
+    input: Input,
+    claim: Option<Arc<Claim>>,
+) -> Result<(), ApiError> {
     let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
     let file = input.is_new.then(|| StoredFile {
         id: input.id.clone(),
@@ -171,21 +178,53 @@ async fn accept(app: Arc<App>, new: StoredBatch, input: Input, claim: Option<Arc
         bytes: 0,
         path: format!("files/{}", input.id),
     });
-    let n_bytes = spawn_blocking(move || put_input(&at, input)).await.context("writing the input panicked")??;
+    let limit = app.keys.allowance(&new.owner).map_or(0, |allowance| allowance.batch_tokens);
+    let paths = [Some(at.clone()), input.is_new.then(|| input.path.clone())];
+    let (own, endpoint) = (Arc::clone(&app), settings.endpoint.clone());
+    let put = spawn_blocking(move || -> anyhow::Result<_> {
+        let n_bytes = put_input(&at, input)?;
+        let path = at.join("input.jsonl");
+        let model = batch_runs::first_model(&path)?.and_then(|name| own.models.find(&name).cloned());
+        let n_tokens = if limit > 0 { estimate(&path, default_output(&own, model.as_deref(), &endpoint))? } else { 0 };
+        Ok((n_bytes, Tariff::of(model.as_ref()), n_tokens))
+    });
+    let n_bytes;
+    (n_bytes, settings.tariff, new.n_tokens) = put.await.context("writing the input panicked")??;
+    new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
     // Held until it is stored, also if its caller goes away.
     let _turn = claim.clone();
     let write = move |connection: &Connection| {
+        let used = if limit > 0 { batches::held_tokens(connection, &new.owner, &new.id)? } else { 0 };
+        if limit > 0 && used.saturating_add(new.n_tokens) > limit {
+            let message = limits::too_many_in_batches(limit, used, new.n_tokens);
+            return Ok(Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some(limits::IN_BATCHES), message)));
+        }
         if let Some(file) = file {
             stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;
         }
         if let Some(claim) = claim {
             claim.keep(connection, once::BATCH, &new.id)?;
         }
-        batches::insert(connection, &new)
+        batches::insert(connection, &new).map(Ok)
     };
-    app.store.write(write).await?;
+    if let Err(refused) = app.store.write(write).await? {
+        let removed = spawn_blocking(move || remove(&paths));
+        removed.await.context("removing an input panicked")?;
+        return Err(refused);
+    }
     batch_runs::take_up(&app, id);
     Ok(())
+}
+
+/// Removes a batch's folder and its file; what is left of them is removed at the next start.
+fn remove(paths: &[Option<PathBuf>; 2]) {
+    let [folder, file] = paths;
+    if let Some(path) = folder {
+        drop(std::fs::remove_dir_all(path));
+    }
+    if let Some(path) = file {
+        drop(std::fs::remove_file(path));
+    }
 }
 
 fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, ApiError> {

@@ -5,7 +5,7 @@
 use super::App;
 use super::auth::Owner;
 use super::call::Call;
-use super::limits::Allowance;
+use super::limits::{Allowance, Held};
 use super::models::{Offered, now};
 use super::once::Claim;
 use super::prices::{Amount, Price, machine_amount};
@@ -18,7 +18,7 @@ use crate::store::batches;
 use crate::store::ledger::{self, Entry};
 use anyhow::Result;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often time that nobody was charged with is written down.
@@ -67,12 +67,23 @@ pub struct Bill {
     price: Option<Price>,
     /// What its owner may ask for.
     allowance: Option<Arc<Allowance>>,
+    tokens: Mutex<Tokens>,
     state: Mutex<State>,
+}
+
+/// What a call has used of what its owner may ask for.
+#[derive(Debug)]
+struct Tokens {
+    /// What was taken before it ran.
+    held: Option<Held>,
+    /// Generated, that are accounted for.
+    n_output: u64,
 }
 
 #[derive(Debug)]
 enum State {
-    Open,
+    /// What it has told so far would be charged as this.
+    Open(Option<Box<Entry>>),
     /// To be written.
     Closed(Box<Entry>),
     /// Written, or not to be.
@@ -80,20 +91,27 @@ enum State {
 }
 
 impl Bill {
-    /// Of a call that begins; `object` is the id that its answer has.
-    pub(super) fn new(app: &App, owner: &Owner, (model, window): (&Offered, Window), object: String, n_prompt: u64) -> Self {
+    /// Of a call that begins; `object` is the id that its answer has, `held` what was taken of its owner's allowance.
+    pub(super) fn new(
+        (app, owner): (&App, &Owner),
+        (model, window): (&Offered, Window),
+        (object, n_prompt): (String, u64),
+        mut held: Option<Held>,
+    ) -> Self {
         let allowance = app.keys.allowance(owner).cloned();
-        if let Some(allowance) = &allowance {
-            allowance.take_tokens(n_prompt);
+        match (&mut held, &allowance) {
+            (Some(held), _) => held.spend(n_prompt),
+            (None, Some(allowance)) => allowance.take_tokens(n_prompt),
+            (None, None) => {}
         }
         let price = model.prices.of(window);
         let entry = Entry { object: Some(object), window: window.as_str().into(), ..app.entry(owner, &model.id, price) };
-        Self { entry, price, allowance, state: Mutex::new(State::Open) }
+        let (tokens, state) = (Mutex::new(Tokens { held, n_output: 0 }), Mutex::new(State::Open(None)));
+        Self { entry, price, allowance, tokens, state }
     }
 
-    /// The call has come to this; what it costs, if that is known. Once closed it stays as it is.
-    pub(super) fn close(&self, usage: Usage, machine_ns: u64) -> Option<Amount> {
-        let entry = Entry {
+    fn entry(&self, usage: Usage, machine_ns: u64) -> Entry {
+        Entry {
             at: now(),
             n_requests: 1,
             input_tokens: usage.prompt_tokens.into(),
@@ -102,13 +120,44 @@ impl Bill {
             charge: self.price.map_or(0, |price| price.of(usage)),
             machine_ns: machine_ns as i64,
             ..self.entry.clone()
-        };
+        }
+    }
+
+    /// The call has told this so far.
+    pub(super) fn note(&self, usage: Usage, machine_ns: u64) {
+        let entry = self.entry(usage, machine_ns);
+        if let State::Open(told) = &mut *lock(&self.state) {
+            self.use_up(entry.output_tokens);
+            *told = Some(Box::new(entry));
+        }
+    }
+
+    /// So many tokens were generated in all.
+    fn use_up(&self, n_output: u64) {
+        let mut tokens = lock(&self.tokens);
+        let n_more = n_output.saturating_sub(tokens.n_output);
+        tokens.n_output += n_more;
+        match (&mut tokens.held, &self.allowance) {
+            (Some(held), _) => held.spend(n_more),
+            (None, Some(allowance)) => allowance.take_tokens(n_more),
+            (None, None) => {}
+        }
+    }
+
+    /// What the call has told so far, as it would be charged, while it is open.
+    pub(super) fn told(&self) -> Option<Entry> {
+        if let State::Open(told) = &*lock(&self.state) { told.as_deref().cloned() } else { None }
+    }
+
+    /// The call has come to this; what it costs, if that is known. Once closed it stays as it is.
+    pub(super) fn close(&self, usage: Usage, machine_ns: u64) -> Option<Amount> {
+        let entry = self.entry(usage, machine_ns);
         let cost = cost(self.price.is_some(), &entry);
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, State::Open) {
-            if let Some(allowance) = &self.allowance {
-                allowance.take_tokens(entry.output_tokens);
-            }
+        let mut state = lock(&self.state);
+        if matches!(*state, State::Open(_)) {
+            self.use_up(entry.output_tokens);
+            // What is left goes back.
+            lock(&self.tokens).held = None;
             *state = State::Closed(Box::new(entry));
         }
         cost
@@ -116,18 +165,21 @@ impl Bill {
 
     /// What is to be written, once.
     pub(super) fn take(&self) -> Option<Entry> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match std::mem::replace(&mut *state, State::Taken) {
+        match std::mem::replace(&mut *lock(&self.state), State::Taken) {
             State::Closed(entry) => Some(*entry),
-            State::Open | State::Taken => None,
+            State::Open(_) | State::Taken => None,
         }
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What its owner is told that it costs: by the price, else by the machine's time.
-fn cost(is_priced: bool, entry: &Entry) -> Option<Amount> {
+pub(super) fn cost(is_priced: bool, entry: &Entry) -> Option<Amount> {
     if is_priced {
-        return Some(Amount(entry.charge.into()));
+        return Some(Amount(entry.charge));
     }
     (entry.hour_price > 0).then(|| machine_amount(i128::from(entry.machine_ns) * i128::from(entry.hour_price)))
 }
@@ -158,15 +210,14 @@ impl App {
         }
     }
 
-    /// The entry of a batch that has ended, and what it costs; `connection` is that of the transaction which ends it.
+    /// The entry of a batch that has ended, at these prices, and what it costs; `connection` is that of the transaction which ends it.
     pub(super) fn bill_batch(
         &self,
         connection: &Connection,
         (batch, owner, model): (&str, &str, &str),
-        totals: Totals,
-        machine_ns: &AtomicU64,
+        price: Option<Price>,
+        (totals, machine_ns): (Totals, &AtomicU64),
     ) -> Result<Option<Amount>> {
-        let price = self.models.find(model).and_then(|model| model.prices.of_batch());
         let (input_tokens, cached_tokens) = (totals.prompt_tokens, totals.cached_tokens);
         let output_tokens = totals.completion_tokens;
         let entry = Entry {

@@ -8,6 +8,7 @@ use super::books::Bill;
 use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
+use super::limits::Held;
 use super::models::{Offered, OpenCall, now};
 use super::once::Claim;
 use super::windows::{self, Mode, Window};
@@ -61,18 +62,33 @@ impl Call {
         let asked = Asked { mode: Mode::Foreground, window: None };
         let prepared = Self::prepare(app, endpoint, body, asked).await?;
         let ticket = prepared.admit(app)?;
-        Self::submit((app, owner), &prepared, &Identity::new(), Some(ticket))
+        Self::submit((app, owner), &prepared, &Identity::new(), ticket)
     }
 
     /// Starts prompts that are prepared, and were admitted.
     ///
     /// # Errors
-    /// Too many calls wait.
+    /// Too many calls wait, or its owner has asked for too much.
     pub(super) fn submit(
         (app, owner): (&Arc<App>, &Owner),
         prepared: &Prepared,
         identity: &Identity,
-        ticket: Option<Ticket>,
+        ticket: Ticket,
+    ) -> Result<Self, ApiError> {
+        let mut held = prepared.hold(app, owner)?;
+        Self::submit_held((app, owner), prepared, identity, (Some(ticket), &mut held))
+    }
+
+    /// As [`Call::submit`]; what it may come to was taken from what its owner may ask for, or need not be. `held` is left as it is
+    /// if the call can't be started.
+    ///
+    /// # Errors
+    /// Too many calls wait.
+    pub(super) fn submit_held(
+        (app, owner): (&Arc<App>, &Owner),
+        prepared: &Prepared,
+        identity: &Identity,
+        (ticket, held): (Option<Ticket>, &mut Option<Held>),
     ) -> Result<Self, ApiError> {
         let Prepared { model, window, prompts, echo, id_prefix } = prepared;
         let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
@@ -85,7 +101,7 @@ impl Call {
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let object = format!("{id_prefix}{}", identity.id);
-        let bill = Arc::new(Bill::new(app, owner, (&*model, *window), object, n_prompt as u64));
+        let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64), held.take()));
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
@@ -130,6 +146,13 @@ impl Call {
         request.model = None;
         let prompts = model.live.prepare(request, endpoint).await.map_err(|error| named(error, endpoint, body))?;
         Ok(Prepared { model, window, prompts, echo, id_prefix: answer::id_prefix(endpoint) })
+    }
+
+    /// What was told of it until now is charged if it is cancelled.
+    pub fn note_told(&self) {
+        if let Some(usage) = self.flow.told() {
+            self.bill.note(usage, self.flow.machine_ns());
+        }
     }
 
     /// It is whole: closes its bill, and writes what it costs into its usage.
@@ -200,6 +223,17 @@ pub struct Prepared {
     pub echo: Option<Box<Value>>,
     /// What its answer's id begins with.
     pub id_prefix: &'static str,
+}
+
+impl Prepared {
+    /// Takes what it may come to from what its owner may ask for.
+    ///
+    /// # Errors
+    /// There is nothing left of that.
+    pub(super) fn hold(&self, app: &App, owner: &Owner) -> Result<Option<Held>, ApiError> {
+        let n_tokens = self.prompts.iter().map(Prompt::most_tokens).sum();
+        app.keys.allowance(owner).map(|allowance| allowance.hold(n_tokens)).transpose()
+    }
 }
 
 /// What makes two runs of a request the same answer.

@@ -157,7 +157,8 @@ impl ApiError {
         let is_overloaded = dialect == Dialect::Anthropic && self.status == StatusCode::SERVICE_UNAVAILABLE;
         *response.status_mut() = if is_overloaded { StatusCode::from_u16(529).unwrap_or(self.status) } else { self.status };
         let headers = response.headers_mut();
-        let can_retry = matches!(self.status.as_u16(), 408 | 429 | 503);
+        // Tokens in batches come back when batches end, which takes longer than clients wait.
+        let can_retry = matches!(self.status.as_u16(), 408 | 429 | 503) && self.code != Some(super::limits::IN_BATCHES);
         headers.insert("x-should-retry", HeaderValue::from_static(if can_retry { "true" } else { "false" }));
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));

@@ -1,10 +1,11 @@
-//! How much a key may ask for: requests and tokens a minute. Knows no call. Invariant: over any time a key gets no more than
-//! its rate and what it had saved up, but for the output of calls that were under way.
+//! How much a key may ask for: requests and tokens a minute, tokens in batches. Knows no call. Invariant: over any time a key
+//! gets no more than its rate and what it had saved up, but for one call, however many come at the same time: what a call may
+//! come to is taken before it runs, and what it does not use is given back when it ends.
 
 use super::errors::ApiError;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Seconds in which a bucket fills.
@@ -18,6 +19,8 @@ pub struct Rates {
     pub requests_per_minute: u64,
     /// Tokens a minute, of prompts and answers.
     pub tokens_per_minute: u64,
+    /// Tokens that its batches which have not ended may come to, of prompts and answers.
+    pub batch_tokens: u64,
 }
 
 /// What is left of a minute's worth, which fills up again as time goes by.
@@ -50,6 +53,8 @@ impl Bucket {
 pub(super) struct Allowance {
     since: Instant,
     buckets: Mutex<[Option<Bucket>; 2]>,
+    /// As [`Rates::batch_tokens`].
+    pub(super) batch_tokens: u64,
 }
 
 /// The names of the buckets.
@@ -58,7 +63,7 @@ const NAMES: [&str; 2] = ["requests", "tokens"];
 impl Allowance {
     pub(super) fn new(rates: Rates) -> Self {
         let buckets = [Bucket::new(rates.requests_per_minute), Bucket::new(rates.tokens_per_minute)];
-        Self { since: Instant::now(), buckets: Mutex::new(buckets) }
+        Self { since: Instant::now(), buckets: Mutex::new(buckets), batch_tokens: rates.batch_tokens }
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut [Option<Bucket>; 2]) -> T) -> T {
@@ -83,10 +88,23 @@ impl Allowance {
             }
             short
         });
-        let Some((name, size, wait)) = short else { return Ok(()) };
-        let message = format!("the key's limit of {size} {name} a minute is reached; there are more in {}", shown(wait));
-        let error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"), message);
-        Err(ApiError { retry_after_s: Some(wait.as_secs_f64().ceil().max(1.0) as u32), ..error })
+        short.map_or(Ok(()), |(name, size, wait)| Err(too_many(name, size, wait)))
+    }
+
+    /// Takes tokens that a call may come to, before it runs. They may be more than are left, if any is: what is beyond is owed.
+    ///
+    /// # Errors
+    /// There is none left: 429, with the time until there is.
+    pub(super) fn hold(self: &Arc<Self>, n_tokens: u64) -> Result<Held, ApiError> {
+        self.with(|buckets| {
+            let Some(tokens) = &mut buckets[1] else { return Ok(()) };
+            if tokens.left < 1.0 {
+                return Err(too_many(NAMES[1], tokens.size, tokens.wait(1.0)));
+            }
+            tokens.left -= n_tokens as f64;
+            Ok(())
+        })?;
+        Ok(Held { allowance: Arc::clone(self), left: n_tokens })
     }
 
     /// Takes tokens, whether they are there or not.
@@ -126,6 +144,43 @@ impl Allowance {
             }
         });
     }
+}
+
+/// Tokens that were taken before it is known whether they are used. Those that are not go back when this is dropped.
+#[derive(Debug)]
+pub(super) struct Held {
+    allowance: Arc<Allowance>,
+    left: u64,
+}
+
+impl Held {
+    /// So many were used.
+    pub(super) fn spend(&mut self, n_tokens: u64) {
+        self.left = self.left.saturating_sub(n_tokens);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let n_tokens = self.left as f64;
+        self.allowance.with(|buckets| {
+            buckets[1].iter_mut().for_each(|tokens| tokens.left = (tokens.left + n_tokens).min(tokens.size));
+        });
+    }
+}
+
+fn too_many(name: &str, size: f64, wait: Duration) -> ApiError {
+    let message = format!("the key's limit of {size} {name} a minute is reached; there are more in {}", shown(wait));
+    let error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"), message);
+    ApiError { retry_after_s: Some(wait.as_secs_f64().ceil().max(1.0) as u32), ..error }
+}
+
+/// The code of [`too_many_in_batches`].
+pub(super) const IN_BATCHES: &str = "token_limit_exceeded";
+
+/// What a batch is told that its key has no tokens left for. No wait helps: other batches must end first.
+pub(super) fn too_many_in_batches(limit: u64, used: u64, asked: u64) -> String {
+    format!("the key's limit of {limit} tokens in batches that have not ended: {used} are used, and this one may come to {asked}")
 }
 
 /// `6m0s`, `1.2s` or `12ms`.
@@ -168,8 +223,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_held_and_not_used_goes_back() {
+        let allowance = Arc::new(Allowance::new(Rates { tokens_per_minute: 1000, ..Rates::default() }));
+        let mut first = allowance.hold(5000).unwrap();
+        // A burst: none of the others gets anything while the first may use all of it.
+        assert!((0..9).all(|_| allowance.hold(1).is_err()));
+        first.spend(4000);
+        drop(first);
+        assert!(allowance.hold(1).is_err(), "3000 are owed");
+        let other = Arc::new(Allowance::new(Rates { tokens_per_minute: 1000, ..Rates::default() }));
+        drop(other.hold(5000).unwrap());
+        other.take_tokens(1001);
+        assert!(other.take_request().is_err(), "more went back than was taken");
+    }
+
+    #[test]
     fn tokens_that_were_not_there_are_owed() {
-        let allowance = Allowance::new(Rates { requests_per_minute: 0, tokens_per_minute: 60 });
+        let allowance = Allowance::new(Rates { tokens_per_minute: 60, ..Rates::default() });
         allowance.take_request().unwrap();
         allowance.take_tokens(60_000_000);
         let error = allowance.take_request().unwrap_err();

@@ -7,6 +7,7 @@ pub mod background;
 pub mod backlog;
 mod batch_retry;
 pub mod batch_runs;
+mod batch_tokens;
 mod batches;
 mod body;
 pub mod books;

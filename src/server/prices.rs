@@ -4,7 +4,7 @@
 use super::windows::Window;
 use crate::outcome::Usage;
 use anyhow::{Context as _, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fmt;
 
@@ -19,7 +19,7 @@ const MAX_PRICE: f64 = 1e6;
 const HOUR_NS: i128 = 3_600_000_000_000;
 
 /// Prices of a million tokens, in millionths of the currency.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Price {
     /// Of prompts, but for what was in the cache.
     pub input: u64,
@@ -48,15 +48,16 @@ fn shown(price: u64) -> String {
 }
 
 impl Price {
-    /// What tokens cost.
-    pub fn charge(self, input_tokens: u64, cached_tokens: u64, output_tokens: u64) -> u64 {
+    /// What tokens cost, in millionths of millionths. A price is at most 10^12 of its parts, so that no number of tokens makes it
+    /// more than an amount holds.
+    pub fn charge(self, input_tokens: u64, cached_tokens: u64, output_tokens: u64) -> i128 {
         let computed = input_tokens.saturating_sub(cached_tokens);
         let parts = [(computed, self.input), (cached_tokens.min(input_tokens), self.cached), (output_tokens, self.output)];
-        parts.iter().fold(0_u64, |sum, (n, price)| sum.saturating_add(n.saturating_mul(*price)))
+        parts.iter().map(|(n, price)| i128::from(*n) * i128::from(*price)).sum()
     }
 
     /// As [`Price::charge`], of one answer.
-    pub fn of(self, usage: Usage) -> u64 {
+    pub fn of(self, usage: Usage) -> i128 {
         self.charge(usage.prompt_tokens.into(), usage.cached_tokens.into(), usage.completion_tokens.into())
     }
 
@@ -183,7 +184,9 @@ mod tests {
         assert_eq!(prices.of(Window::Asap), Some(asap));
         assert_eq!((prices.of(Window::Standard), prices.of_batch()), (Some(standard), Some(standard)));
         // A million tokens of each: 0.1 - 0.05 + 0.005 + 0.4.
-        assert_eq!(Amount(asap.charge(1_000_000, 500_000, 1_000_000).into()).to_string(), "0.455");
+        assert_eq!(Amount(asap.charge(1_000_000, 500_000, 1_000_000)).to_string(), "0.455");
+        let most = Price { input: 1_000_000_000_000, cached: 0, output: 1_000_000_000_000 };
+        assert_eq!(Amount(most.charge(u64::MAX, 0, u64::MAX)).to_string(), "36893488147419103230");
         assert_eq!(PricesSpec::default().checked().unwrap().of(Window::Asap), None);
         for wrong in [
             "standard = { input = 1, output = 1 }",
@@ -211,7 +214,7 @@ mod tests {
         fn parts_cost_what_the_whole_does(parts in prop::collection::vec((0..9999_u64, 0..9999_u64, 0..9999_u64), 0..20)) {
             let price = Price { input: 137_001, cached: 13_700, output: 999_983 };
             let sum = parts.iter().fold((0, 0, 0), |s, p| (s.0 + p.0 + p.1, s.1 + p.1, s.2 + p.2));
-            let each: u64 = parts.iter().map(|p| price.charge(p.0 + p.1, p.1, p.2)).sum();
+            let each: i128 = parts.iter().map(|p| price.charge(p.0 + p.1, p.1, p.2)).sum();
             prop_assert_eq!(each, price.charge(sum.0, sum.1, sum.2));
         }
     }

@@ -226,9 +226,15 @@ pub fn events(mut call: Call, own: Own, told: Told) -> impl Stream<Item = Event>
                 Ok(events)
             });
             match events {
-                Ok(events) => for event in events {
-                    yield event;
-                },
+                Ok(events) => {
+                    // Before the first of them is taken: whoever stores them finds what they tell.
+                    if !events.is_empty() {
+                        call.note_told();
+                    }
+                    for event in events {
+                        yield event;
+                    }
+                }
                 Err(error) => break Err(error),
             }
         };

@@ -135,14 +135,14 @@ pub(super) async fn cancel(
     path: Id,
 ) -> Result<Response, ApiError> {
     let id = id_of(path)?;
-    let (owner, key) = (owner.to_string(), id.clone());
+    let (owner, key, own) = (owner.to_string(), id.clone(), Arc::clone(&app));
     let cancelled = app.store.write(move |connection| {
         let Some(stored) = responses::get(connection, &owner, &key)? else { return Ok(Err(not_found(&key))) };
         if !stored.is_background {
             return Ok(Err(cannot_cancel("synchronous")));
         }
         if stored.is_open() || stored.status == "cancelled" {
-            return background::cancel(connection, &stored).map(Ok);
+            return background::cancel(&own, connection, &stored).map(Ok);
         }
         Ok(Err(cannot_cancel(&stored.status)))
     });
@@ -164,12 +164,12 @@ pub(super) async fn delete(
     path: Id,
 ) -> Result<Response, ApiError> {
     let id = id_of(path)?;
-    let (owner, key) = (owner.to_string(), id.clone());
+    let (owner, key, own) = (owner.to_string(), id.clone(), Arc::clone(&app));
     let deleted = app.store.write(move |connection| {
         let Some(stored) = responses::get(connection, &owner, &key)? else {
             return responses::is_deleted(connection, &owner, &key);
         };
-        background::cancel(connection, &stored)?;
+        background::cancel(&own, connection, &stored)?;
         responses::delete(connection, &key).map(|()| true)
     });
     if !deleted.await? {

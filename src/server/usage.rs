@@ -65,7 +65,7 @@ fn shown(sums: &Sums, machine_cost: Amount) -> Value {
         "cached_tokens": sums.cached_tokens,
         "output_tokens": sums.output_tokens,
         "total_tokens": sums.input_tokens + sums.output_tokens,
-        "charge": Amount(sums.charge.into()).to_string(),
+        "charge": Amount(sums.charge).to_string(),
         "machine_seconds": sums.machine_ns as f64 / 1e9,
         "machine_cost": machine_cost.to_string(),
     })
@@ -96,7 +96,7 @@ fn report(groups: &[Sums], question: &Question) -> Value {
         })
         .collect();
     let mut sum = shown(&total, before);
-    sum["margin"] = Amount(i128::from(total.charge) - before.0).to_string().into();
+    sum["margin"] = Amount(total.charge - before.0).to_string().into();
     json!({"object": "list", "data": data, "total": sum, "has_more": false})
 }
 

@@ -21,6 +21,10 @@ pub(super) const TABLES: &str = "
     CREATE INDEX batch_open ON batch (seq) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 ";
 
+/// Tokens that an open batch holds of what its owner may have in batches.
+pub(super) const TOKENS: &str = "ALTER TABLE batch ADD COLUMN n_tokens INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX batch_owner_open ON batch (owner) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')";
+
 /// States that something may come of.
 const OPEN: [&str; 4] = ["validating", "in_progress", "finalizing", "cancelling"];
 
@@ -41,6 +45,8 @@ pub struct StoredBatch {
     pub settings: String,
     /// The object.
     pub body: String,
+    /// Tokens that it may come to, while it is open.
+    pub n_tokens: u64,
 }
 
 impl StoredBatch {
@@ -53,6 +59,7 @@ impl StoredBatch {
             status: row.get("status")?,
             settings: row.get("settings")?,
             body: row.get("body")?,
+            n_tokens: row.get("n_tokens")?,
         })
     }
 }
@@ -69,10 +76,29 @@ impl StoredBatch {
 /// # Errors
 /// The database's.
 pub fn insert(connection: &Connection, new: &StoredBatch) -> Result<()> {
-    let sql = "INSERT INTO batch (id, owner, created_at, expires_at, status, settings, body)
-               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
-    let StoredBatch { id, owner, created_at, expires_at, status, settings, body } = new;
-    connection.execute(sql, params![id, owner, created_at, expires_at, status, settings, body])?;
+    let sql = "INSERT INTO batch (id, owner, created_at, expires_at, status, settings, body, n_tokens)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+    let StoredBatch { id, owner, created_at, expires_at, status, settings, body, n_tokens } = new;
+    connection.execute(sql, params![id, owner, created_at, expires_at, status, settings, body, n_tokens])?;
+    Ok(())
+}
+
+/// Tokens that the open batches of an owner's hold, but for one of them.
+///
+/// # Errors
+/// The database's.
+pub fn held_tokens(connection: &Connection, owner: &str, but: &str) -> Result<u64> {
+    let sql = "SELECT coalesce(sum(n_tokens), 0) FROM batch
+               WHERE owner = ?1 AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling') AND id <> ?2";
+    Ok(connection.prepare_cached(sql)?.query_row([owner, but], |row| row.get(0))?)
+}
+
+/// Notes how many tokens a batch holds.
+///
+/// # Errors
+/// The database's.
+pub fn hold_tokens(connection: &Connection, id: &str, n_tokens: u64) -> Result<()> {
+    connection.prepare_cached("UPDATE batch SET n_tokens = ?2 WHERE id = ?1")?.execute(params![id, n_tokens])?;
     Ok(())
 }
 

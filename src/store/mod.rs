@@ -20,8 +20,18 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
 /// Statements that bring a database from each version to the next.
-const MIGRATIONS: &[&str] =
-    &[responses::TABLES, files::TABLES, batches::TABLES, webhooks::TABLES, ledger::TABLES, answers::TABLES, responses::FAULTS];
+const MIGRATIONS: &[&str] = &[
+    responses::TABLES,
+    files::TABLES,
+    batches::TABLES,
+    webhooks::TABLES,
+    ledger::TABLES,
+    answers::TABLES,
+    responses::FAULTS,
+    ledger::HOURS,
+    responses::TOLD,
+    batches::TOKENS,
+];
 /// The database, in its folder.
 const FILE: &str = "valar.db";
 /// Most writes that share one commit.

@@ -34,6 +34,12 @@ pub(super) const TABLES: &str = "
 /// How often an engine failed while a response ran.
 pub(super) const FAULTS: &str = "ALTER TABLE response ADD COLUMN n_faults INTEGER NOT NULL DEFAULT 0";
 
+/// What of an open response's text was told so far, as an entry of the ledger: it is charged if it is cancelled.
+pub(super) const TOLD: &str = "CREATE TABLE told (
+        response INTEGER PRIMARY KEY REFERENCES response (seq),
+        entry TEXT NOT NULL
+    ) STRICT";
+
 /// States that something may come of.
 pub const OPEN: [&str; 2] = ["queued", "in_progress"];
 const DELETED: &str = "deleted";
@@ -185,6 +191,7 @@ pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str
     }
     let Some((seq, owner)) = changed else { return Ok(false) };
     if !OPEN.contains(&status) {
+        connection.prepare_cached("DELETE FROM told WHERE response = ?1")?.execute([seq])?;
         webhooks::tell(connection, &owner, &format!("response.{status}"), id)?;
     }
     let mut insert = connection.prepare_cached("INSERT INTO event VALUES (?1, ?2, ?3, ?4)")?;
@@ -192,6 +199,25 @@ pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str
         insert.execute(params![seq, number, name, data])?;
     }
     Ok(true)
+}
+
+/// Notes what an open response has told, in the transaction that stores the events which do.
+///
+/// # Errors
+/// The database's.
+pub fn note_told(connection: &Connection, id: &str, entry: &str) -> Result<()> {
+    let sql = "INSERT OR REPLACE INTO told SELECT seq, ?2 FROM response WHERE id = ?1";
+    connection.prepare_cached(sql)?.execute([id, entry])?;
+    Ok(())
+}
+
+/// What an open response has told.
+///
+/// # Errors
+/// The database's.
+pub fn told(connection: &Connection, id: &str) -> Result<Option<String>> {
+    let sql = "SELECT entry FROM told WHERE response = (SELECT seq FROM response WHERE id = ?1)";
+    Ok(connection.prepare_cached(sql)?.query_row([id], |row| row.get(0)).optional()?)
 }
 
 /// Notes that an engine has failed while responses ran.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 impl Server {
     /// Waits until a part of a batch is in its journal.
-    fn wait_for_journal(&self, id: &Value) {
+    pub(crate) fn wait_for_journal(&self, id: &Value) {
         let journal = self.sandbox.path(&format!("data/batches/{}/output.job", id.as_str().unwrap()));
         // Not one that is being written.
         let is_segment = |name: &str| name.strip_prefix("seg-").is_some_and(|rest| rest.strip_suffix(".jsonl").is_some());

@@ -152,3 +152,71 @@ fn a_key_gets_what_it_may_ask_for_and_is_known_by_its_hash() {
     let database = std::fs::read(server.sandbox.path("data/valar.db")).unwrap();
     assert!(!database.windows(boss.len()).any(|part| part == boss.as_bytes()), "a key is kept as it is");
 }
+
+#[test]
+fn a_burst_gets_no_more_than_its_key_may_have() {
+    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\ntokens_per_minute = 500\n";
+    let server = Server::with(config, &[]);
+    let body = chat("Count.", json!({"max_tokens": 1500, "ignore_eos": true})).to_string();
+    let call = || server.send("POST", "/v1/chat/completions", &[("x-api-key", "few")], body.clone());
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..12).map(|_| scope.spawn(call)).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    let refused = answers.iter().filter(|answer| answer.status == 429).count();
+    assert_eq!(refused, 11, "{answers:?}");
+    // Background responses are calls, and are refused when they are posted.
+    let background = json!({"model": MODEL, "input": "Hi", "background": true}).to_string();
+    assert_eq!(server.send("POST", "/v1/responses", &[("x-api-key", "few")], background).status, 429);
+}
+
+#[test]
+fn what_a_call_did_not_use_is_given_back() {
+    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\ntokens_per_minute = 4000\n";
+    let server = Server::with(config, &[]);
+    let response =
+        json!({"model": MODEL, "input": "Say hi.", "max_output_tokens": 5000, "stop": ["e", "a", "o", "i"], "background": true});
+    for _ in 0..4 {
+        let id = server.send("POST", "/v1/responses", &[("x-api-key", "few")], response.to_string());
+        assert_eq!(id.status, 200, "{}", id.text);
+        let wait = json!({"ids": [id.json()["id"]], "timeout_s": 60}).to_string();
+        let waited = server.send("POST", "/v1/responses/wait", &[("x-api-key", "few")], wait).json();
+        assert_eq!(waited["pending"], json!([]), "{waited}");
+    }
+}
+
+#[test]
+fn tokens_in_batches_are_limited_and_come_back() {
+    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\nbatch_tokens = 1000\n";
+    let server = Server::with(config, &[]);
+    let post = |content: &str, max_tokens: u64| {
+        let params = chat(content, json!({"max_tokens": max_tokens, "ignore_eos": true}));
+        let body = json!({"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "params": params}]});
+        server.send("POST", "/v1/batches", &[("x-api-key", "few")], body.to_string())
+    };
+    let ended = |batch: &Value| loop {
+        let path = format!("/v1/batches/{}", batch["id"].as_str().unwrap());
+        let batch = server.send("GET", &path, &[("x-api-key", "few")], "").json();
+        if ["completed", "failed"].contains(&batch["status"].as_str().unwrap()) {
+            break batch;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    };
+    let first = post("Hi", 700);
+    assert_eq!(first.status, 200, "{}", first.text);
+    let count = |folder: &str| std::fs::read_dir(server.sandbox.path(&format!("data/{folder}"))).unwrap().count();
+    let before = (count("files"), count("batches"));
+    let second = post("Hi", 400);
+    let error = &second.json()["error"];
+    assert_eq!((second.status, &error["code"]), (429, &json!("token_limit_exceeded")), "{}", second.text);
+    assert_eq!(second.header("x-should-retry"), "false");
+    assert!(error["message"].as_str().unwrap().contains("1000 tokens"), "{error}");
+    assert_eq!((count("files"), count("batches")), before, "something of it is left");
+    assert_eq!(ended(&first.json())["status"], "completed");
+    // What has ended holds nothing.
+    let third = post("Hi", 900);
+    assert_eq!((third.status, &ended(&third.json())["status"]), (200, &json!("completed")), "{}", third.text);
+    // What looks short, and is not, is found by its check.
+    let long = ended(&post(&"7,".repeat(700), 1).json());
+    assert_eq!(json!([long["status"], long["errors"]["data"][0]["code"]]), json!(["failed", "token_limit_exceeded"]), "{long}");
+}

@@ -246,3 +246,100 @@ fn nothing_is_paid_twice_or_forgotten_whatever_is_killed() {
         json!([60, batch["usage"]["output_tokens"], batch["usage"]["cost"]])
     );
 }
+
+impl Server {
+    /// A background response that has told some of its text.
+    fn telling(&self) -> String {
+        let body = json!({"model": MODEL, "input": "Tell me of the sea.", "background": true, "stream": true, "ignore_eos": true,
+                          "max_output_tokens": 7000, "include": ["message.output_text.logprobs"]});
+        let mut stream = self.open("/v1/responses", &body);
+        let seen = read_until(&mut stream, "event: response.output_text.delta");
+        let id = seen.split("\"id\":\"resp_").nth(1).unwrap().split('"').next().unwrap();
+        format!("resp_{id}")
+    }
+
+    /// Tokens that its events tell.
+    fn n_told(&self, id: &str) -> u64 {
+        let events = self.get(&format!("/v1/responses/{id}?stream=true"));
+        let deltas = events.events().into_iter().filter(|(name, _)| name == "response.output_text.delta");
+        let count = |data: &str| serde_json::from_str::<Value>(data).unwrap()["logprobs"].as_array().unwrap().len() as u64;
+        deltas.map(|(_, data)| count(&data)).sum()
+    }
+}
+
+#[test]
+fn a_response_that_is_cancelled_costs_what_its_events_tell() {
+    let mut server = Server::with(PRICES, &["--api-key", KEY]);
+    let mut charged = Vec::new();
+    for restarts in [false, true] {
+        let id = server.telling();
+        if restarts {
+            server.restart();
+        }
+        let cancelled = server.post(&format!("/v1/responses/{id}/cancel"), Value::Null).json();
+        assert_eq!(json!([cancelled["status"], cancelled["output"]]), json!(["cancelled", []]));
+        let usage = &cancelled["usage"];
+        assert_eq!((usage["output_tokens"].as_u64(), usage["input_tokens"].as_u64() > Some(0)), (Some(server.n_told(&id)), true));
+        assert!((1..7000).contains(&usage["output_tokens"].as_u64().unwrap()), "{cancelled}");
+        assert_eq!(amount(&usage["cost"]), expected(usage, STANDARD));
+        // Once, however often it is cancelled, and whoever asks.
+        assert_eq!(server.post(&format!("/v1/responses/{id}/cancel"), Value::Null).json(), cancelled);
+        assert_eq!(server.get(&format!("/v1/responses/{id}")).json(), cancelled);
+        charged.push(amount(&usage["cost"]));
+    }
+    // Deleting cancels.
+    let id = server.telling();
+    assert_eq!(server.send("DELETE", &format!("/v1/responses/{id}"), &[("x-api-key", KEY)], "").status, 200);
+    let total = server.usage("")["total"].clone();
+    assert_eq!(total["n_requests"], 3);
+    assert!(amount(&total["charge"]) > charged.iter().sum(), "{total}");
+    // Of these nothing was told.
+    server.wait_idle();
+    let body = json!({"model": MODEL, "input": "Hi", "background": true, "ignore_eos": true, "max_output_tokens": 7000});
+    let ids: Vec<Value> = (0..40).map(|_| server.post("/v1/responses", body.clone()).json()["id"].clone()).collect();
+    let cancelled = |id: &Value| server.post(&format!("/v1/responses/{}/cancel", id.as_str().unwrap()), Value::Null).json();
+    let usages: Vec<Value> = ids.iter().rev().map(|id| cancelled(id)["usage"].clone()).collect();
+    let n_told = usages.iter().filter(|usage| !usage.is_null()).count();
+    assert!(n_told < 40, "none was cancelled before its first token");
+    assert_eq!(server.usage("")["total"]["n_requests"], 3 + n_told);
+}
+
+#[test]
+fn a_batch_costs_what_it_did_when_it_was_accepted() {
+    let offered = |id: &str| format!("[[model]]\nid = {id:?}\nweights = {MODEL:?}\n[engine]\nmax_running = 4\n");
+    let mut server = Server::with(&format!("{}{PRICES}", offered("first")), &["--api-key", KEY]);
+    let requests: Vec<Value> = (0..300)
+        .map(|i| {
+            let messages = json!([{"role": "user", "content": format!("Number {i}?")}]);
+            let params = json!({"model": "first", "messages": messages, "max_tokens": 40, "ignore_eos": true});
+            json!({"custom_id": format!("r{i}"), "params": params})
+        })
+        .collect();
+    let made = server.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests})).json();
+    let id = made["id"].as_str().unwrap();
+    server.wait_for_journal(&made["id"]);
+    // The model is offered no more, and the other one is free.
+    server.sandbox.write("valar.toml", offered("second"));
+    server.restart();
+    let batch = server.end_of_batch(id);
+    let usage = &batch["usage"];
+    assert!(usage["output_tokens"].as_u64() > Some(0), "{batch}");
+    assert_eq!(amount(&usage["cost"]), expected(usage, BATCH), "{batch}");
+    assert_eq!(server.usage("batch")["total"]["charge"], usage["cost"]);
+}
+
+#[test]
+fn amounts_that_one_number_does_not_hold_are_told_whole() {
+    let mut server = Server::with(PRICES, &["--api-key", KEY]);
+    drop(server.child.kill());
+    server.child.wait().unwrap();
+    let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
+    let sql = "INSERT INTO ledger SELECT NULL, 1000000, NULL, '', '', 'm', 'asap', '', 1, 0, 0, 0, 0, 0, 0, 999999999999999999, 0, 0, 9";
+    for _ in 0..20 {
+        database.execute(sql, []).unwrap();
+    }
+    drop(database);
+    let printed = server.sandbox.run(&["usage", "--data", "data", "--by", "model", "--json", "--until", "2000-01-01"]).stdout;
+    let printed: Value = serde_json::from_slice(&printed).unwrap();
+    assert_eq!(printed["data"][0]["charge"], "199999999.99999999998", "{printed}");
+}

@@ -31,7 +31,7 @@ const MAX_PROMPTS: usize = 2048;
 
 /// Tokens to generate where a completion's row and the job say nothing, as the API has it; without it a completion would
 /// run to the end of the context.
-const COMPLETIONS_MAX_TOKENS: u32 = 16;
+pub const COMPLETIONS_MAX_TOKENS: u32 = 16;
 /// Fields of a chat that this file reads.
 const CHAT: &[&str] = &["model", "logprobs", "truncate_prompt_tokens", "messages", "top_logprobs"];
 /// Fields of a text completion that this file reads.
