@@ -34,7 +34,7 @@ pub enum Command {
     Retry(RetryArgs),
     /// Show how far a job is, running or dead, shards included, from its store alone (exit code 1 if there is none)
     Status {
-        /// The job's result file, such as out.jsonl: a path or a URL
+        /// The job's result file, such as out.jsonl: a path or a URL; of a server's batch its folder, DATA/batches/ID
         output: String,
         /// Print one JSON object instead of a table
         #[arg(long)]

@@ -8,7 +8,9 @@ use crate::storage::{Location, Storage};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long is waited for a run to stop: as long as running rows may take to end, and the time to notice.
@@ -19,7 +21,8 @@ const PATIENCE: Duration = Duration::from_mins(1);
 struct Shown {
     /// The result file.
     job: String,
-    /// `finished`, or the state of its parts: `running` if one is, else `dead` if one is, else `stopped`; `none`.
+    /// `finished`, or the state of its parts: `running` if one is, else `dead` if one is, else `stopped`; `waiting`, of a batch of
+    /// a server's that has not begun; `none`.
     state: &'static str,
     /// Rows of the parts that have begun, or of the finished job.
     rows: u64,
@@ -44,14 +47,19 @@ struct Part {
     silence_s: Option<u64>,
 }
 
-/// Shows a job by its result file; whether there is one.
+/// Shows a job by its result file, or a batch of a server's by its folder; whether there is one.
 ///
 /// # Errors
 /// If its store can't be read.
 pub fn show(output: &str, json: bool) -> Result<bool> {
     let storage = Storage::new()?;
-    let files = JobFiles::of(output.trim_end_matches('/'), false)?;
-    let shown = look(&storage, &files)?;
+    let batch = BatchFiles::of(Path::new(output));
+    let results = batch.as_ref().map(|batch| batch.results.to_string_lossy().into_owned());
+    let files = JobFiles::of(results.as_deref().unwrap_or(output).trim_end_matches('/'), false)?;
+    let mut shown = look(&storage, &files)?;
+    if let Some(batch) = batch.filter(|_| shown.state == "none") {
+        batch.add(&mut shown)?;
+    }
     let text = if json { serde_json::to_string(&shown).context("cannot write down the state")? + "\n" } else { shown.table() };
     std::io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")?;
     Ok(shown.state != "none")
@@ -135,6 +143,49 @@ fn look(storage: &Storage, files: &JobFiles) -> Result<Shown> {
         }
         None => Shown { job, state: "none", rows: 0, done: 0, failed: 0, parts },
     })
+}
+
+/// The files of a batch of a server's: a job that has neither journal nor report before it runs, or once the server has taken
+/// note of its end.
+struct BatchFiles {
+    input: PathBuf,
+    results: PathBuf,
+    errors: PathBuf,
+}
+
+impl BatchFiles {
+    /// Of a batch's folder, or of its result file.
+    fn of(at: &Path) -> Option<Self> {
+        let folder = if at.is_dir() { at } else { at.parent().filter(|_| at.ends_with("output.jsonl"))? };
+        let (input, results) = (folder.join("input.jsonl"), folder.join("output.jsonl"));
+        input.is_file().then(|| Self { input, results, errors: folder.join("output.errors.jsonl") })
+    }
+
+    /// What can be told of it by its files.
+    fn add(&self, shown: &mut Shown) -> Result<()> {
+        if self.results.is_file() {
+            let (n_ok, n_failed) = (n_lines(&self.results)?, n_lines(&self.errors)?);
+            (shown.state, shown.done, shown.failed) = ("finished", n_ok + n_failed, n_failed);
+            shown.rows = shown.done;
+        } else {
+            (shown.state, shown.rows) = ("waiting", n_lines(&self.input)?);
+        }
+        Ok(())
+    }
+}
+
+/// Lines of a file that are not blank; none if it is not there.
+fn n_lines(path: &Path) -> Result<u64> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        file => file.with_context(|| format!("cannot read {}", path.display()))?,
+    };
+    let (mut lines, mut line, mut n_lines) = (BufReader::new(file), Vec::new(), 0);
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        n_lines += u64::from(!line.trim_ascii().is_empty());
+        line.clear();
+    }
+    Ok(n_lines)
 }
 
 impl Part {

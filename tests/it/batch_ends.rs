@@ -96,3 +96,30 @@ fn what_was_done_stays_when_the_model_changes() {
     // They can be run by the model that there is now.
     assert_eq!(server.act(&ended["id"], "retry")["status"], "validating");
 }
+
+#[test]
+fn the_command_line_sees_a_batch() {
+    let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
+    let batch = server.batch_of(&lines(300, 60).join("\n"));
+    let folder = format!("data/batches/{}", batch["id"].as_str().unwrap());
+    let status = |at: &str| -> Value {
+        let output = server.sandbox.run(&["status", at, "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"))
+    };
+    let seen = |shown: &Value| json!([shown["state"], shown["rows"]]);
+    assert!([json!(["waiting", 300]), json!(["running", 300])].contains(&seen(&status(&folder))));
+    server.wait_for_journal(&batch["id"]);
+    let running = status(&format!("{folder}/output.jsonl"));
+    assert_eq!(seen(&running), json!(["running", 300]));
+    assert!(running["done"].as_u64() > Some(0), "{running}");
+    server.act(&batch["id"], "cancel");
+    let counts = &server.ended(&batch["id"])["request_counts"];
+    let start = std::time::Instant::now();
+    // The journal goes when the end is written down.
+    while seen(&status(&folder))[0] != "finished" {
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", status(&folder));
+    }
+    let ended = status(&folder);
+    assert_eq!(json!([ended["rows"], ended["done"], ended["failed"]]), json!([300, 300, counts["failed"]]));
+    assert_eq!(status("data/batches/batch_none/output.jsonl")["state"], "none");
+}
