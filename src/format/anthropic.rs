@@ -1,10 +1,10 @@
-//! Anthropic's wire form of a request: the body of `/v1/messages` into a [`Request`]. The only module that knows those
-//! field names. Invariant: as for `OpenAI`'s form, a field with meaning is honoured or refused by name. Fields are named
+//! Anthropic's wire form: the body of `/v1/messages` into a [`Request`], and a completion into the message that answers it. The
+//! only module that knows those field names. Invariant: as for `OpenAI`'s form, a field with meaning is honoured or refused by name. Fields are named
 //! from `body.` on, as rows' are.
 
 use super::openai::fields::{integer, optional_bool, optional_f32, optional_object, optional_u64, required_str, wrong_type};
 use super::openai::messages::{call_value, string};
-use crate::outcome::{ErrorCode, RowError};
+use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError, Usage};
 use crate::request::{
     AnswerFormat, ChatOptions, Input, MAX_STOP_BYTES, MAX_STOP_STRINGS, Message, Params, Request, ToolChoice, Truncate,
 };
@@ -37,8 +37,7 @@ const WITHOUT_EFFECT: &[&str] =
 /// # Errors
 /// The first fault, its field named from `body.` on.
 pub fn parse_messages(body: &Map<String, Value>, defaults: &Params, needs_max_tokens: bool) -> Result<Request, RowError> {
-    let known = |key: &str| READ.contains(&key) || WITHOUT_EFFECT.contains(&key);
-    if let Some((key, _)) = body.iter().find(|(key, value)| !known(key) && !value.is_null()) {
+    if let Some((key, _)) = body.iter().find(|(key, value)| !is_known(key) && !value.is_null()) {
         return Err(RowError::field(ErrorCode::UnsupportedParameter, format!("body.{key}"), "is not supported"));
     }
     let max_tokens = match body.get("max_tokens") {
@@ -64,6 +63,89 @@ pub fn parse_messages(body: &Map<String, Value>, defaults: &Params, needs_max_to
     chat.continue_final = messages.last().is_some_and(|last| last.role == "assistant");
     let inputs = vec![Input::Messages(messages)];
     Ok(Request { row_idx: 0, model: None, inputs, params, chat, truncate: Truncate::Never })
+}
+
+/// As [`parse_messages`], of a row, with the strings that may end it, if there are any.
+///
+/// # Errors
+/// The first fault, its field named from `body.` on.
+pub fn parse_row(row_idx: u64, body: &Map<String, Value>, defaults: &Params) -> Result<(Request, Option<Value>), RowError> {
+    let mut body = body.clone();
+    // Refused by name where it is on.
+    if body.get("stream") == Some(&Value::Bool(false)) {
+        body.remove("stream");
+    }
+    let request = parse_messages(&body, defaults, true)?;
+    let model = string(&body, "model", "body")?.ok_or_else(|| missing("body.model"))?;
+    let stops = &request.params.stop;
+    let stops = (!stops.is_empty()).then(|| Value::from(stops.clone()));
+    Ok((Request { row_idx, model: Some(model), ..request }, stops))
+}
+
+/// Whether a body's field is known, whatever its value.
+pub fn is_known(key: &str) -> bool {
+    READ.contains(&key) || WITHOUT_EFFECT.contains(&key)
+}
+
+/// The message that answers a request; its ids end with `id`. `stop` is the stop sequence that ended it.
+pub fn message(id: &str, model: &str, completion: &Completion, stop: Option<&str>) -> Value {
+    let stop = stop.filter(|_| completion.choices[0].finish_reason == FinishReason::Stop);
+    let mut message = empty_message(id, model, completion.usage);
+    message["content"] = blocks(&completion.choices[0], id).into();
+    message["stop_reason"] = stop_reason(&completion.choices[0], stop).into();
+    message["stop_sequence"] = stop.into();
+    message["usage"] = usage(completion.usage);
+    message
+}
+
+/// A message of which nothing has come yet.
+pub fn empty_message(id: &str, model: &str, begun: Usage) -> Value {
+    json!({
+        "id": format!("msg_{id}"),
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [],
+        "stop_reason": null,
+        "stop_sequence": null,
+        "usage": usage(begun),
+    })
+}
+
+/// Why a completion has ended.
+pub fn stop_reason(choice: &Choice, stop: Option<&str>) -> &'static str {
+    match choice.finish_reason {
+        FinishReason::ToolCalls => "tool_use",
+        FinishReason::Length | FinishReason::Repetition => "max_tokens",
+        FinishReason::Stop if stop.is_some() => "stop_sequence",
+        FinishReason::Stop => "end_turn",
+    }
+}
+
+/// Input leaves out what was cached.
+pub fn usage(usage: Usage) -> Value {
+    json!({
+        "input_tokens": usage.prompt_tokens.saturating_sub(usage.cached_tokens),
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": 0},
+        "service_tier": "standard",
+    })
+}
+
+/// A completion's text and calls.
+pub fn blocks(choice: &Choice, id: &str) -> Vec<Value> {
+    let mut blocks = Vec::new();
+    if !choice.text.is_empty() || choice.tool_calls.is_empty() {
+        blocks.push(json!({"type": "text", "text": choice.text, "citations": null}));
+    }
+    blocks.extend(choice.tool_calls.iter().enumerate().map(|(k, call)| {
+        let input: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+        json!({"type": "tool_use", "id": format!("toolu_{k}_{id}"), "name": call.name, "input": input})
+    }));
+    blocks
 }
 
 fn missing(field: &str) -> RowError {

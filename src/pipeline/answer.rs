@@ -7,7 +7,7 @@ use crate::format::openai::answer::{Place, Stamp};
 use crate::format::openai::{Endpoint, PlainLines};
 use crate::journal::Record;
 use crate::outcome::{Completion, ErrorCode, RowError, Tried, Usage};
-use crate::prepare::sequences::PromptMeta;
+use crate::prepare::sequences::{PromptMeta, stop_of};
 use crate::prepare::{Origin, StepAnswer};
 use crate::text::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
@@ -64,7 +64,7 @@ impl Answers {
                 let custom_id = custom_id.as_deref().expect("a row without a custom_id has failed already");
                 let mut one = per_prompt.clone().filter(|(prompt, choices)| prompt.is_plain() && choices.len() == 1);
                 if row.prompts.len() == 1
-                    && *endpoint != Endpoint::Responses
+                    && PlainLines::writes(*endpoint)
                     && let Some((_, [only])) = one.next()
                 {
                     let place = (row.row_idx, custom_id, *endpoint);
@@ -72,10 +72,12 @@ impl Answers {
                     add_attempts(line, row);
                     return record(row, true, usage, line.as_str());
                 }
+                let stop = (*endpoint == Endpoint::Messages).then(|| self.stop(echo.as_deref(), results)).flatten();
+                let echo = if *endpoint == Endpoint::Messages { stop.as_ref() } else { echo.as_deref() };
                 let choices = per_prompt.flat_map(|(prompt, choices)| prompt.choices(choices, &self.tokenizer)).collect();
                 let completion = Completion { choices, usage, seed };
                 if !self.plain_lines.push(line, row.row_idx, custom_id, *endpoint, &completion) {
-                    let value = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo.as_deref(), &completion);
+                    let value = self.stamp.output_line(row.row_idx, custom_id, *endpoint, echo, &completion);
                     *line = value.to_string();
                 }
                 add_attempts(line, row);
@@ -91,6 +93,12 @@ impl Answers {
                 record(row, true, usage, self.line(columns.as_deref(), values))
             }
         }
+    }
+
+    /// Which of a message's strings has ended it.
+    fn stop(&self, stops: Option<&Value>, results: &[impl AsRef<[Finished]>]) -> Option<Value> {
+        let stops: Vec<String> = stops?.as_array()?.iter().filter_map(|stop| Some(stop.as_str()?.to_owned())).collect();
+        stop_of(results.first()?.as_ref().first()?, &stops, &self.tokenizer).map(Value::from)
     }
 
     /// The record of a row that failed.

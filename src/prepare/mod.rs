@@ -183,7 +183,7 @@ impl Preparer {
             return Err(RowError::field(ErrorCode::ModelMismatch, "body.model", message));
         }
         let field = match endpoint {
-            Endpoint::ChatCompletions => "body.messages",
+            Endpoint::ChatCompletions | Endpoint::Messages => "body.messages",
             Endpoint::Completions => "body.prompt",
             Endpoint::Responses => "body.input",
         };

@@ -12,6 +12,15 @@ use crate::text::tool_calls::CallFormat;
 use crate::window::Class;
 use std::sync::Arc;
 
+/// Which of a request's stop strings has ended a completion: what was drawn goes on with it after the text.
+pub fn stop_of(finished: &Finished, stops: &[String], tokenizer: &Tokenizer) -> Option<String> {
+    let drawn = finished.tokens.iter().filter(|&&id| !tokenizer.is_special(id));
+    let bytes: Vec<u8> = drawn.flat_map(|&id| tokenizer.token_bytes(id)).copied().collect();
+    let text = String::from_utf8_lossy(&bytes);
+    let after = text.get(finished.text.len()..)?;
+    stops.iter().filter(|stop| after.starts_with(stop.as_str())).min_by_key(|stop| stop.len()).cloned()
+}
+
 /// What is known of one prompt of a row.
 #[expect(clippy::struct_excessive_bools, reason = "independent facts of a request")]
 #[derive(Debug, Clone)]

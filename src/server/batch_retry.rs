@@ -5,7 +5,7 @@ use super::App;
 use super::auth::Owner;
 use super::batch_runs::{Settings, folder};
 use super::batches::{self, Input, Wanted};
-use super::errors::ApiError;
+use super::errors::{ApiError, json_response};
 use super::ids;
 use crate::format::openai::{Endpoint, parse_object};
 use anyhow::{Context as _, Result};
@@ -54,7 +54,7 @@ pub(super) async fn create(
         retry_of: Some(old.id),
         output_seconds: settings.output_seconds,
     };
-    batches::open(app, &owner, wanted).await
+    Ok(json_response(&batches::open(app, &owner, wanted).await?))
 }
 
 /// Writes the input lines of the requests that failed; how many.

@@ -3,8 +3,7 @@
 //! first; what it ended as never changes.
 
 use super::App;
-use super::files::BATCH_OUTPUT;
-use super::ids;
+use super::batch_ends::{conclude, fail};
 use super::limits;
 use super::models::{Offered, now};
 use super::places::{Place, Places};
@@ -14,7 +13,6 @@ use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
 use crate::pipeline::progress::say;
 use crate::store::batches::{self, StoredBatch};
-use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -45,6 +43,9 @@ pub(super) struct Settings {
     /// What its tokens cost, as it was when it was accepted.
     #[serde(default)]
     pub(super) tariff: Tariff,
+    /// Requests that can't be run are errors among its results; without that, one of them ends it.
+    #[serde(default)]
+    pub(super) keeps_faults: bool,
 }
 
 /// What a batch's tokens cost.
@@ -67,7 +68,7 @@ impl Tariff {
     }
 
     /// The prices, of a batch of this model.
-    fn price(self, app: &App, model: &str) -> Option<Price> {
+    pub(super) fn price(self, app: &App, model: &str) -> Option<Price> {
         match self {
             Self::Current => app.models.find(model)?.prices.of_batch(),
             Self::Free => None,
@@ -94,11 +95,11 @@ impl Default for Batches {
 
 /// A batch that is open.
 #[derive(Default)]
-struct Open {
+pub(super) struct Open {
     /// (completed, failed) of its rows.
     counts: Mutex<(u64, u64)>,
     /// Its share of the machine's time that is in no book yet.
-    machine_ns: Arc<AtomicU64>,
+    pub(super) machine_ns: Arc<AtomicU64>,
     control: Mutex<Control>,
 }
 
@@ -128,7 +129,7 @@ impl Open {
         drop(control.wake.take());
     }
 
-    fn ending(&self) -> Option<Ending> {
+    pub(super) fn ending(&self) -> Option<Ending> {
         lock(&self.control).ending.clone()
     }
 
@@ -273,7 +274,7 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let is_known = model.is_some() || named.is_none();
     let model = model.unwrap_or_else(|| Arc::clone(&app.models.all()[0]));
     let job = HostedJob { folder, name: id.to_owned(), endpoint, created_unix_s: stored.created_at, model: model.id.clone() };
-    if stored.status == "validating" && !validate(app, &job, &model, is_known).await? {
+    if stored.status == "validating" && !validate(app, &job, &model, (is_known, settings.keeps_faults)).await? {
         return Ok(());
     }
     let (stored, _) = load(app, id).await?;
@@ -320,7 +321,7 @@ pub(super) fn first_model(path: &Path) -> Result<Option<String>> {
 }
 
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
-async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bool) -> Result<bool> {
+async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, keeps_faults): (bool, bool)) -> Result<bool> {
     // One after the other: each takes all cores, and a thread that live calls would have.
     let _turn = app.batches.checking.acquire().await.context("nobody closes it")?;
     let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
@@ -331,6 +332,8 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bo
         vec![fault("too_many_tasks", format!("the file has more than {max_rows} requests"))]
     } else if n_rows == 0 {
         vec![fault("empty_file", "the file has no requests".into())]
+    } else if keeps_faults {
+        Vec::new()
     } else {
         let shown = faults.iter().map(|fault| {
             let code = if !is_known && fault.error.code == ErrorCode::ModelMismatch {
@@ -376,25 +379,6 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, is_known: bo
         })
         .await?;
     Ok(true)
-}
-
-/// Ends a batch of which nothing was run, or nothing can be.
-async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
-    let id = id.to_owned();
-    app.store
-        .write(move |connection| {
-            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
-            if !stored.is_open() {
-                return Ok(());
-            }
-            let mut body: Value = serde_json::from_str(&stored.body)?;
-            body["errors"] = json!({"object": "list", "data": faults});
-            let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
-            body["status"] = state.into();
-            body[at] = now().into();
-            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
-        })
-        .await
 }
 
 /// Runs the job when it has a place; `None` if it is to be gone on with at another start.
@@ -459,64 +443,4 @@ fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>, expires_at: u64) -> R
     let ran = job.run(&at.seat, inbox, &|| open.stop(), progress);
     lock(&open.control).link = None;
     ran
-}
-
-/// Writes down how a batch ended, with its files, all at once.
-async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
-    let tariff = settings.tariff;
-    let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
-    let output = |name: &str, suffix: &str| -> Result<StoredFile> {
-        let path = folder(id).join(name);
-        let at = app.data.join(&path);
-        let bytes = std::fs::metadata(&at).with_context(|| at.display().to_string())?.len();
-        let digits = ids::derived("valar file of a batch 1", format!("{id} {suffix}").as_bytes());
-        Ok(StoredFile {
-            id: format!("file-{digits}"),
-            owner: String::new(),
-            created_at: now(),
-            expires_at: settings.output_seconds.map(|seconds| now() + seconds),
-            purpose: BATCH_OUTPUT.into(),
-            filename: format!("{id}_{suffix}.jsonl"),
-            bytes,
-            path: path.to_string_lossy().into_owned(),
-        })
-    };
-    let (results, errors) = (output("output.jsonl", "output")?, output("output.errors.jsonl", "error")?);
-    let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
-    app.store
-        .write(move |connection| {
-            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
-            let mut body: Value = serde_json::from_str(&stored.body)?;
-            let (state, at) = match (stored.status.as_str(), &ending) {
-                ("cancelling", _) => ("cancelled", "cancelled_at"),
-                (_, Some(Ending::Rest("batch_expired", _))) if !is_whole => ("expired", "expired_at"),
-                _ => ("completed", "completed_at"),
-            };
-            body["status"] = state.into();
-            body["finalizing_at"] = now().into();
-            body[at] = now().into();
-            body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
-            body["request_counts"]["completed"] = totals.n_ok.into();
-            body["request_counts"]["failed"] = totals.n_failed.into();
-            body["usage"] = json!({
-                "input_tokens": totals.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": totals.cached_tokens},
-                "output_tokens": totals.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": totals.prompt_tokens + totals.completion_tokens,
-            });
-            let model = body["model"].as_str().unwrap_or_default();
-            let price = tariff.price(&own, model);
-            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), price, (totals, &machine_ns))? {
-                body["usage"]["cost"] = cost.to_string().into();
-            }
-            for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
-                if file.bytes > 0 {
-                    body[key] = file.id.clone().into();
-                    stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
-                }
-            }
-            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
-        })
-        .await
 }

@@ -12,7 +12,7 @@ use super::models::now;
 use super::once::{self, Claim};
 use super::paging::{Page, Pairs};
 use super::stored::listed;
-use super::{files, ids, windows};
+use super::{files, ids, message_batches, windows};
 use crate::format::openai::{Endpoint, kind};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
@@ -51,9 +51,9 @@ pub(super) struct Input {
     pub(super) id: String,
     /// Where it lies.
     pub(super) path: PathBuf,
-    /// Whether nobody knows it yet.
+    /// Whether it is to be known as a file, and is not yet.
     pub(super) is_new: bool,
-    /// Its lines, if they came with the batch: then it is to be written.
+    /// Its lines, if they came with the batch: then it is to be written; to the batch's folder alone if it is not to be known.
     pub(super) lines: Option<Vec<String>>,
 }
 
@@ -72,6 +72,9 @@ pub(super) struct Wanted {
     pub(super) output_seconds: Option<u64>,
 }
 
+/// What the ids of batches begin with.
+const PREFIX: &str = "batch_";
+
 /// `POST /v1/batches`
 pub(super) async fn create(
     State(app): State<Arc<App>>,
@@ -85,7 +88,7 @@ pub(super) async fn create(
     }
     let endpoint = match text(&body, "endpoint")? {
         None => return Err(ApiError::missing("endpoint")),
-        Some(url) => Endpoint::parse(url).ok_or_else(|| {
+        Some(url) => Endpoint::parse(url).filter(|endpoint| *endpoint != Endpoint::Messages).ok_or_else(|| {
             let message = format!("{url:?} is not supported; supported: /v1/chat/completions, /v1/completions, /v1/responses");
             ApiError::invalid_value("endpoint", message)
         })?,
@@ -122,16 +125,18 @@ pub(super) async fn create(
         retry_of: None,
         output_seconds,
     };
-    open(app, &owner, wanted).await
+    Ok(json_response(&open(app, &owner, wanted).await?))
 }
 
 /// Accepts a batch; its object.
-pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Response, ApiError> {
+pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
     if app.batches.n_open() >= MAX_OPEN {
         return Err(ApiError::busy());
     }
     let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds } = wanted;
-    let (id, created_at) = (ids::new("batch_"), now());
+    let is_messages = endpoint == Endpoint::Messages;
+    let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
+    let n_known = input.lines.as_ref().filter(|_| is_messages).map_or(0, Vec::len);
     let object = json!({
         "id": id, "object": "batch", "endpoint": endpoint.path(),
         "input_file_id": input.id,
@@ -139,10 +144,11 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         "status": "validating", "created_at": created_at, "expires_at": created_at + 3600 * hours,
         "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
         "cancelling_at": null, "cancelled_at": null, "output_file_id": null, "error_file_id": null, "errors": null,
-        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "request_counts": {"total": n_known, "completed": 0, "failed": 0},
         "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
     });
-    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds, tariff: Tariff::Free };
+    let tariff = Tariff::Free;
+    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds, tariff, keeps_faults: is_messages };
     let expires_at = created_at + 3600 * hours;
     let status = "validating".to_owned();
     let new = StoredBatch {
@@ -157,7 +163,7 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
     };
     // A caller who goes away now must not leave a batch behind that is stored and never run.
     tokio::spawn(accept(app, (new, settings), input, owner.claim.clone())).await.context("accepting a batch panicked")??;
-    Ok(json_response(&object))
+    Ok(object)
 }
 
 /// Puts a batch on the disk, and has it run, unless its owner has too much in batches.
@@ -203,7 +209,8 @@ async fn accept(
             stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;
         }
         if let Some(claim) = claim {
-            claim.keep(connection, once::BATCH, &new.id)?;
+            let is_messages = new.id.starts_with(message_batches::PREFIX);
+            claim.keep(connection, if is_messages { once::MESSAGE_BATCH } else { once::BATCH }, &new.id)?;
         }
         batches::insert(connection, &new).map(Ok)
     };
@@ -305,21 +312,26 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
 }
 
 /// Makes the batch's folder with its input, durably; the input's length.
-fn put_input(folder: &Path, Input { path, lines, .. }: Input) -> anyhow::Result<u64> {
+fn put_input(folder: &Path, Input { path, lines, is_new, .. }: Input) -> anyhow::Result<u64> {
+    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
+    let own = folder.join("input.jsonl");
+    let is_own = lines.is_some() && !is_new;
     if let Some(lines) = lines {
-        let mut file = BufWriter::new(File::create_new(&path).with_context(|| path.display().to_string())?);
+        let at = if is_own { &own } else { &path };
+        let mut file = BufWriter::new(File::create_new(at).with_context(|| at.display().to_string())?);
         for line in lines {
             writeln!(file, "{line}")?;
         }
         file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
     }
-    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
-    // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
-    std::fs::hard_link(&path, folder.join("input.jsonl")).with_context(|| path.display().to_string())?;
+    if !is_own {
+        // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
+        std::fs::hard_link(&path, &own).with_context(|| path.display().to_string())?;
+    }
     for folder in [Some(folder), folder.parent(), path.parent()].into_iter().flatten() {
         File::open(folder)?.sync_all()?;
     }
-    Ok(std::fs::metadata(&path)?.len())
+    Ok(std::fs::metadata(&own)?.len())
 }
 
 pub(super) fn not_found(id: &str) -> ApiError {
@@ -339,7 +351,7 @@ fn shown(app: &App, stored: &StoredBatch) -> Result<Value, ApiError> {
 pub(super) async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredBatch, ApiError> {
     let (owner, key) = (owner.to_string(), id.to_owned());
     let found = app.store.read(move |connection| batches::get(connection, &owner, &key)).await?;
-    found.ok_or_else(|| not_found(id))
+    found.filter(|batch| batch.id.starts_with(PREFIX)).ok_or_else(|| not_found(id))
 }
 
 /// The batch object.
@@ -366,7 +378,8 @@ pub(super) async fn list(
     query: Pairs,
 ) -> Result<Response, ApiError> {
     let Page { after, limit, .. } = Page::of(&query, (20, 100))?;
-    let found = app.store.read(move |connection| batches::list(connection, &owner, after.as_deref(), limit + 1)).await?;
+    let found =
+        app.store.read(move |connection| batches::list(connection, (&*owner, PREFIX), after.as_deref(), limit + 1)).await?;
     let data: Vec<Value> = found.iter().take(limit).map(|stored| shown(&app, stored)).collect::<Result<_, _>>()?;
     Ok(json_response(&listed(&data, found.len() > data.len())))
 }
@@ -379,24 +392,28 @@ pub(super) async fn cancel(
 ) -> Result<Response, ApiError> {
     let UrlPath(id) = path.map_err(|_| not_found(""))?;
     find(&app, &owner, &id).await?;
-    let key = id.clone();
-    app.store
-        .write(move |connection| {
-            let stored = batches::any(connection, &key)?.context("the batch is gone")?;
-            if !["validating", "in_progress"].contains(&stored.status.as_str()) {
-                return Ok(());
-            }
-            let mut body: Value = serde_json::from_str(&stored.body)?;
-            body["status"] = "cancelling".into();
-            body["cancelling_at"] = now().into();
-            batches::update(connection, &key, (&stored.status, "cancelling"), &body.to_string()).map(drop)
-        })
-        .await?;
+    begin_cancelling(&app, &id).await?;
     let stored = find(&app, &owner, &id).await?;
-    if stored.status == "cancelling" {
-        app.batches.end(&id, cancelled());
-    }
     Ok(json_response(&shown(&app, &stored)?))
+}
+
+/// Ends a batch early, unless it has ended.
+pub(super) async fn begin_cancelling(app: &App, id: &str) -> Result<(), ApiError> {
+    let key = id.to_owned();
+    let write = move |connection: &Connection| {
+        let stored = batches::any(connection, &key)?.context("the batch is gone")?;
+        if !["validating", "in_progress"].contains(&stored.status.as_str()) {
+            return Ok(stored.status == "cancelling");
+        }
+        let mut body: Value = serde_json::from_str(&stored.body)?;
+        body["status"] = "cancelling".into();
+        body["cancelling_at"] = now().into();
+        batches::update(connection, &key, (&stored.status, "cancelling"), &body.to_string())
+    };
+    if app.store.write(write).await? {
+        app.batches.end(id, cancelled());
+    }
+    Ok(())
 }
 
 /// `GET /v1/batches/{id}/{custom_id}`: the line of one request, once the batch has ended.

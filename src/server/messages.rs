@@ -10,9 +10,10 @@ use super::ids;
 use super::shown::Shown;
 use super::sse;
 use super::windows::{self, Mode};
-use crate::format::anthropic::parse_messages;
+use crate::format::anthropic::{blocks, empty_message, message, parse_messages, stop_reason, usage};
 use crate::format::openai::Endpoint;
-use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError};
+use crate::outcome::{Completion, ErrorCode, FinishReason, RowError, Usage};
+use crate::prepare::sequences::stop_of;
 use async_stream::stream;
 use axum::Extension;
 use axum::extract::State;
@@ -39,12 +40,8 @@ pub(super) async fn create(
     }
     let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
     let completion = call.flow.complete(&tokenizer).await?;
-    let end = End::of(&call, &completion, &stops);
-    let mut message = message(&call);
-    message["content"] = blocks(&completion.choices[0], &call.id).into();
-    message["stop_reason"] = end.reason.into();
-    message["stop_sequence"] = end.stop.into();
-    message["usage"] = usage(&completion);
+    let stop = stop(&call, &completion, &stops);
+    let mut message = message(&call.id, &call.stamp.model, &completion, stop.as_deref());
     call.close(&completion, &mut message["usage"]);
     call.settle(Some(&message)).await;
     Ok(json_response(&message))
@@ -91,79 +88,15 @@ fn too_long(error: RowError, body: &Map<String, Value>) -> ApiError {
 }
 
 /// A message of which nothing has come yet.
-fn message(call: &Call) -> Value {
-    let input_tokens: u32 = call.flow.prompts().iter().map(|prompt| prompt.n_tokens).sum();
-    json!({
-        "id": format!("msg_{}", call.id),
-        "type": "message",
-        "role": "assistant",
-        "model": call.stamp.model,
-        "content": [],
-        "stop_reason": null,
-        "stop_sequence": null,
-        "usage": usage_of(input_tokens, 0, 1),
-    })
+fn begun(call: &Call) -> Value {
+    let prompt_tokens = call.flow.prompts().iter().map(|prompt| prompt.n_tokens).sum();
+    empty_message(&call.id, &call.stamp.model, Usage { prompt_tokens, completion_tokens: 1, cached_tokens: 0 })
 }
 
-fn usage(completion: &Completion) -> Value {
-    let usage = completion.usage;
-    usage_of(usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens, usage.completion_tokens)
-}
-
-fn usage_of(input_tokens: u32, cached_tokens: u32, output_tokens: u32) -> Value {
-    json!({
-        "input_tokens": input_tokens,
-        "cache_read_input_tokens": cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-        "output_tokens": output_tokens,
-        "output_tokens_details": {"thinking_tokens": 0},
-        "service_tier": "standard",
-    })
-}
-
-fn blocks(choice: &Choice, id: &str) -> Vec<Value> {
-    let mut blocks = Vec::new();
-    if !choice.text.is_empty() || choice.tool_calls.is_empty() {
-        blocks.push(json!({"type": "text", "text": choice.text, "citations": null}));
-    }
-    blocks.extend(choice.tool_calls.iter().enumerate().map(|(k, call)| {
-        let input: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
-        json!({"type": "tool_use", "id": format!("toolu_{k}_{id}"), "name": call.name, "input": input})
-    }));
-    blocks
-}
-
-/// Why a message ended.
-struct End {
-    reason: &'static str,
-    /// The stop sequence that ended it.
-    stop: Option<String>,
-}
-
-impl End {
-    fn of(call: &Call, completion: &Completion, stops: &[String]) -> Self {
-        let reason = |reason| Self { reason, stop: None };
-        let finished = call.flow.finished(0);
-        match completion.choices[0].finish_reason {
-            FinishReason::ToolCalls => reason("tool_use"),
-            FinishReason::Length | FinishReason::Repetition => reason("max_tokens"),
-            FinishReason::Stop => {
-                let Some(finished) = finished else { return reason("end_turn") };
-                // What was drawn goes on after the text: with the sequence that ended it.
-                let tokenizer = call.tokenizer();
-                let drawn = finished.tokens.iter().filter(|&&id| !tokenizer.is_special(id));
-                let bytes: Vec<u8> = drawn.flat_map(|&id| tokenizer.token_bytes(id)).copied().collect();
-                let text = String::from_utf8_lossy(&bytes);
-                let after = text.get(finished.text.len()..).unwrap_or_default();
-                let stop = stops.iter().filter(|stop| after.starts_with(stop.as_str())).min_by_key(|stop| stop.len());
-                match stop {
-                    Some(stop) => Self { reason: "stop_sequence", stop: Some(stop.clone()) },
-                    None => reason("end_turn"),
-                }
-            }
-        }
-    }
+/// The stop sequence that ended a message.
+fn stop(call: &Call, completion: &Completion, stops: &[String]) -> Option<String> {
+    let is_stopped = completion.choices[0].finish_reason == FinishReason::Stop;
+    call.flow.finished(0).filter(|_| is_stopped).and_then(|finished| stop_of(finished, stops, call.tokenizer()))
 }
 
 fn event(mut data: Value, name: &'static str) -> String {
@@ -187,7 +120,7 @@ fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
     stream! {
         call.is_streamed = true;
         let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
-        yield event(json!({"type": "", "message": message(&call)}), "message_start");
+        yield event(json!({"type": "", "message": begun(&call)}), "message_start");
         yield event(json!({"type": ""}), "ping");
         let text_start = || block_start(0, &json!({"type": "text", "text": "", "citations": null}));
         let text_delta = |text: &str| block_delta(0, &json!({"type": "text_delta", "text": text}));
@@ -230,9 +163,9 @@ fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
             }
             yield block_stop(index);
         }
-        let end = End::of(&call, &completion, &stops);
-        let delta = json!({"stop_reason": end.reason, "stop_sequence": end.stop});
-        let mut usage = usage(&completion);
+        let stop = stop(&call, &completion, &stops);
+        let delta = json!({"stop_reason": stop_reason(choice, stop.as_deref()), "stop_sequence": stop});
+        let mut usage = usage(completion.usage);
         call.close(&completion, &mut usage);
         call.settle(None).await;
         yield event(json!({"type": "", "delta": delta, "usage": usage}), "message_delta");

@@ -5,6 +5,7 @@
 mod auth;
 pub mod background;
 pub mod backlog;
+mod batch_ends;
 mod batch_retry;
 pub mod batch_runs;
 mod batch_tokens;
@@ -23,6 +24,7 @@ mod http;
 pub mod ids;
 pub mod limits;
 pub mod live;
+mod message_batches;
 mod messages;
 mod metrics;
 pub mod models;
@@ -275,9 +277,11 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/status", get(status::show))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .merge(message_batches::routes("/v1/messages/batches"))
         // Clients that add `/v1` themselves, given a base that has it.
         .route("/v1/v1/messages", post(messages::create))
         .route("/v1/v1/messages/count_tokens", post(messages::count_tokens))
+        .merge(message_batches::routes("/v1/v1/messages/batches"))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/tokenizer_info", get(tokens::info))

@@ -196,7 +196,7 @@ impl Offered {
 }
 
 /// `2026-11-22T10:00:00Z`
-fn rfc3339(unix_s: u64) -> String {
+pub(super) fn rfc3339(unix_s: u64) -> String {
     let date = chrono::DateTime::from_timestamp(unix_s as i64, 0).unwrap_or_default();
     date.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
 }

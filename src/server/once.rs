@@ -6,7 +6,7 @@ use super::App;
 use super::auth::Owner;
 use super::errors::ApiError;
 use super::models::now;
-use super::{batches, body, stored};
+use super::{batches, body, message_batches, stored};
 use crate::pipeline::progress::say;
 use crate::store::Connection;
 use crate::store::answers::{self, Answer};
@@ -37,6 +37,7 @@ pub(super) const RESPONSE: &str = "response";
 /// As events.
 pub(super) const RESPONSE_EVENTS: &str = "response events";
 pub(super) const BATCH: &str = "batch";
+pub(super) const MESSAGE_BATCH: &str = "message batch";
 
 /// Requests with a key that are under way: each has a lock that others wait for.
 #[derive(Debug, Default)]
@@ -161,6 +162,7 @@ async fn replay(app: &Arc<App>, owner: &Owner, found: Answer) -> Result<Response
         RESPONSE => stored::show(app, owner, &found.content).await?,
         RESPONSE_EVENTS => stored::stream(Arc::clone(app), found.content, 0),
         BATCH => batches::show(app, owner, &found.content).await?,
+        MESSAGE_BATCH => message_batches::show(app, owner, &found.content).await?,
         kind => ([(header::CONTENT_TYPE, kind.to_owned())], found.content).into_response(),
     };
     response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));

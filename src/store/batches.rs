@@ -118,16 +118,42 @@ pub fn any(connection: &Connection, id: &str) -> Result<Option<StoredBatch>> {
     Ok(connection.prepare_cached("SELECT * FROM batch WHERE id = ?1")?.query_row([id], StoredBatch::of).optional()?)
 }
 
-/// Batches of an owner's, newest first, after one of them.
+/// Batches of an owner's whose ids begin so, newest first, after one of them.
 ///
 /// # Errors
 /// The database's.
-pub fn list(connection: &Connection, owner: &str, after: Option<&str>, limit: usize) -> Result<Vec<StoredBatch>> {
-    let sql = "SELECT * FROM batch WHERE owner = ?1
+pub fn list(
+    connection: &Connection,
+    (owner, prefix): (&str, &str),
+    after: Option<&str>,
+    limit: usize,
+) -> Result<Vec<StoredBatch>> {
+    let sql = "SELECT * FROM batch WHERE owner = ?1 AND substr(id, 1, length(?4)) = ?4
                AND (?2 IS NULL OR seq < (SELECT seq FROM batch WHERE id = ?2 AND owner = ?1)) ORDER BY seq DESC LIMIT ?3";
     let mut statement = connection.prepare_cached(sql)?;
-    let rows = statement.query_map(params![owner, after, limit], StoredBatch::of)?;
+    let rows = statement.query_map(params![owner, after, limit, prefix], StoredBatch::of)?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// As [`list`], but those that are newer than one of them, the next newer first.
+///
+/// # Errors
+/// The database's.
+pub fn list_newer(connection: &Connection, (owner, prefix): (&str, &str), than: &str, limit: usize) -> Result<Vec<StoredBatch>> {
+    let sql = "SELECT * FROM batch WHERE owner = ?1 AND substr(id, 1, length(?4)) = ?4
+               AND seq > (SELECT seq FROM batch WHERE id = ?2 AND owner = ?1) ORDER BY seq LIMIT ?3";
+    let mut statement = connection.prepare_cached(sql)?;
+    let rows = statement.query_map(params![owner, than, limit, prefix], StoredBatch::of)?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Forgets a batch that has ended; false if it has not.
+///
+/// # Errors
+/// The database's.
+pub fn delete(connection: &Connection, id: &str) -> Result<bool> {
+    let sql = "DELETE FROM batch WHERE id = ?1 AND status NOT IN ('validating', 'in_progress', 'finalizing', 'cancelling')";
+    Ok(connection.execute(sql, [id])? > 0)
 }
 
 /// Batches that something may come of, oldest first.

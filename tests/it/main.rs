@@ -36,6 +36,7 @@ mod kill;
 mod lease;
 mod lease_store;
 mod memory;
+mod message_batches;
 mod model;
 mod money;
 mod openapi;

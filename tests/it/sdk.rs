@@ -40,6 +40,6 @@ fn the_official_clients_find_nothing_wrong() {
     let output = Command::new(python).arg(script).args([&url, KEY, "moonshotai/Kimi-K2.6"]).output().unwrap();
     let (said, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{complaints}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 15, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 16, "{said}");
     server.wait_idle();
 }

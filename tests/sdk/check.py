@@ -347,6 +347,30 @@ def batches():
     assert client.batches.cancel(batch.id).status == "completed"
 
 
+def message_batches():
+    params = {"model": MODEL, "max_tokens": 4, "messages": HI}
+    requests = [{"custom_id": f"r{i}", "params": params} for i in range(3)]
+    requests.append({"custom_id": "wrong", "params": {**params, "messages": []}})
+    batch = claude.messages.batches.create(requests=requests)
+    assert batch.processing_status == "in_progress" and batch.request_counts.processing == 4, batch
+    while batch.processing_status != "ended":
+        time.sleep(0.05)
+        batch = claude.messages.batches.retrieve(batch.id)
+    assert batch.request_counts.succeeded == 3 and batch.request_counts.errored == 1 and batch.ended_at, batch
+    results = {line.custom_id: line.result for line in claude.messages.batches.results(batch.id)}
+    assert set(results) == {request["custom_id"] for request in requests}
+    assert results["r0"].type == "succeeded" and results["r0"].message.content[0].type == "text", results
+    assert results["wrong"].type == "errored" and results["wrong"].error.error.type == "invalid_request_error", results
+    assert batch.id in [found.id for found in claude.messages.batches.list(limit=1)]
+    assert claude.messages.batches.cancel(batch.id).processing_status == "ended"
+    assert claude.messages.batches.delete(batch.id).type == "message_batch_deleted"
+    try:
+        claude.messages.batches.retrieve(batch.id)
+        raise AssertionError("found")
+    except anthropic.NotFoundError as error:
+        assert error.request_id.startswith("req_"), error
+
+
 def webhooks():
     """What a webhook is told, as the official client's `unwrap` takes it."""
     heard = queue.Queue()
@@ -389,7 +413,8 @@ def webhooks():
 if __name__ == "__main__":
     for check in [
         models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
-        documents_realtime, documents_async, stored, idempotency, batches, webhooks,
+        documents_realtime, documents_async, stored, idempotency, batches, message_batches,
+        webhooks,
     ]:
         check()
         print(f"ok {check.__name__}", flush=True)

@@ -4,6 +4,7 @@
 
 use super::Endpoint;
 use super::line::row_id;
+use crate::format::anthropic::message;
 use crate::outcome::{Completion, FinishReason, RowError, TokenLogprob};
 use serde_json::{Map, Value, json};
 
@@ -56,12 +57,14 @@ impl Stamp {
         })
     }
 
-    /// The body that answers a request. Its ids end with `id`.
+    /// The body that answers a request. Its ids end with `id`. `echo` is what a response repeats of its request, or the string
+    /// that ended a message.
     pub fn answer(&self, id: &str, endpoint: Endpoint, echo: Option<&Value>, completion: &Completion) -> Value {
         match endpoint {
             Endpoint::ChatCompletions => self.chat_completion(id, completion),
             Endpoint::Completions => self.text_completion(id, completion),
             Endpoint::Responses => self.response(id, echo.unwrap_or(&Value::Null), completion),
+            Endpoint::Messages => message(id, &self.model, completion, echo.and_then(Value::as_str)),
         }
     }
 
@@ -77,6 +80,14 @@ impl Stamp {
         // Every id in a body ends with the row's.
         let old = body["id"].as_str().and_then(|id| id.rsplit(['-', '_']).next()).unwrap_or_default().to_owned();
         replace_ids(body, &old, &id);
+        if body["type"] == "message" {
+            // Its input leaves out what was cached.
+            let usage = &mut body["usage"];
+            let n_prompt = ["input_tokens", "cache_read_input_tokens"].iter().filter_map(|key| usage[*key].as_u64()).sum::<u64>();
+            usage["cache_read_input_tokens"] = cached_tokens.into();
+            usage["input_tokens"] = n_prompt.saturating_sub(cached_tokens.into()).into();
+            return line;
+        }
         let details = if body["object"] == "response" { "input_tokens_details" } else { "prompt_tokens_details" };
         body["usage"][details]["cached_tokens"] = cached_tokens.into();
         line
@@ -224,6 +235,7 @@ pub fn id_prefix(endpoint: Endpoint) -> &'static str {
         Endpoint::ChatCompletions => "chatcmpl-",
         Endpoint::Completions => "cmpl-",
         Endpoint::Responses => "resp_",
+        Endpoint::Messages => "msg_",
     }
 }
 

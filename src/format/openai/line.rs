@@ -56,14 +56,19 @@ impl PlainLines {
         // All fields by name: whoever adds one must say here what becomes of it.
         let Completion { choices, usage, seed } = completion;
         let [Choice { text, tool_calls, finish_reason, logprobs: None }] = choices.as_slice() else { return false };
-        let is_plain = tool_calls.is_empty() && endpoint != Endpoint::Responses;
+        let is_plain = tool_calls.is_empty() && Self::writes(endpoint);
         if is_plain {
             self.push_text(line, (row_idx, custom_id, endpoint), (text, *finish_reason), *usage, *seed);
         }
         is_plain
     }
 
-    /// Appends the line of a row whose one completion is nothing but text; not for responses.
+    /// Whether it writes the answers of an endpoint.
+    pub fn writes(endpoint: Endpoint) -> bool {
+        matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions)
+    }
+
+    /// Appends the line of a row whose one completion is nothing but text, of an endpoint that this writes.
     pub fn push_text(
         &self,
         line: &mut String,

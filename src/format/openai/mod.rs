@@ -17,6 +17,7 @@ pub use fields::kind;
 pub use line::PlainLines;
 pub use params::one_of;
 
+use super::anthropic;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Input, MAX_TOP_LOGPROBS, Params, Request, Truncate};
 use fields::{optional_bool, optional_str, optional_u64, required_str, shorten, wrong_type};
@@ -46,14 +47,17 @@ pub enum Endpoint {
     Completions,
     /// `/v1/responses`
     Responses,
+    /// `/v1/messages`, in Anthropic's form.
+    Messages,
 }
 
 impl Endpoint {
     /// All endpoints with their paths.
-    const ALL: [(&'static str, Self); 3] = [
+    const ALL: [(&'static str, Self); 4] = [
         ("/v1/chat/completions", Self::ChatCompletions),
         ("/v1/completions", Self::Completions),
         ("/v1/responses", Self::Responses),
+        ("/v1/messages", Self::Messages),
     ];
 
     /// Its path.
@@ -83,7 +87,7 @@ pub struct BatchRequest {
     pub endpoint: Endpoint,
     /// The row.
     pub request: Request,
-    /// What the answer repeats of the request's settings (Responses only).
+    /// As [`parse_body`] gives it.
     pub echo: Option<Box<Value>>,
 }
 
@@ -145,8 +149,8 @@ fn parse_envelope(row_idx: u64, object: &Map<String, Value>, defaults: &Params) 
     Ok(BatchRequest { endpoint, request, echo })
 }
 
-/// Parses the body of a request to an endpoint; with it, what the answer repeats of the request's settings (Responses
-/// only).
+/// Parses the body of a request to an endpoint; with it, what the answer repeats of the request's settings (Responses), or
+/// which strings may end it (Messages, where there are any).
 ///
 /// # Errors
 /// The first fault, its field named from `body.` on.
@@ -158,6 +162,9 @@ pub fn parse_body(
 ) -> Result<(Request, Option<Box<Value>>), RowError> {
     if endpoint == Endpoint::Responses {
         return responses::parse(row_idx, body, defaults).map(|(request, echo)| (request, Some(Box::new(echo))));
+    }
+    if endpoint == Endpoint::Messages {
+        return anthropic::parse_row(row_idx, body, defaults).map(|(request, stops)| (request, stops.map(Box::new)));
     }
     let own: &[&[&str]] = match endpoint {
         Endpoint::ChatCompletions => &[CHAT, params::READ, messages::CHAT_OPTIONS],
@@ -188,6 +195,7 @@ pub fn is_known(endpoint: Endpoint, key: &str) -> bool {
         Endpoint::Responses => &[responses::READ, params::READ],
         Endpoint::ChatCompletions => &[CHAT, params::READ, messages::CHAT_OPTIONS],
         Endpoint::Completions => &[TEXT, params::READ],
+        Endpoint::Messages => return anthropic::is_known(key),
     };
     WITHOUT_EFFECT.contains(&key) || own.iter().any(|names| names.contains(&key))
 }

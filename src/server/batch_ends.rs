@@ -1,0 +1,106 @@
+//! How batches end: their files, counts and charge, written down at once. Invariant: what a batch ended as never changes.
+
+use super::App;
+use super::batch_runs::{Open, Settings, folder};
+use super::files::BATCH_OUTPUT;
+use super::models::now;
+use super::{ids, message_batches};
+use crate::pipeline::hosted::{Ended, Ending};
+use crate::store::batches;
+use crate::store::files::{self as stored_files, StoredFile};
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use tokio::task::spawn_blocking;
+
+/// Ends a batch of which nothing was run, or nothing can be.
+pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
+    let id = id.to_owned();
+    app.store
+        .write(move |connection| {
+            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            if !stored.is_open() {
+                return Ok(());
+            }
+            let mut body: Value = serde_json::from_str(&stored.body)?;
+            body["errors"] = json!({"object": "list", "data": faults});
+            let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
+            body["status"] = state.into();
+            body[at] = now().into();
+            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+        })
+        .await
+}
+
+/// Writes down how a batch ended, with its files, all at once.
+pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &Settings, ended: &Ended) -> Result<()> {
+    let tariff = settings.tariff;
+    let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
+    let (results, errors) = (file(app, id, "output", settings)?, file(app, id, "error", settings)?);
+    let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
+    let is_messages = id.starts_with(message_batches::PREFIX);
+    let not_run = if is_messages {
+        let path = app.data.join(&errors.path);
+        Some(spawn_blocking(move || message_batches::not_run(&path)).await.context("reading the errors panicked")??)
+    } else {
+        None
+    };
+    app.store
+        .write(move |connection| {
+            let stored = batches::any(connection, &id)?.context("the batch is gone")?;
+            let mut body: Value = serde_json::from_str(&stored.body)?;
+            let (state, at) = match (stored.status.as_str(), &ending) {
+                ("cancelling", _) => ("cancelled", "cancelled_at"),
+                (_, Some(Ending::Rest("batch_expired", _))) if !is_whole => ("expired", "expired_at"),
+                _ => ("completed", "completed_at"),
+            };
+            body["status"] = state.into();
+            body["finalizing_at"] = now().into();
+            body[at] = now().into();
+            body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
+            body["request_counts"]["completed"] = totals.n_ok.into();
+            body["request_counts"]["failed"] = totals.n_failed.into();
+            body["usage"] = json!({
+                "input_tokens": totals.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": totals.cached_tokens},
+                "output_tokens": totals.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": totals.prompt_tokens + totals.completion_tokens,
+            });
+            let model = body["model"].as_str().unwrap_or_default();
+            let price = tariff.price(&own, model);
+            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), price, (totals, &machine_ns))? {
+                body["usage"]["cost"] = cost.to_string().into();
+            }
+            if let Some(not_run) = not_run {
+                body["not_run"] = not_run;
+            }
+            for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
+                // Results of messages are read by the batch's name alone.
+                if file.bytes > 0 && !is_messages {
+                    body[key] = file.id.clone().into();
+                    stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
+                }
+            }
+            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+        })
+        .await
+}
+
+/// A batch's `output` or `error` file, whoever owns it.
+fn file(app: &App, id: &str, kind: &str, settings: &Settings) -> Result<StoredFile> {
+    let path = folder(id).join(if kind == "output" { "output.jsonl" } else { "output.errors.jsonl" });
+    let at = app.data.join(&path);
+    let bytes = std::fs::metadata(&at).with_context(|| at.display().to_string())?.len();
+    let digits = ids::derived("valar file of a batch 1", format!("{id} {kind}").as_bytes());
+    Ok(StoredFile {
+        id: format!("file-{digits}"),
+        owner: String::new(),
+        created_at: now(),
+        expires_at: settings.output_seconds.map(|seconds| now() + seconds),
+        purpose: BATCH_OUTPUT.into(),
+        filename: format!("{id}_{kind}.jsonl"),
+        bytes,
+        path: path.to_string_lossy().into_owned(),
+    })
+}
