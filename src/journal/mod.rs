@@ -8,6 +8,7 @@
 
 mod begun;
 mod checking;
+mod committed;
 mod dir;
 mod finalise;
 mod flight;
@@ -23,6 +24,7 @@ mod segment_index;
 mod start;
 
 pub use begun::BegunRows;
+pub use committed::{Committed, committed};
 pub use dir::{JobDir, Terms};
 pub use finalise::{Outputs, finalise, finalise_parts};
 pub use keeper::{Apart, Standing};

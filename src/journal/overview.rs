@@ -52,10 +52,15 @@ pub fn manifest_in(storage: &Storage, at: &Location) -> Result<Option<Manifest>>
     lease_in(storage, at)?.map_or(Ok(None), |lease| manifest_of(storage, at, &lease))
 }
 
-fn manifest_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Manifest>> {
+pub(super) fn manifest_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Manifest>> {
     let Some(job) = lease.job else { return Ok(None) };
     let text = storage.get(&at.child(&manifest::name_of(job))?)?;
     text.map(|text| Manifest::parse(&text)).transpose()
+}
+
+/// Segments that the writer of an epoch has put.
+pub(super) fn n_segments(storage: &Storage, at: &Location, epoch: u32) -> Result<u32> {
+    Root { storage: storage.clone(), at: at.clone(), swaps: false }.count(epoch)
 }
 
 /// Looks at a directory; `None` if no job is under way there.
@@ -71,8 +76,7 @@ pub fn overview(storage: &Storage, at: &Location) -> Result<Option<Overview>> {
 fn overview_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Overview>> {
     let Some(manifest) = manifest_of(storage, at, lease)? else { return Ok(None) };
     let (mut n_done, mut n_failed) = (0u64, 0u64);
-    let root = Root { storage: storage.clone(), at: at.clone(), swaps: false };
-    let own = Closed { epoch: lease.epoch, n_segments: root.count(lease.epoch)? };
+    let own = Closed { epoch: lease.epoch, n_segments: n_segments(storage, at, lease.epoch)? };
     for closed in lease.closed.iter().chain([&own]) {
         for number in 1..=closed.n_segments {
             let at = at.child(&segment::name_of(SegmentId { epoch: closed.epoch, number }))?;

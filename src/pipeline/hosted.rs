@@ -17,8 +17,8 @@ use crate::engine::{Due, EngineStats, Finished};
 use crate::format::openai::answer::Stamp;
 use crate::format::openai::{Endpoint, PlainLines, parse_object};
 use crate::format::{self, Limits, RawRow, Source};
-pub use crate::journal::Totals;
 use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms};
+pub use crate::journal::{Committed, Totals};
 use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::sequences::n_computed;
 use crate::prepare::{Origin, Preparer, Prompt, RowForm};
@@ -26,7 +26,7 @@ use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -160,6 +160,15 @@ impl Ended {
     pub fn forget(self) -> Result<()> {
         self.journal.remove()
     }
+}
+
+/// The results that a job in a folder has committed so far; `None` if none is under way there.
+///
+/// # Errors
+/// The disk's.
+pub fn committed(folder: &Path) -> Result<Option<Committed>> {
+    let files = JobFiles::of(&folder.join("output.jsonl").to_string_lossy(), false)?;
+    journal::committed(&Storage::new()?, &files.journal)
 }
 
 impl HostedJob {

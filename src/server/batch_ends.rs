@@ -24,6 +24,10 @@ pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> 
             }
             let mut body: Value = serde_json::from_str(&stored.body)?;
             body["errors"] = json!({"object": "list", "data": faults});
+            if let Some(id) = body["output_file_id"].as_str() {
+                stored_files::delete(connection, id)?;
+                body["output_file_id"] = Value::Null;
+            }
             let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
             body["status"] = state.into();
             body[at] = now().into();
@@ -77,9 +81,15 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             }
             for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
                 // Results of messages are read by the batch's name alone.
-                if file.bytes > 0 && !is_messages {
+                if file.bytes == 0 || is_messages {
+                    stored_files::delete(connection, &file.id)?;
+                    body[key] = Value::Null;
+                } else if body[key].is_null() {
                     body[key] = file.id.clone().into();
                     stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
+                } else {
+                    // It was readable while the batch ran.
+                    stored_files::finish(connection, &file)?;
                 }
             }
             batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
@@ -92,15 +102,21 @@ fn file(app: &App, id: &str, kind: &str, settings: &Settings) -> Result<StoredFi
     let path = folder(id).join(if kind == "output" { "output.jsonl" } else { "output.errors.jsonl" });
     let at = app.data.join(&path);
     let bytes = std::fs::metadata(&at).with_context(|| at.display().to_string())?.len();
+    Ok(StoredFile { bytes, ..unwritten(id, kind, settings) })
+}
+
+/// A batch's `output` or `error` file before it is there, whoever owns it.
+pub(super) fn unwritten(id: &str, kind: &str, settings: &Settings) -> StoredFile {
+    let path = folder(id).join(if kind == "output" { "output.jsonl" } else { "output.errors.jsonl" });
     let digits = ids::derived("valar file of a batch 1", format!("{id} {kind}").as_bytes());
-    Ok(StoredFile {
+    StoredFile {
         id: format!("file-{digits}"),
         owner: String::new(),
         created_at: now(),
         expires_at: settings.output_seconds.map(|seconds| now() + seconds),
         purpose: BATCH_OUTPUT.into(),
         filename: format!("{id}_{kind}.jsonl"),
-        bytes,
+        bytes: 0,
         path: path.to_string_lossy().into_owned(),
-    })
+    }
 }

@@ -3,7 +3,7 @@
 //! first; what it ended as never changes.
 
 use super::App;
-use super::batch_ends::{conclude, fail};
+use super::batch_ends::{conclude, fail, unwritten};
 use super::limits;
 use super::models::{Offered, now};
 use super::places::{Place, Places};
@@ -13,6 +13,7 @@ use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
 use crate::pipeline::progress::say;
 use crate::store::batches::{self, StoredBatch};
+use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -274,7 +275,7 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let is_known = model.is_some() || named.is_none();
     let model = model.unwrap_or_else(|| Arc::clone(&app.models.all()[0]));
     let job = HostedJob { folder, name: id.to_owned(), endpoint, created_unix_s: stored.created_at, model: model.id.clone() };
-    if stored.status == "validating" && !validate(app, &job, &model, (is_known, settings.keeps_faults)).await? {
+    if stored.status == "validating" && !validate(app, &job, &model, (is_known, &settings)).await? {
         return Ok(());
     }
     let (stored, _) = load(app, id).await?;
@@ -321,7 +322,7 @@ pub(super) fn first_model(path: &Path) -> Result<Option<String>> {
 }
 
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
-async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, keeps_faults): (bool, bool)) -> Result<bool> {
+async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, settings): (bool, &Settings)) -> Result<bool> {
     // One after the other: each takes all cores, and a thread that live calls would have.
     let _turn = app.batches.checking.acquire().await.context("nobody closes it")?;
     let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
@@ -332,7 +333,7 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, k
         vec![fault("too_many_tasks", format!("the file has more than {max_rows} requests"))]
     } else if n_rows == 0 {
         vec![fault("empty_file", "the file has no requests".into())]
-    } else if keeps_faults {
+    } else if settings.keeps_faults {
         Vec::new()
     } else {
         let shown = faults.iter().map(|fault| {
@@ -350,26 +351,26 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, k
         return Ok(false);
     }
     let (stored, mut body) = load(app, &job.name).await?;
-    let limit = app.keys.allowance(&stored.owner).map_or(0, |allowance| allowance.batch_tokens);
-    if limit > 0 {
-        let (id, owner) = (stored.id.clone(), stored.owner.clone());
-        let used = app.store.read(move |connection| batches::held_tokens(connection, &owner, &id)).await?;
-        if used.saturating_add(n_tokens) > limit {
-            let message = limits::too_many_in_batches(limit, used, n_tokens);
-            fail(app, &job.name, vec![fault(limits::IN_BATCHES, message)]).await?;
-            return Ok(false);
-        }
+    if let Some(message) = over_limit(app, &stored, n_tokens).await? {
+        fail(app, &job.name, vec![fault(limits::IN_BATCHES, message)]).await?;
+        return Ok(false);
     }
     body["status"] = "in_progress".into();
     body["in_progress_at"] = now().into();
     body["model"] = job.model.clone().into();
     body["request_counts"]["total"] = n_rows.into();
+    let output = (!settings.keeps_faults).then(|| {
+        let file = unwritten(&job.name, "output", settings);
+        // Readable while it is written, and its time begins when it is whole.
+        body["output_file_id"] = file.id.clone().into();
+        StoredFile { owner: stored.owner.clone(), expires_at: None, ..file }
+    });
     let (id, text) = (job.name.clone(), body.to_string());
     app.store
         .write(move |connection| {
             batches::hold_tokens(connection, &id, n_tokens)?;
             if batches::update(connection, &id, ("validating", "in_progress"), &text)? {
-                return Ok(());
+                return output.map_or(Ok(()), |file| stored_files::insert(connection, &file));
             }
             // It was cancelled meanwhile.
             let stored = batches::any(connection, &id)?.context("the batch is gone")?;
@@ -379,6 +380,18 @@ async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, k
         })
         .await?;
     Ok(true)
+}
+
+/// Why a batch of so many tokens is one too many, if it is.
+async fn over_limit(app: &App, stored: &StoredBatch, n_tokens: u64) -> Result<Option<String>> {
+    let limit = app.keys.allowance(&stored.owner).map_or(0, |allowance| allowance.batch_tokens);
+    if limit == 0 {
+        return Ok(None);
+    }
+    let (id, owner) = (stored.id.clone(), stored.owner.clone());
+    let used = app.store.read(move |connection| batches::held_tokens(connection, &owner, &id)).await?;
+    let is_over = used.saturating_add(n_tokens) > limit;
+    Ok(is_over.then(|| limits::too_many_in_batches(limit, used, n_tokens)))
 }
 
 /// Runs the job when it has a place; `None` if it is to be gone on with at another start.

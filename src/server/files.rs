@@ -8,6 +8,7 @@ use super::ids;
 use super::models::now;
 use super::paging::{Page, Pairs, get};
 use super::stored::listed;
+use crate::pipeline::hosted::{self, Committed};
 use crate::store::files::{self, Listing, StoredFile};
 use anyhow::Context as _;
 use async_stream::stream;
@@ -24,6 +25,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 /// What a file may be for.
@@ -225,14 +227,56 @@ pub(super) async fn retrieve(
     Ok(json_response(&shown(&named(&app, &owner, path).await?)))
 }
 
-/// `GET /v1/files/{id}/content`
+/// `GET /v1/files/{id}/content`. Of a batch that runs, what it has so far, after the first `offset` lines.
 pub(super) async fn content(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
     path: Id,
+    query: Pairs,
 ) -> Result<Response, ApiError> {
     let file = named(&app, &owner, path).await?;
-    send(&app.data.join(&file.path), file.bytes, "application/octet-stream")
+    let offset = match get(&query, "offset") {
+        None => 0,
+        Some(text) => text.parse().map_err(|_| refuse("offset", format!("{text:?} is no number of lines")))?,
+    };
+    let at = app.data.join(&file.path);
+    if file.purpose == BATCH_OUTPUT && !at.exists() {
+        return partial(at, offset).await;
+    }
+    // It may have been written since it was looked up.
+    let n_bytes =
+        if file.purpose == BATCH_OUTPUT { std::fs::metadata(&at).context("a batch's results")?.len() } else { file.bytes };
+    send(&at, n_bytes, "application/octet-stream")
+}
+
+/// Results of a batch that runs, in the order in which it came to them.
+async fn partial(at: PathBuf, offset: u64) -> Result<Response, ApiError> {
+    let folder = at.parent().map(Path::to_owned).unwrap_or_default();
+    let found = spawn_blocking(move || hosted::committed(&folder)).await.context("looking at a journal panicked")?;
+    let found = match found {
+        // Its journal went while it was looked at: it has ended.
+        Err(_) | Ok(None) if at.exists() => {
+            let n_bytes = std::fs::metadata(&at).context("a batch's results")?.len();
+            return send(&at, n_bytes, "application/octet-stream");
+        }
+        found => found?,
+    };
+    let n_lines = found.as_ref().map_or(0, Committed::n_lines);
+    let (sender, mut pieces) = mpsc::channel::<std::io::Result<Bytes>>(2);
+    spawn_blocking(move || {
+        let Some(found) = found else { return };
+        if let Err(error) = found.read(offset, &mut |lines| sender.blocking_send(Ok(lines.into())).is_ok()) {
+            // The answer breaks off: its batch has ended, and the whole file is there.
+            drop(sender.blocking_send(Err(std::io::Error::other(error))));
+        }
+    });
+    let pieces = futures::stream::poll_fn(move |context| pieces.poll_recv(context));
+    let mut response = Response::new(Body::from_stream(pieces));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert("x-incomplete", HeaderValue::from_static("true"));
+    headers.insert("x-last-line", HeaderValue::from(n_lines.max(offset)));
+    Ok(response)
 }
 
 /// A file's bytes, read as they are sent.

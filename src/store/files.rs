@@ -69,6 +69,16 @@ pub fn insert(connection: &Connection, new: &StoredFile) -> Result<()> {
     Ok(())
 }
 
+/// A file that is written as time goes by has come to its end.
+///
+/// # Errors
+/// The database's.
+pub fn finish(connection: &Connection, file: &StoredFile) -> Result<()> {
+    let sql = "UPDATE file SET bytes = ?2, created_at = ?3, expires_at = ?4 WHERE id = ?1";
+    connection.execute(sql, params![file.id, file.bytes, file.created_at, file.expires_at])?;
+    Ok(())
+}
+
 /// A file of an owner's.
 ///
 /// # Errors

@@ -123,3 +123,42 @@ fn the_command_line_sees_a_batch() {
     assert_eq!(json!([ended["rows"], ended["done"], ended["failed"]]), json!([300, 300, counts["failed"]]));
     assert_eq!(status("data/batches/batch_none/output.jsonl")["state"], "none");
 }
+
+#[test]
+fn results_are_read_while_a_batch_runs() {
+    let mut server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
+    let batch = server.batch_of(&lines(300, 60).join("\n"));
+    server.wait_for_journal(&batch["id"]);
+    let file = server.batch(&batch["id"])["output_file_id"].as_str().unwrap().to_owned();
+    let read = |server: &Server, offset: u64| {
+        let answer = server.get(&format!("/v1/files/{file}/content?offset={offset}"));
+        assert_eq!((answer.status, answer.header("x-incomplete")), (200, "true"), "{}", answer.text);
+        let found: Vec<Value> = answer.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(answer.header("x-last-line").parse::<u64>().unwrap(), offset + found.len() as u64);
+        found
+    };
+    let mut seen = read(&server, 0);
+    assert!(!seen.is_empty());
+    // What was read stays where it was, also when another run goes on with it.
+    server.restart();
+    while server.batch(&batch["id"])["request_counts"]["completed"].as_u64().unwrap() < seen.len() as u64 + 8 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(read(&server, 0)[..seen.len()], seen);
+    seen.extend(read(&server, seen.len() as u64));
+    server.act(&batch["id"], "cancel");
+    let ended = server.ended(&batch["id"]);
+    assert_eq!(ended["output_file_id"], file.as_str());
+    let whole = server.results(&ended["output_file_id"]);
+    assert!(seen.iter().all(|line| whole[line["custom_id"].as_str().unwrap()] == *line));
+    assert_eq!(
+        seen.iter().map(|line| line["custom_id"].as_str()).collect::<BTreeSet<_>>().len(),
+        seen.len(),
+        "a line came twice"
+    );
+    // The whole file is the whole file, wherever a reader was.
+    let answer = server.get(&format!("/v1/files/{file}/content?offset={}", seen.len()));
+    assert_eq!((answer.header("x-incomplete"), answer.text.lines().count()), ("", whole.len()));
+    let shown = server.get(&format!("/v1/files/{file}")).json();
+    assert_eq!((shown["bytes"].as_u64(), &shown["purpose"]), (Some(answer.text.len() as u64), &json!("batch_output")));
+}
