@@ -1,5 +1,9 @@
 //! What the user typed; nothing derived.
 
+mod kernels;
+
+pub use kernels::KernelsAction;
+
 use crate::journal::{IfRunning, Shard, Terms};
 use crate::pipeline::budget::Budget;
 use crate::pipeline::spec::{EngineKind, PriceSpec, parse_override};
@@ -76,6 +80,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The kernels for NVIDIA GPUs
+    #[command(subcommand)]
+    Kernels(KernelsAction),
     /// The cache of results that jobs share (valar run --cache)
     Cache {
         /// What to do with it

@@ -428,6 +428,11 @@ pub fn cache_folder() -> Result<PathBuf> {
         .context("neither VALAR_CACHE, XDG_CACHE_HOME nor HOME is set: no place to keep models")
 }
 
+/// The file of NVRTC that `VALAR_NVRTC` names.
+pub fn nvrtc() -> Option<PathBuf> {
+    std::env::var_os("VALAR_NVRTC").filter(|file| !file.is_empty()).map(PathBuf::from)
+}
+
 /// The instruction-set path that `VALAR_CPU` names, else the fastest of this machine.
 pub fn isa() -> Result<Isa> {
     let Some(name) = std::env::var("VALAR_CPU").ok().filter(|name| !name.is_empty()) else {

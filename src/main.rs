@@ -3,14 +3,17 @@
 use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use valar::cache::{Cache, CacheStats, PackStats, Packs};
 use valar::cli::{
-    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, MachineBench, PlanArgs, RunArgs, ServeArgs, UsageArgs,
+    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, MachineBench, PlanArgs, RunArgs, ServeArgs,
+    UsageArgs,
 };
 use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, ReusePlace, cache_folder};
 use valar::device::cpu::Numerics;
+use valar::device::cuda::{self, Nvrtc};
 use valar::hub;
 use valar::journal::Apart;
 use valar::outcome::shortened;
@@ -83,6 +86,7 @@ fn run(cli: Cli) -> Result<u8> {
             server::usage::print(&data, (from.as_deref(), until.as_deref()), by.as_deref(), json).map(|()| 0)
         }
         Command::Inspect { model, json } => inspect::show(&model, &cache_folder()?, config::hub().as_ref(), json).map(|()| 0),
+        Command::Kernels(KernelsAction::Build { arch, out, nvrtc }) => build_kernels(&arch, &out, nvrtc.as_deref()),
         Command::Cache { action } => cache(&action),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -238,6 +242,24 @@ fn cache(action: &CacheAction) -> Result<u8> {
     let cache = Cache::open(&folder, u64::MAX)?;
     let CacheStats { n_results, n_bytes } = cache.stats()?;
     writeln!(std::io::stdout(), "{n_results} results, {} KiB, in {}", n_bytes >> 10, cache.path().display())?;
+    Ok(0)
+}
+
+/// `valar kernels build`
+fn build_kernels(archs: &[String], folder: &Path, nvrtc: Option<&Path>) -> Result<u8> {
+    let archs: Vec<&str> = if archs.is_empty() { cuda::ARCHS.to_vec() } else { archs.iter().map(String::as_str).collect() };
+    if let Some(error) = archs.iter().find_map(|arch| cuda::check_arch(arch).err()) {
+        return Ok(usage(&error));
+    }
+    let nvrtc = Nvrtc::open(nvrtc.map_or_else(config::nvrtc, |file| Some(file.to_owned())).as_deref())?;
+    let mut out = std::io::stdout().lock();
+    for arch in archs {
+        for program in cuda::PROGRAMS {
+            let kept = cuda::build(&nvrtc, program, arch, folder)?;
+            let how = if kept.was_there { "was there" } else { "compiled" };
+            writeln!(out, "{} ({} KiB, {how})", kept.path.display(), kept.n_bytes.div_ceil(1024))?;
+        }
+    }
     Ok(0)
 }
 

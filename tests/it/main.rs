@@ -18,6 +18,7 @@ mod conformance;
 mod conformance_attention;
 mod conformance_families;
 mod corpus;
+mod cuda;
 mod damage;
 mod dataset_rows;
 mod dying;
