@@ -120,6 +120,11 @@ fn a_batch_of_messages_has_their_answers() {
         assert_eq!(json!([results[id]["type"], error["type"], error["error"]["type"]]), json!(["errored", "error", kind]));
         assert!(error["error"]["message"].as_str().unwrap().contains(text), "{error}");
     }
+    it_is_listed_and_deleted(&server, &made);
+}
+
+/// Of a batch that has ended, and is the only one.
+fn it_is_listed_and_deleted(server: &Server, made: &Value) {
     // Each of the two doors has its own.
     assert_eq!(server.get(&format!("/v1/batches/{}", made["id"].as_str().unwrap())).status, 404);
     assert_eq!(server.get("/v1/batches").json()["data"], json!([]));
@@ -139,9 +144,9 @@ fn a_batch_of_messages_has_their_answers() {
     assert_eq!(ids(&format!("after_id={}", others[1].as_str().unwrap())), json!([[others[0], made["id"]], false]));
     assert_eq!(ids(&format!("limit=1&before_id={}", made["id"].as_str().unwrap())), json!([[others[0]], true]));
     // What is deleted is gone.
-    let delete = |key: &str| server.send("DELETE", &path(&made, ""), &[("x-api-key", key)], "");
+    let delete = |key: &str| server.send("DELETE", &path(made, ""), &[("x-api-key", key)], "");
     assert_eq!(delete(KEY).json(), json!({"id": made["id"], "type": "message_batch_deleted"}));
-    assert_eq!((delete(KEY).status, server.get(&path(&made, "/results")).status), (404, 404));
+    assert_eq!((delete(KEY).status, server.get(&path(made, "/results")).status), (404, 404));
     assert!(!server.sandbox.path(&format!("data/batches/{}", made["id"].as_str().unwrap())).exists());
 }
 
