@@ -1,0 +1,71 @@
+//! Global memory: allocations far from each other, so that an access beyond one is in no other.
+
+use crate::fault::{FaultKind, Wrong, wrong};
+use crate::shadow::Shadow;
+
+/// Where shared memory begins; addresses below are reserved, as on hardware since `sm_90`.
+pub(crate) const SHARED_START: u64 = 1024;
+/// Windows of generic addresses.
+pub(crate) const SHARED_BASE: u64 = 1 << 60;
+pub(crate) const LOCAL_BASE: u64 = 1 << 61;
+const SHIFT: u32 = 36;
+/// What an allocation's address is a multiple of, and of no more: kernels may count on no more.
+const START: u64 = 256;
+
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) shadow: Shadow,
+    pub(crate) read_only: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Global {
+    allocations: Vec<Option<Allocation>>,
+}
+
+impl Global {
+    pub(crate) fn add(&mut self, bytes: Vec<u8>, read_only: bool) -> u64 {
+        let shadow = Shadow::new(bytes.len());
+        self.allocations.push(Some(Allocation { bytes, shadow, read_only }));
+        ((self.allocations.len() as u64) << SHIFT) + START
+    }
+
+    pub(crate) fn remove(&mut self, address: u64) -> bool {
+        let index = ((address >> SHIFT) as usize).wrapping_sub(1);
+        address & ((1 << SHIFT) - 1) == START && self.allocations.get_mut(index).is_some_and(|slot| slot.take().is_some())
+    }
+
+    /// The allocation that holds these bytes, and where in it they begin.
+    pub(crate) fn find(&mut self, address: u64, len: usize, lane: Option<usize>) -> Result<(&mut Allocation, usize), Wrong> {
+        let index = ((address >> SHIFT) as usize).wrapping_sub(1);
+        let at = (address & ((1 << SHIFT) - 1)).wrapping_sub(START) as usize;
+        let Some(Some(allocation)) = self.allocations.get_mut(index) else {
+            return wrong(FaultKind::Bounds, lane, format!("{len} bytes at {address:#x}, where nothing is allocated"));
+        };
+        if at.checked_add(len).is_none_or(|end| end > allocation.bytes.len()) {
+            let size = allocation.bytes.len();
+            let offset = at as i64;
+            return wrong(
+                FaultKind::Bounds,
+                lane,
+                format!("{len} bytes at {address:#x}, {offset} bytes into an allocation of {size}"),
+            );
+        }
+        Ok((allocation, at))
+    }
+}
+
+/// Up to 8 bytes, little endian.
+pub(crate) fn get(bytes: &[u8], at: usize, len: usize) -> u64 {
+    match len {
+        1 => u64::from(bytes[at]),
+        2 => u64::from(u16::from_le_bytes([bytes[at], bytes[at + 1]])),
+        4 => bytes[at..].first_chunk().map_or(0, |b| u64::from(u32::from_le_bytes(*b))),
+        _ => bytes[at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b)),
+    }
+}
+
+pub(crate) fn put(bytes: &mut [u8], at: usize, len: usize, value: u64) {
+    bytes[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
+}
