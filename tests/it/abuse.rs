@@ -3,6 +3,7 @@
 
 use crate::serving::{KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::thread;
@@ -263,7 +264,7 @@ fn bodies_at_and_over_the_limit() {
         // The same without saying how long it will be.
         let mut chunked = head("/v1/completions", "transfer-encoding: chunked\r\nconnection: close\r\n");
         for piece in body.as_bytes().chunks(7000) {
-            chunked += &format!("{:x}\r\n{}\r\n", piece.len(), std::str::from_utf8(piece).unwrap());
+            write!(chunked, "{:x}\r\n{}\r\n", piece.len(), std::str::from_utf8(piece).unwrap()).unwrap();
         }
         chunked += "0\r\n\r\n";
         let mut stream = server.raw(&[]);
@@ -351,8 +352,10 @@ fn nothing_that_is_sent_is_the_servers_fault() {
     ];
     let mut n_wrong = 0;
     for (path, operations) in document["paths"].as_object().unwrap() {
-        for method in operations.as_object().unwrap().keys().filter(|key| *key != "parameters") {
+        for (method, operation) in operations.as_object().unwrap().iter().filter(|(key, _)| *key != "parameters") {
             let method = method.to_uppercase();
+            // A long body that is of no interest is not read to its end: whoever sends it may find the connection closed.
+            let reads_json = operation["requestBody"]["content"]["application/json"].is_object();
             for id in ids {
                 check(&method, &path.replace("{id}", id).replace("{custom_id}", id), &[], Vec::new());
             }
@@ -363,13 +366,13 @@ fn nothing_that_is_sent_is_the_servers_fault() {
                 }
             }
             if method == "POST" {
-                for body in wrong_bodies() {
+                for body in wrong_bodies().into_iter().filter(|body| reads_json || body.len() < 10_000) {
                     n_wrong += usize::from(check(&method, &path, &[], body) >= 400);
                 }
                 for headers in [
                     [("content-type", "multipart/form-data")],
                     [("content-type", "multipart/form-data; boundary=x")],
-                    [("idempotency-key", "\u{7f}")],
+                    [("idempotency-key", &*long)],
                 ] {
                     check(
                         &method,
@@ -389,7 +392,7 @@ fn nothing_that_is_sent_is_the_servers_fault() {
 fn heads_of_every_wrong_kind() {
     let server = Server::with("[server]\nheader_timeout_s = 1\n", &["--api-key", KEY]);
     let rest = Rest::of(&server);
-    let many: String = (0..500).map(|i| format!("x-{i}: 1\r\n")).collect();
+    let many = "x-many: 1\r\n".repeat(500);
     let long = format!("x: {}\r\n", "x".repeat(1 << 20));
     let path = "x".repeat(100_000);
     let heads = [

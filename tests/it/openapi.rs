@@ -9,8 +9,19 @@ use std::fs;
 /// The paths that the router has, as its source says.
 fn routes() -> BTreeSet<String> {
     let source = fs::read_to_string(root().join("src/server/mod.rs")).unwrap();
-    let paths = source.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap());
-    paths.map(|path| path.replace("{*", "{")).collect()
+    let first = |rest: &str| rest.split('"').next().unwrap().to_owned();
+    let mut paths: BTreeSet<String> = source.split(".route(\"").skip(1).map(first).collect();
+    // Routes of a module of their own, which stand there under a root.
+    for merged in source.split(".merge(").skip(1) {
+        let (module, rest) = merged.split_once("::routes(\"").unwrap_or_else(|| panic!("no routes are found in {merged:.60}"));
+        let (root_path, module) = (first(rest), fs::read_to_string(root().join(format!("src/server/{module}.rs"))).unwrap());
+        for route in module.split(".route(").skip(1) {
+            let rest = route.strip_prefix("&format!(\"{root}").map(first);
+            assert!(rest.is_some() || route.starts_with("root,"), "a route that is not understood: {route:.60}");
+            paths.insert(format!("{root_path}{}", rest.unwrap_or_default().replace("{{", "{").replace("}}", "}")));
+        }
+    }
+    paths.into_iter().map(|path| path.replace("{*", "{")).collect()
 }
 
 /// Every `$ref` of a document.
@@ -105,6 +116,11 @@ fn answers_have_the_forms_that_the_document_says() {
     let batch = json!({"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "params": chat}]});
     let batch = post("/v1/batches", batch);
     check("get", "/v1/batches/{id}", &format!("/v1/batches/{}", batch["id"].as_str().unwrap()), Value::Null);
+    let batch = json!({"requests": [{"custom_id": "a", "params": {"model": model, "messages": messages, "max_tokens": 2}}]});
+    let batch = post("/v1/messages/batches", batch);
+    let id = batch["id"].as_str().unwrap();
+    check("get", "/v1/messages/batches/{id}", &format!("/v1/messages/batches/{id}"), Value::Null);
+    check("post", "/v1/messages/batches/{id}/cancel", &format!("/v1/messages/batches/{id}/cancel"), json!({}));
     let hook = json!({"name": "n", "url": "https://hooks.invalid/", "event_types": ["batch.completed"]});
     let hook = post("/v1/webhook_endpoints", hook);
     let hook = format!("/v1/webhook_endpoints/{}", hook["id"].as_str().unwrap());

@@ -29,11 +29,13 @@ struct Browser {
     driver: Child,
     agent: Agent,
     session: String,
-    _profile: TempDir,
+    /// Removed with it.
+    profile: TempDir,
 }
 
 impl Browser {
     /// Opens one; `None` where none is installed.
+    #[expect(clippy::print_stdout, reason = "who runs the tests is told that some were skipped")]
     fn open() -> Option<Self> {
         let driver = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let has_browser = ["chromium", "google-chrome"].iter().any(|name| Command::new(name).arg("--version").output().is_ok());
@@ -47,9 +49,9 @@ impl Browser {
             .unwrap();
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_mins(2))).build();
         let (profile, base) = (tempfile::tempdir().unwrap(), format!("http://127.0.0.1:{port}/session"));
-        let mut browser = Self { driver, agent: agent.into(), session: base, _profile: profile };
+        let mut browser = Self { driver, agent: agent.into(), session: base, profile };
         let mut flags: Vec<String> = FLAGS.iter().map(|&flag| flag.to_owned()).collect();
-        flags.push(format!("--user-data-dir={}", browser._profile.path().display()));
+        flags.push(format!("--user-data-dir={}", browser.profile.path().display()));
         let wanted = json!({"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}});
         let made = browser.post("", json!({"capabilities": {"alwaysMatch": wanted}}));
         browser.session = format!("{}/{}", browser.session, made["sessionId"].as_str().unwrap());
@@ -57,6 +59,7 @@ impl Browser {
     }
 
     #[track_caller]
+    #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
     fn post(&self, path: &str, body: Value) -> Value {
         let mut answer = self.agent.post(format!("{}{path}", self.session)).send(body.to_string()).unwrap();
         let value: Value = serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap();
