@@ -51,6 +51,7 @@ pub struct EngineHandle {
     thread: JoinHandle<anyhow::Result<EngineStats>>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "most commands are submissions, and a queue of them is short")]
 enum Command {
     Submit(Submission),
     SubmitAll(Vec<Submission>),

@@ -18,8 +18,8 @@ pub(super) fn fetch(url: &str, cache: &Path, say: &mut dyn FnMut(&str)) -> Resul
     let name = at.path.filename().unwrap_or("model");
     let is_gguf = Path::new(name).extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let files = if is_gguf { vec![(name.to_owned(), storage.open(&at)?)] } else { folder_files(&storage, &at)? };
-    let versions: String = files.iter().map(|(name, object)| format!("\n{name} {}", object.version())).collect();
-    let version = blake3::hash(format!("{url}{versions}").as_bytes()).to_hex();
+    let versions: Vec<String> = files.iter().map(|(name, object)| format!("{name} {}", object.version())).collect();
+    let version = blake3::hash(format!("{url}\n{}", versions.join("\n")).as_bytes()).to_hex();
     let folder = cache.join("objects").join(&version[..32]);
     let target = folder.join(name);
     if target.exists() {

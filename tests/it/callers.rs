@@ -155,9 +155,9 @@ fn a_key_gets_what_it_may_ask_for_and_is_known_by_its_hash() {
 
 #[test]
 fn a_burst_gets_no_more_than_its_key_may_have() {
-    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\ntokens_per_minute = 500\n";
+    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\ntokens_per_minute = 100\n";
     let server = Server::with(config, &[]);
-    let body = chat("Count.", json!({"max_tokens": 1500, "ignore_eos": true})).to_string();
+    let body = chat("Count.", json!({"max_tokens": 400, "ignore_eos": true})).to_string();
     let call = || server.send("POST", "/v1/chat/completions", &[("x-api-key", "few")], body.clone());
     let answers: Vec<Answer> = std::thread::scope(|scope| {
         let calls: Vec<_> = (0..12).map(|_| scope.spawn(call)).collect();
@@ -187,7 +187,7 @@ fn what_a_call_did_not_use_is_given_back() {
 
 #[test]
 fn tokens_in_batches_are_limited_and_come_back() {
-    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\nbatch_tokens = 1000\n";
+    let config = "[[key]]\nname = \"few\"\nkey = \"few\"\nbatch_tokens = 500\n";
     let server = Server::with(config, &[]);
     let post = |content: &str, max_tokens: u64| {
         let params = chat(content, json!({"max_tokens": max_tokens, "ignore_eos": true}));
@@ -202,21 +202,21 @@ fn tokens_in_batches_are_limited_and_come_back() {
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
     };
-    let first = post("Hi", 700);
+    let first = post("Hi", 300);
     assert_eq!(first.status, 200, "{}", first.text);
     let count = |folder: &str| std::fs::read_dir(server.sandbox.path(&format!("data/{folder}"))).unwrap().count();
     let before = (count("files"), count("batches"));
-    let second = post("Hi", 400);
+    let second = post("Hi", 250);
     let error = &second.json()["error"];
     assert_eq!((second.status, &error["code"]), (429, &json!("token_limit_exceeded")), "{}", second.text);
     assert_eq!(second.header("x-should-retry"), "false");
-    assert!(error["message"].as_str().unwrap().contains("1000 tokens"), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("500 tokens"), "{error}");
     assert_eq!((count("files"), count("batches")), before, "something of it is left");
     assert_eq!(ended(&first.json())["status"], "completed");
     // What has ended holds nothing.
-    let third = post("Hi", 900);
+    let third = post("Hi", 400);
     assert_eq!((third.status, &ended(&third.json())["status"]), (200, &json!("completed")), "{}", third.text);
     // What looks short, and is not, is found by its check.
-    let long = ended(&post(&"7,".repeat(700), 1).json());
+    let long = ended(&post(&"7,".repeat(350), 1).json());
     assert_eq!(json!([long["status"], long["errors"]["data"][0]["code"]]), json!(["failed", "token_limit_exceeded"]), "{long}");
 }

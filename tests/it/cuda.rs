@@ -71,7 +71,7 @@ fn resources(tools: &Tools, cubin: &Path, arch: &str) -> BTreeMap<String, Resour
     let mut name = String::new();
     for line in say("-res-usage").lines().map(str::trim) {
         if let Some(kernel) = line.strip_prefix("Function ") {
-            name = kernel.trim_end_matches(':').to_owned();
+            kernel.trim_end_matches(':').clone_into(&mut name);
         } else if line.starts_with("REG:") {
             let value = |key: &str| {
                 let field =
@@ -88,7 +88,7 @@ fn resources(tools: &Tools, cubin: &Path, arch: &str) -> BTreeMap<String, Resour
     }
     for line in say("-sass").lines().map(str::trim) {
         if let Some(kernel) = line.strip_prefix("Function : ") {
-            name = kernel.to_owned();
+            kernel.clone_into(&mut name);
         }
         let Some((_, code)) = line.split_once("*/").filter(|_| line.starts_with("/*") && line.contains(';')) else { continue };
         let opcode = code.split_whitespace().find(|word| !word.starts_with('@')).unwrap_or("").replace(".NA.", ".");

@@ -64,7 +64,8 @@ const N_ROWS: usize = 8000;
 /// Rows whose results take several parts of an upload.
 fn rows() -> String {
     let pad = "words ".repeat(300);
-    (0..N_ROWS).map(|i| format!("{{\"id\":{i},\"q\":\"Row {i}?\",\"pad\":\"{pad}\"}}\n")).collect()
+    let lines: Vec<String> = (0..N_ROWS).map(|i| format!("{{\"id\":{i},\"q\":\"Row {i}?\",\"pad\":\"{pad}\"}}\n")).collect();
+    lines.concat()
 }
 
 fn job<'a>(input: &'a str, output: &'a str) -> Vec<&'a str> {

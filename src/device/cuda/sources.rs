@@ -62,7 +62,9 @@ pub(super) fn hash(program: &Program, arch: &str, compiler: (i32, i32)) -> Strin
     add("valar kernels 1");
     add(&format!("NVRTC {}.{}", compiler.0, compiler.1));
     add(arch);
-    OPTIONS.iter().for_each(|option| add(option));
+    for option in OPTIONS {
+        add(option);
+    }
     for (name, text) in HEADERS {
         add(name);
         add(text);

@@ -98,6 +98,9 @@ impl Summary {
     }
 }
 
+/// Turns of one kind.
+type Part = fn(&Summary) -> &Turns;
+
 fn table(load: &Load, capacity: f64, hours: u32, [windows, arrival]: &[Summary; 2]) -> String {
     let n_calls = load.rows.iter().filter(|row| row.batch.is_none()).count();
     let mut out = String::new();
@@ -107,7 +110,6 @@ fn table(load: &Load, capacity: f64, hours: u32, [windows, arrival]: &[Summary; 
     let seconds = |value: f64| format!("{value:.1} s");
     let percent = |value: f64| format!("{:.1} %", 100.0 * value);
     let share = |value: Option<f64>| value.map_or("-".into(), percent);
-    type Part = fn(&Summary) -> &Turns;
     let parts: [(&str, Part); 3] =
         [("asap to its first step", |s| &s.asap_begins), ("asap turn", |s| &s.asap), ("standard turn", |s| &s.standard)];
     for (name, of) in parts {
