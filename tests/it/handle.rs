@@ -15,7 +15,11 @@ const LIMITS: RunnerLimits =
     RunnerLimits { n_blocks: 30, max_step_tokens: 32, max_step_seqs: 4, n_vocab: N_VOCAB, max_context: 100 };
 
 fn start(runner: FakeRunner) -> (EngineHandle, Receiver<Finished>) {
-    let config = EngineConfig { max_waiting: 2, ..EngineConfig::for_runner(&LIMITS) };
+    start_with(runner, 2)
+}
+
+fn start_with(runner: FakeRunner, max_waiting: usize) -> (EngineHandle, Receiver<Finished>) {
+    let config = EngineConfig { max_waiting, ..EngineConfig::for_runner(&LIMITS) };
     let engine = Engine::new(config, Box::new(runner), fake_tokens()).expect("the limits are sound");
     let (sender, receiver) = channel();
     let deliver = move |step: Delivery<'_>| step.finished.into_iter().for_each(|f| sender.send(f).expect("the test listens"));
@@ -69,9 +73,11 @@ fn a_cancel_touches_no_other_row() {
 #[test]
 fn a_failing_engine_says_why_and_lets_senders_go() {
     for (fault, why) in [(Fault::Error, "on fire"), (Fault::Panic, "the kernel has a bug")] {
-        let (handle, receiver) = start(FakeRunner::failing(LIMITS, 3, fault));
+        let (handle, receiver) = start_with(FakeRunner::failing(LIMITS, 3, fault), 16);
+        // Together, so that they fail one after the other however slow the sender is.
+        assert!(handle.submit_all((0..16).map(|id| row(29 + 30 * id, Class::Batch))));
         // More rows than queue and engine hold: without an end the sender would wait for ever.
-        let refused = (0..1000).find_map(|id| handle.submit(row(29 + 30 * id, Class::Batch)).err());
+        let refused = (16..1000).find_map(|id| handle.submit(row(29 + 30 * id, Class::Batch)).err());
         assert!(refused.is_some());
         assert!(receiver.iter().count() < 1000);
         let error = handle.drain().expect_err("the runner failed");

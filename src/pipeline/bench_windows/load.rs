@@ -87,12 +87,12 @@ const BURST_EVERY_MS: i64 = 3 * HOUR_MS;
 const BURST_MS: i64 = 10 * MINUTE_MS;
 /// One call in so many is asap.
 const ASAP_EVERY: usize = 10;
-/// A batch comes so often, with work for so much of that.
-const BATCH_EVERY_MS: i64 = HOUR_MS;
-/// See [`BATCH_EVERY_MS`].
+/// Batches come together, those with most time first.
+const BATCH_HOURS: [i64; 4] = [24, 12, 6, 2];
+/// So often.
+const BATCHES_EVERY_MS: i64 = 4 * HOUR_MS;
+/// With work for so much of that, all of them.
 const BATCH_WORK: f64 = 0.4;
-/// Windows of the batches, one after the other.
-const BATCH_HOURS: [i64; 4] = [24, 6, 3, 12];
 
 impl Load {
     /// So many hours of it, for a machine that does `capacity` of the trace's requests in a second when it does nothing else.
@@ -113,9 +113,9 @@ impl Load {
             n += 1;
         }
         let mut batches = Vec::new();
-        let n_rows = (capacity * BATCH_WORK * BATCH_EVERY_MS as f64 / 1000.0) as usize;
-        for (number, hours) in (0..end_ms / BATCH_EVERY_MS).zip(BATCH_HOURS.iter().cycle()) {
-            let at_ms = number * BATCH_EVERY_MS + BATCH_EVERY_MS / 2;
+        let n_rows = (capacity * BATCH_WORK * BATCHES_EVERY_MS as f64 / 1000.0) as usize / BATCH_HOURS.len();
+        let times = (0..end_ms / BATCHES_EVERY_MS).map(|number| number * BATCHES_EVERY_MS + HOUR_MS / 2);
+        for (at_ms, hours) in times.flat_map(|at_ms| BATCH_HOURS.map(|hours| (at_ms, hours))) {
             for _ in 0..n_rows {
                 let request = Request { at_ms, ..trace[n % trace.len()] };
                 rows.push(Row { request, class: Class::Batch, batch: Some(batches.len()) });
