@@ -38,8 +38,10 @@ pub(super) fn fetch(url: &str, cache: &Path, say: &mut dyn FnMut(&str)) -> Resul
     } else {
         fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
         files.iter().try_for_each(|(name, object)| copy(object, &part.join(name)))?;
+        sync_folder(&part)?;
     }
     fs::rename(&part, &target).with_context(|| format!("cannot move {} into place", part.display()))?;
+    sync_folder(&folder)?;
     Ok(target)
 }
 
@@ -52,6 +54,15 @@ fn folder_files(storage: &Storage, at: &Location) -> Result<Vec<(String, Object)
     let is_model = wanted.contains(&"config.json") && wanted.iter().any(|name| name.ends_with(".safetensors"));
     ensure!(is_model, "model {url}: neither a .gguf file nor a folder with config.json and model.safetensors");
     wanted.into_iter().map(|name| Ok((name.to_owned(), storage.open(&at.child(name)?)?))).collect()
+}
+
+/// Names in a folder are on the disk when this returns.
+fn sync_folder(folder: &Path) -> Result<()> {
+    // Only on Unix a folder can be opened.
+    if cfg!(unix) {
+        File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| format!("cannot write {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Writes the object into a file, which is on the disk when this returns.

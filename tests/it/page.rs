@@ -37,9 +37,10 @@ impl Browser {
     /// Opens one; `None` where none is installed.
     #[expect(clippy::print_stdout, reason = "who runs the tests is told that some were skipped")]
     fn open() -> Option<Self> {
-        let driver = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let has_browser = ["chromium", "google-chrome"].iter().any(|name| Command::new(name).arg("--version").output().is_ok());
-        let (Ok(mut driver), true) = (driver, has_browser) else {
+        let mut driver = Command::new("chromedriver");
+        driver.arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null());
+        let Some(Ok(mut driver)) = has_browser.then(|| driver.spawn()) else {
             println!("skipped: no chromedriver and chromium here (Debian: chromium, chromium-driver)");
             return None;
         };

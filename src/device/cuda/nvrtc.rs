@@ -132,11 +132,11 @@ impl Nvrtc {
         let arch_option = format!("--gpu-architecture={arch}");
         let options = c_strings([arch_option.as_str()].into_iter().chain(options.iter().copied()))?;
         let (source, file) = (CString::new(source)?, CString::new(format!("{name}.cu"))?);
-        let mut compilation = Compilation { functions, handle: null_mut() };
+        let mut handle = null_mut();
         // SAFETY: every pointer is to a C string, or to as many of them as the number says, that outlive the call.
         let status = unsafe {
             (functions.create)(
-                &raw mut compilation.handle,
+                &raw mut handle,
                 source.as_ptr(),
                 file.as_ptr(),
                 headers.len() as c_int,
@@ -145,6 +145,7 @@ impl Nvrtc {
             )
         };
         functions.check(status, "nvrtcCreateProgram")?;
+        let compilation = Compilation { functions, handle };
         // SAFETY: as above; the program was created.
         let status = unsafe { (functions.compile)(compilation.handle, options.len() as c_int, pointers(&options).as_ptr()) };
         let log = String::from_utf8_lossy(&compilation.result(functions.log, "nvrtcGetProgramLog")?).into_owned();
