@@ -10,19 +10,23 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use valar::device::cuda::{ARCHS, PROGRAMS};
 
 /// Instructions that are counted: by how they start.
 const COUNTED: &[&str] = &["HMMA", "LDSM", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"];
 
 /// Where the tools are.
-struct Tools {
-    nvrtc: PathBuf,
+pub(crate) struct Tools {
+    pub(crate) nvrtc: PathBuf,
     cuobjdump: PathBuf,
 }
 
 /// The tools with the versions of `tests/gpu/requirements.txt`.
-fn tools() -> Tools {
+pub(crate) fn tools() -> Tools {
+    // Tests of one process install them once.
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _installing = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
     let requirements = root().join("tests/gpu/requirements.txt");
     let wanted = fs::read_to_string(&requirements).unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-tools");
