@@ -218,7 +218,7 @@ impl Cache {
         for entry in entries {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("results-") && !name.starts_with(&own) {
+            if is_file_name(&name) && !name.starts_with(&own) {
                 fs::remove_file(entry.path())?;
             }
         }
@@ -247,6 +247,18 @@ impl Cache {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Whether a file's name is one that we give, in whatever form: the folder may be one that holds users' own files too.
+fn is_file_name(name: &str) -> bool {
+    let name = name.strip_suffix("-wal").or_else(|| name.strip_suffix("-shm")).unwrap_or(name);
+    let form = name.strip_prefix("results-").and_then(|name| name.strip_suffix(".sqlite"));
+    form.is_some_and(|form| is_number(form.strip_prefix("copy-").unwrap_or(form)))
+}
+
+/// Whether a text is digits only.
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Whether a file is no database, or a broken one.
@@ -396,6 +408,32 @@ mod tests {
         assert!(is_damage(&error) && !Cache::is_passing(&error), "{error:#}");
         Cache::clear(folder.path()).unwrap();
         Cache::open(folder.path(), 1 << 30).unwrap();
+    }
+
+    #[test]
+    fn clearing_removes_files_of_other_forms_and_nothing_of_the_users() {
+        let folder = tempfile::tempdir().unwrap();
+        let forms = ["results-0.sqlite", "results-0.sqlite-wal", "results-0.sqlite-shm", "results-copy-20.sqlite"];
+        let users = [
+            "results-mine.jsonl",
+            "results-1.jsonl",
+            "results-.sqlite",
+            "results-mine.sqlite",
+            "results-copy-.sqlite",
+            "results-1.sqlite-old",
+            "results-2-1.sqlite",
+            "results-0.sqlite-wal-wal",
+        ];
+        forms.iter().chain(&users).for_each(|name| fs::write(folder.path().join(name), "text").unwrap());
+        let old = folder.path().join("results-old");
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("results-0.sqlite"), "text").unwrap();
+        Cache::clear(folder.path()).unwrap();
+        assert!(forms.iter().all(|name| !folder.path().join(name).exists()));
+        for name in users {
+            assert!(folder.path().join(name).exists(), "{name} was removed");
+        }
+        assert!(old.join("results-0.sqlite").exists());
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::ops::Range;
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 
-use super::Key;
 use super::stored::encode;
+use super::{Key, is_number};
 use crate::engine::Finished;
 
 /// The form of packs, which stands in their names.
@@ -56,7 +56,9 @@ impl PackName {
 
     /// Whether it is a name of ours, in whatever form.
     pub(super) fn is_ours(name: &str) -> bool {
-        name.strip_suffix(".pack").is_some_and(|name| name.starts_with("results-"))
+        // As exact as forms to come allow: what is ours may be deleted.
+        let fields: Vec<&str> = name.strip_suffix(".pack").map(|name| name.split('-').collect()).unwrap_or_default();
+        matches!(fields[..], ["results", form, _, _, _, _] if is_number(form))
     }
 }
 
@@ -218,6 +220,11 @@ mod tests {
             "results-1-k-7-9999999999-0.pack",
         ] {
             assert!(PackName::parse(foreign).is_none(), "{foreign}");
+        }
+        for users in
+            ["results.pack", "results-final.pack", "results-2024.pack", "results-a-b-c-d-e.pack", "results--k-7-9-0.pack"]
+        {
+            assert!(!PackName::is_ours(users), "{users}");
         }
     }
 }

@@ -22,6 +22,12 @@ use crate::storage::{Listed, Location, Storage};
 const LIMIT: Duration = Duration::from_mins(1);
 /// Packs that are fetched at once.
 const FETCHES: usize = 4;
+/// After so many packs one after the other that could not be fetched, no more are asked for.
+const MAX_FAILURES: u32 = 3;
+/// What a pack counts for the bound at least, so that the number of packs is bounded too: each run lists and looks at all.
+const FLOOR_BYTES: u64 = 256 << 10;
+/// In a small cache, what a pack counts at least is this part of the whole.
+const MAX_SHARE: u64 = 64;
 /// Names that a warning tells.
 const NAMES_TOLD: usize = 3;
 
@@ -40,7 +46,7 @@ pub struct PackStats {
     pub n_results: u64,
     /// Packs.
     pub n_packs: u64,
-    /// What results take, unpacked: what the bound is of.
+    /// What results take, unpacked: what the bound is of, but for packs so small that they count as more.
     pub n_bytes: u64,
     /// What the packs take in the store.
     pub n_packed: u64,
@@ -123,10 +129,12 @@ impl Packs {
 
     /// Packs that are gone go, those of results of this kind come, the youngest first, as far as there is room.
     fn bring_into(&self, copy: &Cache, kind: &str) -> Result<Brought> {
+        // Before the list: a pack that another run of this machine puts meanwhile would seem to be gone from the store.
+        let known = copy.packs()?;
         let listed = self.list()?;
         let mut brought = Brought { renew_before: self.renew_before(&listed), ..Brought::default() };
         brought.warnings.extend(self.foreign(&listed));
-        let (known, there) = (copy.packs()?, listed.iter().map(|object| &object.name).collect::<HashSet<_>>());
+        let there: HashSet<&String> = listed.iter().map(|object| &object.name).collect();
         copy.drop_packs(known.iter().filter(|name| !there.contains(name)))?;
         let is_wanted = |object: &&Listed| {
             PackName::parse(&object.name).is_some_and(|name| name.kind == kind) && !known.contains(&object.name)
@@ -146,14 +154,22 @@ impl Packs {
                 });
             }
             drop(fetched);
-            for (object, pack) in packs {
-                // Unpacked here, one at a time: they are several times as large then.
-                match pack?.map(|content| content.and_then(|content| Pack::read(&content))) {
+            let mut n_failures = 0;
+            for (object, fetched) in packs {
+                n_failures = if fetched.is_err() { n_failures + 1 } else { 0 };
+                // Unpacked here, one at a time: they are several times as large then. One that can't be fetched may be one
+                // that the store has lost or forbids: it is no reason to do without the others.
+                let pack = fetched.unwrap_or_else(|error| Some(Err(error)));
+                match pack.map(|content| content.and_then(|content| Pack::read(&content))) {
                     None => {}
-                    Some(Err(damage)) => {
-                        brought
-                            .warnings
-                            .push(format!("{}: {damage:#}; this pack is passed over", self.at.child(&object.name)?.url));
+                    Some(Err(why)) => {
+                        let url = self.at.child(&object.name)?.url;
+                        brought.warnings.push(format!("{url}: {why:#}; this pack is passed over"));
+                        if n_failures == MAX_FAILURES {
+                            let text = format!("going on with what is here of the cache {}: no more is fetched", self.at.url);
+                            brought.warnings.push(text);
+                            break;
+                        }
                     }
                     Some(Ok(pack)) => {
                         brought.n_packs += 1;
@@ -180,10 +196,15 @@ impl Packs {
     fn renew_before(&self, listed: &[Listed]) -> Option<i64> {
         let mut n_bytes = 0;
         let old = packs(listed).rev().find(|object| {
-            n_bytes += n_unpacked(object);
+            n_bytes += self.counted(n_unpacked(object));
             n_bytes > self.max_bytes / 2
         });
         old.map(|object| millis(object.changed_at) + 1)
+    }
+
+    /// What a pack counts for the bound that unpacks to so many bytes.
+    fn counted(&self, n_bytes: u64) -> u64 {
+        n_bytes.max(FLOOR_BYTES.min(self.max_bytes / MAX_SHARE))
     }
 
     /// What to say of objects that are not the cache's.
@@ -204,22 +225,26 @@ impl Packs {
     pub fn keep(&self, pack: PackBuilder, kind: &str, copy: &Cache) -> Result<()> {
         let (name, content) = pack.seal(kind)?;
         self.make_room(PackName::parse(&name).map_or(0, |name| name.n_bytes))?;
-        self.storage.put(&self.at.child(&name)?, content.clone())?;
-        // If that fails, the next run fetches the pack.
-        let _not_in_the_copy = Pack::read(&content).and_then(|pack| copy.take_pack(&name, millis(SystemTime::now()), &pack));
+        let at = self.at.child(&name)?;
+        self.storage.put(&at, content.clone())?;
+        // By the store's clock, as packs that are fetched: by two clocks, the wrong ones would seem old. If that fails, the next
+        // run fetches the pack.
+        if let Ok(Some(written)) = self.storage.changed_at(&at) {
+            let _not_in_the_copy = Pack::read(&content).and_then(|pack| copy.take_pack(&name, millis(written), &pack));
+        }
         Ok(())
     }
 
-    /// Removes the oldest packs, until so many more bytes are within the bound.
+    /// Removes the oldest packs, until one more, of so many bytes, is within the bound.
     fn make_room(&self, n_bytes: u64) -> Result<()> {
         let listed = self.list()?;
-        let mut total = n_bytes + packs(&listed).map(n_unpacked).sum::<u64>();
+        let mut total = self.counted(n_bytes) + packs(&listed).map(|object| self.counted(n_unpacked(object))).sum::<u64>();
         let mut oldest = Vec::new();
         for object in packs(&listed) {
             if total <= self.max_bytes {
                 break;
             }
-            total -= n_unpacked(object);
+            total -= self.counted(n_unpacked(object));
             oldest.push(self.at.child(&object.name)?);
         }
         self.storage.delete_all(&oldest)
@@ -256,7 +281,7 @@ fn packs(listed: &[Listed]) -> impl DoubleEndedIterator<Item = &Listed> {
     listed.iter().filter(|object| PackName::is_ours(&object.name))
 }
 
-/// What a pack counts for the bound; one of another form, what it takes in the store.
+/// What a pack's results take; of one of another form, what it takes in the store.
 fn n_unpacked(object: &Listed) -> u64 {
     PackName::parse(&object.name).map_or(object.n_bytes, |name| name.n_bytes)
 }
@@ -317,6 +342,8 @@ mod tests {
         let mut builder = PackBuilder::new(packs.max_bytes).unwrap();
         numbers.for_each(|i| builder.add(&key(i), &finished(noise(i))).unwrap());
         packs.keep(builder, KIND, copy).unwrap();
+        // So that files' times tell which is older: their clock ticks slowly.
+        std::thread::sleep(Duration::from_millis(5));
     }
 
     fn found(copy: &Cache, numbers: impl Iterator<Item = u64>) -> Vec<u64> {
@@ -408,6 +435,19 @@ mod tests {
         assert!(small.stats().unwrap().n_bytes <= 150_000);
         let there = found(&small, 0..1800);
         assert!(there.len() > 20 && there.contains(&1799) && there.len() < kept.len(), "{there:?}");
+    }
+
+    #[test]
+    fn packs_of_few_results_are_bounded_in_number() {
+        let places = Places::new();
+        let (packs, one) = (places.packs(1 << 20), places.copy("one"));
+        for i in 0..70 {
+            put(&packs, &one, i..i + 1);
+        }
+        assert_eq!(packs.stats().unwrap().n_packs, MAX_SHARE);
+        assert!(packs.bring_into(&one, KIND).unwrap().renew_before.is_some());
+        assert_eq!(found(&one, 0..70), (6..70).collect::<Vec<_>>());
+        assert_eq!((places.packs(1 << 40).counted(1), places.packs(1 << 40).counted(1 << 20)), (FLOOR_BYTES, 1 << 20));
     }
 
     #[test]

@@ -99,7 +99,7 @@ pub fn run(config: &Config) -> Result<JobEnd> {
 fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
     let Described { inputs, form, policies, columns, mut outputs, open, grammars, manifest, measured, load_start } =
         Described::new(config, storage, files)?;
-    let shared = config.reuse.as_ref().map(Shared::find).transpose()?;
+    let shared = find_shared(config, storage, files, &manifest)?;
     let requests = matches!(form, RowForm::Requests);
     let (settings, described) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));
     let begun = if config.retry {
@@ -124,6 +124,24 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     outputs.parts = config.parts.map(|size| job::parts(&manifest, size));
     let run = Run { config, storage, files, inputs, outputs, policies, manifest, settings, columns: described };
     run.work((open, shared), (form, columns, grammars), (journal, index), measured, load_start)
+}
+
+/// The cache, if there is to be one. One that can't be reached is an error only for a job that begins anew: one that is finished
+/// needs none, and one that is under way goes on whatever fails.
+fn find_shared(config: &Config, storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Option<Shared>> {
+    let Some(place) = &config.reuse else { return Ok(None) };
+    let error = match Shared::find(place) {
+        Ok(shared) => return Ok(Some(shared)),
+        Err(error) => error,
+    };
+    let is_under_way = || journal::manifest_in(storage, &files.journal).is_ok_and(|earlier| earlier.is_some());
+    let is_finished = || job::look_at_outputs(storage, files, manifest).is_ok_and(|report| report.is_some());
+    // A retry works on what is finished.
+    if config.terms.restart || !(is_under_way() || !config.retry && is_finished()) {
+        return Err(error);
+    }
+    reuse::warn(&error);
+    Ok(None)
 }
 
 /// The form of a job's dataset rows; nothing for requests.

@@ -1,7 +1,7 @@
 //! A job's use of the cache that jobs share: sequences whose results are known are not run, and what is run is kept.
 //! Looking up is done by whoever submits, in a file of this machine; writing by a thread of its own, so that nothing of the
-//! job ever waits for another process's transaction, or for a store. Invariant: a job's outputs are the same with and without it; a cache that fails is left alone,
-//! never a job.
+//! job ever waits for another process's transaction, or for a store. Invariant: a job's outputs are the same with and without
+//! it; a cache that fails is left alone, never a job.
 
 use super::collect::Collector;
 use super::progress::say;
@@ -96,6 +96,7 @@ pub(super) struct Keeping {
 /// is brought here first; if that fails on the way, what is here is used.
 fn open(shared: Shared, fingerprint: &str, quiet: bool) -> Result<(Keeping, [Lookup; 2])> {
     let Shared { place: ReusePlace { folder, max_bytes, .. }, packs } = shared;
+    let (is_off, is_ending) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let (sink, lookups) = match packs {
         None => {
             let open = || Cache::open(&folder, max_bytes);
@@ -108,13 +109,14 @@ fn open(shared: Shared, fingerprint: &str, quiet: bool) -> Result<(Keeping, [Loo
             let folder = packs.copy_folder(&folder)?;
             let open = || Cache::open_copy(&folder, packs.copy_bytes(), renew_before);
             let (pack, opened) = (PackBuilder::new(max_bytes)?, [open()?, open()?]);
-            let packing = Packing { packs, copy, kind, max_bytes, pack, begun: None, has_failed: false };
+            let is_ending = Arc::clone(&is_ending);
+            let (begun, has_failed, gives_up) = (None, false, false);
+            let packing = Packing { packs, copy, kind, max_bytes, pack, begun, has_failed, is_ending, gives_up };
             (Sink::Store(Box::new(packing)), opened)
         }
     };
     let renews = matches!(sink, Sink::Store(_));
     let (tasks, inbox) = channel();
-    let (is_off, is_ending) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let n_waiting = Arc::new(AtomicUsize::new(0));
     let outbox = Outbox { tasks, n_waiting: Arc::clone(&n_waiting) };
     let lookups = lookups.map(|cache| Lookup {
@@ -157,7 +159,8 @@ impl Collector {
     }
 }
 
-fn warn(error: &anyhow::Error) {
+/// Says that the job does without.
+pub(super) fn warn(error: &anyhow::Error) {
     say(&format!("warning: going on without the cache: {error:#}"));
 }
 
@@ -269,13 +272,20 @@ struct Packing {
     pack: PackBuilder,
     /// When it had its first result.
     begun: Option<Instant>,
-    /// Whether that was said.
+    /// Whether it was said that a pack was not taken.
     has_failed: bool,
+    /// Whether the job waits for this thread.
+    is_ending: Arc<AtomicBool>,
+    /// Whether a pack was not taken while it did: no other is tried, for each may take a store that hangs minutes.
+    gives_up: bool,
 }
 
 impl Packing {
     fn add(&mut self, results: &[(Key, Finished)]) -> Result<()> {
         for (key, finished) in results {
+            if self.gives_up {
+                return Ok(());
+            }
             self.pack.add(key, finished)?;
             if self.pack.is_full() {
                 self.put()?;
@@ -291,14 +301,18 @@ impl Packing {
         if self.begun.is_some_and(|begun| begun.elapsed() > PACK_TIME) { self.put() } else { Ok(()) }
     }
 
-    /// Puts the pack. One that the store does not take is lost; the next may be taken again.
+    /// Puts the pack. One that the store does not take is lost; the next may be taken again, unless the job is ending.
     fn put(&mut self) -> Result<()> {
         self.begun = None;
         let pack = std::mem::replace(&mut self.pack, PackBuilder::new(self.max_bytes)?);
-        if let Err(error) = self.packs.keep(pack, &self.kind, &self.copy)
-            && !std::mem::replace(&mut self.has_failed, true)
-        {
-            say(&format!("warning: the cache {} does not take results: {error:#}", self.packs.url()));
+        if self.gives_up {
+            return Ok(());
+        }
+        if let Err(error) = self.packs.keep(pack, &self.kind, &self.copy) {
+            self.gives_up = self.is_ending.load(Relaxed);
+            if !std::mem::replace(&mut self.has_failed, true) {
+                say(&format!("warning: the cache {} does not take results: {error:#}", self.packs.url()));
+            }
         }
         Ok(())
     }

@@ -190,7 +190,7 @@ fn a_store_that_is_not_there_is_an_error_and_one_that_fails_later_is_none() {
     expect(job(&sandbox, server.port, "one", ("in.jsonl", "kept.jsonl"), &["--cache", CACHE]), 0);
     assert_eq!(packs(&server).len(), 1);
     let said = expect(job(&sandbox, fails("GET", Fault::Forbidden), "b", ("in.jsonl", "b.jsonl"), &["--cache", CACHE]), 0);
-    assert!(said.contains("going on with what is here of the cache s3://bucket/c"), "{said}");
+    assert!(said.contains("forbidden") && said.contains("passed over") && said.lines().count() == 1, "{said}");
     let said = expect(job(&sandbox, fails("GET", Fault::Gone), "c", ("in.jsonl", "c.jsonl"), &["--cache", CACHE]), 0);
     assert_eq!(said, "");
     for output in ["kept.jsonl", "b.jsonl", "c.jsonl"] {
@@ -214,6 +214,54 @@ fn a_store_that_is_not_there_is_an_error_and_one_that_fails_later_is_none() {
     assert_eq!((said.as_str(), reused(&sandbox, "d.jsonl").0), ("", 50));
     assert!([Fault::CutBody, Fault::LostAnswer].iter().all(|fault| happened.lock().unwrap().contains(fault)));
     assert_eq!(n_found(&sandbox, &server, "e", ("more.jsonl", "e.jsonl")), 60);
+}
+
+#[test]
+fn a_pack_that_cannot_be_fetched_stops_no_other() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    let mut first = None;
+    for part in 0..4 {
+        sandbox.write("part.jsonl", rows(20 * part..20 * (part + 1), |_| false));
+        n_found(&sandbox, &server, "one", ("part.jsonl", &format!("part-{part}.jsonl")));
+        first = first.or_else(|| packs(&server).pop());
+    }
+    sandbox.write("all.jsonl", rows(0..80, |_| false));
+    // Of the fetches, those of packs that have this in their names fail.
+    let through = |what: &str| {
+        let what = what.to_owned();
+        let plan = move |seen: &Seen<'_>| {
+            if seen.method == "GET" && seen.path.contains(&what) { Fault::Forbidden } else { Fault::None }
+        };
+        proxy(server.port, Box::new(plan)).0
+    };
+    let first = first.unwrap();
+    let name = first.rsplit('/').next().unwrap();
+    let said = expect(job(&sandbox, through(name), "other", ("all.jsonl", "out.jsonl"), &["--cache", CACHE]), 0);
+    assert!(said.contains(name) && said.contains("passed over") && said.lines().count() == 1, "{said}");
+    assert_eq!(reused(&sandbox, "out.jsonl").0, 60);
+    // A store that gives nothing is not asked for each.
+    let said = expect(job(&sandbox, through(".pack"), "third", ("all.jsonl", "none.jsonl"), &["--cache", CACHE]), 0);
+    assert_eq!((said.matches("passed over").count(), said.lines().count()), (3, 4), "{said}");
+    assert!(said.contains("going on with what is here of the cache s3://bucket/c"), "{said}");
+    assert_eq!(reused(&sandbox, "none.jsonl").0, 0);
+}
+
+#[test]
+fn a_job_that_is_finished_or_under_way_needs_no_cache_that_can_be_reached() {
+    let (server, sandbox) = (S3::start(), Sandbox::new());
+    sandbox.write("in.jsonl", rows(0..5000, |_| false));
+    let run = |output, more: &[&str]| job(&sandbox, server.port, "one", ("in.jsonl", output), more);
+    expect(run("out.jsonl", &[]), 0);
+    let before = sandbox.read("out.jsonl");
+    let said = expect(run("out.jsonl", &["--cache", NOWHERE]), 0);
+    assert!(said.contains("going on without the cache") && said.contains("there is no such bucket"), "{said}");
+    let said = expect(run("out.jsonl", &["--cache", NOWHERE, "--restart"]), 1);
+    assert!(said.contains("there is no such bucket"), "{said}");
+    assert_eq!(sandbox.read("out.jsonl"), before);
+    expect(run("paused.jsonl", &["--cache", CACHE, "--max-tokens", "300"]), 6);
+    let said = expect(run("paused.jsonl", &["--cache", NOWHERE]), 0);
+    assert!(said.contains("going on without the cache"), "{said}");
+    assert_eq!(sandbox.read("paused.jsonl"), before);
 }
 
 /// Rows that are short, and unlike those of other first numbers.
