@@ -66,6 +66,9 @@ const SHARE_MEMORY_MS: f64 = 60_000.0;
 /// How much a new step counts against those before, in what steps take.
 const NEW_SHARE: f64 = 0.1;
 
+/// Tokens of a step from which on it says what a prompt's tokens take; a smaller one takes what any step takes.
+const PROMPT_TOKENS: usize = 32;
+
 /// What the order depends on besides the rows.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Policy {
@@ -93,7 +96,9 @@ impl Policy {
         if self.n_untimed > 0 {
             let learn = |old: &mut f64, new: f64| *old = if *old > 0.0 { *old + NEW_SHARE * (new - *old) } else { new };
             learn(&mut self.step_ms, passed_ms);
-            learn(&mut self.token_ms, passed_ms / self.n_untimed as f64);
+            if self.n_untimed >= PROMPT_TOKENS {
+                learn(&mut self.token_ms, passed_ms / self.n_untimed as f64);
+            }
             self.n_untimed = 0;
         }
         let faded = (-passed_ms / SHARE_MEMORY_MS).exp();

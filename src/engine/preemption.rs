@@ -34,9 +34,12 @@ impl Scheduler {
     }
 
     /// Makes room for the first row of the queue, if it is urgent, among batch rows that have time: they are preempted, as
-    /// many as it takes. False if it would not do, or if it is not urgent. A class that is owed loses none.
+    /// many as it takes. False if it would not do, or if it is not urgent. A class that is owed loses none, and memory that it waits
+    /// for is left to it.
     pub(super) fn make_room_for_urgent(&mut self, class: Class, growth: &mut Option<usize>) -> bool {
-        if !self.policy.is_urgent(self.waiting[class as usize][0].rank) || self.policy.is_owed(Class::Batch) {
+        if !self.policy.is_urgent(self.waiting[class as usize][0].rank)
+            || [Class::Standard, Class::Batch].into_iter().any(|other| other != class && self.policy.is_owed(other))
+        {
             return false;
         }
         let may_lose = |own: &Self, row: &Sequence| {

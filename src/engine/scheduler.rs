@@ -226,6 +226,10 @@ impl Scheduler {
         for class in [Class::Standard, Class::Batch] {
             let has_queue = !self.waiting[class as usize].is_empty();
             if !has_queue && !self.running.iter().any(|row| row.class == class && row.remaining() > 1) {
+                // What only decodes takes a token a row, and must not stand still while others' prompts fill the steps.
+                if self.policy.is_owed(class) {
+                    self.run_where(true, |_, row| row.class == class);
+                }
                 self.policy.excuse(class);
             } else if self.policy.is_owed(class) {
                 self.run_where(true, |_, row| row.class == class);

@@ -61,13 +61,13 @@ struct Open {
     bell: watch::Sender<()>,
     /// What it may come to, taken from what its owner may ask for, until it runs.
     held: Option<Held>,
-    /// Its part of the work that is to be done; of those that were accepted since the start.
-    _ticket: Option<Ticket>,
+    /// Its part of the work that is to be done, until it runs; of those that were accepted since the start.
+    ticket: Option<Ticket>,
 }
 
 impl Open {
     fn new(held: Option<Held>, ticket: Option<Ticket>) -> Self {
-        Self { bell: watch::Sender::new(()), held, _ticket: ticket }
+        Self { bell: watch::Sender::new(()), held, ticket }
     }
 }
 
@@ -119,9 +119,9 @@ impl Background {
         })
     }
 
-    /// What it holds, which is its run's from now on.
-    fn held(&self, id: &str) -> Option<Held> {
-        self.with(|open| open.get_mut(id)?.held.take())
+    /// What it counts as and holds, which is its run's from now on.
+    fn taken(&self, id: &str) -> (Option<Ticket>, Option<Held>) {
+        self.with(|open| open.get_mut(id).map_or((None, None), |open| (open.ticket.take(), open.held.take())))
     }
 
     fn enqueue(&self, id: String, model: &str, window: Window) {
@@ -396,9 +396,9 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     let identity = Identity { id, created: stored.created_at, seed };
     let previous = stored.previous.clone();
     let own = Own { store: true, background: true, previous, window: None, is_streamed };
-    let mut held = app.background.held(&stored.id);
+    let (mut ticket, mut held) = app.background.taken(&stored.id);
     loop {
-        match Call::submit_held((app, &owner), &prepared, &identity, (None, &mut held)) {
+        match Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held)) {
             Ok(call) => return Ok((call, own, is_streamed)),
             Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(refuse(error.message)),

@@ -1,7 +1,7 @@
 //! How long a call would have to wait: the work that is open before it, at the speed that the engine has when it is full.
 //! What a window can't honour is refused when it is asked for, not accepted and done too late. Knows no clock and no HTTP.
-//! Invariants: nothing is refused that finds nothing before it, or while the speed is not known; work is counted until its
-//! ticket is dropped.
+//! Invariants: nothing is refused that finds nothing before it, or while the speed is not known; work is counted until it is
+//! done or its ticket is dropped.
 
 use crate::window::Class;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,8 +20,8 @@ pub struct Backlog(Mutex<State>);
 struct State {
     /// By class: tokens of open calls, those that they will probably draw among them.
     open: [f64; Class::ALL.len()],
-    /// Seconds of a token when rows wait for the engine; 0: not known.
-    token_s: f64,
+    /// Of late, steps after which rows waited for the engine: their seconds, and their tokens.
+    full: (f64, f64),
     /// Tokens that completions have; 0: not known.
     drawn: f64,
 }
@@ -38,7 +38,11 @@ impl Backlog {
     /// A step of so many tokens took that long while others waited.
     pub fn note_full_step(&self, time: Duration, n_tokens: usize) {
         if n_tokens > 0 {
-            self.with(|state| learn(&mut state.token_s, time.as_secs_f64() / n_tokens as f64));
+            self.with(|state| {
+                let (seconds, tokens) = &mut state.full;
+                *seconds = *seconds * (1.0 - NEW_SHARE) + time.as_secs_f64();
+                *tokens = *tokens * (1.0 - NEW_SHARE) + n_tokens as f64;
+            });
         }
     }
 
@@ -78,7 +82,9 @@ impl Backlog {
 impl State {
     fn wait(&self, class: Class) -> Duration {
         let n_tokens: f64 = self.open[..=class as usize].iter().sum();
-        Duration::try_from_secs_f64(n_tokens.max(0.0) * self.token_s).unwrap_or(Duration::MAX)
+        let (seconds, tokens) = self.full;
+        let token_s = if tokens > 0.0 { seconds / tokens } else { 0.0 };
+        Duration::try_from_secs_f64(n_tokens.max(0.0) * token_s).unwrap_or(Duration::MAX)
     }
 }
 
@@ -90,13 +96,22 @@ pub struct Ticket {
     n_tokens: f64,
 }
 
-impl Drop for Ticket {
-    fn drop(&mut self) {
+impl Ticket {
+    /// So many tokens of it are done.
+    pub fn spend(&mut self, n_tokens: usize) {
+        let n_tokens = (n_tokens as f64).min(self.n_tokens);
+        self.n_tokens -= n_tokens;
         self.backlog.with(|state| {
             let open = &mut state.open[self.class as usize];
             // What rounding leaves must not add up.
-            *open = (*open - self.n_tokens).max(0.0);
+            *open = (*open - n_tokens).max(0.0);
         });
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.spend(usize::MAX);
     }
 }
 
@@ -117,6 +132,9 @@ mod tests {
         backlog.note_full_step(Duration::from_millis(100), 100);
         assert_eq!(enter(&backlog, Class::Standard, 1).unwrap_err().as_secs(), 1000);
         drop(enter(&backlog, Class::Asap, 1).expect("what is before standard does not wait for it"));
+        let mut first = first;
+        first.spend(999_990);
+        assert_eq!(backlog.wait(Class::Standard), Duration::from_millis(10));
         drop(first);
         let held: Vec<Ticket> = std::iter::from_fn(|| enter(&backlog, Class::Standard, 1000).ok()).collect();
         assert_eq!(held.len(), 11, "ten seconds of work, and the one after which that is passed");

@@ -40,8 +40,6 @@ pub struct Call {
     /// Whether its caller gets it as it comes.
     pub is_streamed: bool,
     pub(super) app: Arc<App>,
-    /// It counts as work to be done, until it ends.
-    _ticket: Option<Ticket>,
     /// If its request may come again.
     claim: Option<Arc<Claim>>,
     /// Counts it as open.
@@ -76,11 +74,11 @@ impl Call {
         ticket: Ticket,
     ) -> Result<Self, ApiError> {
         let mut held = prepared.hold(app, owner)?;
-        Self::submit_held((app, owner), prepared, identity, (Some(ticket), &mut held))
+        Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held))
     }
 
-    /// As [`Call::submit`]; what it may come to was taken from what its owner may ask for, or need not be. `held` is left as it is
-    /// if the call can't be started.
+    /// As [`Call::submit`]; what it may come to was taken from what its owner may ask for, or need not be. `ticket` and `held` are
+    /// left as they are if the call can't be started.
     ///
     /// # Errors
     /// Too many calls wait.
@@ -88,7 +86,7 @@ impl Call {
         (app, owner): (&Arc<App>, &Owner),
         prepared: &Prepared,
         identity: &Identity,
-        (ticket, held): (Option<Ticket>, &mut Option<Held>),
+        (ticket, held): (&mut Option<Ticket>, &mut Option<Held>),
     ) -> Result<Self, ApiError> {
         let Prepared { model, window, prompts, echo, id_prefix } = prepared;
         let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
@@ -98,6 +96,7 @@ impl Call {
         }
         let accepted_ago = Duration::from_secs(now().saturating_sub(identity.created));
         let flow = model.live.submit(prompts, window.class(), accepted_ago, identity.seed).map_err(|_busy| ApiError::busy())?;
+        flow.count_as(ticket.take());
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let object = format!("{id_prefix}{}", identity.id);
@@ -105,20 +104,7 @@ impl Call {
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
-        Ok(Self {
-            model,
-            window: *window,
-            id,
-            stamp,
-            echo,
-            flow,
-            bill,
-            is_streamed: false,
-            app,
-            _ticket: ticket,
-            claim,
-            _open: counted,
-        })
+        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim, _open: counted })
     }
 
     /// What a request's prompts are counted as; nothing is run.

@@ -52,7 +52,9 @@ impl Speed {
 
     /// Tokens of a step that takes so long.
     fn tokens(&self, step_s: f64) -> usize {
-        (((step_s - self.base_s) / self.token_s).max(0.0) as usize).max(LEAST)
+        // Where a step takes long whatever is in it, at least half of its time is work.
+        let least = ((self.base_s / self.token_s) as usize).max(LEAST);
+        (((step_s - self.base_s) / self.token_s).max(0.0) as usize).max(least)
     }
 }
 
