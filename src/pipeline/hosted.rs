@@ -201,11 +201,12 @@ impl HostedJob {
         })
     }
 
-    /// Reads and prepares every row, and runs none. Gives at most `max_faults` faults, and stops after `max_rows` rows.
+    /// Reads and prepares every row, and runs none. Gives at most `max_faults` faults and ends with the last of them, unless the job
+    /// `keeps_faults`: then its other rows run, and are counted. Stops after `max_rows` rows.
     ///
     /// # Errors
     /// The disk's.
-    pub fn check(&self, preparer: &Arc<Preparer>, max_rows: u64, max_faults: usize) -> Result<Checked> {
+    pub fn check(&self, preparer: &Arc<Preparer>, max_rows: u64, (max_faults, keeps_faults): (usize, bool)) -> Result<Checked> {
         let storage = Storage::new()?;
         let index = Arc::new(JobIndex::new(&self.folder)?);
         let mut reader = self.reader(&storage, preparer, &index)?;
@@ -227,13 +228,14 @@ impl HostedJob {
                         continue;
                     }
                 };
-                faults.push(Fault { line: row.line, error });
+                if faults.len() < max_faults {
+                    faults.push(Fault { line: row.line, error });
+                }
             }
-            if faults.len() >= max_faults || reader.n_rows() > max_rows {
+            if (faults.len() >= max_faults && !keeps_faults) || reader.n_rows() > max_rows {
                 break;
             }
         }
-        faults.truncate(max_faults);
         Ok(Checked { n_rows: reader.n_rows(), n_tokens, faults })
     }
 

@@ -157,6 +157,13 @@ impl BatchFiles {
     /// Of a batch's folder, or of its result file.
     fn of(at: &Path) -> Option<Self> {
         let folder = if at.is_dir() { at } else { at.parent().filter(|_| at.ends_with("output.jsonl"))? };
+        // Any folder may hold files of these names: a server's is known by its place, however it is written (`.` is a path, too).
+        let place = if folder.as_os_str().is_empty() { Path::new(".") } else { folder }.canonicalize().ok()?;
+        let name = place.file_name()?.to_str()?;
+        let is_of_server = place.parent()?.ends_with("batches") && (name.starts_with("batch_") || name.starts_with("msgbatch_"));
+        if !is_of_server {
+            return None;
+        }
         let (input, results) = (folder.join("input.jsonl"), folder.join("output.jsonl"));
         input.is_file().then(|| Self { input, results, errors: folder.join("output.errors.jsonl") })
     }

@@ -84,12 +84,10 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
                 if file.bytes == 0 || is_messages {
                     stored_files::delete(connection, &file.id)?;
                     body[key] = Value::Null;
-                } else if body[key].is_null() {
+                } else if body[key].is_null() || !stored_files::finish(connection, &file)? {
+                    // One that was readable while the batch ran may have been deleted: it had not all of the results then.
                     body[key] = file.id.clone().into();
                     stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
-                } else {
-                    // It was readable while the batch ran.
-                    stored_files::finish(connection, &file)?;
                 }
             }
             batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)

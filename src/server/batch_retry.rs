@@ -6,6 +6,7 @@ use super::auth::Owner;
 use super::batch_runs::{Settings, folder};
 use super::batches::{self, Input, Wanted};
 use super::errors::{ApiError, json_response};
+use super::files::Arriving;
 use super::ids;
 use crate::format::openai::{Endpoint, parse_object};
 use anyhow::{Context as _, Result};
@@ -35,17 +36,23 @@ pub(super) async fn create(
     if old.is_open() {
         return Err(refuse(format!("The batch is {}: it can be retried when it has ended.", old.status)));
     }
+    // Before anything is read or written for it.
+    batches::check_room(&app)?;
     let body: Value = serde_json::from_str(&old.body).map_err(anyhow::Error::from)?;
     let input = ids::new("file-");
     let (from, to) = (app.data.join(folder(&old.id)), app.data.join("files").join(&input));
     let at = to.clone();
-    let n_rows = spawn_blocking(move || failed_rows(&from, &at)).await.context("reading the errors panicked")??;
+    let written = spawn_blocking(move || -> Result<_> {
+        let arriving = Arriving::at(at.clone());
+        Ok((failed_rows(&from, &at)?, arriving))
+    });
+    let (n_rows, arriving) = written.await.context("reading the errors panicked")??;
     if n_rows == 0 {
         return Err(refuse("The batch has no requests that failed.".into()));
     }
     let settings: Settings = serde_json::from_str(&old.settings).map_err(anyhow::Error::from)?;
     let wanted = Wanted {
-        input: Input { id: input, path: to, is_new: true, lines: None },
+        input: Input { id: input, path: to, arriving: Some(arriving), lines: None },
         endpoint: Endpoint::parse(&settings.endpoint).context("its endpoint")?,
         hours: (old.expires_at - old.created_at) / 3600,
         window: body["completion_window"].as_str().unwrap_or("24h").to_owned(),

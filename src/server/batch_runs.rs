@@ -5,7 +5,7 @@
 use super::App;
 use super::batch_ends::{conclude, fail, unwritten};
 use super::limits;
-use super::models::{Offered, now};
+use super::models::{Models, Offered, now};
 use super::places::{Place, Places};
 use super::prices::Price;
 use crate::format::openai::{Endpoint, parse_object};
@@ -63,9 +63,9 @@ pub(super) enum Tariff {
 }
 
 impl Tariff {
-    /// Of a model that may not be offered.
-    pub(super) fn of(model: Option<&Arc<Offered>>) -> Self {
-        model.and_then(|model| model.prices.of_batch()).map_or(Self::Free, Self::Prices)
+    /// Of the model that runs it.
+    pub(super) fn of(model: &Offered) -> Self {
+        model.prices.of_batch().map_or(Self::Free, Self::Prices)
     }
 
     /// The prices, of a batch of this model.
@@ -271,9 +271,8 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
         move || first_model(&path)
     });
     let named = named.await.context("reading the input panicked")??;
-    let model = named.as_deref().and_then(|name| app.models.find(name)).cloned();
-    let is_known = model.is_some() || named.is_none();
-    let model = model.unwrap_or_else(|| Arc::clone(&app.models.all()[0]));
+    let is_known = named.as_deref().is_none_or(|name| app.models.find(name).is_some());
+    let model = Arc::clone(model_of(&app.models, named.as_deref()));
     let job = HostedJob { folder, name: id.to_owned(), endpoint, created_unix_s: stored.created_at, model: model.id.clone() };
     if stored.status == "validating" && !validate(app, &job, &model, (is_known, &settings)).await? {
         return Ok(());
@@ -321,12 +320,19 @@ pub(super) fn first_model(path: &Path) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// The model that runs a batch whose first line names this one. If that is none that is offered, it is the first that is: rows that
+/// name none run there, and are priced and estimated by the same one when the batch is accepted.
+pub(super) fn model_of<'m>(models: &'m Models, named: Option<&str>) -> &'m Arc<Offered> {
+    named.and_then(|name| models.find(name)).unwrap_or_else(|| &models.all()[0])
+}
+
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
 async fn validate(app: &Arc<App>, job: &HostedJob, model: &Offered, (is_known, settings): (bool, &Settings)) -> Result<bool> {
     // One after the other: each takes all cores, and a thread that live calls would have.
     let _turn = app.batches.checking.acquire().await.context("nobody closes it")?;
     let (own, preparer, max_rows) = (job.clone(), Arc::clone(&model.live.preparer), app.max_batch_rows);
-    let checked = spawn_blocking(move || own.check(&preparer, max_rows, MAX_FAULTS));
+    let keeps_faults = settings.keeps_faults;
+    let checked = spawn_blocking(move || own.check(&preparer, max_rows, (MAX_FAULTS, keeps_faults)));
     let Checked { n_rows, n_tokens, faults } = checked.await.context("checking the lines panicked")??;
     let fault = |code: &str, message: String| json!({"code": code, "message": message, "param": null, "line": null});
     let faults: Vec<Value> = if n_rows > max_rows {

@@ -32,13 +32,12 @@ struct Body {
     n: Option<u64>,
 }
 
-/// Tokens that a request is answered with at most, where it says nothing; of no known model, none.
-pub(super) fn default_output(app: &App, model: Option<&Offered>, endpoint: &str) -> u64 {
-    match (model, app.defaults.max_tokens) {
-        (None, _) => 0,
-        (Some(_), Some(n_tokens)) => n_tokens.into(),
-        (Some(_), None) if Endpoint::parse(endpoint) == Some(Endpoint::Completions) => COMPLETIONS_MAX_TOKENS.into(),
-        (Some(model), None) => model.live.preparer.max_context as u64,
+/// Tokens that a request is answered with at most, where it says nothing.
+pub(super) fn default_output(app: &App, model: &Offered, endpoint: &str) -> u64 {
+    match app.defaults.max_tokens {
+        Some(n_tokens) => n_tokens.into(),
+        None if Endpoint::parse(endpoint) == Some(Endpoint::Completions) => COMPLETIONS_MAX_TOKENS.into(),
+        None => model.live.preparer.max_context as u64,
     }
 }
 

@@ -7,6 +7,7 @@ use super::batch_runs::{self, Settings, Tariff, cancelled, folder};
 use super::batch_tokens::{default_output, estimate};
 use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
+use super::files::Arriving;
 use super::limits;
 use super::models::now;
 use super::once::{self, Claim};
@@ -51,8 +52,8 @@ pub(super) struct Input {
     pub(super) id: String,
     /// Where it lies.
     pub(super) path: PathBuf,
-    /// Whether it is to be known as a file, and is not yet.
-    pub(super) is_new: bool,
+    /// If it is to be known as a file, and is not yet: gone again, unless its batch is accepted.
+    pub(super) arriving: Option<Arriving>,
     /// Its lines, if they came with the batch: then it is to be written; to the batch's folder alone if it is not to be known.
     pub(super) lines: Option<Vec<String>>,
 }
@@ -108,11 +109,12 @@ pub(super) async fn create(
                 let message = format!("is a file of purpose {:?}, not batch", file.purpose);
                 return Err(ApiError::invalid_value("input_file_id", message));
             }
-            Input { id: file.id, path: app.data.join(file.path), is_new: false, lines: None }
+            Input { id: file.id, path: app.data.join(file.path), arriving: None, lines: None }
         }
         (None, Some(requests)) => {
             let (id, lines) = (ids::new("file-"), inline(requests, endpoint)?);
-            Input { path: app.data.join("files").join(&id), id, is_new: true, lines: Some(lines) }
+            let path = app.data.join("files").join(&id);
+            Input { id, arriving: Some(Arriving::at(path.clone())), path, lines: Some(lines) }
         }
     };
     let wanted = Wanted {
@@ -128,11 +130,14 @@ pub(super) async fn create(
     Ok(json_response(&open(app, &owner, wanted).await?))
 }
 
+/// Whether another may be open.
+pub(super) fn check_room(app: &App) -> Result<(), ApiError> {
+    if app.batches.n_open() >= MAX_OPEN { Err(ApiError::busy()) } else { Ok(()) }
+}
+
 /// Accepts a batch; its object.
 pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
-    if app.batches.n_open() >= MAX_OPEN {
-        return Err(ApiError::busy());
-    }
+    check_room(&app)?;
     let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds } = wanted;
     let is_messages = endpoint == Endpoint::Messages;
     let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
@@ -170,11 +175,12 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
 async fn accept(
     app: Arc<App>,
     (mut new, mut settings): (StoredBatch, Settings),
-    input: Input,
+    mut input: Input,
     claim: Option<Arc<Claim>>,
 ) -> Result<(), ApiError> {
     let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
-    let file = input.is_new.then(|| StoredFile {
+    let arriving = input.arriving.take();
+    let file = arriving.as_ref().map(|_| StoredFile {
         id: input.id.clone(),
         owner: new.owner.clone(),
         created_at: new.created_at,
@@ -185,14 +191,14 @@ async fn accept(
         path: format!("files/{}", input.id),
     });
     let limit = app.keys.allowance(&new.owner).map_or(0, |allowance| allowance.batch_tokens);
-    let paths = [Some(at.clone()), input.is_new.then(|| input.path.clone())];
+    let (unwanted, is_new) = (at.clone(), arriving.is_some());
     let (own, endpoint) = (Arc::clone(&app), settings.endpoint.clone());
     let put = spawn_blocking(move || -> anyhow::Result<_> {
-        let n_bytes = put_input(&at, input)?;
+        let n_bytes = put_input(&at, input, is_new)?;
         let path = at.join("input.jsonl");
-        let model = batch_runs::first_model(&path)?.and_then(|name| own.models.find(&name).cloned());
-        let n_tokens = if limit > 0 { estimate(&path, default_output(&own, model.as_deref(), &endpoint))? } else { 0 };
-        Ok((n_bytes, Tariff::of(model.as_ref()), n_tokens))
+        let model = batch_runs::model_of(&own.models, batch_runs::first_model(&path)?.as_deref());
+        let n_tokens = if limit > 0 { estimate(&path, default_output(&own, model, &endpoint))? } else { 0 };
+        Ok((n_bytes, Tariff::of(model), n_tokens))
     });
     let n_bytes;
     (n_bytes, settings.tariff, new.n_tokens) = put.await.context("writing the input panicked")??;
@@ -215,23 +221,16 @@ async fn accept(
         batches::insert(connection, &new).map(Ok)
     };
     if let Err(refused) = app.store.write(write).await? {
-        let removed = spawn_blocking(move || remove(&paths));
+        // What is left of it is removed at the next start.
+        let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(unwanted)));
         removed.await.context("removing an input panicked")?;
         return Err(refused);
     }
+    if let Some(arriving) = arriving {
+        arriving.keep();
+    }
     batch_runs::take_up(&app, id);
     Ok(())
-}
-
-/// Removes a batch's folder and its file; what is left of them is removed at the next start.
-fn remove(paths: &[Option<PathBuf>; 2]) {
-    let [folder, file] = paths;
-    if let Some(path) = folder {
-        drop(std::fs::remove_dir_all(path));
-    }
-    if let Some(path) = file {
-        drop(std::fs::remove_file(path));
-    }
 }
 
 fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, ApiError> {
@@ -312,7 +311,7 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
 }
 
 /// Makes the batch's folder with its input, durably; the input's length.
-fn put_input(folder: &Path, Input { path, lines, is_new, .. }: Input) -> anyhow::Result<u64> {
+fn put_input(folder: &Path, Input { path, lines, .. }: Input, is_new: bool) -> anyhow::Result<u64> {
     std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
     let own = folder.join("input.jsonl");
     let is_own = lines.is_some() && !is_new;

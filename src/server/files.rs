@@ -66,9 +66,20 @@ pub(super) async fn find(app: &App, owner: &Owner, id: &str) -> Result<StoredFil
 const FIELDS: [&str; 3] = ["purpose", "expires_after[anchor]", "expires_after[seconds]"];
 
 /// A file that is being written; gone again, unless it is kept.
-struct Arriving {
+pub(super) struct Arriving {
     path: PathBuf,
     is_kept: bool,
+}
+
+impl Arriving {
+    pub(super) fn at(path: PathBuf) -> Self {
+        Self { path, is_kept: false }
+    }
+
+    /// It is known now.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
 }
 
 impl Drop for Arriving {
@@ -98,7 +109,7 @@ pub(super) async fn create(
             }
             let filename = field.file_name().unwrap_or("upload").to_owned();
             let path = app.data.join("files").join(&id);
-            let file = Arriving { path, is_kept: false };
+            let file = Arriving::at(path);
             let n_bytes = receive(&app, &mut field, &file.path).await?;
             arrived = Some((file, filename, n_bytes));
         } else if FIELDS.contains(&name.as_str()) {
@@ -123,9 +134,8 @@ pub(super) async fn create(
     let answer = shown(&new);
     // A caller who goes away now must not leave a file behind that is known and has no content.
     let kept = tokio::spawn(async move {
-        let mut file = file; // as a whole
         app.store.write(move |connection| files::insert(connection, &new)).await?;
-        file.is_kept = true;
+        file.keep();
         anyhow::Ok(())
     });
     kept.await.context("keeping a file panicked")??;
@@ -241,7 +251,7 @@ pub(super) async fn content(
     };
     let at = app.data.join(&file.path);
     if file.purpose == BATCH_OUTPUT && !at.exists() {
-        return partial(at, offset).await;
+        return partial(&app, at, offset).await;
     }
     // It may have been written since it was looked up.
     let n_bytes =
@@ -250,7 +260,7 @@ pub(super) async fn content(
 }
 
 /// Results of a batch that runs, in the order in which it came to them.
-async fn partial(at: PathBuf, offset: u64) -> Result<Response, ApiError> {
+async fn partial(app: &App, at: PathBuf, offset: u64) -> Result<Response, ApiError> {
     let folder = at.parent().map(Path::to_owned).unwrap_or_default();
     let found = spawn_blocking(move || hosted::committed(&folder)).await.context("looking at a journal panicked")?;
     let found = match found {
@@ -263,7 +273,9 @@ async fn partial(at: PathBuf, offset: u64) -> Result<Response, ApiError> {
     };
     let n_lines = found.as_ref().map_or(0, Committed::n_lines);
     let (sender, mut pieces) = mpsc::channel::<std::io::Result<Bytes>>(2);
+    let reader = app.reader()?;
     spawn_blocking(move || {
+        let _reader = reader; // until all is sent
         let Some(found) = found else { return };
         if let Err(error) = found.read(offset, &mut |lines| sender.blocking_send(Ok(lines.into())).is_ok()) {
             // The answer breaks off: its batch has ended, and the whole file is there.

@@ -2,6 +2,7 @@
 //! gained and not yet read is joined, so that it takes no more memory than the answer; a flow that is dropped cancels
 //! what is left of it.
 
+use super::backlog::Ticket;
 use super::live::Place;
 use super::metrics::Times;
 use crate::engine::handle::Delivery;
@@ -37,6 +38,8 @@ pub(super) struct Mailbox {
     bell: Notify,
     /// The call's share of the machine's time.
     machine_ns: AtomicU64,
+    /// Its part of the work that is open, until all of its sequences have finished; and how many have not.
+    work: Mutex<(Option<Ticket>, usize)>,
 }
 
 struct Pending {
@@ -48,7 +51,21 @@ struct Pending {
 impl Mailbox {
     pub(super) fn new(n_sequences: usize) -> Self {
         let gained = (0..n_sequences).map(|_| None).collect();
-        Self { pending: Mutex::new(Pending { gained, is_closed: false }), bell: Notify::new(), machine_ns: AtomicU64::new(0) }
+        let (pending, work) = (Mutex::new(Pending { gained, is_closed: false }), Mutex::new((None, n_sequences)));
+        Self { pending, bell: Notify::new(), machine_ns: AtomicU64::new(0), work }
+    }
+
+    fn work<T>(&self, change: impl FnOnce(&mut (Option<Ticket>, usize)) -> T) -> T {
+        change(&mut self.work.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// One of its sequences has finished.
+    fn note_finished(&self) {
+        let done = self.work(|(ticket, n_open)| {
+            *n_open = n_open.saturating_sub(1);
+            ticket.take_if(|_| *n_open == 0)
+        });
+        drop(done);
     }
 
     fn update(&self, change: impl FnOnce(&mut Pending)) {
@@ -156,6 +173,7 @@ impl Routes {
             }
             for done in finished {
                 if let Some((mailbox, sequence)) = table.routes.remove(&done.id) {
+                    mailbox.note_finished();
                     mailbox.update(|pending| pending.of(sequence).finished = Some(done));
                 }
             }
@@ -199,6 +217,7 @@ impl Table {
                 }
             } else if let Some((mailbox, _)) = self.routes.get(&share.id) {
                 mailbox.machine_ns.fetch_add(part, Relaxed);
+                mailbox.work(|(ticket, _)| ticket.iter_mut().for_each(|ticket| ticket.spend(share.n_tokens)));
             }
         }
     }
@@ -223,7 +242,7 @@ pub struct Flow {
     first_token: Option<Duration>,
     /// Where that is noted.
     first_tokens: Arc<Times>,
-    /// Tokens that were told.
+    /// Tokens that were told, once for each of the choices that have them: as they are charged when the answer is whole.
     n_told: u64,
     has_failed: bool,
 }
@@ -255,6 +274,11 @@ impl Flow {
             n_told: 0,
             has_failed: false,
         }
+    }
+
+    /// What it counts as among the work that is open, from now on.
+    pub(super) fn count_as(&self, ticket: Option<Ticket>) {
+        self.mailbox.work(|(held, n_open)| *held = ticket.filter(|_| *n_open > 0));
     }
 
     /// What is known of each prompt.
@@ -332,7 +356,7 @@ impl Flow {
             self.first_token = Some(time);
         }
         for next in &mut gained {
-            self.n_told += next.n_tokens as u64;
+            self.n_told += (next.n_tokens * self.choices_of(next.sequence).len()) as u64;
             let prompt = self.sequences[next.sequence].1;
             // A prompt counts once, and so does what its first sequence found in the cache.
             if self.sequences[..next.sequence].iter().all(|&(_, other)| other != prompt) {

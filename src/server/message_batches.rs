@@ -76,7 +76,7 @@ async fn create(
     let mut used = HashSet::new();
     let lines = requests.iter().enumerate().map(|(i, request)| line(i, request, &mut used)).collect::<Result<_, _>>()?;
     let wanted = Wanted {
-        input: Input { id: String::new(), path: PathBuf::new(), is_new: false, lines: Some(lines) },
+        input: Input { id: String::new(), path: PathBuf::new(), arriving: None, lines: Some(lines) },
         endpoint: Endpoint::Messages,
         hours: HOURS,
         window: format!("{HOURS}h"),
@@ -270,7 +270,9 @@ async fn results(State(app): State<Arc<App>>, Extension(owner): Extension<Owner>
     }
     let (id, at) = (stored.id.clone(), app.data.join(folder(&stored.id)));
     let (sender, mut pieces) = mpsc::channel::<std::io::Result<Bytes>>(2);
+    let reader = app.reader()?;
     spawn_blocking(move || {
+        let _reader = reader; // until all is sent
         if let Err(error) = send_results(&at, &stored, &sender) {
             say(&format!("results of {id}: {error:#}"));
             // The answer breaks off, so that nobody takes it for whole.

@@ -77,7 +77,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
+
+/// Answers at a time that have a thread of their own.
+const MAX_READERS: usize = 64;
 
 /// What all requests share.
 pub struct App {
@@ -102,6 +106,8 @@ pub struct App {
     once: Once,
     /// What went wrong of late.
     errors: status::Errors,
+    /// For answers that have a thread of their own: those who read slowly must not hold all threads.
+    readers: Arc<Semaphore>,
     /// How many are open.
     connections: Arc<AtomicUsize>,
     /// Unix seconds.
@@ -148,6 +154,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
             errors: status::Errors::default(),
+            readers: Arc::new(Semaphore::new(MAX_READERS)),
             connections: Arc::default(),
             started_at: models::now(),
             defaults: config.defaults.clone(),
@@ -345,6 +352,11 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
 }
 
 impl App {
+    /// A thread to send results from, while it is held.
+    fn reader(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        Arc::clone(&self.readers).try_acquire_owned().map_err(|_| ApiError::busy())
+    }
+
     fn is_draining(&self) -> bool {
         self.is_draining.load(Relaxed)
     }

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Errors that are remembered.
 const N_ERRORS: usize = 100;
+/// Most of them that are of somebody without a key: nobody may push out the others with requests that cost nothing.
+const N_STRANGERS: usize = 10;
 /// Longest path that is remembered, in characters.
 const MAX_PATH_CHARS: usize = 200;
 
@@ -47,6 +49,13 @@ impl Errors {
             "method": asked.method.as_str(), "path": path, "request_id": request_id,
         });
         let mut errors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_strange = |noted: &Noted| noted.owner.is_none();
+        if owner.is_none() && errors.iter().filter(|noted| is_strange(noted)).count() >= N_STRANGERS {
+            // The newest are first.
+            if let Some(oldest) = errors.iter().rposition(is_strange) {
+                errors.remove(oldest);
+            }
+        }
         errors.truncate(N_ERRORS - 1);
         errors.push_front(Noted { owner, shown });
     }

@@ -69,14 +69,13 @@ pub fn insert(connection: &Connection, new: &StoredFile) -> Result<()> {
     Ok(())
 }
 
-/// A file that is written as time goes by has come to its end.
+/// A file that is written as time goes by has come to its end; whether it is still known.
 ///
 /// # Errors
 /// The database's.
-pub fn finish(connection: &Connection, file: &StoredFile) -> Result<()> {
+pub fn finish(connection: &Connection, file: &StoredFile) -> Result<bool> {
     let sql = "UPDATE file SET bytes = ?2, created_at = ?3, expires_at = ?4 WHERE id = ?1";
-    connection.execute(sql, params![file.id, file.bytes, file.created_at, file.expires_at])?;
-    Ok(())
+    Ok(connection.execute(sql, params![file.id, file.bytes, file.created_at, file.expires_at])? > 0)
 }
 
 /// A file of an owner's.

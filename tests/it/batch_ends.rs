@@ -122,6 +122,12 @@ fn the_command_line_sees_a_batch() {
     let ended = status(&folder);
     assert_eq!(json!([ended["rows"], ended["done"], ended["failed"]]), json!([300, 300, counts["failed"]]));
     assert_eq!(status("data/batches/batch_none/output.jsonl")["state"], "none");
+    // Files of the same names elsewhere are no batch.
+    std::fs::create_dir_all(server.sandbox.path("batch_plain")).unwrap();
+    for name in ["input", "output"] {
+        std::fs::write(server.sandbox.path(&format!("batch_plain/{name}.jsonl")), "{}\n").unwrap();
+    }
+    assert_eq!(status("batch_plain/output.jsonl")["state"], "none");
 }
 
 #[test]
@@ -161,4 +167,19 @@ fn results_are_read_while_a_batch_runs() {
     assert_eq!((answer.header("x-incomplete"), answer.text.lines().count()), ("", whole.len()));
     let shown = server.get(&format!("/v1/files/{file}")).json();
     assert_eq!((shown["bytes"].as_u64(), &shown["purpose"]), (Some(answer.text.len() as u64), &json!("batch_output")));
+}
+
+#[test]
+fn results_outlast_a_file_that_was_deleted_while_they_came() {
+    let server = Server::with("[engine]\nmax_running = 4\n", &["--api-key", KEY]);
+    let batch = server.batch_of(&lines(300, 60).join("\n"));
+    server.wait_for_journal(&batch["id"]);
+    let path = format!("/v1/files/{}", server.batch(&batch["id"])["output_file_id"].as_str().unwrap());
+    assert_eq!(server.send("DELETE", &path, &[("x-api-key", KEY)], "").status, 200);
+    assert_eq!(server.get(&path).status, 404);
+    server.act(&batch["id"], "cancel");
+    let ended = server.ended(&batch["id"]);
+    let whole = server.results(&ended["output_file_id"]);
+    assert!(!whole.is_empty());
+    assert_eq!(ended["request_counts"]["completed"], whole.len());
 }

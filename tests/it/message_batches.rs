@@ -192,3 +192,16 @@ fn a_batch_of_messages_is_cancelled_and_refused() {
         assert!(answer.json()["error"]["message"].as_str().unwrap().starts_with(field), "{}", answer.text);
     }
 }
+
+#[test]
+fn all_requests_are_counted_however_many_are_faulty() {
+    let server = Server::start();
+    // More than are looked at together, so that those after many faults are looked at, too.
+    let ids: Vec<String> = (0..8400).map(|i| format!("r{i}")).collect();
+    let mut requests: Vec<(&str, Value)> = ids.iter().map(|id| (id.as_str(), json!({}))).collect();
+    requests.push(("fine", params("Hi", 2)));
+    let n = requests.len() as u64;
+    let ended = server.ended_messages(&server.message_batch(&requests), n);
+    let counts = json!({"processing": 0, "succeeded": 1, "errored": n - 1, "canceled": 0, "expired": 0});
+    assert_eq!(ended["request_counts"], counts);
+}

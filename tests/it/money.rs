@@ -329,6 +329,19 @@ fn a_batch_costs_what_it_did_when_it_was_accepted() {
 }
 
 #[test]
+fn a_batch_that_names_no_model_costs_what_the_first_one_does() {
+    let server = Server::with(PRICES, &["--api-key", KEY]);
+    let params = |i: usize| json!({"messages": [{"role": "user", "content": format!("Number {i}?")}], "max_tokens": 5});
+    let requests: Vec<Value> = (0..3).map(|i| json!({"custom_id": format!("r{i}"), "params": params(i)})).collect();
+    let made = server.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests})).json();
+    let batch = server.end_of_batch(made["id"].as_str().unwrap());
+    assert_eq!(batch["request_counts"]["completed"], 3, "{batch}");
+    let usage = &batch["usage"];
+    assert!(amount(&usage["cost"]) > 0, "{batch}");
+    assert_eq!(amount(&usage["cost"]), expected(usage, BATCH), "{batch}");
+}
+
+#[test]
 fn amounts_that_one_number_does_not_hold_are_told_whole() {
     let mut server = Server::with(PRICES, &["--api-key", KEY]);
     drop(server.child.kill());
