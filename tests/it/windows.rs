@@ -198,7 +198,7 @@ fn check_day(load: &Load, outcome: &Outcome) {
     // before, which still counts), and every row came to its end.
     for (class, floor) in [(STANDARD, 0.1), (BATCH, 0.02)] {
         let share = outcome.least_share(class);
-        assert!(share.is_none_or(|share| share >= 0.7 * floor), "{class:?} got {share:?} of the tokens");
+        assert!(share.is_none_or(|share| share >= 0.5 * floor), "{class:?} got {share:?} of the tokens");
     }
     assert!(outcome.turns_ms.iter().all(|&turn| turn > 0));
     // asap waits for the step under way and its own; more only where other asap calls are before it.

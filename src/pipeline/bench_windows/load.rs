@@ -87,8 +87,8 @@ const BURST_EVERY_MS: i64 = 3 * HOUR_MS;
 const BURST_MS: i64 = 10 * MINUTE_MS;
 /// One call in so many is asap.
 const ASAP_EVERY: usize = 10;
-/// Batches come together, those with most time first.
-const BATCH_HOURS: [i64; 4] = [24, 12, 6, 2];
+/// Windows of batches that come together, those with most time first.
+const BATCH_MINUTES: [i64; 4] = [24 * 60, 12 * 60, 6 * 60, 75];
 /// So often.
 const BATCHES_EVERY_MS: i64 = 4 * HOUR_MS;
 /// With work for so much of that, all of them.
@@ -113,15 +113,15 @@ impl Load {
             n += 1;
         }
         let mut batches = Vec::new();
-        let n_rows = (capacity * BATCH_WORK * BATCHES_EVERY_MS as f64 / 1000.0) as usize / BATCH_HOURS.len();
+        let n_rows = (capacity * BATCH_WORK * BATCHES_EVERY_MS as f64 / 1000.0) as usize / BATCH_MINUTES.len();
         let times = (0..end_ms / BATCHES_EVERY_MS).map(|number| number * BATCHES_EVERY_MS + HOUR_MS / 2);
-        for (at_ms, hours) in times.flat_map(|at_ms| BATCH_HOURS.map(|hours| (at_ms, hours))) {
+        for (at_ms, minutes) in times.flat_map(|at_ms| BATCH_MINUTES.map(|minutes| (at_ms, minutes))) {
             for _ in 0..n_rows {
                 let request = Request { at_ms, ..trace[n % trace.len()] };
                 rows.push(Row { request, class: Class::Batch, batch: Some(batches.len()) });
                 n += 1;
             }
-            batches.push(Batch { at_ms, due_ms: at_ms + hours * HOUR_MS });
+            batches.push(Batch { at_ms, due_ms: at_ms + minutes * MINUTE_MS });
         }
         rows.sort_by_key(|row| row.request.at_ms);
         Self { rows, batches }

@@ -104,7 +104,7 @@ fn draw_batches(picture: &mut Picture, load: &Load, outcomes: [&Outcome; 2], hei
             let x = picture.x(batch.due_ms);
             picture.line((x, y - 4.0), (x, y + 8.0), r#"stroke="black" stroke-width="1.5""#);
         }
-        let hours = (batch.due_ms - batch.at_ms) / 3_600_000;
+        let hours = (batch.due_ms - batch.at_ms) as f64 / 3_600_000.0;
         picture.text(LEFT - 8.0, y + 6.0, r#"text-anchor="end" font-size="10""#, &format!("{hours} h"));
     }
     for hour in (0..=(picture.end_ms / 3_600_000.0) as i64).step_by(3) {
