@@ -442,7 +442,7 @@ mod tests {
         let places = Places::new();
         let (packs, one) = (places.packs(1 << 20), places.copy("one"));
         for i in 0..70 {
-            put(&packs, &one, i..i + 1);
+            put(&packs, &one, i..=i);
         }
         assert_eq!(packs.stats().unwrap().n_packs, MAX_SHARE);
         assert!(packs.bring_into(&one, KIND).unwrap().renew_before.is_some());
