@@ -134,7 +134,9 @@ impl Policy {
     /// Tokens of late that would be its floor, beside what the other class got. asap takes part in no shares.
     fn floor(&self, class: Class) -> f64 {
         let [_, standard, batch] = self.served;
-        let (share, others) = (self.floors[class as usize], standard + batch - self.served[class as usize]);
+        // Not as a difference: what is exactly its floor is no rounding error below it.
+        let others = if class == Class::Standard { batch } else { standard };
+        let share = self.floors[class as usize];
         share / (1.0 - share) * others
     }
 
