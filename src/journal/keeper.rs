@@ -86,6 +86,21 @@ impl Root {
         Ok(ids.map(|id| id.number).max().unwrap_or(0))
     }
 
+    /// Removes what an epoch put after somebody else had begun another: it does not count, and nobody knows of it.
+    fn remove_late(&self, epoch: u32) -> Result<()> {
+        let Some((lease, _)) = self.read()? else { return Ok(()) };
+        if lease.epoch <= epoch {
+            return Ok(());
+        }
+        let n_counted = lease.closed.iter().find(|closed| closed.epoch == epoch).map_or(0, |closed| closed.n_segments);
+        for name in self.storage.list(&self.at)? {
+            if segment::id_of(&name).is_some_and(|id| id.epoch == epoch && id.number > n_counted) {
+                self.storage.delete(&self.at.child(&name)?)?;
+            }
+        }
+        Ok(())
+    }
+
     fn put(&self, lease: &Lease, over: Option<&Version>) -> Result<Told<LeaseVersion>> {
         let at = self.at.child(LEASE)?;
         let mut text = serde_json::to_vec_pretty(lease).expect("strings and numbers are JSON");
@@ -310,6 +325,10 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.end_thread();
+        if self.standing() == Standing::Lost {
+            let _best_effort = self.kept.root.remove_late(self.lease().epoch);
+            return;
+        }
         // If this fails, the next run finds a silent holder, and waits a little.
         let _best_effort = self.kept.change(|lease| lease.held = false);
     }

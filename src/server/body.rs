@@ -3,10 +3,10 @@
 use super::App;
 use super::errors::ApiError;
 use async_stream::stream;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{FromRequest, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -38,33 +38,41 @@ impl FromRequest<Arc<App>> for MaybeObject {
     }
 }
 
+/// Bytes over the limit that are read and thrown away: most clients send their body before they read an answer, and would see
+/// a broken connection.
+const MAX_DISCARDED: usize = 16 << 20;
+
 /// Reads a body, within the limits of its length and its time.
 pub(super) async fn read(headers: &HeaderMap, body: Body, app: &App) -> Result<Bytes, ApiError> {
     let limit = app.max_body_bytes;
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    if length.is_some_and(|n_bytes: u64| n_bytes > limit as u64) {
-        // Most clients send their body before they read an answer, and would see a broken connection.
-        drop(tokio::time::timeout(app.body_timeout, discard(body, limit)).await);
-        return Err(too_large(limit));
-    }
-    match tokio::time::timeout(app.body_timeout, to_bytes(body, limit)).await {
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if is_too_long(&error) => Err(too_large(limit)),
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    let is_too_long = length.is_some_and(|n_bytes| n_bytes > limit);
+    match tokio::time::timeout(app.body_timeout, up_to(body, limit)).await {
+        Ok(Ok(Some(bytes))) => Ok(bytes),
+        Ok(Ok(None)) => Err(too_large(limit)),
+        _ if is_too_long => Err(too_large(limit)),
         Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, None, "the body broke off")),
         Err(_) => Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
     }
 }
 
-/// Reads a body, up to `limit` bytes beyond the limit, and keeps nothing.
-async fn discard(body: Body, limit: usize) {
+/// A body of at most `limit` bytes; `None` of a longer one.
+async fn up_to(body: Body, limit: usize) -> Result<Option<Bytes>, axum::Error> {
     let mut chunks = body.into_data_stream();
-    let mut n_bytes = 0;
-    while let Some(Ok(chunk)) = chunks.next().await {
+    let (mut bytes, mut n_bytes) = (BytesMut::new(), 0);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
         n_bytes += chunk.len();
-        if n_bytes > 2 * limit {
-            return;
+        if n_bytes <= limit {
+            bytes.extend_from_slice(&chunk);
+        } else {
+            bytes = BytesMut::new();
+        }
+        if n_bytes > limit + MAX_DISCARDED {
+            break;
         }
     }
+    Ok((n_bytes <= limit).then(|| bytes.freeze()))
 }
 
 /// Bytes a second that uploads must have on average, after the time that a body has.
@@ -94,17 +102,6 @@ pub(super) async fn paced(State(app): State<Arc<App>>, request: Request) -> Requ
         };
         Body::from_stream(chunks)
     })
-}
-
-fn is_too_long(error: &axum::Error) -> bool {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = source {
-        if error.to_string().contains("length limit exceeded") {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }
 
 fn too_large(limit: usize) -> ApiError {

@@ -120,9 +120,14 @@ pub(crate) enum Fault {
     LostAnswer,
     /// Nothing happens, and the connection stays open.
     Hang,
+    /// Done after [`LATE`].
+    Late,
     /// Done without its conditions, as by a store that does not know them.
     Unconditional,
 }
+
+/// Longer than what tests do meanwhile, shorter than clients wait.
+const LATE: Duration = Duration::from_secs(15);
 
 /// A request as the proxy sees it: `PUT`, and path with query.
 pub(crate) struct Seen<'a> {
@@ -178,6 +183,9 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     log.lock().unwrap().push(fault);
     if fault == Fault::Hang {
         sleep(Duration::from_mins(2));
+    }
+    if fault == Fault::Late {
+        sleep(LATE);
     }
     let refusal = match fault {
         Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),

@@ -156,13 +156,14 @@ fn leases_do_not_ask_what_time_it_is() {
     s3::put_slow_rows(&server);
     s3::put_slow_rows(&calm);
     s3::expect(s3::command(&sandbox, calm.port, &s3::SLOW), 0);
-    let with = |more: &[&str], shift: i64| {
-        let mut command = s3::command(&sandbox, server.port, &[&s3::SLOW[..], &["--lease", "3"], more].concat());
+    let by = |port: u16, more: &[&str], shift: i64| {
+        let mut command = s3::command(&sandbox, port, &[&s3::SLOW[..], &["--lease", "3"], more].concat());
         command.env("LD_PRELOAD", &library).env("CLOCK_SHIFT", shift.to_string());
         command
     };
+    let with = |more: &[&str], shift: i64| by(server.port, more, shift);
     // Its clock is far from those of the others; as long as it lives nobody takes it for dead, and no longer.
-    let first = s3::started(&server, with(&[], TEN_YEARS));
+    let first = s3::started(&server, by(s3::held_up(&server), &[], TEN_YEARS));
     sleep(Duration::from_secs(4));
     s3::expect(with(&[], -TEN_YEARS), 4);
     s3::signal(&first, "-STOP");

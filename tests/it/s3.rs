@@ -215,6 +215,16 @@ pub(crate) fn put_slow_rows(server: &S3) {
     server.put("in.jsonl", (0..40).map(line).collect::<Vec<_>>().join("\n").as_bytes());
 }
 
+/// A port of the server by which the first run of a job does not end soon, however fast the machine: what it commits
+/// second takes long to arrive.
+pub(crate) fn held_up(server: &S3) -> u16 {
+    let plan = |seen: &crate::faults::Seen<'_>| {
+        let is_second = seen.method == "PUT" && seen.path.contains("seg-00001-00000002");
+        if is_second { Fault::Late } else { Fault::None }
+    };
+    proxy(server.port, Box::new(plan)).0
+}
+
 fn n_segments(server: &S3) -> usize {
     server.keys().iter().filter(|key| key.contains("out.job/seg-")).count()
 }
@@ -243,7 +253,8 @@ fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
     put_slow_rows(&calm);
     expect(command(&sandbox, calm.port, &SLOW), 0);
     let with = |more: &[&str]| command(&sandbox, server.port, &[&SLOW[..], &["--lease", "3"], more].concat());
-    let first = started(&server, with(&[]));
+    let held = command(&sandbox, held_up(&server), &[&SLOW[..], &["--lease", "3"]].concat());
+    let first = started(&server, held);
     let said = expect(with(&[]), 4);
     assert!(said.contains("another run is at this job: process "), "{said}");
     signal(&first, "-STOP");
