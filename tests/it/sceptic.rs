@@ -60,8 +60,8 @@ const SETTINGS: [&str; 11] = [
     "1",
 ];
 
-/// Between two looks at a run.
-const LOOK: Duration = Duration::from_millis(20);
+/// Between two looks at a run: the server of the store is not fast.
+const LOOKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(200)];
 
 impl Job {
     fn new(place: Place, seed: u64) -> Self {
@@ -150,6 +150,7 @@ impl Job {
         let (early, finalising) = (Duration::from_millis(self.below(3000)), Duration::from_micros(self.below(30_000)));
         let decoding = Duration::from_millis(self.below(1500));
         let moment = self.below(10);
+        let look = LOOKS[usize::from(matches!(self.place, Place::Store(_)))];
         let start = Instant::now();
         while child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_mins(5) {
             let (is_there, then) = match moment {
@@ -161,7 +162,7 @@ impl Job {
                 sleep(then);
                 break;
             }
-            sleep(LOOK);
+            sleep(look);
         }
         let ended = child.try_wait().unwrap();
         child.kill().unwrap();
