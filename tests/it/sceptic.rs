@@ -68,7 +68,7 @@ impl Job {
         let sandbox = Sandbox::new();
         let line = |i: usize| {
             let said = if i % 4 == 3 { i % 16 } else { i };
-            let extra = json!({"max_tokens": 24 + 4 * (i % 17), "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
+            let extra = json!({"max_tokens": 12 + 2 * (i % 17), "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
             chat_line(&format!("row-{i}"), &format!("Tell me about {said}."), extra)
         };
         let mut lines: Vec<String> = (0..N_ROWS).map(line).collect();
