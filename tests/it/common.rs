@@ -1,6 +1,6 @@
 //! What several test modules need: the model, golden files, and the program itself in an empty folder.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -80,9 +80,9 @@ impl Sandbox {
 /// A Batch line for a chat of one message.
 #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
 pub(crate) fn chat_line(custom_id: &str, content: &str, extra: Value) -> String {
-    let mut body = serde_json::json!({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8});
+    let mut body = json!({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8});
     body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
-    serde_json::json!({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).to_string()
+    json!({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).to_string()
 }
 
 /// The next number of a sequence that depends on its seed alone (Steele, Lea, Flood 2014).
@@ -92,4 +92,33 @@ pub(crate) fn splitmix64(state: &mut u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// A folder `tiny-llama` in the sandbox: a model of random weights that starts at once, with a tokenizer of lower-case
+/// letters; the folder, and the chat template.
+pub(crate) fn tiny_llama(sandbox: &Sandbox) -> (PathBuf, &'static str) {
+    let folder = sandbox.path("tiny-llama");
+    fs::create_dir(&folder).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(golden("models/llama3-rope").join(name), folder.join(name)).unwrap();
+    }
+    let letters: Vec<String> = "\u{120}abcdefghijklmnopqrstuvwxyz.,?!0123456789".chars().map(String::from).collect();
+    let tokens: Vec<String> = ["<pad>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(letters).collect();
+    let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(i, c)| (c.clone(), json!(i))).collect();
+    let special = |id: usize, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [special(0, "<pad>"), special(1, "<s>"), special(2, "</s>")],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}";
+    fs::write(
+        folder.join("tokenizer_config.json"),
+        json!({"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}).to_string(),
+    )
+    .unwrap();
+    (folder, template)
 }

@@ -1,6 +1,6 @@
 //! Dataset rows on the real program and model: every pipeline of the repository, typed columns, examples, steps, scores.
 
-use crate::common::{Sandbox, golden, root};
+use crate::common::{Sandbox, root, tiny_llama};
 use arrow::array::{Array as _, AsArray as _, RecordBatch};
 use arrow::datatypes::{DataType, Int32Type, Int64Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -228,29 +228,7 @@ fn wrong_prompts_stop_the_job_before_any_work() {
 #[test]
 fn a_folder_is_a_model() {
     let sandbox = Sandbox::new();
-    let folder = sandbox.path("tiny-llama");
-    fs::create_dir(&folder).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        fs::copy(golden("models/llama3-rope").join(name), folder.join(name)).unwrap();
-    }
-    let letters: Vec<String> = "\u{120}abcdefghijklmnopqrstuvwxyz.,?!0123456789".chars().map(String::from).collect();
-    let tokens: Vec<String> = ["<pad>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(letters).collect();
-    let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(i, c)| (c.clone(), json!(i))).collect();
-    let special = |id: usize, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-        "added_tokens": [special(0, "<pad>"), special(1, "<s>"), special(2, "</s>")],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
-    });
-    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}";
-    fs::write(
-        folder.join("tokenizer_config.json"),
-        json!({"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}).to_string(),
-    )
-    .unwrap();
+    let (folder, template) = tiny_llama(&sandbox);
     sandbox.write("in.jsonl", "{\"q\": \"what is rain?\"}\n{\"q\": \"7 times 6?\"}\n");
     let run = |device: &str| {
         let output = format!("{device}.jsonl");

@@ -1,12 +1,13 @@
 //! For whoever does not believe it: the real program, killed with SIGKILL at random moments over one job, on the local disk
 //! and on S3, whole and in three shards, now and then taken over by another process while the first one stalls; then the
-//! outputs are compared, byte for byte, with those of an undisturbed run. Takes long, so it runs only when asked:
+//! outputs are compared, byte for byte, with those of an undisturbed run. The model is a tiny one, so that a run's time is its
+//! job's and not that of loading weights. Takes long, so it runs only when asked:
 //!
 //! `VALAR_KILLS=300 cargo test --test it -- --ignored --nocapture sceptic`
 //!
 //! Each of the four is killed so often; each kill is logged with its phase.
 
-use crate::common::{Sandbox, chat_line, splitmix64};
+use crate::common::{Sandbox, chat_line, splitmix64, tiny_llama};
 use crate::faults::S3;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,8 +46,10 @@ struct Job {
     log: Vec<Phase>,
 }
 
-const N_ROWS: usize = 60;
-const SETTINGS: [&str; 11] = [
+const N_ROWS: usize = 15_000;
+const SETTINGS: [&str; 13] = [
+    "-m",
+    "tiny-llama",
     "--quiet",
     "--set",
     "engine.max_running=2",
@@ -68,10 +71,11 @@ impl Job {
         let sandbox = Sandbox::new();
         let line = |i: usize| {
             let said = if i % 4 == 3 { i % 16 } else { i };
-            let extra = json!({"max_tokens": 12 + 2 * (i % 17), "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
-            chat_line(&format!("row-{i}"), &format!("Tell me about {said}."), extra)
+            let extra = json!({"max_tokens": 30 + 4 * (i % 17), "temperature": if i.is_multiple_of(3) { 1.0 } else { 0.0 }, "ignore_eos": true});
+            chat_line(&format!("row-{i}"), &format!("tell me about {said}."), extra)
         };
         let mut lines: Vec<String> = (0..N_ROWS).map(line).collect();
+        tiny_llama(&sandbox);
         lines.insert(20, "broken".to_owned());
         sandbox.write("in.jsonl", lines.join("\n"));
         Self { sandbox, place, random: seed, log: Vec::new() }
