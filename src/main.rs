@@ -236,12 +236,21 @@ fn cache(action: &CacheAction) -> Result<u8> {
         writeln!(out, "{n_results} results, {kib} KiB, in {n_packs} packs of {packed} KiB at {}", packs.url())?;
         return Ok(0);
     }
+    anyhow::ensure!(place.is_empty() || folder.is_dir(), "{}: there is no such folder", folder.display());
     if is_cleared {
         Cache::clear(&folder)?;
     }
-    let cache = Cache::open(&folder, u64::MAX)?;
-    let CacheStats { n_results, n_bytes } = cache.stats()?;
-    writeln!(std::io::stdout(), "{n_results} results, {} KiB, in {}", n_bytes >> 10, cache.path().display())?;
+    let mut caches = vec![Cache::open(&folder, u64::MAX)?];
+    if place.is_empty() {
+        if is_cleared {
+            Cache::clear_copies(&folder)?;
+        }
+        caches.extend(Cache::copies(&folder)?);
+    }
+    for cache in caches {
+        let CacheStats { n_results, n_bytes } = cache.stats()?;
+        writeln!(std::io::stdout(), "{n_results} results, {} KiB, in {}", n_bytes >> 10, cache.path().display())?;
+    }
     Ok(0)
 }
 

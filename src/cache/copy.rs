@@ -2,7 +2,7 @@
 //! came from a pack that was there when the copy was last brought up to date, or that this machine has put there since.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -39,6 +39,23 @@ impl Cache {
         let cache = Self::open_as(folder, max_bytes, Role::Copy { renew_before: renew_before.unwrap_or(i64::MIN) })?;
         cache.db.busy_timeout(PATIENCE)?;
         Ok(cache)
+    }
+
+    /// The copies in a folder that holds those of several stores.
+    ///
+    /// # Errors
+    /// As [`Cache::open`]'s.
+    pub fn copies(folder: &Path) -> Result<Vec<Self>> {
+        copy_folders(folder)?.iter().map(|copy| Self::open_copy(copy, u64::MAX, None)).collect()
+    }
+
+    /// Forgets what they hold, and gives the space back.
+    ///
+    /// # Errors
+    /// As [`Cache::clear`]'s.
+    pub fn clear_copies(folder: &Path) -> Result<()> {
+        let role = Role::Copy { renew_before: i64::MIN };
+        copy_folders(folder)?.iter().try_for_each(|copy| Self::clear_as(copy, role))
     }
 
     /// The names of the packs that it has.
@@ -90,6 +107,22 @@ impl Cache {
         transaction.commit()?;
         Ok(room)
     }
+}
+
+/// Folders of copies are called so, and then by a hash of the store's URL.
+pub(super) const FOLDERS: &str = "of-";
+
+fn copy_folders(folder: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(entries) = folder.read_dir() else { return Ok(Vec::new()) };
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(FOLDERS) && entry.path().is_dir() {
+            folders.push(entry.path());
+        }
+    }
+    folders.sort_unstable();
+    Ok(folders)
 }
 
 fn id(db: &Connection, name: &str) -> rusqlite::Result<Option<i64>> {

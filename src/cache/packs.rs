@@ -95,7 +95,7 @@ impl Packs {
     /// None that is known: a path of a store is one.
     pub fn copy_folder(&self, folder: &Path) -> Result<PathBuf> {
         let hash = blake3::hash(self.at.same_store(self.at.path.as_ref())?.url.as_bytes());
-        Ok(folder.join(format!("of-{}", &hash.to_hex()[..16])))
+        Ok(folder.join(format!("{}{}", super::copy::FOLDERS, &hash.to_hex()[..16])))
     }
 
     /// What the copy may grow to: what a database leaves free in its pages does not count in the store.

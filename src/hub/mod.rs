@@ -96,6 +96,12 @@ pub fn resolve(name_or_path: &str, cache: &Path, hub: Option<&Remote>, say: &mut
         local.names.push(name_or_path.to_owned());
         return Ok(local);
     }
+    if name_or_path.starts_with("file://") {
+        let path = Location::parse(name_or_path)?.local.with_context(|| format!("{name_or_path} names no file"))?;
+        let mut local = resolve(&path.to_string_lossy(), cache, None, say)?;
+        local.names.push(name_or_path.to_owned());
+        return Ok(local);
+    }
     let path = Path::new(name_or_path);
     if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && (path.is_file() || find(name_or_path).is_none()) {
         if !path.is_file() {

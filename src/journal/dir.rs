@@ -103,6 +103,13 @@ impl JobDir {
         Ok(dir)
     }
 
+    /// See [`super::Journal::leaving`].
+    pub(super) fn leaving(&self) -> impl FnOnce() + Send + 'static {
+        let kept = Arc::clone(self.keeper.kept());
+        // If this fails, the next run finds a silent holder, and waits a little.
+        move || drop(kept.change(|lease| lease.held = false))
+    }
+
     /// Breaks off what earlier holders were publishing: one that comes back can't publish it any more.
     fn abort_uploads(&self) -> Result<()> {
         let uploads = self.lease().uploads;

@@ -364,6 +364,11 @@ impl Journal {
         self.dir.change(|lease| lease.held = false)
     }
 
+    /// The same for a thread that knows nothing else of the job, and ends the process next; goes on if it fails.
+    pub fn leaving(&self) -> impl FnOnce() + Send + 'static {
+        self.dir.leaving()
+    }
+
     /// Writes an object beside the job, like the outputs: only while nobody else has taken the job over.
     pub fn publish(&self, at: &Location, content: &[u8]) -> Result<()> {
         self.dir.storage.sweep(at)?;

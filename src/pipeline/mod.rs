@@ -73,6 +73,7 @@ use progress::{Progress, say};
 use report::Report;
 use reuse::{Keeping, Shared};
 use rows::{FeedTimes, WindowReader};
+use signals::Signals;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
@@ -246,6 +247,8 @@ impl Run<'_> {
             let counts = Counts { resumed: journal.done_rows().len(), ..Counts::default() };
             return self.finish(self.inputs.n_rows, journal, counts, measured);
         }
+        // Loading a model takes a while: a run that is told to stop gives the job back first.
+        let signals = Signals::listen(journal.leaving())?;
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         let (runner, template) = load::load(open, &self.config.model(), &measured.meter)?;
         measured.load = load_start.elapsed();
@@ -299,7 +302,7 @@ impl Run<'_> {
             };
             Ok((feed, stepper))
         };
-        let threads = Threads::start(self.config, runner, tokenizer, feed)?;
+        let threads = Threads::start(self.config, &signals, runner, tokenizer, feed)?;
         self.collect(collector, threads, measured)
     }
 

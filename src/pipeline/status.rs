@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// How long is waited for a run to stop: as long as running rows may take to end, and the time to notice.
 const PATIENCE: Duration = Duration::from_mins(1);
 
+/// The state of a shard that nobody has worked on.
+const NOT_BEGUN: &str = "not begun";
+
 /// A job, as it is shown.
 #[derive(Debug, Serialize)]
 struct Shown {
@@ -131,6 +134,7 @@ fn look(storage: &Storage, files: &JobFiles) -> Result<Shown> {
         parts.clear();
     }
     if !parts.is_empty() {
+        add_unbegun(&mut parts);
         let sum = |of: fn(&Part) -> u64| parts.iter().map(of).sum();
         let state = ["running", "dead"].into_iter().find(|state| parts.iter().any(|part| part.state == *state));
         let (rows, done, failed) = (sum(|part| part.rows), sum(|part| part.done), sum(|part| part.failed));
@@ -143,6 +147,20 @@ fn look(storage: &Storage, files: &JobFiles) -> Result<Shown> {
         }
         None => Shown { job, state: "none", rows: 0, done: 0, failed: 0, parts },
     })
+}
+
+/// Shards of a job that has others, if nobody has begun them.
+fn add_unbegun(parts: &mut Vec<Part>) {
+    let of = |part: &Part| part.shard.as_ref()?.parse::<Shard>().ok().map(|shard| shard.of);
+    let Some(of) = parts.iter().filter_map(of).max() else { return };
+    for shard in (0..of).map(|index| Shard { index, of }) {
+        let name = shard.to_string();
+        if parts.iter().all(|part| part.shard.as_ref() != Some(&name)) {
+            let (shard, holder) = (Some(name), String::new());
+            parts.push(Part { shard, state: NOT_BEGUN, rows: 0, done: 0, failed: 0, holder, silence_s: None });
+        }
+    }
+    parts.sort_by_key(|part| part.shard.as_ref().and_then(|name| name.parse::<Shard>().ok()));
 }
 
 /// The files of a batch of a server's: a job that has neither journal nor report before it runs, or once the server has taken
@@ -222,9 +240,15 @@ impl Shown {
         if *state == "none" {
             return format!("{job}: no job\n");
         }
-        let mut table = format!("{job}: {state}, {done} of {rows} rows, {failed} errors\n");
+        let n_begun = parts.iter().filter(|part| part.state != NOT_BEGUN).count();
+        let which = if n_begun < parts.len() { format!(" of {n_begun} of {} shards", parts.len()) } else { String::new() };
+        let mut table = format!("{job}: {state}, {done} of {rows} rows{which}, {failed} errors\n");
         for Part { shard, state, rows, done, failed, holder, silence_s } in parts {
             let name = shard.as_ref().map_or("run".to_owned(), |shard| format!("shard {shard}"));
+            if *state == NOT_BEGUN {
+                writeln!(table, "  {name}: {NOT_BEGUN}").expect("memory takes text");
+                continue;
+            }
             let silence = silence_s.map(|s| format!(", last sign of life {s} s ago")).unwrap_or_default();
             let line = writeln!(table, "  {name}: {state}, {done} of {rows} rows, {failed} errors; {holder}{silence}");
             line.expect("memory takes text");

@@ -3,7 +3,7 @@
 
 use super::collect::Event;
 use super::feed::Feed;
-use super::signals;
+use super::signals::Signals;
 use super::stepper::Stepper;
 use crate::config::Config;
 use crate::engine::handle::{Delivery, EngineHandle, panic_message};
@@ -23,9 +23,10 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    /// Starts the engine's thread, the feed's and the listener for signals.
+    /// Starts the engine's thread and the feed's.
     pub(super) fn start(
         config: &Config,
+        signals: &Signals,
         runner: Box<dyn Runner>,
         tokens: Arc<dyn TokenTable>,
         feed: impl FnOnce(Arc<EngineHandle>, Sender<Event>) -> Result<(Feed, Stepper)>,
@@ -48,7 +49,7 @@ impl Threads {
             }
         });
         let stepper = stepper.context("cannot start the thread of later steps")?;
-        signals::listen(sender.clone())?;
+        signals.tell(sender.clone());
         let thread = std::thread::Builder::new().name("feed".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| feed.run()));
             let result =

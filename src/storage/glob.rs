@@ -10,14 +10,14 @@ use super::{Location, Storage};
 const MAX_DEPTH: usize = 32;
 
 impl Storage {
-    /// The objects that `pattern` means, sorted by URL; a path without wildcards is itself, a remote one that ends with a
-    /// slash all objects under it. Matching nothing is an error that names the pattern.
+    /// The objects that `pattern` means, sorted by URL; a path without wildcards is itself, one that ends with a slash
+    /// all objects under it. Matching nothing is an error that names the pattern.
     pub fn expand(&self, pattern: &str) -> Result<Vec<Location>> {
         // A web address has no patterns; what follows its question mark may be a secret, and is refused without showing it.
         let wild = if Location::is_web_url(pattern) { None } else { pattern.find(['*', '?']) };
         let Some(wild) = wild else {
             let at = Location::parse(pattern)?;
-            if at.is_remote() && !at.is_web() && pattern.ends_with('/') {
+            if !at.is_web() && pattern.ends_with('/') {
                 return self.expand_under(&at, "**");
             }
             self.open(&at)?;

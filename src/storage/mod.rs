@@ -12,6 +12,7 @@ mod glob;
 mod location;
 mod remote;
 mod upload;
+mod whole;
 
 pub use conditional::Version;
 pub use location::Location;
@@ -22,7 +23,7 @@ use std::future::Future;
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -147,8 +148,10 @@ impl Storage {
     /// Opens an object for reading. An error if there is none, with a hint if it is a directory.
     pub fn open(&self, at: &Location) -> Result<Object> {
         match self.head(at)? {
-            Some(meta) => Ok(Object { storage: self.clone(), at: at.clone(), meta }),
-            None if self.is_directory(at)? => bail!("{0} is a directory: name its files, for example {0}/*.jsonl", at.url),
+            Some(meta) => Ok(Object { storage: self.clone(), at: at.clone(), meta, copy: Arc::default() }),
+            None if self.is_directory(at)? => {
+                bail!("{0} is a directory: name its files, for example {0}/*.jsonl", at.url.trim_end_matches('/'))
+            }
             None => bail!("{}: no such file", at.url),
         }
     }
@@ -298,6 +301,8 @@ pub struct Object {
     storage: Storage,
     at: Location,
     meta: ObjectMeta,
+    /// The whole content, of a web server that gives no parts.
+    copy: Arc<Mutex<Option<File>>>,
 }
 
 impl Object {
@@ -326,6 +331,9 @@ impl Object {
         if let Some(path) = &at.local {
             return self.local_range(path, range).with_context(|| format!("can't read {}", at.url));
         }
+        if let Some(bytes) = self.range_of_copy(&range)? {
+            return Ok(bytes);
+        }
         // What arrived before a connection broke off is kept.
         let mut have = Vec::new();
         let mut pauses = PAUSES.iter();
@@ -345,6 +353,10 @@ impl Object {
             match read {
                 Ok(()) if have.len() as u64 == range.end - range.start => return Ok(have.into()),
                 Ok(()) => bail!("{} ended early: it changed while it was being read", at.url),
+                Err(Error::NotSupported { .. }) if at.is_web() => {
+                    self.fetch_whole()?;
+                    return self.range_of_copy(&range)?.context("it was fetched");
+                }
                 Err(Error::Precondition { .. }) => bail!("{} changed while it was being read", at.url),
                 Err(e) => match pauses.next() {
                     Some(pause) if broke_off(&e) => std::thread::sleep(*pause),

@@ -16,7 +16,7 @@ use object_store::http::HttpBuilder;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, Error, ObjectStore, RetryConfig};
-use url::Url;
+use url::{Host, Url};
 
 use super::location::Uploads;
 
@@ -82,21 +82,55 @@ fn retries() -> RetryConfig {
 }
 
 fn s3(text: &str, bucket: &str) -> Result<AmazonS3> {
-    let builder = || AmazonS3Builder::from_env().with_bucket_name(bucket);
-    let settled = builder();
+    let settled = AmazonS3Builder::from_env();
     let value = |key| settled.get_config_value(&key).unwrap_or_default();
-    let allow_http = value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
+    let allows_http =
+        ["true", "1"].contains(&&*value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp)).to_ascii_lowercase());
+    let mut is_here = false;
     for key in [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint] {
-        if value(key).starts_with("http://") && !["true", "1"].contains(&&*allow_http.to_ascii_lowercase()) {
+        let endpoint = value(key);
+        if endpoint.is_empty() {
+            continue;
+        }
+        let url = Url::parse(&endpoint).ok().filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
+        let Some(url) = url else { bail!("{text}: AWS_ENDPOINT_URL is no URL; write it like http://localhost:9000") };
+        is_here |= is_loopback(&url);
+        if url.scheme() == "http" && !allows_http && !is_loopback(&url) {
             bail!("{text}: AWS_ENDPOINT_URL is plain http; set AWS_ALLOW_HTTP=true to send data and signatures unencrypted");
         }
     }
+    check_token(&value(AmazonS3ConfigKey::ContainerAuthorizationTokenFile), text)?;
+    let builder = || {
+        let builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
+        // Where nothing leaves the machine, nobody listens.
+        if is_here { builder.with_allow_http(true) } else { builder }
+    };
     // A machine that is no cloud instance answers nothing where credentials would be: that must not take minutes.
     let soon = RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(10), ..retries() };
     let found = builder().with_retry(soon).build().map_err(|e| settings(text, &e))?;
     let credentials = Arc::new(Told { inner: Arc::clone(found.credentials()), had_some: AtomicBool::new(false) });
     let store = builder().with_credentials(credentials).with_retry(retries()).build();
     store.map_err(|e| settings(text, &e))
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(Host::Ipv6(ip)) => ip.is_loopback(),
+        None => false,
+    }
+}
+
+/// A container's token is sent as a header, which takes no line feed.
+fn check_token(file: &str, text: &str) -> Result<()> {
+    let token = if file.is_empty() { None } else { std::fs::read(file).ok() };
+    let is_header = token.is_none_or(|token| token.iter().all(|byte| !byte.is_ascii_control()));
+    ensure!(
+        is_header,
+        "{text}: the file that AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names must hold the token alone, without a line feed"
+    );
+    Ok(())
 }
 
 fn http(text: &str) -> Result<Opened> {

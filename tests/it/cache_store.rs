@@ -98,6 +98,14 @@ fn what_one_machine_computed_no_other_computes() {
     assert!(packs(&server).is_empty() && server.keys().contains(&"c/notes.txt".to_owned()));
     server.delete("c/notes.txt");
     assert_eq!(n_found(&sandbox, &server, "one", ("in.jsonl", "fifth.jsonl")), 0, "a copy outlives the cache");
+    // What a machine keeps of stores is seen and forgotten with what is its own.
+    let own = |action: &str| {
+        let output = program(&sandbox, server.port, "one", &["cache", action]).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        said.lines().map(|line| line.split_once(" results, ").unwrap().0.parse().unwrap()).collect::<Vec<u64>>()
+    };
+    assert_eq!((own("stats"), own("clear"), own("stats")), (vec![0, 100], vec![0, 0], vec![0, 0]));
+    expect(program(&sandbox, server.port, "one", &["cache", "stats", "no/such"]), 1);
 }
 
 #[test]

@@ -49,6 +49,7 @@ mod other_stores;
 mod page;
 mod parameters;
 mod parts;
+mod places;
 mod policies;
 mod positions;
 mod requests;

@@ -410,8 +410,15 @@ fn what_is_wrong_is_said_without_secrets() {
     assert!(said(server.port, "in.jsonl", "ftp://host/out.jsonl").contains("ftp:// is not known"));
     assert!(said(server.port, "in.jsonl", &server.url("out.jsonl")).contains("only be read"));
     let mut plain = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
-    plain.env_remove("AWS_ALLOW_HTTP");
+    plain.env_remove("AWS_ALLOW_HTTP").env("AWS_ENDPOINT_URL", "http://store.invalid:9000");
     assert!(expect(plain, 1).contains("AWS_ALLOW_HTTP"));
+    let mut nameless = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
+    nameless.env("AWS_ENDPOINT_URL", format!("127.0.0.1:{}", server.port));
+    assert!(expect(nameless, 1).contains("AWS_ENDPOINT_URL is no URL"));
+    sandbox.write("token", "hidden\n");
+    let mut token = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
+    token.env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "token");
+    assert!(expect(token, 1).contains("without a line feed"));
     let mut unknown = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
     unknown.env_remove("AWS_ACCESS_KEY_ID").env_remove("AWS_SECRET_ACCESS_KEY");
     unknown.env("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1");

@@ -1,0 +1,74 @@
+//! Objects of web servers that give no parts of a file: fetched as a whole when a part is first asked for, into a temporary
+//! file that has no name.
+
+use std::fs::File;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::sync::PoisonError;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use bytes::Bytes;
+use futures::StreamExt as _;
+use object_store::ObjectStoreExt as _;
+
+use super::remote::tell;
+use super::{Object, PAUSES, broke_off};
+
+/// What keeps a copy from being made.
+enum Failure {
+    Store(object_store::Error),
+    Disk(std::io::Error),
+}
+
+impl Object {
+    /// Bytes of the copy, if there is one.
+    pub(super) fn range_of_copy(&self, range: &Range<u64>) -> Result<Option<Bytes>> {
+        let copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = copy.as_ref() else { return Ok(None) };
+        let mut bytes = vec![0; usize::try_from(range.end - range.start)?];
+        file.read_exact_at(&mut bytes, range.start).with_context(|| format!("can't read the copy of {}", self.at.url))?;
+        Ok(Some(bytes.into()))
+    }
+
+    /// Makes the copy, unless somebody else has meanwhile.
+    pub(super) fn fetch_whole(&self) -> Result<()> {
+        let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
+        if copy.is_some() {
+            return Ok(());
+        }
+        let url = &self.at.url;
+        let no_room = || {
+            format!("can't keep a copy of {url}, whose server gives no parts of a file, in {}", std::env::temp_dir().display())
+        };
+        let mut file = tempfile::tempfile().with_context(no_room)?;
+        let mut pauses = PAUSES.iter();
+        let n_bytes = loop {
+            match self.storage.wait(self.fetch_into(&mut file)) {
+                Ok(n_bytes) => break n_bytes,
+                Err(Failure::Disk(e)) => return Err(anyhow!(e).context(no_room())),
+                Err(Failure::Store(e)) => match pauses.next() {
+                    Some(pause) if broke_off(&e) => std::thread::sleep(*pause),
+                    _ => return Err(tell(e).context(format!("can't read {url}"))),
+                },
+            }
+        };
+        if n_bytes != self.meta.size {
+            bail!("{url} changed while it was being read: it had {} bytes and has {n_bytes}", self.meta.size);
+        }
+        *copy = Some(file);
+        Ok(())
+    }
+
+    async fn fetch_into(&self, file: &mut File) -> Result<u64, Failure> {
+        file.seek(SeekFrom::Start(0)).and_then(|_| file.set_len(0)).map_err(Failure::Disk)?;
+        let mut body = self.at.store.get(&self.at.path).await.map_err(Failure::Store)?.into_stream();
+        let mut n_bytes = 0;
+        while let Some(bytes) = body.next().await {
+            let bytes = bytes.map_err(Failure::Store)?;
+            file.write_all(&bytes).map_err(Failure::Disk)?;
+            n_bytes += bytes.len() as u64;
+        }
+        Ok(n_bytes)
+    }
+}
