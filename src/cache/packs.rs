@@ -343,7 +343,7 @@ mod tests {
         numbers.for_each(|i| builder.add(&key(i), &finished(noise(i))).unwrap());
         packs.keep(builder, KIND, copy).unwrap();
         // So that files' times tell which is older: their clock ticks slowly.
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(30));
     }
 
     fn found(copy: &Cache, numbers: impl Iterator<Item = u64>) -> Vec<u64> {

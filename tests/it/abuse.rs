@@ -1,16 +1,13 @@
 //! Clients that mean no good, or know no better: slow ones, ones that break off, ones that never read, bodies and heads of
 //! every wrong kind. Never a fault of the server, never one that hangs, and afterwards nothing is left of them.
 
-use crate::serving::{KEY, MODEL, Server, read_until};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// Longer than anything here may take.
-const FOREVER: Duration = Duration::from_mins(2);
 
 /// As many as like may wait.
 const PATIENT: &str = "[windows.asap]\nceiling_s = 1000000\n";
@@ -71,7 +68,7 @@ fn head(path: &str, more: &str) -> String {
 
 #[test]
 fn slow_clients_are_cut_off() {
-    let config = "[server]\nheader_timeout_s = 1\nbody_timeout_s = 1\nwrite_timeout_s = 1\n";
+    let config = "[server]\nheader_timeout_s = 3\nbody_timeout_s = 3\nwrite_timeout_s = 3\n";
     let server = Server::with(config, &["--api-key", KEY]);
     let rest = Rest::of(&server);
     let form = "content-type: multipart/form-data; boundary=x\r\ncontent-length: 1000000\r\n";
@@ -113,7 +110,7 @@ fn slow_clients_are_cut_off() {
 
 #[test]
 fn a_client_that_reads_nothing_is_cut_off() {
-    let server = Server::with("[server]\nwrite_timeout_s = 1\nheader_timeout_s = 2\n", &["--api-key", KEY]);
+    let server = Server::with("[server]\nwrite_timeout_s = 3\nheader_timeout_s = 4\n", &["--api-key", KEY]);
     let content = vec![b'x'; 32 << 20];
     let mut form = b"--x\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nuser_data\r\n--x\r\ncontent-disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\n".to_vec();
     form.extend(&content);
@@ -253,7 +250,7 @@ fn thousands_read_slowly() {
 #[test]
 fn bodies_at_and_over_the_limit() {
     const LIMIT: usize = 100_000;
-    let server = Server::with("[server]\nmax_body = \"100kB\"\nbody_timeout_s = 5\n", &["--api-key", KEY]);
+    let server = Server::with("[server]\nmax_body = \"100kB\"\nbody_timeout_s = 60\n", &["--api-key", KEY]);
     let rest = Rest::of(&server);
     let call = json!({"model": MODEL, "prompt": "Hi", "max_tokens": 1}).to_string();
     let of_length = |n: usize| format!("{call}{}", " ".repeat(n - call.len()));

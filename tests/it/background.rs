@@ -1,7 +1,7 @@
 //! Stored and background responses from outside: what was accepted ends exactly once whatever is killed, what has ended
 //! never changes, a stream can be taken up anywhere, a chain is the conversation sent at once.
 
-use crate::serving::{KEY, MODEL, Server, read_until};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -30,9 +30,14 @@ impl Server {
 
     /// Waits until it has ended.
     fn end_of(&self, id: &str) -> Value {
-        let waited = self.ok("/v1/responses/wait", json!({"ids": [id], "timeout_s": 60}));
-        assert_eq!(waited["pending"], json!([]));
-        waited["data"][0].clone()
+        let start = Instant::now();
+        loop {
+            let waited = self.ok("/v1/responses/wait", json!({"ids": [id], "timeout_s": 60}));
+            if waited["pending"] == json!([]) {
+                return waited["data"][0].clone();
+            }
+            assert!(start.elapsed() < FOREVER, "{waited}");
+        }
     }
 
     fn events_of(&self, id: &str, query: &str) -> Vec<Value> {
@@ -220,13 +225,24 @@ fn what_was_accepted_ends_once_whatever_is_killed() {
             accepted.insert(started["id"].as_str().unwrap().to_owned(), i);
             next += 1;
         }
-        std::thread::sleep(Duration::from_millis(90 + 70 * (round % 4)));
+        // When so many more have ended, and others are running.
+        let wanted = (ended.len() as u64 + round % 4, Instant::now());
+        let running = loop {
+            look(&server, &accepted, &mut ended);
+            let mut open = accepted.keys().filter(|id| !ended.contains_key(*id));
+            let running = open.find(|id| server.response(id)["status"] == "in_progress");
+            if let Some(running) = running.filter(|_| ended.len() as u64 >= wanted.0) {
+                break running;
+            }
+            assert!(wanted.1.elapsed() < FOREVER && ended.len() < accepted.len(), "none runs");
+            std::thread::sleep(Duration::from_millis(2));
+        };
         // What a client has seen of a stream must be there after the kill.
         for id in accepted.keys().filter(|id| !ended.contains_key(*id)) {
             let seen = told.entry(id.clone()).or_default();
             let mut stream = server
                 .raw(format!("GET /v1/responses/{id}?stream=true HTTP/1.0\r\nauthorization: Bearer {KEY}\r\n\r\n").as_bytes());
-            let so_far = read_until(&mut stream, "response.queued");
+            let so_far = read_until(&mut stream, if id == running { "output_text.delta" } else { "response.queued" });
             let events = so_far.lines().filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok());
             *seen = events.collect();
             n_begun_at_kills += usize::from(seen.len() > 3);
@@ -238,7 +254,7 @@ fn what_was_accepted_ends_once_whatever_is_killed() {
     assert!(n_open_at_kills > 20 && n_begun_at_kills > 5, "{n_open_at_kills} were open at kills, {n_begun_at_kills} had begun");
     let start = Instant::now();
     while ended.len() < accepted.len() {
-        assert!(start.elapsed() < Duration::from_mins(5), "{} of {} ended", ended.len(), accepted.len());
+        assert!(start.elapsed() < FOREVER, "{} of {} ended", ended.len(), accepted.len());
         let ids: Vec<&String> = accepted.keys().filter(|id| !ended.contains_key(*id)).collect();
         server.ok("/v1/responses/wait", json!({"ids": ids, "timeout_s": 60}));
         look(&server, &accepted, &mut ended);

@@ -2,7 +2,7 @@
 //! what is wrong with a file is said before any work, with its line.
 
 use crate::common::chat_line;
-use crate::serving::{Answer, KEY, MODEL, Server};
+use crate::serving::{Answer, FOREVER, KEY, MODEL, Server};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -56,7 +56,7 @@ impl Server {
             if !["validating", "in_progress", "finalizing", "cancelling"].contains(&batch["status"].as_str().unwrap()) {
                 return batch;
             }
-            assert!(start.elapsed() < Duration::from_mins(5), "{batch}");
+            assert!(start.elapsed() < FOREVER, "{batch}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -226,18 +226,19 @@ fn a_batch_is_cancelled_in_time_and_every_request_stands_once() {
     let batch = server.batch_of(&lines(300, 90).join("\n"));
     let start = Instant::now();
     while server.batch(&batch["id"])["request_counts"]["completed"].as_u64().unwrap() < 5 {
-        assert!(start.elapsed() < Duration::from_mins(2));
+        assert!(start.elapsed() < FOREVER);
         std::thread::sleep(Duration::from_millis(20));
     }
     let path = format!("/v1/batches/{}/cancel", batch["id"].as_str().unwrap());
     let cancelling = server.post(&path, Value::Null).json();
     assert_eq!(cancelling["status"], "cancelling");
-    let start = Instant::now();
     let ended = server.ended(&batch["id"]);
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert_eq!((&ended["status"], ended["cancelled_at"].is_u64()), (&json!("cancelled"), true));
     let (done, rest) = (server.results(&ended["output_file_id"]), server.results(&ended["error_file_id"]));
-    assert!(done.len() >= 5 && done.len() + rest.len() == 300 && done.keys().all(|id| !rest.contains_key(id)));
+    // Most of it was never run.
+    assert!(
+        done.len() >= 5 && rest.len() > 150 && done.len() + rest.len() == 300 && done.keys().all(|id| !rest.contains_key(id))
+    );
     assert!(rest.values().all(|line| line["error"]["code"] == "batch_cancelled" && line["response"].is_null()));
     assert_eq!(ended["request_counts"], json!({"total": 300, "completed": done.len(), "failed": rest.len()}));
     assert_eq!(server.post(&path, Value::Null).json(), ended, "a batch that has ended stays as it is");
@@ -254,10 +255,26 @@ fn batches_go_on_after_kills_and_expire() {
     let expected: BTreeMap<String, Value> =
         server.results(&calm["output_file_id"]).iter().map(|(id, line)| (id.clone(), essence(line))).collect();
     let batch = server.batch_of(&content);
+    // While it is checked, when it begins to run, and then each time that more of it is in the journal, which goes at the end.
+    let journal = server.sandbox.path(&format!("data/batches/{}/output.job", batch["id"].as_str().unwrap()));
+    let n_segments = || {
+        let names = std::fs::read_dir(&journal).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("seg-") && name.to_string_lossy().ends_with(".jsonl")).count()
+    };
     let mut n_running = 0;
-    for pause_ms in [0, 30, 900, 1500, 1200, 1800] {
-        std::thread::sleep(Duration::from_millis(pause_ms));
-        n_running += usize::from(server.batch(&batch["id"])["status"] == "in_progress");
+    for round in 0..6 {
+        let (before, start) = (n_segments(), Instant::now());
+        let mut shown = server.batch(&batch["id"]);
+        while match round {
+            0 => false,
+            1 => shown["status"] == "validating",
+            _ => shown["status"] == "in_progress" && n_segments() == before,
+        } {
+            assert!(start.elapsed() < FOREVER, "{shown}");
+            std::thread::sleep(Duration::from_millis(5));
+            shown = server.batch(&batch["id"]);
+        }
+        n_running += usize::from(shown["status"] == "in_progress");
         server.restart();
     }
     assert!(n_running >= 2, "killed while it ran only {n_running} times");
@@ -267,16 +284,15 @@ fn batches_go_on_after_kills_and_expire() {
     assert_eq!(ended["status"], "completed");
     assert!(found == expected, "other answers after kills");
     // The journal goes when the end is written down.
-    let journal = server.sandbox.path(&format!("data/batches/{}/output.job", batch["id"].as_str().unwrap()));
     let start = Instant::now();
     while journal.exists() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{}", journal.display());
+        assert!(start.elapsed() < FOREVER, "{}", journal.display());
         std::thread::sleep(Duration::from_millis(20));
     }
 
     // One whose time is up when the server starts again.
     let batch = server.batch_of(&lines(2000, 90).join("\n"));
-    std::thread::sleep(Duration::from_millis(1500));
+    server.wait_for_journal(&batch["id"]);
     drop(server.child.kill());
     server.child.wait().unwrap();
     let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 use std::fs;
 use std::ops::Range;
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 const CACHE: &str = "s3://bucket/c";
 /// Wins over `CACHE`.
@@ -299,6 +301,8 @@ fn the_bound_holds_and_what_is_used_every_night_stays() {
         let output = format!("night-{night}.jsonl");
         expect(job(&sandbox, server.port, &format!("new-{night}"), ("nightly.jsonl", &output), &bound), 0);
         assert_eq!(reused(&sandbox, &output), (100, 0), "night {night}");
+        // Which pack is older is told by the server in whole seconds.
+        sleep(Duration::from_secs(1));
     }
     assert!(n_put > 3 << 19, "{n_put} bytes test nothing");
     assert!(!packs(&server).contains(&first[0]), "the oldest pack is still there");
@@ -322,7 +326,12 @@ fn a_run_that_is_paused_or_stopped_leaves_what_it_computed() {
     put_slow_rows(&server);
     let before = packs(&server);
     let slow = program(&sandbox, server.port, "one", &[&SLOW[..], &["--cache", CACHE]].concat());
-    let child = started(&server, slow);
+    let mut child = started(&server, slow);
+    // Its first rows are done when the next ones are committed as far as they came.
+    while !server.keys().iter().any(|key| key.contains("out.job/seg-00001-00000004")) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was stopped");
+        sleep(Duration::from_millis(5));
+    }
     signal(&child, "-TERM");
     let ended = child.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(143), "{}", String::from_utf8_lossy(&ended.stderr));

@@ -241,7 +241,10 @@ fn memory_does_not_grow_with_the_input() {
             format!(r#"{{"custom_id": "a-row-with-a-name-of-its-own-{i}", "method": "POST", "url": "/v1/embeddings"}}"#)
         };
         sandbox.write("in.jsonl", (0..n_rows).map(line).collect::<Vec<_>>().join("\n"));
-        sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "job.window_rows=1000"], 3);
+        // The same for both, whatever other processes leave free.
+        let memory = ["--memory", "1GiB"];
+        let args = ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "job.window_rows=1000"];
+        sandbox.expect(&[&args[..], &memory].concat(), 3);
         let report: Value = serde_json::from_str(&sandbox.read("out.report.json")).unwrap();
         assert_eq!(report["rows"]["errors"], json!({"url_mismatch": n_rows}));
         report["peak_memory_bytes"].as_u64().unwrap()

@@ -2,13 +2,14 @@
 //! has a connection of its own, so that a fault has one victim.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const MOTO: &str = "moto[server,s3]==5.2.5";
 
@@ -21,17 +22,21 @@ pub(crate) struct S3 {
 impl S3 {
     /// With an empty bucket called `bucket`.
     pub(crate) fn start() -> Self {
-        let python = python();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut command = Command::new(python);
-        command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // On a port that it finds itself: one that was free a moment ago may be another's by now.
+        let mut command = Command::new(python());
+        command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let port = loop {
+            let mut line = String::new();
+            assert!(said.read_line(&mut line).unwrap() > 0, "moto's server does not start");
+            if let Some((_, port)) = line.split_once("Running on http://127.0.0.1:") {
+                break port.trim().parse().unwrap();
+            }
+        };
+        // Whatever else it says goes nowhere, and must not stop it.
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
         let server = Self { port, child };
-        let deadline = Instant::now() + Duration::from_mins(2);
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < deadline, "moto's server does not start");
-            sleep(Duration::from_millis(50));
-        }
         server.put("", b"");
         // The tests read without signing.
         let policy = r#"{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": "*",
@@ -118,16 +123,40 @@ pub(crate) enum Fault {
     SlowBody,
     /// Done, but the answer never comes.
     LostAnswer,
-    /// Nothing happens, and the connection stays open.
+    /// Nothing happens, and the connection stays open until the client gives up.
     Hang,
-    /// Done after [`LATE`].
-    Late,
+    /// Done when the gate is opened, if the client is there then.
+    Held(Gate),
     /// Done without its conditions, as by a store that does not know them.
     Unconditional,
 }
 
-/// Longer than what tests do meanwhile, shorter than clients wait.
-const LATE: Duration = Duration::from_secs(15);
+/// Holds requests until it is opened.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gate(&'static AtomicBool);
+
+impl Gate {
+    /// A closed one.
+    pub(crate) fn closed() -> Self {
+        Self(Box::leak(Box::default()))
+    }
+
+    pub(crate) fn open(self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    fn is_open(self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl PartialEq for Gate {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.0, other.0)
+    }
+}
+
+impl Eq for Gate {}
 
 /// A request as the proxy sees it: `PUT`, and path with query.
 pub(crate) struct Seen<'a> {
@@ -153,6 +182,14 @@ pub(crate) fn proxy(upstream: u16, plan: Plan) -> (u16, Arc<Mutex<Vec<Fault>>>) 
         }
     });
     (port, happened)
+}
+
+/// Whether a client that waits for its answer has closed the connection.
+fn is_gone(client: &TcpStream) -> std::io::Result<bool> {
+    client.set_nonblocking(true)?;
+    let peeked = client.peek(&mut [0]);
+    client.set_nonblocking(false)?;
+    Ok(peeked.map_or_else(|e| e.kind() != ErrorKind::WouldBlock, |n| n == 0))
 }
 
 fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Vec<Fault>>) -> std::io::Result<()> {
@@ -181,11 +218,11 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     let seen = Seen { method: words.next().unwrap_or_default(), path: words.next().unwrap_or_default() };
     let fault = plan.lock().unwrap()(&seen);
     log.lock().unwrap().push(fault);
-    if fault == Fault::Hang {
-        sleep(Duration::from_mins(2));
-    }
-    if fault == Fault::Late {
-        sleep(LATE);
+    while fault == Fault::Hang || matches!(fault, Fault::Held(gate) if !gate.is_open()) {
+        if is_gone(&client)? {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(10));
     }
     let refusal = match fault {
         Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),

@@ -114,7 +114,9 @@ fn clocks_that_jump_change_nothing() {
     let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 120, "ignore_eos": true}));
     sandbox.write("in.jsonl", (0..24).map(line).collect::<Vec<_>>().join("\n"));
     let args = |output: &'static str| {
-        ["run", "-i", "in.jsonl", "-o", output, "--quiet", "--set=engine.max_running=3", "--set=job.window_rows=8"]
+        // Committed by how far rows came: on a fast machine the job would be done before time alone says so.
+        let often = ["--checkpoint-tokens=20", "--set=engine.max_running=3", "--set=job.window_rows=8"];
+        [&["run", "-i", "in.jsonl", "-o", output, "--quiet"], &often[..]].concat()
     };
     let jumping = |args: &[&str], shift: i64| {
         let mut command = sandbox.command(args);
@@ -157,18 +159,22 @@ fn leases_do_not_ask_what_time_it_is() {
     s3::put_slow_rows(&calm);
     s3::expect(s3::command(&sandbox, calm.port, &s3::SLOW), 0);
     let by = |port: u16, more: &[&str], shift: i64| {
-        let mut command = s3::command(&sandbox, port, &[&s3::SLOW[..], &["--lease", "3"], more].concat());
+        let mut command = s3::command(&sandbox, port, &[&s3::SLOW[..], &s3::LEASE, more].concat());
         command.env("LD_PRELOAD", &library).env("CLOCK_SHIFT", shift.to_string());
         command
     };
     let with = |more: &[&str], shift: i64| by(server.port, more, shift);
     // Its clock is far from those of the others; as long as it lives nobody takes it for dead, and no longer.
-    let first = s3::started(&server, by(s3::held_up(&server), &[], TEN_YEARS));
-    sleep(Duration::from_secs(4));
+    let held_up = s3::HeldUp::new(&server);
+    let first = s3::started(&server, by(held_up.port, &[], TEN_YEARS));
+    held_up.wait();
+    // For longer than it may be silent.
+    sleep(Duration::from_secs(8));
     s3::expect(with(&[], -TEN_YEARS), 4);
     s3::signal(&first, "-STOP");
     s3::expect(with(&["--if-running", "wait"], -TEN_YEARS), 0);
     assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ");
+    held_up.let_go(&server);
     s3::signal(&first, "-CONT");
     assert_eq!(first.wait_with_output().unwrap().status.code(), Some(4));
     assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ after it came back");

@@ -2,6 +2,7 @@
 //! run. The real program on the real model.
 
 use crate::common::{Sandbox, chat_line};
+use crate::s3::signal;
 use serde_json::json;
 use std::fs;
 use std::process::{Child, Stdio};
@@ -21,7 +22,6 @@ enum Phase {
     Ended,
 }
 
-/// Enough work for several seconds on any machine: each kill comes about a second after the one before.
 const N_ROWS: usize = 100;
 
 fn write_input(sandbox: &Sandbox) {
@@ -38,9 +38,19 @@ fn write_input(sandbox: &Sandbox) {
     sandbox.write("in.jsonl", lines.join("\n"));
 }
 
-/// Few rows at a time and small windows, so that a run has many moments to be killed in.
-const ARGS: [&str; 9] =
-    ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "engine.max_running=3", "--set=job.window_rows=16"];
+/// Few rows at a time and small windows, and a commit whenever a row has ten more tokens: a run has many moments to be killed in,
+/// and after each commit there is work left, however fast the machine is.
+const ARGS: [&str; 9] = [
+    "run",
+    "-i",
+    "in.jsonl",
+    "-o",
+    "out.jsonl",
+    "--quiet",
+    "--set=engine.max_running=3",
+    "--set=job.window_rows=16",
+    "--checkpoint-tokens=10",
+];
 const OUTPUTS: [&str; 2] = ["out.jsonl", "out.errors.jsonl"];
 
 fn start(sandbox: &Sandbox) -> Child {
@@ -100,7 +110,6 @@ fn killed_runs_end_with_the_files_of_an_undisturbed_one() {
     let shaken = Sandbox::new();
     write_input(&shaken);
     let mut phases = vec![run_and_kill(&shaken, || true, Duration::from_millis(5))];
-    // Rows are committed every second or so: each time there is work left.
     for pause_ms in [0, 30, 120, 0] {
         let before = n_segments(&shaken);
         phases.push(run_and_kill(&shaken, || n_segments(&shaken) > before, Duration::from_millis(pause_ms)));
@@ -128,12 +137,12 @@ fn killed_runs_end_with_the_files_of_an_undisturbed_one() {
 fn a_signal_stops_the_run_in_good_order() {
     let sandbox = Sandbox::new();
     write_input(&sandbox);
-    let child = start(&sandbox);
+    let mut child = start(&sandbox);
     while n_segments(&sandbox) == 0 {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended before it was told to");
         sleep(Duration::from_millis(5));
     }
-    let killed = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill is there");
-    assert!(killed.success());
+    signal(&child, "-TERM");
     let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(143), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(sandbox.path("out.job/manifest-00001.json").exists() && !sandbox.path("out.jsonl").exists());
@@ -152,8 +161,11 @@ fn two_runs_of_one_job_do_not_collide() {
     write_input(&sandbox);
     let mut child = start(&sandbox);
     while n_segments(&sandbox) == 0 {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended before the other came");
         sleep(Duration::from_millis(5));
     }
+    // It does not get on, and still has its lock.
+    signal(&child, "-STOP");
     let said = sandbox.expect(&ARGS, 4);
     assert!(said.contains("another run is at this job"), "{said}");
     child.kill().expect("it can be killed");

@@ -2,9 +2,12 @@
 //! a proxy that fails. Outputs are compared byte for byte with those of the same job on the local disk.
 
 use crate::common::{Sandbox, chat_line, golden, model_path};
-use crate::faults::{Fault, S3, proxy};
+use crate::faults::{Fault, Gate, S3, proxy};
 use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -163,8 +166,16 @@ fn parts_on_s3_are_those_of_a_local_job() {
     let args = [&null_job("s3://bucket/in/*.jsonl", "s3://bucket/out.jsonl")[..], &["--parts=500"]].concat();
     let n_parts = || server.keys().iter().filter(|key| key.starts_with("out.jsonl/part-")).count();
     for n in [1, 6] {
-        let mut child = command(&sandbox, server.port, &args).stderr(Stdio::piped()).spawn().unwrap();
-        while n_parts() < n {
+        // It gets no further than that, and is killed there.
+        let mut n_completed = 0;
+        let plan = move |seen: &crate::faults::Seen<'_>| {
+            let completes = seen.method == "POST" && seen.path.contains("/part-") && seen.path.contains("uploadId");
+            n_completed += usize::from(completes);
+            if completes && n_completed > n { Fault::Hang } else { Fault::None }
+        };
+        let (port, happened) = proxy(server.port, Box::new(plan));
+        let mut child = command(&sandbox, port, &args).stderr(Stdio::piped()).spawn().unwrap();
+        while !happened.lock().unwrap().contains(&Fault::Hang) || n_parts() < n {
             assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
             sleep(Duration::from_millis(2));
         }
@@ -194,8 +205,9 @@ fn parts_on_s3_are_those_of_a_local_job() {
     assert!(said.contains("not published them yet"), "{said}");
 }
 
-/// Rows of the real model that take several seconds.
-pub(crate) const SLOW: [&str; 12] = [
+/// Rows of the real model that are committed often, by how far they came and not by time: however fast the machine is, a run
+/// that has committed something has more to do.
+pub(crate) const SLOW: [&str; 14] = [
     "run",
     "-i",
     "s3://bucket/in.jsonl",
@@ -208,21 +220,53 @@ pub(crate) const SLOW: [&str; 12] = [
     "engine.max_running=3",
     "--set",
     "job.window_rows=16",
+    "--checkpoint-tokens",
+    "8",
 ];
+
+/// Seconds after which a silent run is taken for dead: many times what a busy machine keeps one waiting.
+pub(crate) const LEASE: [&str; 2] = ["--lease", "6"];
 
 pub(crate) fn put_slow_rows(server: &S3) {
     let line = |i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true}));
     server.put("in.jsonl", (0..40).map(line).collect::<Vec<_>>().join("\n").as_bytes());
 }
 
-/// A port of the server by which the first run of a job does not end soon, however fast the machine: what it commits
-/// second takes long to arrive.
-pub(crate) fn held_up(server: &S3) -> u16 {
-    let plan = |seen: &crate::faults::Seen<'_>| {
-        let is_second = seen.method == "PUT" && seen.path.contains("seg-00001-00000002");
-        if is_second { Fault::Late } else { Fault::None }
-    };
-    proxy(server.port, Box::new(plan)).0
+/// A way to the server on which the first run of a job gets no further than its first segment, however fast the machine is.
+pub(crate) struct HeldUp {
+    pub(crate) port: u16,
+    gate: Gate,
+    happened: Arc<Mutex<Vec<Fault>>>,
+}
+
+/// The segment that is held up.
+const SECOND: &str = "out.job/seg-00001-00000002.jsonl";
+
+impl HeldUp {
+    pub(crate) fn new(server: &S3) -> Self {
+        let gate = Gate::closed();
+        let plan = move |seen: &crate::faults::Seen<'_>| {
+            let is_second = seen.method == "PUT" && seen.path.contains(SECOND);
+            if is_second { Fault::Held(gate) } else { Fault::None }
+        };
+        let (port, happened) = proxy(server.port, Box::new(plan));
+        Self { port, gate, happened }
+    }
+
+    /// Waits until the run is held up.
+    pub(crate) fn wait(&self) {
+        while !self.happened.lock().unwrap().contains(&Fault::Held(self.gate)) {
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Lets it go on; returns when the server has what was held up.
+    pub(crate) fn let_go(&self, server: &S3) {
+        self.gate.open();
+        while !server.keys().iter().any(|key| key == SECOND) {
+            sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 fn n_segments(server: &S3) -> usize {
@@ -252,9 +296,10 @@ fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
     put_slow_rows(&server);
     put_slow_rows(&calm);
     expect(command(&sandbox, calm.port, &SLOW), 0);
-    let with = |more: &[&str]| command(&sandbox, server.port, &[&SLOW[..], &["--lease", "3"], more].concat());
-    let held = command(&sandbox, held_up(&server), &[&SLOW[..], &["--lease", "3"]].concat());
-    let first = started(&server, held);
+    let with = |more: &[&str]| command(&sandbox, server.port, &[&SLOW[..], &LEASE, more].concat());
+    let held_up = HeldUp::new(&server);
+    let first = started(&server, command(&sandbox, held_up.port, &[&SLOW[..], &LEASE].concat()));
+    held_up.wait();
     let said = expect(with(&[]), 4);
     assert!(said.contains("another run is at this job: process "), "{said}");
     signal(&first, "-STOP");
@@ -263,6 +308,8 @@ fn one_run_at_a_time_and_one_that_stalls_is_replaced() {
     let ended = second.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
     assert!(server.get("out.jsonl") == calm.get("out.jsonl"), "the outputs differ");
+    // What it was putting arrives when nobody waits for it any more.
+    held_up.let_go(&server);
     signal(&first, "-CONT");
     let ended = first.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
@@ -277,9 +324,12 @@ fn requests_that_hang_do_not_end_a_tenure() {
     let (server, sandbox) = (S3::start(), Sandbox::new());
     put_slow_rows(&server);
     let (mut n_leases, mut n_uploads) = (0, 0);
+    let (gate, n_silenced) = (Gate::closed(), Arc::new(AtomicU32::new(0)));
+    let counter = Arc::clone(&n_silenced);
     // The look for a wish to stop never comes back, nor do two signs of life, nor the word of an upload.
     let plan = move |seen: &crate::faults::Seen<'_>| match seen.method {
         "GET" if seen.path.contains("out.job/cancel") => Fault::Hang,
+        "PUT" if seen.path.contains(SECOND) => Fault::Held(gate),
         "POST" if seen.path.ends_with("?uploads") || seen.path.ends_with("?uploads=") => {
             n_uploads += 1;
             Fault::None
@@ -288,19 +338,25 @@ fn requests_that_hang_do_not_end_a_tenure() {
             n_leases += 1;
             let is_word = n_uploads == 1;
             n_uploads += u32::from(is_word);
-            if [6, 9].contains(&n_leases) || is_word { Fault::Hang } else { Fault::None }
+            let is_sign = [6, 9].contains(&n_leases);
+            counter.fetch_add(u32::from(is_sign), SeqCst);
+            if is_sign || is_word { Fault::Hang } else { Fault::None }
         }
         _ => Fault::None,
     };
     let (port, happened) = proxy(server.port, Box::new(plan));
-    let lease = [&SLOW[..], &["--lease", "3"]].concat();
-    let first = started(&server, command(&sandbox, port, &lease));
-    // It has been silent for long enough, if it has to wait for those.
-    sleep(Duration::from_secs(4));
+    let lease = [&SLOW[..], &LEASE].concat();
+    let mut first = started(&server, command(&sandbox, port, &lease));
+    // From then on it is silent for long enough, if it has to wait for that sign.
+    while n_silenced.load(SeqCst) < 2 {
+        assert!(first.try_wait().unwrap().is_none(), "it ended before it was disturbed");
+        sleep(Duration::from_millis(20));
+    }
     let said = expect(command(&sandbox, server.port, &lease), 4);
     assert!(said.contains("another run is at this job"), "{said}");
     // One that would take over from a silent run waits to its end.
     let waits = command(&sandbox, server.port, &[&lease[..], &["--if-running", "wait"]].concat()).spawn().unwrap();
+    gate.open();
     let ended = first.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
     assert_eq!(waits.wait_with_output().unwrap().status.code(), Some(0));

@@ -1,10 +1,10 @@
 //! The server from outside: every dialect gives the bits of `valar run`, streams are their answers in pieces, and what is
 //! wrong is said in the caller's own form.
 
-use crate::serving::{KEY, MODEL, Server, read_until};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Map, Value, json};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Requests of all kinds, with their endpoint.
 fn requests() -> Vec<(&'static str, Value)> {
@@ -201,7 +201,7 @@ fn a_client_that_goes_leaves_nothing_behind() {
     streams.push(server.open("/v1/chat/completions", &quiet));
     let start = Instant::now();
     while server.metric("valar_open_calls{") < 16 {
-        assert!(start.elapsed() < Duration::from_secs(20));
+        assert!(start.elapsed() < FOREVER);
     }
     drop(streams);
     server.wait_idle();

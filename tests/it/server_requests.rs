@@ -102,7 +102,7 @@ fn a_wrong_type_anywhere_is_the_callers_error() {
 
 #[test]
 fn bodies_that_are_no_requests() {
-    let server = Server::with("[server]\nmax_body = \"200kB\"\nbody_timeout_s = 1\nheader_timeout_s = 1\n", &["--api-key", KEY]);
+    let server = Server::with("[server]\nmax_body = \"200kB\"\nbody_timeout_s = 3\nheader_timeout_s = 3\n", &["--api-key", KEY]);
     let key = ("authorization", &*format!("Bearer {KEY}"));
     let deep = format!("{{\"model\": {}1{}}}", "[".repeat(500), "]".repeat(500));
     let long = format!("{{\"model\": \"{}\"}}", "x".repeat(200_000));

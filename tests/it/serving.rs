@@ -14,6 +14,9 @@ pub(crate) const KEY: &str = "a key of ours";
 /// The default model's name.
 pub(crate) const MODEL: &str = "SmolLM2-135M-Instruct";
 
+/// Longer than anything that a test waits for may take, on any machine: only what would never come is ended by it.
+pub(crate) const FOREVER: Duration = Duration::from_mins(15);
+
 /// A server that runs until it is dropped.
 pub(crate) struct Server {
     pub(crate) child: Child,
@@ -96,7 +99,8 @@ impl Server {
         let args = ["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
         let args: Vec<String> = args.iter().chain(flags).map(|&arg| arg.to_owned()).collect();
         let (child, address) = spawn(&sandbox, &args);
-        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_mins(5)));
+        // A connection for each request: of one that is used again, the server may think at that moment that nobody needs it.
+        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(FOREVER)).max_idle_connections(0);
         Self { child, address, sandbox, args, agent: agent.build().into() }
     }
 
@@ -136,7 +140,7 @@ impl Server {
     /// Sends bytes as they are, and gives the connection.
     pub(crate) fn raw(&self, bytes: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
+        stream.set_read_timeout(Some(FOREVER)).unwrap();
         stream.write_all(bytes).unwrap();
         stream
     }
@@ -162,7 +166,7 @@ impl Server {
         let start = Instant::now();
         let names = ["valar_running{", "valar_waiting{", "valar_queued_calls{", "valar_open_calls{"];
         while names.iter().any(|name| self.metric(name) > 0) {
-            assert!(start.elapsed() < Duration::from_mins(1), "work is left behind: {}", self.get("/metrics").text);
+            assert!(start.elapsed() < FOREVER, "work is left behind: {}", self.get("/metrics").text);
             std::thread::sleep(Duration::from_millis(20));
         }
     }

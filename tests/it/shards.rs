@@ -2,6 +2,7 @@
 //! see of a job: its state, and how they stop it.
 
 use crate::common::{Sandbox, chat_line};
+use crate::s3::signal;
 use serde_json::{Value, json};
 use std::process::Stdio;
 use std::thread::sleep;
@@ -192,16 +193,29 @@ fn a_run_is_cancelled_from_outside_and_goes_on_later() {
         .map(|i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({"max_tokens": 24, "ignore_eos": true})))
         .collect();
     sandbox.write("in.jsonl", rows.join("\n"));
-    let args = ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", "engine.max_running=2"];
+    let more = ["--set=engine.max_running=2", "--checkpoint-tokens=8"];
+    let args = [&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet"], &more[..]].concat();
     assert!(sandbox.expect(&["cancel", "out.jsonl"], 0).contains("no run"));
-    let run = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
-    while !sandbox.path("out.job/seg-00001-00000001.jsonl").exists() {
+    let mut run = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    // Some rows are done, and the next ones are committed as far as they came.
+    while !sandbox.path("out.job/seg-00001-00000004.jsonl").exists() {
+        assert!(run.try_wait().unwrap().is_none(), "it ended before it was cancelled");
         sleep(Duration::from_millis(5));
     }
+    // It gets no further while others look at it.
+    signal(&run, "-STOP");
     let output = sandbox.run(&["status", "out.jsonl"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("running, ") && text.contains(" of 60 rows, 0 errors; process "), "{text}");
-    assert!(sandbox.expect(&["cancel", "out.jsonl"], 0).contains("stopped"));
+    let cancel = sandbox.command(&["cancel", "out.jsonl"]).stderr(Stdio::piped()).spawn().unwrap();
+    while !sandbox.path("out.job/cancel").exists() {
+        sleep(Duration::from_millis(5));
+    }
+    // Now it is time to look for such a wish, which comes every half second.
+    sleep(Duration::from_secs(1));
+    signal(&run, "-CONT");
+    let said = cancel.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stderr).contains("stopped") && said.status.success(), "{said:?}");
     let ended = run.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(5), "{}", String::from_utf8_lossy(&ended.stderr));
     let text = String::from_utf8_lossy(&sandbox.run(&["status", "out.jsonl"]).stdout).into_owned();

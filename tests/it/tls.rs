@@ -30,7 +30,7 @@ fn calls_are_encrypted() {
     sandbox.write("cert.pem", &cert);
     sandbox.write("key.pem", key);
     let (cert_path, key_path) = (sandbox.path("cert.pem"), sandbox.path("key.pem"));
-    let config = format!("[server]\nheader_timeout_s = 1\ntls_cert = {cert_path:?}\n");
+    let config = format!("[server]\nheader_timeout_s = 3\ntls_cert = {cert_path:?}\n");
     let flags = ["--api-key", KEY, "--tls-key", key_path.to_str().unwrap()];
     let server = Server::with(&config, &flags);
     let url = format!("https://{}", server.address);

@@ -51,11 +51,10 @@ fn hear(stream: TcpStream, status: u16, heard: &Sender<Heard>) {
     let timestamp = header("webhook-timestamp").parse().unwrap();
     // Somebody may have heard enough.
     drop(heard.send(Heard { id, timestamp, signature, body: serde_json::from_slice(&body).unwrap() }));
-    write!(
-        reader.get_mut(),
-        "HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-    )
-    .unwrap();
+    let answer =
+        format!("HTTP/1.1 {status} x\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    // Whoever told it may have been killed meanwhile.
+    drop(reader.get_mut().write_all(answer.as_bytes()));
 }
 
 const ALLOWED: &str = "[server]\nwebhook_private_addresses = true\n";

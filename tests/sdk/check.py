@@ -391,7 +391,7 @@ def webhooks():
     assert endpoint.id in [found.id for found in client.webhooks.list()]
     assert client.webhooks.retrieve(endpoint.id).url == url
     started = client.responses.create(model=MODEL, input="Count.", background=True, max_output_tokens=1)
-    body, headers = heard.get(timeout=60)
+    body, headers = heard.get(timeout=600)
     event = client.webhooks.unwrap(body, headers, secret=endpoint.signing_secret)
     assert event.type == "response.incomplete" and event.data.id == started.id, event
     assert client.responses.retrieve(started.id).status == "incomplete"
@@ -401,7 +401,7 @@ def webhooks():
     except openai.InvalidWebhookSignatureError:
         pass
     assert client.webhooks.test(endpoint.id, event_type="batch.completed").status_code == 200
-    body, headers = heard.get(timeout=60)
+    body, headers = heard.get(timeout=600)
     assert client.webhooks.unwrap(body, headers, secret=endpoint.signing_secret).type == "batch.completed"
     rotated = client.webhooks.rotate_secret(endpoint.id)
     assert rotated.signing_secret != endpoint.signing_secret
