@@ -76,11 +76,13 @@ pub struct Options {
     pub max_steps: u64,
     /// What memory holds that nobody wrote: 0xFF makes it NaN.
     pub poison: u8,
+    /// Where its memory begins, so that devices' addresses differ: a multiple of 2^56 below 2^60.
+    pub place: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, races: true, lanes: true, max_steps: 100_000_000, poison: 0xFF }
+        Self { seed: 0, races: true, lanes: true, max_steps: 100_000_000, poison: 0xFF, place: 0 }
     }
 }
 
@@ -128,12 +130,19 @@ impl Gpu {
         let mut parts = Parts::default();
         (parts.shared.races, parts.shared.lanes) = (options.races, options.races && options.lanes);
         let random = Random(options.seed);
-        Self { options, global: Global::default(), parts, random, variables: HashMap::new(), n_blocks: 1 }
+        Self {
+            global: Global::new(options.place, options.poison),
+            options,
+            parts,
+            random,
+            variables: HashMap::new(),
+            n_blocks: 1,
+        }
     }
 
     /// The address of so many bytes, a multiple of 256; they hold `Options::poison`.
     pub fn alloc(&mut self, bytes: usize) -> u64 {
-        self.global.add(vec![self.options.poison; bytes], false)
+        self.global.reserve(bytes)
     }
 
     /// Gives memory back; what is there of it from then on is a fault. False if nothing was allocated there.
@@ -217,7 +226,22 @@ impl Gpu {
         Ok(self.counters(&found))
     }
 
-    /// A module's variables live on the device from its first launch.
+    /// Address and size of a module's variable, which is on the device from here on.
+    pub fn variable(&mut self, module: &Module, name: &str) -> Option<(u64, usize)> {
+        self.place_variables(module);
+        let index = module.variables.iter().position(|v| v.name == name)?;
+        let address = self.variables[&module.id][index];
+        (address > 0).then(|| (address, module.variables[index].bytes.len()))
+    }
+
+    /// Takes a module's variables off the device.
+    pub fn unload(&mut self, module: &Module) {
+        for address in self.variables.remove(&module.id).into_iter().flatten().filter(|&address| address > 0) {
+            self.global.remove(address);
+        }
+    }
+
+    /// A module's variables live on the device from its first launch, or until it is unloaded.
     fn place_variables(&mut self, module: &Module) {
         if self.variables.contains_key(&module.id) {
             return;

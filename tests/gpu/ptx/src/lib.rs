@@ -27,4 +27,4 @@ mod warp;
 pub use counters::{Counters, Line};
 pub use fault::{Fault, FaultKind, ParseError};
 pub use gpu::{Arg, Dim3, Gpu, Options};
-pub use module::Module;
+pub use module::{KernelShape, Module};

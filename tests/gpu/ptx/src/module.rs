@@ -16,6 +16,19 @@ pub struct Module {
     pub(crate) id: u64,
 }
 
+/// What a kernel's declaration says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelShape {
+    /// Offset and size of each parameter in bytes.
+    pub parameters: Vec<(usize, usize)>,
+    /// Bytes of shared memory that the text declares.
+    pub static_shared: usize,
+    /// Bytes of local memory of a thread.
+    pub local: usize,
+    /// The most threads of a block, if the text says so.
+    pub max_threads: Option<u32>,
+}
+
 #[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) name: String,
@@ -75,6 +88,22 @@ impl Module {
     /// Names of the kernels, in order.
     pub fn kernels(&self) -> impl Iterator<Item = &str> {
         self.kernels.keys().map(String::as_str)
+    }
+
+    /// Names of the variables in global and constant memory.
+    pub fn variables(&self) -> impl Iterator<Item = &str> {
+        let lasting = |v: &&Variable| matches!(v.space, VarSpace::Global | VarSpace::Const);
+        self.variables.iter().filter(lasting).map(|v| v.name.as_str())
+    }
+
+    /// What a launch of a kernel must know.
+    pub fn shape(&self, kernel: &str) -> Option<KernelShape> {
+        self.kernels.get(kernel).map(|kernel| KernelShape {
+            parameters: kernel.params.clone(),
+            static_shared: kernel.static_shared,
+            local: kernel.local,
+            max_threads: kernel.max_threads,
+        })
     }
 }
 
