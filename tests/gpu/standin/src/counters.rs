@@ -9,6 +9,8 @@ pub(crate) struct Tally {
     /// Calls by name, and other things that are counted.
     calls: BTreeMap<String, u64>,
     kernels: BTreeMap<String, Kernel>,
+    /// Bytes that the work that runs has read and written.
+    moved: (u64, u64),
     pub(crate) used: usize,
     pub(crate) most_used: usize,
 }
@@ -48,6 +50,23 @@ impl Tally {
         sum.shared_phases += counters.shared_phases;
         sum.shared_conflicts += counters.shared_conflicts;
         sum.tensor_flops += counters.tensor_flops;
+    }
+
+    /// Work of another library goes on.
+    pub(crate) fn moved(&mut self, read: u64, written: u64) {
+        self.moved = (self.moved.0 + read, self.moved.1 + written);
+    }
+
+    /// It is done: what it moved is counted by its name.
+    pub(crate) fn worked(&mut self, name: &str, operations: u64) {
+        let (read, written) = std::mem::take(&mut self.moved);
+        let counters = ptx::Counters {
+            global_read_bytes: read,
+            global_written_bytes: written,
+            tensor_flops: operations,
+            ..ptx::Counters::default()
+        };
+        self.launched(name, &counters);
     }
 
     /// As JSON. Names are identifiers, or words of this crate: nothing in them needs an escape.

@@ -131,7 +131,10 @@ fn run_native(device: usize, native: &Native) -> Done {
         complain(format_args!("error {code} of {}", native.name));
         return Err(Code(code));
     }
-    Ok(())
+    driver(|driver| {
+        driver.tally.worked(&native.name, native.operations);
+        Ok(())
+    })
 }
 
 /// Bytes of a device's memory.

@@ -70,6 +70,8 @@ pub(crate) struct Native {
     pub(crate) call: extern "C" fn(*const std::ffi::c_void) -> u32,
     pub(crate) release: extern "C" fn(*const std::ffi::c_void),
     pub(crate) data: usize,
+    /// Multiplications and additions.
+    pub(crate) operations: u64,
 }
 
 impl Drop for Native {

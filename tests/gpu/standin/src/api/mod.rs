@@ -6,6 +6,7 @@ mod graph;
 mod launch;
 mod memory;
 mod module;
+mod native;
 mod start;
 mod stream;
 mod transfer;
