@@ -27,7 +27,10 @@ impl Knobs {
         Ok(Self {
             capability: capability(get("STANDIN_CC").as_deref().unwrap_or("8.0"))?,
             memory: get("STANDIN_MEMORY").map_or(Ok(1 << 30), |text| bytes(&text))?,
-            devices: usize::try_from(number("STANDIN_DEVICES", 1)?).unwrap_or(0).min(8),
+            devices: match number("STANDIN_DEVICES", 1)? {
+                n @ 0..=8 => n as usize,
+                n => return Err(format!("STANDIN_DEVICES={n}: at most 8")),
+            },
             driver: u32::try_from(number("STANDIN_DRIVER", 12090)?).unwrap_or(0),
             fail: get("STANDIN_FAIL").map_or(Ok(BTreeMap::new()), |text| failures(&text))?,
             slow: Duration::from_micros(number("STANDIN_SLOW", 0)?),
