@@ -89,9 +89,15 @@ impl Block<'_> {
             let threads = (self.launch.threads() as usize - w * 32).min(32);
             let live = u32::MAX >> (32 - threads);
             warp.reset(w, live, self.kernel);
+            // Most constants are those of the block before.
+            let known = std::mem::replace(&mut warp.launch, self.launch.first_block) == self.launch.first_block;
             for (r, constant) in &self.kernel.constants {
-                for lane in 0..32 {
-                    warp.regs[*r][lane] = constant_value(constant, self.launch, self.at, w * 32 + lane);
+                match constant {
+                    _ if known && !matches!(constant, Const::Special(Special::Ctaid(_))) => {}
+                    Const::Special(_) => {
+                        warp.regs[*r] = std::array::from_fn(|lane| constant_value(constant, self.launch, self.at, w * 32 + lane));
+                    }
+                    _ => warp.regs[*r] = [constant_value(constant, self.launch, self.at, w * 32); 32],
                 }
             }
         }

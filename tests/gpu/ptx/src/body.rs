@@ -6,6 +6,7 @@ use crate::inst::{Cond, Const, Inst, Op, P, R, Special};
 use crate::lex::Token;
 use crate::module::{Cursor, Draft, Kernel, VarSpace, declared, type_bytes, variable};
 use crate::operand::{Operand, operands};
+use crate::registers::share;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -117,12 +118,14 @@ impl<'t> Body<'t> {
         }
         let mut constants: Vec<_> = self.constants.into_iter().map(|(constant, r)| (r, constant)).collect();
         constants.sort_by_key(|(r, _)| *r);
+        let registers = share(&mut self.code, &mut constants, self.n_registers);
         Ok(Kernel {
             name: entry.name.clone(),
             code: self.code,
             opcodes,
             params: self.params,
-            n_registers: self.n_registers,
+            n_registers: registers.n,
+            unwritten: registers.unwritten,
             n_predicates: self.n_predicates,
             constants,
             static_shared: self.shared,

@@ -205,6 +205,9 @@ impl Gpu {
         let mut order: Vec<u32> = (0..n_blocks).collect();
         self.random.shuffle(&mut order);
         for index in order {
+            // Counted even if it fails: no launch after it begins with the same number.
+            let serial = self.n_blocks;
+            self.n_blocks += 1;
             Block {
                 launch: &launch,
                 kernel: &found,
@@ -212,7 +215,7 @@ impl Gpu {
                 parts: &mut self.parts,
                 random: &mut self.random,
                 at: [index % grid[0], index / grid[0] % grid[1], index / (grid[0] * grid[1])],
-                serial: self.n_blocks,
+                serial,
                 barriers: Vec::new(),
                 mbarriers: Vec::new(),
                 later: Vec::new(),
@@ -221,7 +224,6 @@ impl Gpu {
                 blame: 0,
             }
             .run()?;
-            self.n_blocks += 1;
         }
         Ok(self.counters(&found))
     }

@@ -20,6 +20,7 @@ mod lex;
 mod memory;
 mod module;
 mod operand;
+mod registers;
 mod shadow;
 mod shared;
 mod warp;

@@ -37,6 +37,8 @@ pub(crate) struct Kernel {
     /// Offset and size of each parameter.
     pub(crate) params: Vec<(usize, usize)>,
     pub(crate) n_registers: usize,
+    /// Registers that may be read before they are written.
+    pub(crate) unwritten: Vec<R>,
     pub(crate) n_predicates: usize,
     pub(crate) constants: Vec<(R, Const)>,
     /// Bytes of shared memory that the text declares; dynamic shared memory begins behind them.

@@ -32,6 +32,8 @@ pub(crate) struct Copy {
 #[derive(Debug, Default)]
 pub(crate) struct Warp {
     pub(crate) id: usize,
+    /// The first block of the launch whose constants are in its registers.
+    pub(crate) launch: u32,
     pub(crate) regs: Vec<Lanes>,
     pub(crate) preds: Vec<u32>,
     pub(crate) scratch: Lanes,
@@ -62,8 +64,10 @@ impl Warp {
     /// For a new block. `live`: its lanes that are threads.
     pub(crate) fn reset(&mut self, id: usize, live: u32, kernel: &Kernel) {
         self.id = id;
-        self.regs.clear();
         self.regs.resize(kernel.n_registers, [0; 32]);
+        for &r in &kernel.unwritten {
+            self.regs[r] = [0; 32];
+        }
         self.preds.clear();
         self.preds.resize(kernel.n_predicates, 0);
         self.local.clear();
@@ -152,15 +156,7 @@ impl Warp {
     }
 
     pub(crate) fn set(&mut self, d: R, value: &Lanes, mask: u32) {
-        if mask == u32::MAX {
-            self.regs[d] = *value;
-        } else {
-            for (i, (to, from)) in self.regs[d].iter_mut().zip(value).enumerate() {
-                if mask >> i & 1 == 1 {
-                    *to = *from;
-                }
-            }
-        }
+        put(&mut self.regs[d], value, mask);
     }
 
     pub(crate) fn set_pred(&mut self, p: P, value: u32, mask: u32) {
@@ -169,6 +165,19 @@ impl Warp {
 
     pub(crate) fn cond(&self, cond: Cond) -> u32 {
         self.preds[cond.p] ^ if cond.negate { u32::MAX } else { 0 }
+    }
+}
+
+/// Writes the lanes of a mask.
+pub(crate) fn put(to: &mut Lanes, value: &Lanes, mask: u32) {
+    if mask == u32::MAX {
+        *to = *value;
+        return;
+    }
+    for (i, (to, from)) in to.iter_mut().zip(value).enumerate() {
+        // No branch: whole vectors are chosen from.
+        let keep = u64::from(mask >> i & 1).wrapping_sub(1);
+        *to = *to & keep | *from & !keep;
     }
 }
 

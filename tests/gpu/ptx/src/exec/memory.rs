@@ -131,9 +131,9 @@ impl Block<'_> {
         }
         for (value, d) in values.iter().zip(d) {
             if let Some(d) = d {
-                extend(&mut warp.scratch, value);
-                let value = warp.scratch;
-                warp.set(*d, &value, mask);
+                let Warp { regs, scratch, .. } = warp;
+                extend(scratch, value);
+                crate::warp::put(&mut regs[*d], scratch, mask);
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ mod tensor;
 use crate::block::Block;
 use crate::fault::{FaultKind, Wrong, wrong};
 use crate::inst::{Inst, Lanes, Op};
-use crate::warp::{Warp, lanes};
+use crate::warp::{Warp, lanes, put};
 
 impl Block<'_> {
     /// `mask`: the lanes whose predicate holds. The warp's place is that of the instruction; afterwards that of the next.
@@ -40,22 +40,23 @@ impl Block<'_> {
     fn lanes_step(&mut self, warp: &mut Warp, op: &Op, mask: u32) -> Result<(), Wrong> {
         match op {
             Op::Un { f, g, d, a } => {
-                f(&mut warp.scratch, &warp.regs[*a]);
-                let mut value = warp.scratch;
+                let Warp { regs, scratch, .. } = warp;
+                f(scratch, &regs[*a]);
                 if let Some(g) = g {
-                    g(&mut value, &warp.scratch);
+                    let first = *scratch;
+                    g(scratch, &first);
                 }
-                warp.set(*d, &value, mask);
+                put(&mut regs[*d], scratch, mask);
             }
             Op::Bin { f, d, a, b } => {
-                f(&mut warp.scratch, &warp.regs[*a], &warp.regs[*b]);
-                let value = warp.scratch;
-                warp.set(*d, &value, mask);
+                let Warp { regs, scratch, .. } = warp;
+                f(scratch, &regs[*a], &regs[*b]);
+                put(&mut regs[*d], scratch, mask);
             }
             Op::Tri { f, d, a, b, c } => {
-                f(&mut warp.scratch, &warp.regs[*a], &warp.regs[*b], &warp.regs[*c]);
-                let value = warp.scratch;
-                warp.set(*d, &value, mask);
+                let Warp { regs, scratch, .. } = warp;
+                f(scratch, &regs[*a], &regs[*b], &regs[*c]);
+                put(&mut regs[*d], scratch, mask);
             }
             Op::Setp { f, p, q, a, b, with } => {
                 let holds = f(&warp.regs[*a], &warp.regs[*b]);

@@ -88,45 +88,65 @@ fn rows_of(warp: &Warp, a: R) -> [[u16; 8]; 8] {
     std::array::from_fn(|r| std::array::from_fn(|c| (warp.regs[a][4 * r + c / 2] >> (16 * (c % 2))) as u16))
 }
 
-/// The values in a register, lowest first.
-fn values(register: u64, element: Element) -> ([f32; 4], usize) {
-    let half = |i: u32| (register >> (16 * i)) as u16;
-    let byte = |i: u32| (register >> (8 * i)) as u8;
-    let bytes = |f: &dyn Fn(u8) -> f32| ([f(byte(0)), f(byte(1)), f(byte(2)), f(byte(3))], 4);
-    match element {
-        Element::Bf16 => ([from_bf16(half(0)), from_bf16(half(1)), 0.0, 0.0], 2),
-        Element::F16 => ([from_f16(half(0)), from_f16(half(1)), 0.0, 0.0], 2),
-        // The hardware looks at the upper 19 bits.
-        Element::Tf32 => ([f32::from_bits(register as u32 & 0xFFFF_E000), 0.0, 0.0, 0.0], 1),
-        Element::E4m3 => bytes(&|b| E4M3.decode(b)),
-        Element::E5m2 => bytes(&|b| E5M2.decode(b)),
-        Element::S8 => bytes(&|b| f32::from(b as i8)),
-        Element::U8 => bytes(&f32::from),
+/// Calls a function with what takes a register apart: the values in it, lowest first.
+macro_rules! by_element {
+    ($element:expr, $call:ident($($arg:expr),*)) => {
+        match $element {
+            Element::Bf16 => $call($($arg,)* |r| [from_bf16(r as u16), from_bf16((r >> 16) as u16)]),
+            Element::F16 => $call($($arg,)* |r| [from_f16(r as u16), from_f16((r >> 16) as u16)]),
+            // The hardware looks at the upper 19 bits.
+            Element::Tf32 => $call($($arg,)* |r| [f32::from_bits(r as u32 & 0xFFFF_E000)]),
+            Element::E4m3 => $call($($arg,)* |r| bytes(r).map(|b| E4M3.decode(b))),
+            Element::E5m2 => $call($($arg,)* |r| bytes(r).map(|b| E5M2.decode(b))),
+            Element::S8 => $call($($arg,)* |r| bytes(r).map(|b| f32::from(b as i8))),
+            Element::U8 => $call($($arg,)* |r| bytes(r).map(f32::from)),
+        }
+    };
+}
+
+fn bytes(register: u64) -> [u8; 4] {
+    (register as u32).to_le_bytes()
+}
+
+fn rows(a: &mut [[f32; 32]; 16], warp: &Warp, registers: &[R], element: Element) {
+    fn fill<const N: usize>(a: &mut [[f32; 32]; 16], warp: &Warp, registers: &[R], values: impl Fn(u64) -> [f32; N]) {
+        for (i, r) in registers.iter().enumerate() {
+            for (lane, &register) in warp.regs[*r].iter().enumerate() {
+                let (g, t) = (lane / 4, lane % 4);
+                a[g + 8 * (i % 2)][N * t + i / 2 * 4 * N..][..N].copy_from_slice(&values(register));
+            }
+        }
     }
+    by_element!(element, fill(a, warp, registers));
+}
+
+fn columns(b: &mut [[f32; 8]; 32], warp: &Warp, registers: &[R], element: Element) {
+    fn fill<const N: usize>(b: &mut [[f32; 8]; 32], warp: &Warp, registers: &[R], values: impl Fn(u64) -> [f32; N]) {
+        for (i, r) in registers.iter().enumerate() {
+            for (lane, &register) in warp.regs[*r].iter().enumerate() {
+                let (g, t) = (lane / 4, lane % 4);
+                for (j, value) in values(register).into_iter().enumerate() {
+                    b[N * t + i * 4 * N + j][g] = value;
+                }
+            }
+        }
+    }
+    by_element!(element, fill(b, warp, registers));
 }
 
 /// D = A * B + C. Lane 4g+t has of A the rows g and g+8 and columns from t, of B the column g and rows from t, of C and D
 /// the rows g and g+8 and the columns 2t and 2t+1 (PTX ISA, matrix fragments).
 fn multiply(warp: &mut Warp, mma: &Mma) {
     let (mut a, mut b) = ([[0f32; 32]; 16], [[0f32; 8]; 32]);
-    for lane in 0..32 {
-        let (g, t) = (lane / 4, lane % 4);
-        for (i, r) in mma.a.iter().enumerate() {
-            let (values, n) = values(warp.regs[*r][lane], mma.a_type);
-            let (row, column) = (g + 8 * (i % 2), n * t + i / 2 * 4 * n);
-            a[row][column..column + n].copy_from_slice(&values[..n]);
-        }
-        for (i, r) in mma.b.iter().enumerate() {
-            let (values, n) = values(warp.regs[*r][lane], mma.b_type);
-            for (j, value) in values[..n].iter().enumerate() {
-                b[n * t + i * 4 * n + j][g] = *value;
-            }
-        }
-    }
+    rows(&mut a, warp, &mma.a, mma.a_type);
+    columns(&mut b, warp, &mma.b, mma.b_type);
     if matches!(mma.a_type, Element::S8 | Element::U8) {
         return integers(warp, mma, &a, &b);
     }
-    let c: Vec<_> = mma.c.iter().map(|r| warp.regs[*r]).collect();
+    let mut c = [[0; 32]; 4];
+    for (c, r) in c.iter_mut().zip(&mma.c) {
+        *c = warp.regs[*r];
+    }
     for lane_row in 0..8 {
         for high in 0..2 {
             let mut sums: [f32; 8] = std::array::from_fn(|column| {

@@ -13,6 +13,7 @@ mod integers;
 mod memory;
 mod planted;
 mod planted_global;
+mod registers;
 mod tensor;
 mod text;
 mod warp;
