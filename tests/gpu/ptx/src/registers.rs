@@ -83,7 +83,9 @@ fn spans(code: &mut [Inst], fixed: &[bool]) -> (Vec<(usize, usize)>, Vec<R>) {
                     writes.push(*r);
                 }
             });
-            writes.into_iter().for_each(|r| block.written.add(r));
+            for r in writes {
+                block.written.add(r);
+            }
         }
     }
     flow(&mut blocks);
@@ -141,7 +143,9 @@ fn blocks(code: &[Inst], n_registers: usize) -> Vec<Stretch> {
             Op::Exit => &[],
             _ => continue,
         };
-        targets.iter().for_each(|&target| starts[target] = true);
+        for &target in targets {
+            starts[target] = true;
+        }
         starts[i + 1] = true;
     }
     let bounds: Vec<usize> = (0..code.len()).filter(|&i| starts[i]).collect();
@@ -191,8 +195,12 @@ fn flow(blocks: &mut [Stretch]) {
 fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
     use Role::{Read, Written};
     let mut all = |read: &mut [&mut R], written: Option<&mut R>| {
-        read.iter_mut().for_each(|r| f(r, Read));
-        written.into_iter().for_each(|r| f(r, Written));
+        for r in read {
+            f(r, Read);
+        }
+        if let Some(r) = written {
+            f(r, Written);
+        }
     };
     match op {
         Op::Nop
@@ -222,7 +230,9 @@ fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
         Op::BarTest { bar, by: Phase::State(r) | Phase::Parity(r), .. } => all(&mut [&mut bar.base, r], None),
         Op::Bar { id, threads, reduce, .. } => {
             all(&mut [id], None);
-            threads.iter_mut().for_each(|r| f(r, Read));
+            if let Some(r) = threads {
+                f(r, Read);
+            }
             // The others' result is a predicate.
             if let Some((Reduction::Popc, _, d)) = reduce {
                 f(d, Written);
@@ -235,7 +245,11 @@ fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
 /// Those with addresses and lists of registers.
 fn visit_many(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
     use Role::{Read, Written};
-    let mut each = |list: &mut [R], role: Role| list.iter_mut().for_each(|r| f(r, role));
+    let mut each = |list: &mut [R], role: Role| {
+        for r in list {
+            f(r, role);
+        }
+    };
     let one = std::slice::from_mut::<R>;
     match op {
         Op::Pack { d, parts, .. } => {
@@ -244,11 +258,15 @@ fn visit_many(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
         }
         Op::Unpack { parts, a, .. } => {
             each(one(a), Read);
-            parts.iter_mut().flatten().for_each(|r| each(one(r), Written));
+            for r in parts.iter_mut().flatten() {
+                each(one(r), Written);
+            }
         }
         Op::Load { at, d, .. } => {
             each(one(&mut at.base), Read);
-            d.iter_mut().flatten().for_each(|r| each(one(r), Written));
+            for r in d.iter_mut().flatten() {
+                each(one(r), Written);
+            }
         }
         Op::Store { at, a, .. } | Op::StoreMatrix { at, a, .. } => {
             each(one(&mut at.base), Read);
@@ -259,24 +277,34 @@ fn visit_many(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
             each(d, Written);
         }
         Op::Mma(mma) => {
-            [&mut mma.a, &mut mma.b, &mut mma.c].into_iter().for_each(|list| each(list, Read));
+            for list in [&mut mma.a, &mut mma.b, &mut mma.c] {
+                each(list, Read);
+            }
             each(&mut mma.d, Written);
         }
         Op::Copy { to, from, read, .. } => {
             each(one(&mut to.base), Read);
             each(one(&mut from.base), Read);
-            read.iter_mut().for_each(|r| each(one(r), Read));
+            if let Some(r) = read {
+                each(one(r), Read);
+            }
         }
         Op::Bulk { to, from, bytes, bar } => {
             each(one(&mut to.base), Read);
             each(one(&mut from.base), Read);
             each(one(bytes), Read);
-            bar.iter_mut().for_each(|bar| each(one(&mut bar.base), Read));
+            if let Some(bar) = bar {
+                each(one(&mut bar.base), Read);
+            }
         }
         Op::BarArrive { bar, state, count, expect, .. } => {
             each(one(&mut bar.base), Read);
-            [count, expect].into_iter().flatten().for_each(|r| each(one(r), Read));
-            state.iter_mut().for_each(|r| each(one(r), Written));
+            for r in [count, expect].into_iter().flatten() {
+                each(one(r), Read);
+            }
+            if let Some(r) = state {
+                each(one(r), Written);
+            }
         }
         // An operation that is forgotten here is a bug of this crate.
         other => unreachable!("{other:?}"),

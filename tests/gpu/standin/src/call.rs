@@ -18,7 +18,8 @@ pub(crate) fn call(name: &str, body: impl FnOnce() -> Done) -> u32 {
             Err(code) => return Err(code),
         }
         body()?;
-        now_and_then()
+        now_and_then();
+        Ok(())
     }));
     match result {
         Ok(Ok(())) => 0,
@@ -28,7 +29,7 @@ pub(crate) fn call(name: &str, body: impl FnOnce() -> Done) -> u32 {
 }
 
 /// With a seed, work is executed at times that nothing asks for. What fails then is told by the next call.
-fn now_and_then() -> Done {
+fn now_and_then() {
     let turn = driver(|driver| {
         let device = driver.context_device(current())?;
         let early = driver.knobs.seed != 0 && driver.captures.is_empty() && driver.below(4) == 0;
@@ -37,5 +38,4 @@ fn now_and_then() -> Done {
     if let Ok(Some(device)) = turn {
         _ = run::until(Goal::Any(device));
     }
-    Ok(())
 }

@@ -49,21 +49,21 @@ pub(crate) fn attribute(knobs: &Knobs, number: u32, device: usize) -> Done<i32> 
     let shared = |bytes: usize| bytes as u32;
     let value: u32 = match number {
         1..=3 => 1024,
-        5 => i32::MAX as u32,
         4 => 64,
+        5 => i32::MAX as u32,
         6 | 7 => 65535,
         8 => shared(SHARED_DEFAULT),
-        9 => 65536,
         10 => 32,
-        12 | 82 => 65536,
+        // Constant memory; registers of a block, and of a multiprocessor.
+        9 | 12 | 82 => 65536,
         13 => 1_500_000,
-        16 => limits.multiprocessors,
-        // A kernel's time is not limited; the device is not part of the processor; anyone may use it.
-        17 | 18 | 20 | 32 | 50 | 83 => 0,
-        // Work of several kinds at a time, pinned memory, one space of addresses, priorities.
-        15 | 19 | 31 | 41 | 78 => 1,
+        16 => knobs.multiprocessors.unwrap_or(limits.multiprocessors),
+        // A kernel's time is not limited; the device is not part of the processor; anyone may use it. Cooperative launches are
+        // not there, nor is memory that the host and the device share.
+        17 | 18 | 20 | 32 | 34 | 35 | 50 | 83 | 84 | 88 | 89 | 95 => 0,
+        // Work of several kinds at a time, pinned memory, one space of addresses, priorities, caches, pools.
+        15 | 19 | 31 | 41 | 78 | 79 | 80 | 115 => 1,
         33 => device as u32 + 1,
-        34 | 35 => 0,
         36 => 1_200_000,
         37 => 5120,
         38 => limits.l2,
@@ -71,15 +71,11 @@ pub(crate) fn attribute(knobs: &Knobs, number: u32, device: usize) -> Done<i32> 
         40 => 2,
         75 => knobs.capability.0,
         76 => knobs.capability.1,
-        79 | 80 => 1,
         81 => shared(limits.shared_multiprocessor),
-        // Cooperative launches are not there, nor is memory that the host and the device share.
-        84 | 88 | 89 | 95 => 0,
         97 => shared(limits.shared_block),
         106 => limits.blocks,
         108 => limits.l2 / 2,
         111 => shared(SHARED_RESERVED),
-        115 => 1,
         _ => {
             complain(format_args!("attribute {number} of a device is not known"));
             return Err(INVALID_VALUE);

@@ -7,6 +7,7 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 pub(crate) struct Knobs {
     pub(crate) capability: (u32, u32),
+    pub(crate) multiprocessors: Option<u32>,
     pub(crate) memory: usize,
     pub(crate) devices: usize,
     pub(crate) driver: u32,
@@ -26,6 +27,10 @@ impl Knobs {
         };
         Ok(Self {
             capability: capability(get("STANDIN_CC").as_deref().unwrap_or("8.0"))?,
+            multiprocessors: match number("STANDIN_MULTIPROCESSORS", 0)? {
+                0 => None,
+                n => Some(u32::try_from(n).unwrap_or(u32::MAX)),
+            },
             memory: get("STANDIN_MEMORY").map_or(Ok(1 << 30), |text| bytes(&text))?,
             devices: match number("STANDIN_DEVICES", 1)? {
                 n @ 0..=8 => n as usize,

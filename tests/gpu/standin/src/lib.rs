@@ -10,6 +10,8 @@
 //! Environment variables:
 //!
 //! - `STANDIN_CC`: the compute capability (8.0), one of 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0.
+//! - `STANDIN_MULTIPROCESSORS`: how many the device has (a product's of that capability): fewer make grids that depend on them
+//!   smaller.
 //! - `STANDIN_MEMORY`: bytes of a device's memory, with K, M or G (1G). The context takes a 64th part of it.
 //! - `STANDIN_DEVICES`: how many devices there are (1; at most 8). 0: `cuInit` finds none.
 //! - `STANDIN_DRIVER`: the CUDA version of the driver (12090). PTX of a later version is refused.

@@ -4,7 +4,7 @@ use crate::c::Host;
 use crate::codes::{
     Code, Done, ILLEGAL_ADDRESS, ILLEGAL_INSTRUCTION, LAUNCH_FAILED, LAUNCH_TIMEOUT, MISALIGNED_ADDRESS, UNKNOWN,
 };
-use crate::driver::{Handle, complain, driver, lock};
+use crate::driver::{complain, driver, lock};
 use crate::work::{Goal, Launch, Native, Next, Op};
 use ptx::FaultKind;
 use std::cell::Cell;
@@ -31,7 +31,7 @@ pub(crate) fn until(goal: Goal) -> Done {
             Next::Nothing => return Ok(()),
             Next::Run { device, stream, op } => (device, stream, op),
         };
-        let result = execute(device, stream, &op);
+        let result = execute(device, &op);
         driver(|driver| {
             match result {
                 Ok(()) => driver.finish(stream),
@@ -45,7 +45,7 @@ pub(crate) fn until(goal: Goal) -> Done {
     }
 }
 
-fn execute(device: usize, stream: Handle, op: &Op) -> Done {
+fn execute(device: usize, op: &Op) -> Done {
     let slow = driver(|driver| Ok(driver.knobs.slow))?;
     if !slow.is_zero() {
         std::thread::sleep(slow);
@@ -86,7 +86,7 @@ fn execute(device: usize, stream: Handle, op: &Op) -> Done {
             Ok(())
         }),
         Op::Wait { .. } => Ok(()),
-        Op::Graph(graph) => graph.ops.iter().try_for_each(|op| execute(device, stream, op)),
+        Op::Graph(graph) => graph.ops.iter().try_for_each(|op| execute(device, op)),
     }
 }
 

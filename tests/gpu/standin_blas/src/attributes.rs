@@ -1,7 +1,7 @@
 //! Descriptions that callers make and change: of matrices, of the product, of what is preferred.
 
 use crate::matrix::Kind;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// `cublasStatus_t`.
@@ -64,7 +64,7 @@ pub(crate) struct Preference {
 #[derive(Default)]
 pub(crate) struct Descriptions {
     next: Handle,
-    pub(crate) handles: HashMap<Handle, ()>,
+    pub(crate) handles: HashSet<Handle>,
     pub(crate) layouts: HashMap<Handle, Layout>,
     pub(crate) products: HashMap<Handle, Product>,
     pub(crate) preferences: HashMap<Handle, Preference>,

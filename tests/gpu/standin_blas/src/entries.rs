@@ -66,7 +66,7 @@ extern "C" fn cublasLtCreate(handle: Pointer<Handle>) -> u32 {
     status(driver().and_then(|_| {
         with(|all| {
             let new = all.new_handle();
-            all.handles.insert(new, ());
+            all.handles.insert(new);
             handle.set(0, new)
         })
     }))
@@ -74,7 +74,7 @@ extern "C" fn cublasLtCreate(handle: Pointer<Handle>) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cublasLtDestroy(handle: Handle) -> u32 {
-    destroy(|all| &mut all.handles, handle)
+    status(with(|all| if all.handles.remove(&handle) { Ok(()) } else { Err(NOT_INITIALIZED) }))
 }
 
 fn destroy<T>(of: impl FnOnce(&mut Descriptions) -> &mut HashMap<Handle, T>, handle: Handle) -> u32 {
@@ -153,7 +153,9 @@ extern "C" fn cublasLtMatmulPreferenceDestroy(preference: Handle) -> u32 {
 }
 
 fn job(all: &Descriptions, handle: Handle, product: Handle, layouts: [Handle; 4]) -> Done<Job> {
-    all.handles.get(&handle).ok_or(NOT_INITIALIZED)?;
+    if !all.handles.contains(&handle) {
+        return Err(NOT_INITIALIZED);
+    }
     let layout = |i: usize| all.layouts.get(&layouts[i]).copied().ok_or(INVALID_VALUE);
     let job = Job {
         product: *all.products.get(&product).ok_or(INVALID_VALUE)?,
@@ -168,7 +170,6 @@ fn job(all: &Descriptions, handle: Handle, product: Handle, layouts: [Handle; 4]
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the library's")]
 extern "C" fn cublasLtMatmulAlgoGetHeuristic(
     handle: Handle,
     product: Handle,
@@ -197,7 +198,6 @@ extern "C" fn cublasLtMatmulAlgoGetHeuristic(
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the library's")]
 extern "C" fn cublasLtMatmul(
     handle: Handle,
     product: Handle,

@@ -2,7 +2,7 @@
 //! stand-in `libcuda.so` alone, which keeps the memory and executes products in their stream's order, in graphs, too.
 //!
 //! Matrices of bf16, f16, f32 or (from compute capability 8.9 on, with scales) e4m3; sums in f32; results in bf16, f16 or f32;
-//! the epilogues bias, ReLU and GELU. All else is refused with `CUBLAS_STATUS_NOT_SUPPORTED`.
+//! the epilogues bias, `ReLU` and GELU. All else is refused with `CUBLAS_STATUS_NOT_SUPPORTED`.
 //!
 //! As in the real library, the heuristics rank algorithms by the product's shape, the number of rows among it, and algorithms
 //! add up in different orders: who does not keep to one algorithm gets other bits. Each is deterministic.

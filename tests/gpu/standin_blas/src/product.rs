@@ -41,11 +41,12 @@ impl Job {
         if !shapes || !batches || !self.layouts.iter().all(leading) || [m, n, k, d.batch].contains(&0) {
             return Err(INVALID_VALUE);
         }
-        let kinds = match (a.kind, d.kind) {
-            (Kind::F32, Kind::F32) | (Kind::Bf16 | Kind::E4m3, Kind::Bf16 | Kind::F32) => true,
-            (Kind::F16 | Kind::E4m3, Kind::F16) | (Kind::F16, Kind::F32) => true,
-            _ => false,
-        };
+        let kinds = matches!(
+            (a.kind, d.kind),
+            (Kind::F32 | Kind::Bf16 | Kind::F16 | Kind::E4m3, Kind::F32)
+                | (Kind::Bf16 | Kind::E4m3, Kind::Bf16)
+                | (Kind::F16 | Kind::E4m3, Kind::F16)
+        );
         // Eight bits: only where there are tensor cores for them, only rows times columns, only multiples of 16.
         let eight =
             a.kind != Kind::E4m3 || capability >= 89 && turn_a && !turn_b && [m, n, k].iter().all(|size| size.is_multiple_of(16));

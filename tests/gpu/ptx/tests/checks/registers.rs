@@ -31,13 +31,24 @@ fn values_of_lanes_on_different_ways() {
     assert!((0..32).all(|tid| out[tid] == right(tid as u64)), "{out:?}");
 }
 
-/// A result that nobody reads takes the place of none that somebody does; nor does the next launch know of the last.
+/// The same where the text has the later part first: what is written there under a predicate alone was written before.
+#[test]
+fn a_part_that_is_executed_later_and_stands_first() {
+    let body = "setp.gt.u32 %p0, %tid, 9;\n bra FIRST;\n\
+        LATER:\n @%p0 mov.u32 %r1, 20;\n add.s32 %r2, %r1, 1;\n cvt.u64.u32 %d0, %r2;\n st.global.u64 [%o], %d0;\n ret;\n\
+        FIRST:\n mov.u32 %r1, 10;\n mov.u32 %r3, 77;\n add.s32 %r4, %r3, 1;\n mul.lo.s32 %r5, %r4, %r4;\n bra LATER;";
+    let out = Case::default().out(body);
+    assert!((0..32).all(|tid| out[tid] == if tid > 9 { 21 } else { 11 }), "{out:?}");
+}
+
+/// A result that nobody reads takes the place of none that somebody does; nor does the next block know of the last.
 #[test]
 fn results_that_nobody_reads_and_registers_that_nobody_wrote() {
-    let body = "add.s32 %r0, %tid, 1;\n mov.u32 %r1, 40;\n mov.b64 %d0, {%r0, %r1};\n mov.b64 {%r2, %r3}, %d0;\n\
+    let body = "mov.u32 %r10, %ctaid.x;\n mul.wide.u32 %d5, %r10, 256;\n add.s64 %o, %o, %d5;\n\
+        add.s32 %r0, %tid, 1;\n mov.u32 %r1, 40;\n mov.b64 %d0, {%r0, %r1};\n mov.b64 {%r2, %r3}, %d0;\n\
         add.s32 %r6, %r3, %r0;\n add.s32 %r6, %r6, %r20;\n cvt.u64.u32 %d1, %r6;\n st.global.u64 [%o], %d1;\n ret;";
-    let out = Case::default().out(body);
-    assert!((0..32).all(|tid| out[tid] == 41 + tid as u64), "{out:?}");
+    let out = Case { grid: 2, ..Case::default() }.out(body);
+    assert!((0..64).all(|i| out[i] == 41 + i as u64 % 32), "{out:?}");
 }
 
 /// Many values in use at once, read in the other order, beside as many that come and go.

@@ -21,7 +21,7 @@ impl Driver {
         let here = current().id();
         let forbids = |c: &&mut Capture| c.mode == GLOBAL || c.mode == THREAD_LOCAL && c.thread == here;
         let mut found = false;
-        for capture in self.captures.values_mut().filter(|c| forbids(&c)) {
+        for capture in self.captures.values_mut().filter(forbids) {
             capture.invalid = true;
             found = true;
         }

@@ -48,7 +48,6 @@ fn arguments(function: &Function, pointers: Host) -> Done<Vec<ptx::Arg>> {
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the driver's")]
 extern "C" fn cuLaunchKernel(
     function: Handle,
     grid_x: u32,

@@ -126,7 +126,7 @@ extern "C" fn cuMemFreeAsync(address: u64, stream: Handle) -> u32 {
         in_context(|driver, device| {
             let stream = driver.stream(stream, device)?;
             driver.not_captured(stream, "freeing in a graph is not there")?;
-            if !driver.memory.get(&address).is_some_and(|range| range.cost > 0) {
+            if driver.memory.get(&address).is_none_or(|range| range.cost == 0) {
                 return Err(INVALID_VALUE);
             }
             driver.push(stream, Op::Free { address })

@@ -3,6 +3,8 @@
 use crate::common::{Gpu, Kernels, alloc, alone, code};
 use cudarc::cublaslt::{result, sys};
 use half::{bf16, f16};
+use sys::cublasLtMatmulDescAttributes_t as A;
+use sys::cublasLtMatmulPreferenceAttributes_t as P;
 
 /// `out[m][n] = alpha x[m][k] weight[n][k]` transposed `+ beta out`, as cuBLASLt has it: columns of `weight` times those of `x`.
 #[derive(Clone, Copy)]
@@ -36,7 +38,6 @@ impl Case {
         let (m, n, k) = self.sizes;
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
         let product = product.unwrap();
-        use sys::cublasLtMatmulDescAttributes_t as A;
         let set = |attribute, value: &[u8]| {
             // SAFETY: the description exists; the value has the length that is told.
             unsafe { result::set_matmul_desc_attribute(product, attribute, value.as_ptr().cast(), value.len()) }.unwrap();
@@ -63,7 +64,6 @@ impl Case {
     /// The algorithms that there are, with so much workspace and these ways to reduce.
     fn algorithms(&self, workspace: u64, reductions: u32) -> Found {
         let Described(handle, product, [weight, x, out]) = self.describe();
-        use sys::cublasLtMatmulPreferenceAttributes_t as P;
         let preference = result::create_matmul_pref().unwrap();
         // SAFETY: a zero of each is a valid value; all handles exist, and there is room for four.
         unsafe {

@@ -25,6 +25,15 @@ fn the_compute_capability_and_what_goes_with_it() {
 }
 
 #[test]
+fn few_multiprocessors() {
+    for (knobs, right) in [(&[][..], 108), (&[("STANDIN_MULTIPROCESSORS", "3")], 3)] {
+        alone(knobs, || {
+            assert_eq!(Gpu::new().attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT), right);
+        });
+    }
+}
+
+#[test]
 fn little_memory() {
     alone(&[("STANDIN_MEMORY", "64M")], || {
         let _gpu = Gpu::new();

@@ -28,6 +28,8 @@ fn pageable_memory_is_read_at_the_call_and_pinned_memory_later() {
     });
 }
 
+type Forbidden<'a> = Box<dyn FnMut() -> u32 + 'a>;
+
 /// What is not allowed during a capture ends it.
 #[test]
 fn a_capture_is_lost_by_what_it_forbids() {
@@ -36,7 +38,6 @@ fn a_capture_is_lost_by_what_it_forbids() {
         let at = alloc(16).unwrap();
         let scale = Kernels::load().get("scale");
         let mut pageable = [0f32; 4];
-        type Forbidden<'a> = Box<dyn FnMut() -> u32 + 'a>;
         let forbidden: [Forbidden; 8] = [
             Box::new(|| code(gpu.sync())),
             Box::new(|| code(result::ctx::synchronize())),
@@ -170,9 +171,9 @@ fn what_is_gone_is_known_as_such() {
             result::stream::destroy(gpu.stream).unwrap();
             assert_eq!(code(gpu.sync()), 400);
             result::ctx::synchronize().unwrap();
-            let mut got = [0f32];
+            let mut got = [0u32];
             result::memcpy_dtoh_sync(&mut got, at).unwrap();
-            assert_eq!(got, [7.0]);
+            assert_eq!(got, [7f32.to_bits()]);
             assert_eq!(code(sync(std::ptr::without_provenance_mut(12345))), 400);
         }
     });
