@@ -52,7 +52,7 @@ struct Fixup {
 
 pub(crate) struct Body<'t> {
     draft: &'t Draft,
-    tokens: &'t [Token],
+    tokens: &'t [Token<'t>],
     code: Vec<Inst>,
     opcodes: HashMap<String, usize>,
     scopes: Vec<Scope>,
@@ -73,7 +73,7 @@ pub(crate) struct Body<'t> {
 }
 
 impl<'t> Body<'t> {
-    pub(crate) fn new(draft: &'t Draft, tokens: &'t [Token]) -> Self {
+    pub(crate) fn new(draft: &'t Draft, tokens: &'t [Token<'t>]) -> Self {
         Self {
             draft,
             tokens,
@@ -196,7 +196,7 @@ impl<'t> Body<'t> {
         if text.peek().and_then(Token::word) == Some(".branchtargets") {
             text.at += 1;
             let names = operands(text)?;
-            let names = names.into_iter().filter_map(|o| if let Operand::Name(name) = o { Some(name) } else { None });
+            let names = names.into_iter().filter_map(|o| if let Operand::Name(name) = o { Some(name.to_owned()) } else { None });
             self.declare(name, Named::Table(names.collect()));
             return Ok(());
         }
@@ -360,7 +360,10 @@ impl<'t> Body<'t> {
 
     fn push(&mut self, op: Op, guard: Option<Cond>, opcode: &str) {
         let n = self.opcodes.len();
-        let opcode = *self.opcodes.entry(opcode.to_owned()).or_insert(n);
+        let opcode = match self.opcodes.get(opcode) {
+            Some(&known) => known,
+            None => *self.opcodes.entry(opcode.to_owned()).or_insert(n),
+        };
         self.code.push(Inst { guard, op, line: self.line, loc: self.loc, opcode });
     }
 
@@ -368,7 +371,7 @@ impl<'t> Body<'t> {
         let base = opcode.split('.').next().unwrap_or("");
         match (base, operands) {
             ("bra", [Operand::Name(label)]) => {
-                self.fixup(vec![label.clone()]);
+                self.fixup(vec![(*label).to_owned()]);
                 self.push(Op::Branch { target: 0, uniform: opcode == "bra.uni" }, guard, opcode);
             }
             ("brx", [index, Operand::Name(table)]) => {
@@ -400,22 +403,18 @@ impl<'t> Body<'t> {
 
     /// `call (returned), function, (given)`: the function's body, with the call's parameters for its own.
     fn call(&mut self, guard: Option<Cond>, given: &[Operand]) -> Result<(), ParseError> {
-        let names = |operand: Option<&Operand>| match operand {
-            Some(Operand::List(list)) => list.clone(),
-            _ => Vec::new(),
-        };
         let (returned, rest) = if matches!(given.first(), Some(Operand::List(_))) {
             (names(given.first()), &given[1..])
         } else {
             (Vec::new(), given)
         };
         let Some(Operand::Name(name)) = rest.first() else { return Err(self.error("a call of a pointer is not known")) };
-        if name == "__assertfail" {
+        if *name == "__assertfail" {
             self.push(Op::Trap, guard, "call.__assertfail");
             return Ok(());
         }
         let draft = self.draft;
-        let function = draft.functions.get(name).ok_or_else(|| self.error(format!("{name} is not defined in this text")))?;
+        let function = draft.functions.get(*name).ok_or_else(|| self.error(format!("{name} is not defined in this text")))?;
         let Some(at) = function.body else { return Err(self.error(format!("{name} has no body"))) };
         if guard.is_some() || self.depth >= MAX_DEPTH {
             return Err(self.error("calls under a predicate and recursion are not known"));
@@ -457,6 +456,14 @@ impl<'t> Body<'t> {
             }
         }
         Ok(())
+    }
+}
+
+/// The parameters of a call in parentheses.
+fn names<'t>(operand: Option<&Operand<'t>>) -> Vec<Operand<'t>> {
+    match operand {
+        Some(Operand::List(list)) => list.clone(),
+        _ => Vec::new(),
     }
 }
 

@@ -4,22 +4,22 @@ use crate::ParseError;
 
 /// A token and the line it stands on, counted from 1.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Token {
-    pub(crate) kind: Kind,
+pub(crate) struct Token<'t> {
+    pub(crate) kind: Kind<'t>,
     pub(crate) line: u32,
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Kind {
+pub(crate) enum Kind<'t> {
     /// An opcode, directive, name or number: whatever has no space or punctuation in it.
-    Word(String),
-    Text(String),
+    Word(&'t str),
+    Text(&'t str),
     Sign(char),
 }
 
-impl Token {
-    pub(crate) fn word(&self) -> Option<&str> {
-        match &self.kind {
+impl<'t> Token<'t> {
+    pub(crate) fn word(&self) -> Option<&'t str> {
+        match self.kind {
             Kind::Word(word) => Some(word),
             _ => None,
         }
@@ -31,7 +31,7 @@ impl Token {
 }
 
 /// All tokens of a module, comments left out. An error where a character has no meaning in PTX.
-pub(crate) fn tokens(text: &str) -> Result<Vec<Token>, ParseError> {
+pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
     let bytes = text.as_bytes();
     let (mut at, mut line) = (0, 1u32);
     let mut found = Vec::new();
@@ -52,14 +52,14 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token>, ParseError> {
             }
             b'"' => {
                 let len = text[at + 1..].find('"').ok_or_else(|| ParseError::new(line, "a string without end"))?;
-                found.push(Token { kind: Kind::Text(text[at + 1..at + 1 + len].to_owned()), line });
+                found.push(Token { kind: Kind::Text(&text[at + 1..at + 1 + len]), line });
                 at += len + 2;
             }
             b if in_word(b) => {
                 while at < bytes.len() && (in_word(bytes[at]) || is_double_colon(bytes, at)) {
                     at += if bytes[at] == b':' { 2 } else { 1 };
                 }
-                found.push(Token { kind: Kind::Word(text[start..at].to_owned()), line });
+                found.push(Token { kind: Kind::Word(&text[start..at]), line });
             }
             b if b"{}()[]<>,;:=@!|+-".contains(&b) => {
                 found.push(Token { kind: Kind::Sign(char::from(b)), line });

@@ -128,7 +128,7 @@ impl Draft {
                     text.at += 1;
                     let number = text.number()?;
                     if let Some(Kind::Text(name)) = text.peek().map(|t| &t.kind) {
-                        self.files.insert(u32::try_from(number).unwrap_or(0), name.clone());
+                        self.files.insert(u32::try_from(number).unwrap_or(0), (*name).to_owned());
                     }
                     text.at -= 2;
                     text.skip_line();
@@ -161,7 +161,7 @@ impl Draft {
 /// `(returned) name (parameters) directives { body }`, or `;` instead of the body.
 fn function(text: &mut Cursor) -> Result<Function, ParseError> {
     let returned = if text.next_is('(') { params(text)? } else { Vec::new() };
-    let name = text.word()?;
+    let name = text.word()?.to_owned();
     let given = if text.next_is('(') { params(text)? } else { Vec::new() };
     let mut function = Function { name, returned, given, body: None, max_threads: None };
     loop {
@@ -176,7 +176,7 @@ fn function(text: &mut Cursor) -> Result<Function, ParseError> {
             return Ok(function);
         }
         let directive = text.word()?;
-        match directive.as_str() {
+        match directive {
             ".maxntid" | ".reqntid" => {
                 let mut threads = text.number()?;
                 while text.next_is(',') {
@@ -220,7 +220,7 @@ pub(crate) fn declared(text: &mut Cursor) -> Result<(String, Option<usize>, usiz
     let (mut align, mut size, mut pointer) = (0, 0, false);
     loop {
         let word = text.word()?;
-        match word.as_str() {
+        match word {
             // Behind `.ptr` it is what is pointed at that is described.
             ".align" if pointer => _ = text.number()?,
             ".align" => align = text.number()?,
@@ -240,7 +240,7 @@ pub(crate) fn declared(text: &mut Cursor) -> Result<(String, Option<usize>, usiz
                     }
                     text.expect(']')?;
                 }
-                return Ok((word, total, align.max(element)));
+                return Ok((word.to_owned(), total, align.max(element)));
             }
         }
     }
@@ -248,7 +248,7 @@ pub(crate) fn declared(text: &mut Cursor) -> Result<(String, Option<usize>, usiz
 
 /// A variable of a module or function; the cursor is at its state space.
 pub(crate) fn variable(text: &mut Cursor) -> Result<Variable, ParseError> {
-    let space = match text.word()?.as_str() {
+    let space = match text.word()? {
         ".global" => VarSpace::Global,
         ".const" => VarSpace::Const,
         ".shared" => VarSpace::Shared,
@@ -299,12 +299,12 @@ pub(crate) fn type_bytes(word: &str) -> Option<usize> {
 
 /// A place in the tokens of a module.
 pub(crate) struct Cursor<'t> {
-    pub(crate) tokens: &'t [Token],
+    pub(crate) tokens: &'t [Token<'t>],
     pub(crate) at: usize,
 }
 
-impl Cursor<'_> {
-    pub(crate) fn peek(&self) -> Option<&Token> {
+impl<'t> Cursor<'t> {
+    pub(crate) fn peek(&self) -> Option<&'t Token<'t>> {
         self.tokens.get(self.at)
     }
 
@@ -328,8 +328,8 @@ impl Cursor<'_> {
         Ok(())
     }
 
-    pub(crate) fn word(&mut self) -> Result<String, ParseError> {
-        let word = self.peek().and_then(Token::word).map(str::to_owned);
+    pub(crate) fn word(&mut self) -> Result<&'t str, ParseError> {
+        let word = self.peek().and_then(Token::word);
         self.at += 1;
         word.ok_or_else(|| self.error("a word was expected"))
     }

@@ -4,28 +4,28 @@ use crate::ParseError;
 use crate::module::{Cursor, number};
 
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Operand {
+pub(crate) enum Operand<'t> {
     /// A register, variable, label or function.
-    Name(String),
+    Name(&'t str),
     /// A number: its bits, and whether they are those of a float of 32 or 64 bits.
     Number(u64),
     /// A decimal with a point, of whatever width its use has.
     Decimal(f64),
     /// `name+4`: an address within a variable.
-    Sum(String, i64),
-    Vector(Vec<Operand>),
+    Sum(&'t str, i64),
+    Vector(Vec<Operand<'t>>),
     /// `[base+offset]`.
-    Memory(Box<Operand>, i64),
+    Memory(Box<Operand<'t>>, i64),
     /// `!p`.
-    Not(String),
+    Not(&'t str),
     /// `p|q`: two results.
-    Pair(Box<Operand>, Box<Operand>),
+    Pair(Box<Operand<'t>>, Box<Operand<'t>>),
     /// `(a, b)`: parameters of a call.
-    List(Vec<Operand>),
+    List(Vec<Operand<'t>>),
 }
 
 /// Operands up to the `;`, which is taken too.
-pub(crate) fn operands(text: &mut Cursor) -> Result<Vec<Operand>, ParseError> {
+pub(crate) fn operands<'t>(text: &mut Cursor<'t>) -> Result<Vec<Operand<'t>>, ParseError> {
     let mut found = Vec::new();
     while !text.next_is(';') {
         found.push(operand(text)?);
@@ -39,7 +39,7 @@ pub(crate) fn operands(text: &mut Cursor) -> Result<Vec<Operand>, ParseError> {
     Ok(found)
 }
 
-fn operand(text: &mut Cursor) -> Result<Operand, ParseError> {
+fn operand<'t>(text: &mut Cursor<'t>) -> Result<Operand<'t>, ParseError> {
     let first = simple(text)?;
     if text.next_is('|') {
         text.at += 1;
@@ -48,7 +48,7 @@ fn operand(text: &mut Cursor) -> Result<Operand, ParseError> {
     Ok(first)
 }
 
-fn simple(text: &mut Cursor) -> Result<Operand, ParseError> {
+fn simple<'t>(text: &mut Cursor<'t>) -> Result<Operand<'t>, ParseError> {
     if text.next_is('{') {
         return Ok(Operand::Vector(list(text, '}')?));
     }
@@ -92,7 +92,7 @@ fn simple(text: &mut Cursor) -> Result<Operand, ParseError> {
     Ok(Operand::Name(word))
 }
 
-fn list(text: &mut Cursor, end: char) -> Result<Vec<Operand>, ParseError> {
+fn list<'t>(text: &mut Cursor<'t>, end: char) -> Result<Vec<Operand<'t>>, ParseError> {
     text.at += 1;
     let mut found = Vec::new();
     while !text.next_is(end) {

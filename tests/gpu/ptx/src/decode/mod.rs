@@ -192,7 +192,7 @@ impl Body<'_> {
     /// A register that is written; `_` is nobody's.
     pub(crate) fn dst(&mut self, operand: &Operand) -> Result<R, ParseError> {
         match operand {
-            Operand::Name(name) if name == "_" => Ok(0),
+            Operand::Name(name) if *name == "_" => Ok(0),
             Operand::Name(name) => match self.find(name) {
                 Some(Named::Register(r, _)) => Ok(*r),
                 _ => Err(self.error(format!("{name} is no register that can be written"))),
@@ -229,7 +229,7 @@ impl Body<'_> {
 
     pub(crate) fn pred(&self, operand: &Operand) -> Result<P, ParseError> {
         match operand {
-            Operand::Name(name) if name == "_" => Ok(0),
+            Operand::Name(name) if *name == "_" => Ok(0),
             Operand::Name(name) => self.predicate(name),
             _ => Err(self.error("a predicate was expected")),
         }
@@ -249,7 +249,7 @@ impl Body<'_> {
 }
 
 /// The parts of a vector, or the one operand.
-fn vector(operand: &Operand) -> Vec<Operand> {
+fn vector<'t>(operand: &Operand<'t>) -> Vec<Operand<'t>> {
     match operand {
         Operand::Vector(parts) => parts.clone(),
         other => vec![other.clone()],
@@ -257,7 +257,7 @@ fn vector(operand: &Operand) -> Vec<Operand> {
 }
 
 /// `d|p`, or `d` alone.
-fn pair(operand: &Operand) -> (&Operand, Option<&Operand>) {
+fn pair<'o, 't>(operand: &'o Operand<'t>) -> (&'o Operand<'t>, Option<&'o Operand<'t>>) {
     match operand {
         Operand::Pair(first, second) => (first, Some(second)),
         other => (other, None),
