@@ -170,12 +170,12 @@ impl<'t> Body<'t> {
             let word = text.word()?;
             if text.next_is(':') {
                 text.at += 1;
-                self.label(&word, text)?;
+                self.label(word, text)?;
             } else if word.starts_with('.') {
-                self.directive(&word, text)?;
+                self.directive(word, text)?;
             } else {
                 let operands = operands(text)?;
-                self.instruction(guard, &word, &operands)?;
+                self.instruction(guard, word, &operands)?;
             }
         }
     }
@@ -188,7 +188,7 @@ impl<'t> Body<'t> {
         let negate = text.next_is('!');
         text.at += usize::from(negate);
         let p = text.word()?;
-        Ok(Some(Cond { p: self.predicate(&p)?, negate }))
+        Ok(Some(Cond { p: self.predicate(p)?, negate }))
     }
 
     fn label(&mut self, name: &str, text: &mut Cursor) -> Result<(), ParseError> {
@@ -255,7 +255,7 @@ impl<'t> Body<'t> {
     /// `.reg .b32 %r<10>;` or `.reg .pred p, q;`
     fn registers(&mut self, text: &mut Cursor) -> Result<(), ParseError> {
         let kind = text.word()?;
-        let bits = type_bytes(&kind).map(|bytes| u32::try_from(bytes * 8).unwrap_or(64));
+        let bits = type_bytes(kind).map(|bytes| u32::try_from(bytes * 8).unwrap_or(64));
         if bits.is_none() && kind != ".pred" {
             return Err(self.error(format!("registers of type {kind} are not known")));
         }
@@ -269,7 +269,7 @@ impl<'t> Body<'t> {
                     self.register(&format!("{name}{i}"), bits);
                 }
             } else {
-                self.register(&name, bits);
+                self.register(name, bits);
             }
             if !text.next_is(',') {
                 return text.expect(';');

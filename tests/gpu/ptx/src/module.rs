@@ -226,7 +226,7 @@ pub(crate) fn declared(text: &mut Cursor) -> Result<(String, Option<usize>, usiz
             ".align" => align = text.number()?,
             ".ptr" => pointer = true,
             ".global" | ".const" | ".shared" | ".local" if pointer => {}
-            _ if size == 0 => size = type_bytes(&word).ok_or_else(|| text.error(format!("unknown type {word}")))?,
+            _ if size == 0 => size = type_bytes(word).ok_or_else(|| text.error(format!("unknown type {word}")))?,
             _ => {
                 let element = size;
                 let mut total = Some(size);
@@ -344,7 +344,7 @@ impl<'t> Cursor<'t> {
         let negative = self.next_is('-');
         self.at += usize::from(negative);
         let word = self.word()?;
-        let value = number(&word).ok_or_else(|| self.error(format!("{word} is no number")))?;
+        let value = number(word).ok_or_else(|| self.error(format!("{word} is no number")))?;
         Ok(if negative { value.wrapping_neg() } else { value })
     }
 

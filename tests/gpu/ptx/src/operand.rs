@@ -73,7 +73,7 @@ fn simple<'t>(text: &mut Cursor<'t>) -> Result<Operand<'t>, ParseError> {
     text.at += usize::from(negative);
     let word = text.word()?;
     if word.starts_with(|c: char| c.is_ascii_digit()) {
-        if let Some(value) = number(&word) {
+        if let Some(value) = number(word) {
             return Ok(Operand::Number(if negative { value.wrapping_neg() } else { value }));
         }
         let value: f64 = word.parse().map_err(|_| text.error(format!("{word} is no number")))?;

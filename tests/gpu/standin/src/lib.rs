@@ -42,15 +42,18 @@ mod work;
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Puts the library into a folder under the names that programs look for. Cargo built it beside the test that calls this.
+/// Puts the library into a folder under the names that programs look for, in place of what is there. Cargo built it beside the
+/// test that calls this.
 pub fn install(folder: &Path) -> io::Result<()> {
+    static LINKS: AtomicU32 = AtomicU32::new(0);
     let library = std::env::current_exe()?.with_file_name("libstandin.so");
     for name in ["libcuda.so", "libcuda.so.1"] {
-        let link = folder.join(name);
-        if link.symlink_metadata().is_err() {
-            std::os::unix::fs::symlink(&library, link)?;
-        }
+        // Others may be at it at the same time.
+        let own = format!(".{name}.{}.{}", std::process::id(), LINKS.fetch_add(1, Ordering::Relaxed));
+        std::os::unix::fs::symlink(&library, folder.join(&own))?;
+        std::fs::rename(folder.join(own), folder.join(name))?;
     }
     Ok(())
 }

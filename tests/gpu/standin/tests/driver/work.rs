@@ -234,6 +234,20 @@ fn variables_of_a_module() {
     });
 }
 
+/// Freeing without a stream waits for what may still use the memory.
+#[test]
+fn memory_that_is_freed_while_a_kernel_is_queued() {
+    alone(&[], || {
+        let gpu = Gpu::new();
+        let scale = Kernels::load().get("scale");
+        let at = gpu.floats(&[1.0; 32]);
+        gpu.launch(scale, 1, 32, &[at, 32]).unwrap();
+        // SAFETY: nothing uses it after this.
+        unsafe { result::free_sync(at).unwrap() };
+        gpu.sync().unwrap();
+    });
+}
+
 #[test]
 fn memory_that_is_freed_in_the_streams_order() {
     alone(&[("STANDIN_MEMORY", "64K")], || {
