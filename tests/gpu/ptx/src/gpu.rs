@@ -5,7 +5,7 @@ use crate::fault::{Fault, FaultKind, Wrong};
 use crate::memory::Global;
 use crate::module::{Kernel, Module, VarSpace};
 use crate::{Counters, Line};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 /// A grid's or a block's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,11 +78,13 @@ pub struct Options {
     pub poison: u8,
     /// Where its memory begins, so that devices' addresses differ: a multiple of 2^56 below 2^60.
     pub place: u64,
+    /// Counters tell each instruction's, too (`Counters::lines`): for a small launch that takes as long as all else.
+    pub lines: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, races: true, lanes: true, max_steps: 100_000_000, poison: 0xFF, place: 0 }
+        Self { seed: 0, races: true, lanes: true, max_steps: 100_000_000, poison: 0xFF, place: 0, lines: true }
     }
 }
 
@@ -259,20 +261,22 @@ impl Gpu {
 
     fn counters(&mut self, kernel: &Kernel) -> Counters {
         let mut counters = std::mem::take(&mut self.parts.totals);
-        let mut instructions = BTreeMap::new();
+        let mut by_opcode = vec![0; kernel.opcodes.len()];
         for (inst, count) in kernel.code.iter().zip(&self.parts.counts).filter(|(_, count)| count.executed > 0) {
-            let opcode = kernel.opcodes[inst.opcode].clone();
-            *instructions.entry(opcode.clone()).or_default() += count.executed;
-            counters.lines.push(Line {
-                ptx_line: inst.line,
-                source: source(kernel, inst),
-                opcode,
-                executed: count.executed,
-                sectors: count.sectors,
-                conflicts: count.conflicts,
-            });
+            by_opcode[inst.opcode] += count.executed;
+            if self.options.lines {
+                counters.lines.push(Line {
+                    ptx_line: inst.line,
+                    source: source(kernel, inst),
+                    opcode: kernel.opcodes[inst.opcode].clone(),
+                    executed: count.executed,
+                    sectors: count.sectors,
+                    conflicts: count.conflicts,
+                });
+            }
         }
-        counters.instructions = instructions;
+        let executed = kernel.opcodes.iter().cloned().zip(by_opcode).filter(|(_, n)| *n > 0);
+        counters.instructions = executed.collect();
         counters
     }
 }

@@ -75,10 +75,10 @@ fn spans(code: &mut [Inst], fixed: &[bool]) -> (Vec<(usize, usize)>, Vec<R>) {
                     return;
                 }
                 touch(*r, i);
-                // Under a predicate some lanes keep what was there.
-                if (role == Role::Read || guarded) && !block.written.has(*r) {
+                if role == Role::Read && !block.written.has(*r) {
                     block.live.add(*r);
                 }
+                // Under a predicate some lanes keep what was there.
                 if role == Role::Written && !guarded {
                     writes.push(*r);
                 }

@@ -170,8 +170,13 @@ pub(crate) fn last_look(f: impl FnOnce(&Driver)) {
 impl Driver {
     pub(crate) fn new(knobs: Knobs) -> Self {
         let device = |i: usize| {
-            let options =
-                ptx::Options { seed: knobs.seed, races: knobs.races, place: (i as u64) << 56, ..ptx::Options::default() };
+            let options = ptx::Options {
+                seed: knobs.seed,
+                races: knobs.races,
+                place: (i as u64) << 56,
+                lines: false,
+                ..ptx::Options::default()
+            };
             Device { gpu: Arc::new(Mutex::new(ptx::Gpu::new(options))), retained: 0, failed: None, used: 0, staged: 0 }
         };
         let legacy = |i: usize| (legacy(i), Stream { device: i, blocking: true, ..Stream::default() });
