@@ -1,6 +1,7 @@
 //! Loads, stores, state spaces, atomics.
 
 use crate::common::Case;
+use ptx::{Gpu, Options};
 
 const SHARED: &str = ".shared .align 16 .b8 tile[1024];";
 
@@ -95,4 +96,16 @@ fn atomics_of_all_threads_add_up() {
     let mut out = out;
     out.sort_unstable();
     assert_eq!(out, (0..512).collect::<Vec<u64>>());
+}
+
+/// All of it, wherever it is touched first.
+#[test]
+fn memory_that_nobody_wrote_holds_the_poison() {
+    let mut gpu = Gpu::new(Options { poison: 0xA5, ..Options::default() });
+    let n = 300_000;
+    let at = gpu.alloc(n);
+    gpu.write(at + 131_071, &[1, 2]).unwrap();
+    let mut right = vec![0xA5; n];
+    right[131_071..131_073].copy_from_slice(&[1, 2]);
+    assert_eq!(gpu.read(at, n).unwrap(), right);
 }
