@@ -93,7 +93,10 @@ extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuEventQuery(event: Handle) -> u32 {
     call("cuEventQuery", || {
-        let (device, goal) = driver(|driver| driver.goal_of(event))?;
+        let (device, goal) = driver(|driver| {
+            driver.unsafe_call()?;
+            driver.goal_of(event)
+        })?;
         goal.map_or(Ok(()), |goal| ready(device, goal))
     })
 }

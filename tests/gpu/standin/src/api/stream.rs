@@ -65,6 +65,7 @@ extern "C" fn cuStreamQuery(stream: Handle) -> u32 {
         let (device, goal) = in_context(|driver, device| {
             let stream = driver.stream(stream, device)?;
             driver.not_captured(stream, "nobody can ask for what is only captured")?;
+            driver.unsafe_call()?;
             Ok((device, driver.all_of(stream)))
         })?;
         ready(device, goal)

@@ -38,7 +38,10 @@ fn a_capture_is_lost_by_what_it_forbids() {
         let at = alloc(16).unwrap();
         let scale = Kernels::load().get("scale");
         let mut pageable = [0f32; 4];
-        let forbidden: [Forbidden; 8] = [
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap();
+        let forbidden: [Forbidden; 9] = [
+            // SAFETY: the event exists.
+            Box::new(|| code(unsafe { result::event::query(event) })),
             Box::new(|| code(gpu.sync())),
             Box::new(|| code(result::ctx::synchronize())),
             Box::new(|| code(alloc(16))),
