@@ -1,7 +1,9 @@
-// Embedding: x[t] = scale · table[ids[t]].
+// Rows by their numbers. embed_bf16: x[t] = scale · table[ids[t]]; gather_rows: out[r] = x[rows[r]], f32.
 //
 // ids [T] u32, table [V][H] bfloat16, x [T][H] f32. H is a multiple of 8; ids are under V.
 // Grid: T blocks of 128 threads. Reads 2 and writes 4 bytes per element of x; one multiplication each.
+// gather_rows: rows [R] u32, x [T][H] f32, out [R][H] f32. H is a multiple of 4. Grid: R blocks of 128 threads. Reads and writes
+// 4 bytes per element.
 #include "prims.cuh"
 
 extern "C" __global__ void __launch_bounds__(128) embed_bf16(
@@ -15,4 +17,11 @@ extern "C" __global__ void __launch_bounds__(128) embed_bf16(
         to[0] = make_float4(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale);
         to[1] = make_float4(v[4] * scale, v[5] * scale, v[6] * scale, v[7] * scale);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    gather_rows(const u32* __restrict__ rows, const float* __restrict__ x, float* __restrict__ out, u32 width) {
+    const float* from = x + (u64)rows[blockIdx.x] * width;
+    float* to = out + (u64)blockIdx.x * width;
+    for (u32 i = threadIdx.x * 4; i < width; i += 128 * 4) store16(to + i, load16(from + i));
 }

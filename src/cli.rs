@@ -305,7 +305,7 @@ pub struct EngineArgs {
     /// A name from `valar models` or a path to a .gguf file
     #[arg(short, long, value_name = "NAME|FILE")]
     pub model: Option<String>,
-    /// cpu, or reference (slow, for comparison)
+    /// cpu, cuda or cuda:1 and so on (an NVIDIA GPU), auto (the first GPU if it can be used, else cpu), or reference (slow, for comparison)
     #[arg(long)]
     pub device: Option<String>,
     /// In which numbers the CPU computes: int8, bf16, exact (f32), or fast (the faster of the first two here)

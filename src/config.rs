@@ -5,6 +5,7 @@
 pub mod serve;
 
 use crate::device::cpu::{Isa, Numerics};
+use crate::device::cuda::KernelPlace;
 use crate::format::PartSize;
 use crate::hub::remote::Remote;
 use crate::journal::{Shard, Terms};
@@ -12,7 +13,7 @@ use crate::pipeline::budget::Budget;
 use crate::pipeline::spec::{EngineKind, FormatSpec, PartsSpec, PipelineSpec, PromptSpec, RepetitionSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params, Repetition};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A checked job.
 #[derive(Debug, Clone)]
@@ -91,7 +92,7 @@ impl ReusePlace {
 pub struct ModelConfig {
     /// A catalogue name, `org/name`, or a path.
     pub name: String,
-    /// `cpu` or `reference`.
+    /// `cpu`, `cuda` or `cuda:1` and so on, `auto` (the first GPU if it can be used, else the CPU), or `reference`.
     pub device: String,
     /// In which numbers the CPU computes.
     pub numerics: String,
@@ -105,10 +106,16 @@ pub struct ModelConfig {
     pub max_running: usize,
     /// Bytes for weights, KV cache and workspace.
     pub memory_bytes: u64,
+    /// Whether the user said so; if not, a GPU's own memory counts.
+    pub memory_is_given: bool,
+    /// Models that share a device's memory.
+    pub n_sharing: u64,
     /// Threads that compute.
     pub n_threads: usize,
     /// Their instructions.
     pub isa: Isa,
+    /// Where a GPU's kernels are.
+    pub kernels: KernelPlace,
     /// Where models are kept.
     pub cache: PathBuf,
     /// Where models called `org/name` come from.
@@ -207,8 +214,11 @@ impl Config {
             budget_tokens: engine.budget_tokens,
             max_running: engine.max_running,
             memory_bytes: self.memory_bytes,
+            memory_is_given: engine.memory.is_some(),
+            n_sharing: 1,
             n_threads: self.n_threads,
             isa: self.isa,
+            kernels: kernel_place(&self.cache),
             cache: self.cache.clone(),
             hub: self.hub.clone(),
             quiet: self.quiet,
@@ -431,6 +441,11 @@ pub fn cache_folder() -> Result<PathBuf> {
 /// The file of NVRTC that `VALAR_NVRTC` names.
 pub fn nvrtc() -> Option<PathBuf> {
     std::env::var_os("VALAR_NVRTC").filter(|file| !file.is_empty()).map(PathBuf::from)
+}
+
+/// Where a GPU's kernels are kept and what compiles them, models being kept in that folder.
+fn kernel_place(cache: &Path) -> KernelPlace {
+    KernelPlace { folder: cache.join("kernels"), nvrtc: nvrtc() }
 }
 
 /// The instruction-set path that `VALAR_CPU` names, else the fastest of this machine.

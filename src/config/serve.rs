@@ -365,7 +365,8 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
         let weights = crate::pipeline::spec::ModelSpec::default().name;
         entries.push(ModelEntry::of(weights));
     }
-    let memory_bytes = match flags.memory.as_ref().or(engine.memory.as_ref()) {
+    let memory = flags.memory.as_ref().or(engine.memory.as_ref());
+    let memory_bytes = match memory {
         Some(text) => parse_bytes(text).context("engine.memory")?,
         None => free_memory_bytes()? / 2,
     };
@@ -393,8 +394,11 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
             max_running: engine.max_running,
             // Models that are loaded share the memory evenly.
             memory_bytes: memory_bytes / n_loaded,
+            memory_is_given: memory.is_some(),
+            n_sharing: n_loaded,
             n_threads,
             isa: isa()?,
+            kernels: super::kernel_place(&cache_folder()?),
             cache: cache_folder()?,
             hub: hub(),
             quiet: false,

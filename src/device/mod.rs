@@ -140,6 +140,11 @@ pub struct StepSizes<'a> {
     pub experts: Option<ExpertSizes>,
 }
 
+/// The device can do nothing any more: whatever was to be computed, no row is at fault. (What an error of [`Device::finish`] is of.)
+#[derive(Debug, thiserror::Error)]
+#[error("the device failed: {0}")]
+pub struct Lost(pub String);
+
 /// A device: where weights and the KV cache live and the arithmetic is done.
 ///
 /// Shapes: `T` is the number of tokens of the step (`batch.tokens.len()`), at most the `max_tokens` that buffers were
@@ -160,15 +165,55 @@ pub trait Device: Send {
     /// the instruction-set path, where paths differ in their bits).
     fn fingerprint(&self) -> String;
 
+    /// Whether models of these sizes can run. (Devices that can run any leave it as it is.)
+    ///
+    /// # Errors
+    /// What of it the device does not have.
+    fn check(&self, _sizes: &StepSizes<'_>) -> anyhow::Result<()> {
+        Ok(())
+    }
+    /// Told before anything is loaded what all will take: weights, caches, buffers, `reserve`. (Devices that allocate as they go
+    /// leave it as it is.)
+    ///
+    /// # Errors
+    /// There is not so much memory.
+    fn make_room(&mut self, _n_bytes: usize) -> anyhow::Result<()> {
+        Ok(())
+    }
+    /// Told after loading and after each step's last operation: operations return nothing, so a device keeps its first failure
+    /// for this.
+    ///
+    /// # Errors
+    /// [`Lost`]: something has failed since the device was made; it is of no use any more.
+    fn finish(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     /// Loads a linear layer; several tensors are stacked along n (q, k and v become one weight). All have the same k;
     /// their types may differ.
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Weight>;
+    /// Loads a table of embeddings, which may serve as the head's weight, too.
+    fn load_table(&self, table: &Tensor<'_>) -> anyhow::Result<Self::Weight> {
+        self.load_weight(std::slice::from_ref(table))
+    }
     /// Loads the gate and up projections, each `[n, k]`, for [`Device::gate_up`].
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Self::Weight>;
     /// Loads a vector; several tensors are put one after the other.
     fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Vector>;
     /// Bytes that a tensor takes once it is loaded.
     fn tensor_bytes(&self, tensor: &Tensor<'_>) -> usize;
+    /// Bytes that tensors take that are loaded as one weight.
+    fn stack_bytes(&self, parts: &[Tensor<'_>]) -> usize {
+        parts.iter().map(|part| self.tensor_bytes(part)).sum()
+    }
+    /// Bytes that a table of embeddings takes.
+    fn table_bytes(&self, table: &Tensor<'_>) -> usize {
+        self.tensor_bytes(table)
+    }
+    /// Bytes that [`Device::reserve`] takes, where memory is planned for it.
+    fn reserve_bytes(&self, _sizes: &StepSizes<'_>) -> usize {
+        0
+    }
     /// Bytes that one layer's cache takes per block.
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize;
     /// Makes one layer's cache.

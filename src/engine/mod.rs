@@ -27,8 +27,8 @@ use std::sync::atomic::AtomicUsize;
 
 use anyhow::ensure;
 
-use crate::device::BLOCK_TOKENS;
 use crate::device::batch::{Batch, HeadOut, StepOutput};
+use crate::device::{BLOCK_TOKENS, Lost};
 use crate::model::{Runner, RunnerLimits};
 use crate::outcome::FinishReason;
 use crate::request::MAX_TOP_LOGPROBS;
@@ -315,6 +315,8 @@ impl Engine {
                 finished.append(&mut self.accused);
                 Ok(())
             }
+            // No row is at fault, and none can be tried.
+            Err(why) if why.is::<Lost>() => Err(why),
             Err(_) => self.isolate(finished),
         }
     }

@@ -1,7 +1,8 @@
 //! What becomes of a step that fails: the device reports an error, or a kernel panics. Its rows are tried again in ever smaller
 //! groups, each from its tokens anew, until those that fail alone are found: they end, broken; the others go on where they were.
 //! Invariants: a row that ends this way failed in a step of its own; no other row's tokens change, since they never depend on
-//! what else is in a step; an engine that can do nothing any more says so instead of giving up row after row.
+//! what else is in a step; an engine that can do nothing any more says so instead of giving up row after row (at once, if its
+//! device says that it failed: [`Lost`]).
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,6 +13,7 @@ use super::handle::panic_message;
 use super::scheduler::Scheduler;
 use super::sequence::{Phase, Sequence};
 use super::{Engine, Finished, batch};
+use crate::device::Lost;
 use crate::outcome::FinishReason;
 
 /// Rows that fail alone, one after the other without a good step between, after which it is not they that are at fault.
@@ -40,7 +42,7 @@ impl Engine {
     /// The others have lost their blocks, and gained a token at least.
     ///
     /// # Errors
-    /// So many rows fail alone that the device must be at fault.
+    /// So many rows fail alone that the device must be at fault; or it says that it is.
     pub(super) fn isolate(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
         let suspects: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
         self.scheduler.withdraw_all();
@@ -52,6 +54,9 @@ impl Engine {
             self.scheduler.withdraw_all();
             self.scheduler.take_back(aside);
             let Err((left, why)) = tried else { continue };
+            if why.is::<Lost>() {
+                return Err(why);
+            }
             let rest: Vec<u64> = left.into_iter().filter(|id| !failed.contains(id)).collect();
             groups.extend((!rest.is_empty()).then_some(rest));
             if let &[guilty] = &*failed {

@@ -74,7 +74,7 @@ impl<D: Device> Model<D> {
             .collect::<Result<_>>()?;
         let head = if spec.tied_head { None } else { Some(dev.load_weight(&[file.tensor("output.weight")?])?) };
         Ok(Self {
-            embed: dev.load_weight(&[file.tensor("token_embd.weight")?])?,
+            embed: dev.load_table(&file.tensor("token_embd.weight")?)?,
             layers,
             norm: dev.load_vector(&[file.tensor("output_norm.weight")?])?,
             head,
@@ -114,8 +114,7 @@ impl<D: Device> ModelRunner<D> {
             n_blocks > 0 && max_step_tokens > 0,
             "{n_blocks} KV blocks, steps of {max_step_tokens} tokens: both must be at least 1"
         );
-        let model = Model::load(&dev, file)?;
-        let spec = &model.spec;
+        let spec = file.spec()?;
         let limits = RunnerLimits {
             n_blocks,
             max_step_tokens,
@@ -124,17 +123,15 @@ impl<D: Device> ModelRunner<D> {
             // A longer sequence could never finish: one alone must fit the pool.
             max_context: spec.max_context.min(n_blocks * BLOCK_TOKENS),
         };
-        dev.reserve(&StepSizes {
-            max_tokens: max_step_tokens,
-            max_seqs: limits.max_step_seqs,
-            max_context: limits.max_context,
-            n_vocab: spec.n_vocab,
-            width: spec.width,
-            attention: &spec.attention,
-            experts: spec.experts.map(|experts| experts.sizes),
-        });
+        let sizes = StepSizes { max_context: limits.max_context, ..spec.step_sizes(max_step_tokens) };
+        dev.check(&sizes)?;
+        let needs = sizing(&dev, &spec, file, max_step_tokens);
+        dev.make_room(needs.fixed_bytes() + n_blocks * needs.kv_block_bytes)?;
+        let model = Model::load(&dev, file)?;
+        dev.reserve(&sizes);
         let caches = spec.attention.iter().map(|attention| dev.new_cache(attention, n_blocks)).collect();
-        let workspace = Workspace::new(&dev, spec, max_step_tokens);
+        let workspace = Workspace::new(&dev, &spec, max_step_tokens);
+        dev.finish()?;
         Ok(Self { dev, model, caches, workspace, limits })
     }
 
@@ -172,6 +169,7 @@ impl<D: Device> Runner for ModelRunner<D> {
             return Ok(());
         }
         self.model.forward(&self.dev, batch, &mut self.caches, &mut self.workspace, out);
+        self.dev.finish()?;
         assert_eq!(out.rows.len(), batch.heads.len(), "one result per head row");
         Ok(())
     }

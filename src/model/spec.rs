@@ -7,7 +7,7 @@
 use super::family::Family;
 use super::file::ModelFile;
 use super::rope::{self, RopeScaling};
-use crate::device::{Activation, AttentionSpec, ExpertSizes, RopeStyle};
+use crate::device::{Activation, AttentionSpec, ExpertSizes, RopeStyle, StepSizes};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 
@@ -159,6 +159,19 @@ impl ModelSpec {
     /// Query, key and value elements of a token: what the first projection of a layer gives.
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()
+    }
+
+    /// How large steps of that many tokens can get, with sequences as long as the model takes.
+    pub fn step_sizes(&self, max_tokens: usize) -> StepSizes<'_> {
+        StepSizes {
+            max_tokens,
+            max_seqs: max_tokens,
+            max_context: self.max_context,
+            n_vocab: self.n_vocab,
+            width: self.width,
+            attention: &self.attention,
+            experts: self.experts.map(|experts| experts.sizes),
+        }
     }
 
     /// Query elements of a token: what attention gives.

@@ -48,6 +48,15 @@ pub struct Sizing {
     pub workspace_bytes: usize,
     /// Bytes of the weights in the device's own layout.
     pub weights_bytes: usize,
+    /// Bytes of the device's own memory for steps, where it plans that ahead.
+    pub reserve_bytes: usize,
+}
+
+impl Sizing {
+    /// Everything but the KV cache.
+    pub fn fixed_bytes(&self) -> usize {
+        self.weights_bytes + self.workspace_bytes + self.reserve_bytes
+    }
 }
 
 /// Sizes a model on a device, before anything is allocated.
@@ -59,10 +68,31 @@ pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, file: &dyn ModelFile, max_st
     };
     let branch_elements = if spec.post_norms { spec.width } else { 0 };
     let row_elements = 2 * spec.width + spec.qkv_width() + spec.q_width() + ffn_elements + branch_elements;
-    let tensors = file.tensor_names().into_iter().filter_map(|name| file.find_tensor(name));
     Sizing {
         kv_block_bytes: spec.attention.iter().map(|attention| dev.cache_block_bytes(attention)).sum(),
         workspace_bytes: max_step_tokens * row_elements * size_of::<f32>(),
-        weights_bytes: tensors.map(|tensor| dev.tensor_bytes(&tensor)).sum(),
+        weights_bytes: weights_bytes(dev, file),
+        reserve_bytes: dev.reserve_bytes(&spec.step_sizes(max_step_tokens)),
     }
+}
+
+/// Parts of a layer that become one weight.
+const STACKS: [&[&str]; 2] = [&["attn_q.weight", "attn_k.weight", "attn_v.weight"], &["ffn_gate.weight", "ffn_up.weight"]];
+
+/// All tensors as they are loaded: some as one weight, the embeddings as a table.
+fn weights_bytes<D: Device>(dev: &D, file: &dyn ModelFile) -> usize {
+    let bytes = |name: &str| -> usize {
+        let Some(tensor) = file.find_tensor(name) else { return 0 };
+        if name == "token_embd.weight" {
+            return dev.table_bytes(&tensor);
+        }
+        let Some((layer, part)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+            return dev.tensor_bytes(&tensor);
+        };
+        let Some(stack) = STACKS.iter().find(|stack| stack.contains(&part)) else { return dev.tensor_bytes(&tensor) };
+        let parts: Vec<_> = stack.iter().filter_map(|part| file.find_tensor(&format!("blk.{layer}.{part}"))).collect();
+        // Counted with its first part.
+        if parts.first().is_some_and(|first| first.name == tensor.name) { dev.stack_bytes(&parts) } else { 0 }
+    };
+    file.tensor_names().into_iter().map(bytes).sum()
 }

@@ -7,6 +7,7 @@ use super::progress::say;
 use super::spec::EngineKind;
 use crate::config::{Config, ModelConfig};
 use crate::device::cpu::{CpuDevice, Numerics};
+use crate::device::cuda::CudaDevice;
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
 use crate::engine::TokenTable;
@@ -42,6 +43,7 @@ pub struct OpenModel {
 
 enum AnyDevice {
     Cpu(Box<CpuDevice>),
+    Cuda(Box<CudaDevice>),
     Reference(Reference),
     /// No device: see [`NullRunner`].
     Null(NullRunner),
@@ -103,30 +105,10 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
         tokenizer.n_vocab(),
         spec.n_vocab
     );
-    let (device, device_fingerprint, memory) = match config.device.as_str() {
-        _ if config.kind == EngineKind::Null => {
-            let max_seqs = config.max_running;
-            let runner = NullRunner::new(spec.n_vocab, spec.max_context, max_seqs, tokenizer.end_ids().first().copied());
-            let n_blocks = runner.limits().n_blocks;
-            let memory = MemoryPlan {
-                n_blocks,
-                max_context: spec.max_context,
-                max_context_reason: "the model's context",
-                kv_token_bytes: 0,
-            };
-            (AnyDevice::Null(runner), "null".to_owned(), memory)
-        }
-        "cpu" => {
-            let device = open_cpu(&*file, &spec, config)?;
-            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &*file, &spec, config)?);
-            (AnyDevice::Cpu(Box::new(device)), fingerprint, memory)
-        }
-        "reference" => {
-            let device = Reference;
-            let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, &*file, &spec, config)?);
-            (AnyDevice::Reference(device), fingerprint, memory)
-        }
-        other => bail!("model.device: {other:?} is not one of cpu, reference"),
+    let (device, device_fingerprint, memory) = if config.kind == EngineKind::Null {
+        no_device(&spec, &tokenizer, config)
+    } else {
+        open_device(&*file, &spec, config, &mut tell)?
     };
     let fingerprint = Fingerprint {
         weights: content_hash(&file.content()),
@@ -137,13 +119,76 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
     Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
 }
 
+/// A device, its fingerprint, and how its memory is shared out.
+type OpenDevice = (AnyDevice, String, MemoryPlan);
+
+/// What is in a device's place where there is none.
+fn no_device(spec: &ModelSpec, tokenizer: &Tokenizer, config: &ModelConfig) -> OpenDevice {
+    let end = tokenizer.end_ids().first().copied();
+    let runner = NullRunner::new(spec.n_vocab, spec.max_context, config.max_running, end);
+    let n_blocks = runner.limits().n_blocks;
+    let (max_context, max_context_reason) = (spec.max_context, "the model's context");
+    let memory = MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: 0 };
+    (AnyDevice::Null(runner), "null".to_owned(), memory)
+}
+
+/// The device of that name.
+fn open_device(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig, tell: &mut dyn FnMut(&str)) -> Result<OpenDevice> {
+    match config.device.as_str() {
+        "cpu" => open_cpu(file, spec, config),
+        "reference" => {
+            let allowed = Allowed { n_bytes: config.memory_bytes, advice: HOST_ADVICE.to_owned() };
+            let (fingerprint, memory) = (Reference.fingerprint(), plan_memory(&Reference, file, spec, config, &allowed)?);
+            Ok((AnyDevice::Reference(Reference), fingerprint, memory))
+        }
+        "auto" => match open_cuda(0, file, spec, config, tell) {
+            Ok(open) => {
+                tell("device: cuda:0");
+                Ok(open)
+            }
+            Err(error) => {
+                tell(&format!("device: cpu ({error:#})"));
+                open_cpu(file, spec, config)
+            }
+        },
+        name => match name.strip_prefix("cuda") {
+            Some("") => open_cuda(0, file, spec, config, tell),
+            Some(number) if number.strip_prefix(':').is_some_and(|n| n.parse::<usize>().is_ok()) => {
+                open_cuda(number[1..].parse()?, file, spec, config, tell)
+            }
+            _ => bail!("model.device: {name:?} is not one of cpu, cuda, cuda:1 and so on, auto, reference"),
+        },
+    }
+}
+
+/// A GPU, if the model can run on it.
+fn open_cuda(
+    ordinal: usize,
+    file: &dyn ModelFile,
+    spec: &ModelSpec,
+    config: &ModelConfig,
+    tell: &mut dyn FnMut(&str),
+) -> Result<OpenDevice> {
+    let numerics = &config.numerics;
+    ensure!(numerics == "fast", "model.numerics: {numerics:?} is for the CPU; CUDA computes in bfloat16");
+    let device = CudaDevice::open(ordinal, &config.kernels, tell)?;
+    device.check(&spec.step_sizes(config.budget_tokens))?;
+    let free = device.free_bytes()?;
+    // Others may want a little of what is free now; the driver itself does.
+    let n_bytes = if config.memory_is_given { config.memory_bytes.min(free) } else { free / 10 * 9 / config.n_sharing };
+    let advice = format!("{} MiB of cuda:{ordinal} are free; choose a smaller engine.budget_tokens or model", free >> 20);
+    let memory = plan_memory(&device, file, spec, config, &Allowed { n_bytes, advice })?;
+    let fingerprint = device.fingerprint();
+    Ok((AnyDevice::Cuda(Box::new(device)), fingerprint, memory))
+}
+
 /// Most bytes of weights in bfloat16 that `fast` takes. What is larger is bound by reading weights, of which the file's
 /// integers have fewer; and it would crowd out the KV cache.
 const MAX_FAST_BF16_BYTES: usize = 4 << 30;
 
 /// The CPU in the numbers asked for. What `fast` means depends on the model and the machine's instructions, never on free
 /// memory: that must not change a result.
-fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<CpuDevice> {
+fn cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<CpuDevice> {
     let isa = config.isa;
     let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads);
     if config.numerics != "fast" {
@@ -152,6 +197,13 @@ fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Res
     let fastest = device(Numerics::fastest(isa));
     let fits = sizing(&fastest, spec, file, config.budget_tokens).weights_bytes <= MAX_FAST_BF16_BYTES;
     Ok(if fastest.numerics() == Numerics::Int8 || fits { fastest } else { device(Numerics::Int8) })
+}
+
+fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<OpenDevice> {
+    let device = cpu(file, spec, config)?;
+    let allowed = Allowed { n_bytes: config.memory_bytes, advice: HOST_ADVICE.to_owned() };
+    let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, file, spec, config, &allowed)?);
+    Ok((AnyDevice::Cpu(Box::new(device)), fingerprint, memory))
 }
 
 /// What a model's files say.
@@ -210,6 +262,7 @@ pub fn load(open: OpenModel, config: &ModelConfig, meter: &Arc<Meter>) -> Result
     let budget_tokens = config.budget_tokens;
     let runner: Box<dyn Runner> = match device {
         AnyDevice::Cpu(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),
+        AnyDevice::Cuda(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),
         AnyDevice::Reference(device) => Box::new(ModelRunner::load(device, &*file, memory.n_blocks, budget_tokens)?),
         AnyDevice::Null(runner) => Box::new(runner),
     };
@@ -219,12 +272,27 @@ pub fn load(open: OpenModel, config: &ModelConfig, meter: &Arc<Meter>) -> Result
 /// A KV cache of fewer tokens is not worth starting with.
 const MIN_KV_TOKENS: usize = 256;
 
-fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<MemoryPlan> {
+/// What may be used of a memory, and what to do if that is not enough.
+struct Allowed {
+    n_bytes: u64,
+    advice: String,
+}
+
+/// For devices that use the machine's memory.
+const HOST_ADVICE: &str = "raise --memory, or choose numbers that take less (--numerics int8)";
+
+fn plan_memory<D: Device>(
+    device: &D,
+    file: &dyn ModelFile,
+    spec: &ModelSpec,
+    config: &ModelConfig,
+    allowed: &Allowed,
+) -> Result<MemoryPlan> {
     let sizes = sizing(device, spec, file, config.budget_tokens);
-    // Logits of the rows of a step, made at the first one.
-    let logits_bytes = config.max_running.min(64) * spec.n_vocab * size_of::<f32>();
-    let fixed_bytes = (sizes.weights_bytes + sizes.workspace_bytes + logits_bytes) as u64;
-    let kv_bytes = config.memory_bytes.saturating_sub(fixed_bytes);
+    // Logits of the rows of a step, made at the first one; a device that plans ahead has counted them.
+    let logits_bytes = if sizes.reserve_bytes > 0 { 0 } else { config.max_running.min(64) * spec.n_vocab * size_of::<f32>() };
+    let fixed_bytes = (sizes.fixed_bytes() + logits_bytes) as u64;
+    let kv_bytes = allowed.n_bytes.saturating_sub(fixed_bytes);
     // More than every running row at full length can't be used.
     let useful = config.max_running * spec.max_context.div_ceil(BLOCK_TOKENS);
     let n_blocks = (kv_bytes / sizes.kv_block_bytes as u64).min(useful as u64) as usize;
@@ -232,11 +300,12 @@ fn plan_memory<D: Device>(device: &D, file: &dyn ModelFile, spec: &ModelSpec, co
     if pool_tokens < MIN_KV_TOKENS {
         let need = fixed_bytes + (MIN_KV_TOKENS / BLOCK_TOKENS * sizes.kv_block_bytes) as u64;
         bail!(
-            "not enough memory for the model: {} MiB allowed, at least {} MiB needed (weights {}, a step {}, KV cache); raise --memory, or choose numbers that take less (--numerics int8)",
-            config.memory_bytes >> 20,
+            "not enough memory for the model: {} MiB allowed, at least {} MiB needed (weights {}, a step {}, KV cache); {}",
+            allowed.n_bytes >> 20,
             (need >> 20) + 1,
             sizes.weights_bytes >> 20,
-            (sizes.workspace_bytes + logits_bytes) >> 20,
+            (sizes.fixed_bytes() - sizes.weights_bytes + logits_bytes) >> 20,
+            allowed.advice,
         );
     }
     let (max_context, max_context_reason) = match spec.max_context {

@@ -203,7 +203,8 @@ pub enum PartsSpec {
 pub struct ModelSpec {
     /// A catalogue name (`valar models`) or a path to a GGUF file.
     pub name: String,
-    /// `cpu` or `reference` (slow, for comparison).
+    /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU if it can be used, else the CPU), or
+    /// `reference` (slow, for comparison).
     pub device: String,
     /// In which numbers the CPU computes: `int8`, `bf16`, `exact` (f32), or `fast`, the faster of the first two here.
     pub numerics: String,

@@ -113,7 +113,7 @@ fn launch(kernel: &str) -> (u32, u32) {
         "prefill" => (256, if last == "256" { 3 * 64 * row } else { 2 * 64 * row }),
         "decode" => (128, 2 * 64 * row + 16 * row + 16 * 72 * 4),
         "sample" => (512, 0),
-        "embed" | "finish" | "merge" => (128, 0),
+        "embed" | "gather" | "finish" | "merge" => (128, 0),
         _ if family.starts_with("linear") => (128, 0),
         _ => (256, 0),
     }
@@ -177,7 +177,7 @@ fn needs(kernel: &str, arch: &str, resources: &Resources) {
         _ if kernel.starts_with("quant_rows") => &[],
         _ if kernel.starts_with("linear_q") => &[0, 1, 2, 3],
         _ if kernel.starts_with("add_norm") => &[3, 4],
-        "finish_qkv" | "copy_blocks" | "embed_bf16" | "gate_silu" | "gate_gelu" => &[3, 4],
+        "finish_qkv" | "copy_blocks" | "embed_bf16" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
         _ => &[3],
     };
     for &i in wanted {

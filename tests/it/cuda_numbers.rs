@@ -25,6 +25,20 @@ fn embedding_takes_rows() {
     }
 }
 
+#[test]
+fn rows_are_gathered() {
+    let (mut m, mut noise) = (Machine::new(), Noise(6));
+    for width in [4, 512, 516] {
+        let x = noise.f32s(5 * width);
+        let rows = [4u32, 4, 0];
+        let (rows_at, x_at, out) = (m.u32s(&rows), m.f32s(&x), m.room(4 * 3 * width));
+        let args = [Arg::U64(rows_at), Arg::U64(x_at), Arg::U64(out), Arg::U32(width as u32)];
+        m.run(&module("embed"), "gather_rows", ((3, 1), 128, 0), &args);
+        let want: Vec<f32> = rows.iter().flat_map(|&row| &x[row as usize * width..][..width]).copied().collect();
+        assert_eq!(m.read_f32s(out, 3 * width), want);
+    }
+}
+
 /// Norms of rows, with and without a sum before: widths around what a round of threads takes.
 #[test]
 fn norms() {

@@ -29,14 +29,19 @@ pub fn check_arch(arch: &str) -> Result<&str> {
     Ok(arch)
 }
 
+/// The file that the image of a program has in the folder.
+pub(super) fn path_of(program: &Program, arch: &str, compiler: (i32, i32), folder: &Path) -> PathBuf {
+    let ending = if arch.starts_with("sm_") { "cubin" } else { "ptx" };
+    folder.join(format!("{}.{arch}.{}.{ending}", program.name, hash(program, arch, compiler)))
+}
+
 /// The image of a program for an architecture, from the folder or, if it is not there, compiled into it.
 ///
 /// # Errors
 /// What the compiler says, or the file system.
 pub fn build(nvrtc: &Nvrtc, program: &Program, arch: &str, folder: &Path) -> Result<Kept> {
     check_arch(arch)?;
-    let ending = if arch.starts_with("sm_") { "cubin" } else { "ptx" };
-    let path = folder.join(format!("{}.{arch}.{}.{ending}", program.name, hash(program, arch, nvrtc.version())));
+    let path = path_of(program, arch, nvrtc.version(), folder);
     match fs::metadata(&path) {
         Ok(found) => return Ok(Kept { path, n_bytes: found.len(), was_there: true }),
         Err(error) if error.kind() == ErrorKind::NotFound => {}

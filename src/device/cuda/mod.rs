@@ -1,12 +1,26 @@
-//! What becomes of the CUDA sources in `kernels/`: they are part of the program, and NVRTC makes machine code of them for one
-//! architecture at a time. Knows nothing of models, rows or devices that run it.
+//! CUDA: NVIDIA GPUs. The sources in `kernels/` are part of the program; NVRTC makes machine code of them for one architecture at a
+//! time, `device` drives it. Knows nothing of rows, requests or text.
 //!
 //! Invariant: building the program needs nothing of CUDA; what is not needed is not opened.
 
+mod blas;
 mod cache;
+mod device;
+mod driver;
+mod images;
+mod kernels;
+mod memory;
 mod nvrtc;
+mod operations;
 mod sources;
+mod staging;
+mod step;
+mod weights;
+mod work;
 
 pub use cache::{Kept, build, check_arch};
+pub use device::{Act, Cache, CudaDevice, Hidden, Vector, Weight};
+pub use driver::Facts;
+pub use images::KernelPlace;
 pub use nvrtc::{Image, Nvrtc};
 pub use sources::{ARCHS, PROGRAMS, Program};

@@ -1,0 +1,345 @@
+//! A GPU as a [`Device`]: what it holds, how it is loaded, and how failures of the driver are told. The residual stream is f32;
+//! activations, keys and values are bfloat16.
+//!
+//! Invariants: all memory is one arena, made before anything is loaded; a step allocates nothing on the GPU. The first error of the
+//! driver is kept: nothing is launched after it, and `finish` tells it.
+
+use super::blas::{Blas, Output};
+use super::driver::{Facts, Gpu};
+use super::images::{Images, KernelPlace};
+use super::kernels::{HEAD_DIMS, Kernels, check_width};
+use super::memory::{Arena, aligned};
+use super::operations::broken;
+use super::step::{self, Step};
+use super::weights::{self, Form};
+use crate::device::batch::{Batch, StepOutput};
+use crate::device::{Activation, AttentionSpec, BLOCK_TOKENS, Device, Experts, HeadSpec, Lost, QkvExtra, StepSizes};
+use crate::tensor::Tensor;
+use anyhow::{Context, Result, bail, ensure};
+use std::cell::RefCell;
+
+/// Tokens that a vocabulary may have: keys of the sampling kernel have so many bits for them.
+const MAX_VOCAB: usize = 1 << 18;
+
+/// An NVIDIA GPU.
+pub struct CudaDevice {
+    step: RefCell<Option<Step>>,
+    failure: RefCell<Option<String>>,
+    arena: Arena,
+    pub(super) kernels: Kernels,
+    pub(super) blas: Blas,
+    fingerprint: String,
+    // The last one to go: the others are parts of it.
+    pub(super) gpu: Gpu,
+}
+
+/// A linear layer's weights.
+pub struct Weight {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) place: Place,
+}
+
+/// Where weights are, and how.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// `[n][k]` bfloat16.
+    Bf16(u64),
+    /// As `linear_q.cu` says.
+    Packed { bits: usize, q: u64, scales: u64 },
+}
+
+/// An f32 vector.
+pub struct Vector {
+    pub(super) at: u64,
+}
+
+/// `[max_tokens][width]`, with room for f32. The residual stream is f32; what a projection gives, bfloat16.
+pub struct Hidden {
+    pub(super) at: u64,
+    max_tokens: usize,
+    pub(super) width: usize,
+}
+
+impl Hidden {
+    /// Where queries go when q, k and v are finished: `[T][n_heads][head_dim]` bfloat16, behind the projection's bfloat16.
+    pub(super) fn queries(&self) -> u64 {
+        self.at + (2 * self.max_tokens * self.width) as u64
+    }
+}
+
+/// Activations, `[max_tokens][k]` bfloat16.
+pub struct Act {
+    pub(super) at: u64,
+}
+
+/// One layer's keys and values, `[n_blocks][n_kv_heads][16][head_dim]` bfloat16 each.
+pub struct Cache {
+    pub(super) keys: u64,
+    pub(super) values: u64,
+}
+
+impl CudaDevice {
+    /// Opens a GPU by its number and loads the kernels, which are compiled if they have not been before.
+    ///
+    /// # Errors
+    /// No driver, an old one, no such GPU, one that the kernels are not for, no way to get the kernels, no cuBLASLt.
+    pub fn open(ordinal: usize, place: &KernelPlace, tell: &mut dyn FnMut(&str)) -> Result<Self> {
+        let mut open = || -> Result<Self> {
+            let gpu = Gpu::open(ordinal)?;
+            let blas = Blas::open()?;
+            let images = Images::load(&gpu, place, tell)?;
+            let kernels = Kernels::find(&gpu, &images)?;
+            let fingerprint = fingerprint(gpu.facts(), &images);
+            let (step, failure, arena) = (RefCell::default(), RefCell::default(), Arena::default());
+            Ok(Self { step, failure, arena, kernels, blas, fingerprint, gpu })
+        };
+        open().with_context(|| format!("device cuda:{ordinal}"))
+    }
+
+    /// What the GPU is.
+    pub fn facts(&self) -> &Facts {
+        self.gpu.facts()
+    }
+
+    /// Memory of the GPU that nobody uses, bytes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn free_bytes(&self) -> Result<u64> {
+        Ok(self.gpu.memory()?.0)
+    }
+
+    /// Does something unless something has failed before; keeps the first failure.
+    fn attempt<T>(&self, done: impl FnOnce() -> Result<T>) -> Option<T> {
+        if self.failure.borrow().is_some() {
+            return None;
+        }
+        match done() {
+            Ok(value) => Some(value),
+            Err(error) => {
+                *self.failure.borrow_mut() = Some(format!("cuda:{}: {error:#}", self.facts().ordinal));
+                None
+            }
+        }
+    }
+
+    /// The same with the memory of steps.
+    fn attempt_step(&self, done: impl FnOnce(&mut Step) -> Result<()>) {
+        self.attempt(|| done(self.step.borrow_mut().as_mut().context("`reserve` comes before the first step")?));
+    }
+
+    /// Room in the arena, with these bytes.
+    fn put(&self, bytes: &[u8]) -> Result<u64> {
+        let at = self.arena.take(bytes.len())?;
+        self.gpu.upload(at, bytes)?;
+        Ok(at)
+    }
+
+    /// Room in the arena; a failure is kept.
+    fn room(&self, n_bytes: usize) -> u64 {
+        self.attempt(|| self.arena.take(n_bytes)).unwrap_or(0)
+    }
+
+    /// Tensors as one weight of that form.
+    fn load(&self, parts: &[Tensor<'_>], form: Form) -> Result<Weight> {
+        let (n, k) = weights::shape(parts)?;
+        let place = match form {
+            Form::Packed(bits) => {
+                let (q, scales) = weights::pack(parts, bits)?;
+                Place::Packed { bits, q: self.put(&q)?, scales: self.put(&scales)? }
+            }
+            Form::Bf16 => {
+                let at = self.arena.take(2 * n * k)?;
+                let mut to = at;
+                for part in parts {
+                    let bytes = weights::bf16_bytes(part);
+                    self.gpu.upload(to, &bytes)?;
+                    to += bytes.len() as u64;
+                }
+                for output in [Output::Bf16, Output::F32, Output::Sum] {
+                    self.blas.prepare((n, k), output)?;
+                }
+                Place::Bf16(at)
+            }
+        };
+        Ok(Weight { n, k, place })
+    }
+}
+
+/// Everything that bits depend on besides the model.
+fn fingerprint(facts: &Facts, images: &Images) -> String {
+    let (major, minor) = images.compiler;
+    format!(
+        "cuda {} ({}) kernels={} nvrtc={major}.{minor} cublaslt={} algorithms={} kv=bf16",
+        images.arch,
+        facts.name,
+        images.hash(),
+        Blas::version(),
+        Blas::rule()
+    )
+}
+
+impl Device for CudaDevice {
+    type Weight = Weight;
+    type Vector = Vector;
+    type Hidden = Hidden;
+    type Act = Act;
+    type Cache = Cache;
+
+    fn fingerprint(&self) -> String {
+        self.fingerprint.clone()
+    }
+
+    fn check(&self, sizes: &StepSizes<'_>) -> Result<()> {
+        ensure!(sizes.experts.is_none(), "models with experts are not supported on CUDA yet");
+        check_width(sizes.width)?;
+        ensure!(sizes.n_vocab <= MAX_VOCAB, "{} tokens are more than CUDA's kernels take, {MAX_VOCAB}", sizes.n_vocab);
+        for spec in sizes.attention {
+            let dim = spec.head_dim;
+            ensure!(HEAD_DIMS.contains(&dim), "heads of {dim} elements are not supported on CUDA, only of {HEAD_DIMS:?}");
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self, n_bytes: usize) -> Result<()> {
+        let (free, total) = self.gpu.memory()?;
+        let memory = self.gpu.allocate(n_bytes).with_context(|| {
+            let [needed, free, total] = [n_bytes as u64, free, total].map(|n| n >> 20);
+            format!("too little memory on cuda:{}: {needed} MiB are needed, {free} of {total} MiB are free", self.facts().ordinal)
+        })?;
+        self.arena = Arena::new(memory);
+        Ok(())
+    }
+
+    fn load_weight(&self, parts: &[Tensor<'_>]) -> Result<Weight> {
+        self.load(parts, weights::form(parts))
+    }
+
+    fn load_table(&self, table: &Tensor<'_>) -> Result<Weight> {
+        self.load(std::slice::from_ref(table), Form::Bf16)
+    }
+
+    fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> Result<Weight> {
+        let n = gate.shape[0];
+        ensure!(n.is_multiple_of(8), "{}: {n} rows are not supported on CUDA, only multiples of 8", gate.name);
+        self.load_weight(&[gate.clone(), up.clone()])
+    }
+
+    fn load_vector(&self, parts: &[Tensor<'_>]) -> Result<Vector> {
+        Ok(Vector { at: self.put(&weights::f32_bytes(parts))? })
+    }
+
+    fn tensor_bytes(&self, tensor: &Tensor<'_>) -> usize {
+        match tensor.shape[..] {
+            [n] => aligned(n * size_of::<f32>()),
+            _ => self.stack_bytes(std::slice::from_ref(tensor)),
+        }
+    }
+
+    fn stack_bytes(&self, parts: &[Tensor<'_>]) -> usize {
+        weights::stack_bytes(parts)
+    }
+
+    fn table_bytes(&self, table: &Tensor<'_>) -> usize {
+        aligned(2 * table.shape.iter().product::<usize>())
+    }
+
+    fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
+        2 * 2 * BLOCK_TOKENS * spec.n_kv_heads * spec.head_dim
+    }
+
+    fn reserve_bytes(&self, sizes: &StepSizes<'_>) -> usize {
+        step::bytes(sizes, self.facts().n_multiprocessors)
+    }
+
+    fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
+        let half = n_blocks * self.cache_block_bytes(spec) / 2;
+        Cache { keys: self.room(half), values: self.room(half) }
+    }
+
+    fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {
+        Hidden { at: self.room(max_tokens * width * size_of::<f32>()), max_tokens, width }
+    }
+
+    fn new_act(&self, max_tokens: usize, width: usize) -> Act {
+        Act { at: self.room(2 * max_tokens * width) }
+    }
+
+    fn reserve(&mut self, sizes: &StepSizes<'_>) {
+        let step = self.attempt(|| Step::new(&self.gpu, &self.arena, sizes));
+        *self.step.get_mut() = step;
+    }
+
+    fn finish(&self) -> Result<()> {
+        match &*self.failure.borrow() {
+            None => Ok(()),
+            Some(failure) => bail!(Lost(failure.clone())),
+        }
+    }
+
+    /// Also plans the step, for all its operations.
+    fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {
+        self.attempt_step(|step| {
+            self.begin(step, batch)?;
+            self.embed_rows(step, table, scale, batch.tokens.len() as u32, x)
+        });
+    }
+
+    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, _next: &Weight, batch: &Batch, act: &mut Act) {
+        self.attempt(|| self.norm_rows((x.at, x.width), weight, eps, batch.tokens.len(), act.at));
+    }
+
+    fn norm_add(&self, y: &Hidden, weight: &Vector, eps: f32, batch: &Batch, x: &mut Hidden) {
+        self.attempt(|| self.norm_add_rows(y, weight, eps, batch.tokens.len(), x));
+    }
+
+    fn linear(&self, act: &Act, weight: &Weight, batch: &Batch, out: &mut Hidden) {
+        self.attempt(|| self.multiply(act.at, weight, batch.tokens.len(), Output::Bf16, out.at));
+    }
+
+    fn linear_add(&self, act: &Act, weight: &Weight, batch: &Batch, x: &mut Hidden) {
+        self.attempt(|| self.multiply(act.at, weight, batch.tokens.len(), Output::Sum, x.at));
+    }
+
+    fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
+        self.attempt_step(|step| self.finish_rows(step, qkv, extra, spec, batch, cache));
+    }
+
+    fn attention(&self, qkv: &Hidden, spec: &AttentionSpec, cache: &Cache, _next: &Weight, _batch: &Batch, act: &mut Act) {
+        self.attempt_step(|step| self.attend(step, qkv, spec, cache, act));
+    }
+
+    fn gate_up(
+        &self,
+        act: &Act,
+        weight: &Weight,
+        f: Activation,
+        _next: &Weight,
+        batch: &Batch,
+        scratch: &mut Hidden,
+        out: &mut Act,
+    ) {
+        self.attempt(|| {
+            self.multiply(act.at, weight, batch.tokens.len(), Output::Bf16, scratch.at)?;
+            self.gate(scratch, weight.n / 2, f, batch.tokens.len(), out)
+        });
+    }
+
+    /// Never: `check` refuses such models.
+    fn experts(&self, _act: &Act, _experts: &Experts<Weight>, _f: Activation, _batch: &Batch, _x: &mut Hidden) {
+        self.attempt(|| -> Result<()> { bail!("there are no kernels for experts") });
+    }
+
+    fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, out: &mut StepOutput) {
+        broken(batch, out);
+        self.attempt_step(|step| self.draw(step, (x, norm, weight), spec, batch, out));
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // Nothing may be under way when memory goes, and memory goes in its own context.
+        let _of_no_use_any_more = self.gpu.enter().and_then(|()| self.gpu.wait());
+    }
+}

@@ -1,0 +1,126 @@
+//! The kernels of the programs in `kernels/`, by what they are for. Their shapes are in the sources' head comments.
+
+use super::driver::{Function, Gpu};
+use super::images::Images;
+use super::sources::PROGRAMS;
+use crate::device::Activation;
+use anyhow::{Context, Result, ensure};
+
+/// Sizes of heads that attention has kernels for.
+pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+/// What a norm's kernel is called by: rounds of 1024 elements.
+const ROUNDS: [usize; 4] = [1, 4, 8, 16];
+/// Rows of a block of `linear_q`, in tiles of 16.
+const TILES: [usize; 2] = [1, 4];
+
+/// Keys of a tile of attention.
+pub(super) const TILE: u32 = 64;
+/// Keys of a segment, whose states are merged from left to right.
+pub(super) const SEGMENT: u32 = 1024;
+
+/// All kernels.
+pub(super) struct Kernels {
+    pub(super) embed: Function,
+    pub(super) gather: Function,
+    pub(super) finish_qkv: Function,
+    pub(super) copy_blocks: Function,
+    pub(super) merge: Function,
+    pub(super) sample: Function,
+    gate_silu: Function,
+    gate_gelu: Function,
+    add_norm: [Function; ROUNDS.len()],
+    norm_add: [Function; ROUNDS.len()],
+    prefill: [Function; HEAD_DIMS.len()],
+    decode: [Function; HEAD_DIMS.len()],
+    /// By bits (4, 8), whether results are added to f32 or stored as bfloat16, tiles.
+    linear_q: [[[Function; TILES.len()]; 2]; 2],
+}
+
+/// One of each of a list.
+fn each<const N: usize>(list: [usize; N], f: impl Fn(usize) -> Result<Function>) -> Result<[Function; N]> {
+    let found: Vec<Function> = list.into_iter().map(f).collect::<Result<_>>()?;
+    Ok(std::array::from_fn(|i| found[i]))
+}
+
+/// Bytes from row to row of keys in shared memory.
+fn stride(head_dim: usize) -> usize {
+    2 * head_dim + 16
+}
+
+impl Kernels {
+    /// Finds every kernel in the loaded programs.
+    ///
+    /// # Errors
+    /// One is missing, or needs more shared memory than the GPU has.
+    pub(super) fn find(gpu: &Gpu, images: &Images) -> Result<Self> {
+        let of = |program: &str, kernel: &str, shared: usize| {
+            let i = PROGRAMS.iter().position(|p| p.name == program).with_context(|| format!("no program {program}"))?;
+            gpu.function(images.modules[i], kernel, shared as u32)
+        };
+        let keys = TILE as usize;
+        let prefill = |dim: usize| {
+            // Of the largest heads, queries do not stay in registers.
+            let n_tiles = if dim == 256 { 3 } else { 2 };
+            of("prefill", &format!("prefill_{dim}"), n_tiles * keys * stride(dim))
+        };
+        let decode = |dim: usize| of("decode", &format!("decode_{dim}"), (2 * keys + 16) * stride(dim) + 16 * 72 * 4);
+        let linear_q =
+            |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
+        Ok(Self {
+            embed: of("embed", "embed_bf16", 0)?,
+            gather: of("embed", "gather_rows", 0)?,
+            finish_qkv: of("qkv", "finish_qkv", 0)?,
+            copy_blocks: of("copy", "copy_blocks", 0)?,
+            merge: of("merge", "merge_parts", 0)?,
+            sample: of("sample", "sample", 0)?,
+            gate_silu: of("gate", "gate_silu", 0)?,
+            gate_gelu: of("gate", "gate_gelu", 0)?,
+            add_norm: each(ROUNDS, |rounds| of("norm", &format!("add_norm_bf16_{rounds}"), 0))?,
+            norm_add: each(ROUNDS, |rounds| of("norm", &format!("norm_add_{rounds}"), 0))?,
+            prefill: each(HEAD_DIMS, prefill)?,
+            decode: each(HEAD_DIMS, decode)?,
+            linear_q: [[linear_q(4, "bf16")?, linear_q(4, "add")?], [linear_q(8, "bf16")?, linear_q(8, "add")?]],
+        })
+    }
+
+    /// `add_norm_bf16` and `norm_add` for rows of that width; by the width alone, so that bits do not depend on more.
+    pub(super) fn norms(&self, width: usize) -> (Function, Function) {
+        let i = rounds(width).expect("the width was checked when the model was loaded");
+        (self.add_norm[i], self.norm_add[i])
+    }
+
+    /// The gate's kernel.
+    pub(super) fn gate(&self, f: Activation) -> Function {
+        match f {
+            Activation::Silu => self.gate_silu,
+            Activation::GeluTanh => self.gate_gelu,
+        }
+    }
+
+    /// Attention of chunks, and of few rows.
+    pub(super) fn attention(&self, head_dim: usize) -> (Function, Function) {
+        let i = HEAD_DIMS.iter().position(|&dim| dim == head_dim).expect("the head's size was checked when the model was loaded");
+        (self.prefill[i], self.decode[i])
+    }
+
+    /// A quantised linear layer over so many rows, whose results are added to f32 or stored as bfloat16, and how many rows a block
+    /// has. The bits do not depend on it.
+    pub(super) fn linear_q(&self, bits: usize, adds: bool, n_rows: usize) -> (Function, usize) {
+        let wide = usize::from(n_rows > 16 * TILES[0]);
+        (self.linear_q[usize::from(bits == 8)][usize::from(adds)][wide], 16 * TILES[wide])
+    }
+}
+
+fn rounds(width: usize) -> Option<usize> {
+    ROUNDS.iter().position(|rounds| width <= rounds * 1024)
+}
+
+/// Whether there are norms for rows of that width.
+pub(super) fn check_width(width: usize) -> Result<()> {
+    ensure!(
+        width.is_multiple_of(8) && rounds(width).is_some(),
+        "a model of width {width} is not supported on CUDA: it must be a multiple of 8, at most {}",
+        1024 * ROUNDS[ROUNDS.len() - 1]
+    );
+    Ok(())
+}

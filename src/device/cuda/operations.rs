@@ -1,0 +1,282 @@
+//! The operations of a step as launches on the device's stream. Each kernel's parameters, shapes and grid are in its source's head
+//! comment.
+
+use super::blas::{Output, Product};
+use super::device::{Act, Cache, CudaDevice, Hidden, Place, Vector, Weight};
+use super::driver::{Arg, Function, Param, arg};
+use super::staging::{self, DRAWN_WORDS, HeadChunk};
+use super::step::{Step, window};
+use crate::device::batch::{Batch, HeadOut, StepOutput};
+use crate::device::{Activation, AttentionSpec, HeadSpec, QkvExtra, RopeStyle};
+use anyhow::Result;
+
+/// struct Attention
+#[repr(C)]
+struct AttentionParam {
+    q: u64,
+    keys: u64,
+    values: u64,
+    out: u64,
+    tables: u64,
+    positions: u64,
+    part_starts: u64,
+    part_out: u64,
+    part_state: u64,
+    n_heads: u32,
+    n_kv_heads: u32,
+    scale: f32,
+    cap: f32,
+    window: u32,
+    padding: u32,
+}
+
+// SAFETY: the fields of struct Attention in attention.cuh, its padding written.
+unsafe impl Param for AttentionParam {}
+
+/// struct `QkvSizes`
+#[repr(C)]
+struct QkvSizes {
+    n_heads: u32,
+    n_kv_heads: u32,
+    head_dim: u32,
+    n_pairs: u32,
+    interleaved: u32,
+    eps: f32,
+}
+
+// SAFETY: the fields of struct QkvSizes in qkv.cu.
+unsafe impl Param for QkvSizes {}
+
+/// struct Sizes of `linear_q.cu`
+#[repr(C)]
+struct LinearSizes {
+    m: u32,
+    n: u32,
+    k: u32,
+}
+
+// SAFETY: the fields of struct Sizes in linear_q.cu.
+unsafe impl Param for LinearSizes {}
+
+impl CudaDevice {
+    /// Launches one of our kernels.
+    fn run(&self, f: Function, grid: (u32, u32), threads: u32, args: &[Arg<'_>]) -> Result<()> {
+        // SAFETY: every call below passes what the kernel's source declares; addresses are the arena's, of pieces whose sizes
+        // were asked for by the same numbers; the arena lives as long as the device, which waits before it goes.
+        unsafe { self.gpu.launch(f, grid, threads, args) }
+    }
+
+    /// The first of a step's operations: plans the step, and has it copied to the GPU.
+    pub(super) fn begin(&self, step: &mut Step, batch: &Batch) -> Result<()> {
+        self.gpu.enter()?;
+        let Step { plan, works, staged, n_vocab, .. } = step;
+        staged.fill(batch, works, *n_vocab, &mut plan.0);
+        self.gpu.upload_later(plan.1, &plan.0[..staged.n_words])
+    }
+
+    pub(super) fn embed_rows(&self, step: &Step, table: &Weight, scale: f32, n_tokens: u32, x: &Hidden) -> Result<()> {
+        let Place::Bf16(table_at) = table.place else { unreachable!("load_table makes no other") };
+        let (ids, width) = (step.at(step.staged.ids), x.width as u32);
+        let args = [arg(&ids), arg(&table_at), arg(&x.at), arg(&width), arg(&scale)];
+        self.run(self.kernels.embed, (n_tokens, 1), 128, &args)
+    }
+
+    /// `out[r] = x[r] / rms(x[r]) · weight`, f32 to bfloat16.
+    pub(super) fn norm_rows(&self, (x, width): (u64, usize), weight: &Vector, eps: f32, n_rows: usize, out: u64) -> Result<()> {
+        let (add_norm, _) = self.kernels.norms(width);
+        let (nothing, width) = (0u64, width as u32);
+        let args = [arg(&x), arg(&nothing), arg(&weight.at), arg(&out), arg(&nothing), arg(&width), arg(&eps)];
+        self.run(add_norm, (n_rows as u32, 1), 256, &args)
+    }
+
+    pub(super) fn norm_add_rows(&self, y: &Hidden, weight: &Vector, eps: f32, n_rows: usize, x: &Hidden) -> Result<()> {
+        let (_, norm_add) = self.kernels.norms(x.width);
+        let width = x.width as u32;
+        self.run(norm_add, (n_rows as u32, 1), 256, &[arg(&y.at), arg(&weight.at), arg(&x.at), arg(&width), arg(&eps)])
+    }
+
+    /// `out = weight · act`, in the form asked for.
+    pub(super) fn multiply(&self, act: u64, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
+        let Weight { n, k, .. } = *weight;
+        match weight.place {
+            Place::Bf16(at) => {
+                let product = Product { sizes: (m, n, k), x: act, weight: at, out, output };
+                // SAFETY: as in `run`.
+                unsafe { self.blas.multiply(self.gpu.stream(), &product) }
+            }
+            Place::Packed { bits, q, scales } => {
+                if output == Output::F32 {
+                    self.gpu.clear_later(out, 4 * m * n)?;
+                }
+                let (f, rows) = self.kernels.linear_q(bits, output != Output::Bf16, m);
+                let sizes = LinearSizes { m: m as u32, n: n as u32, k: k as u32 };
+                let grid = (n.div_ceil(64) as u32, m.div_ceil(rows) as u32);
+                self.run(f, grid, 128, &[arg(&act), arg(&q), arg(&scales), arg(&out), arg(&sizes)])
+            }
+        }
+    }
+
+    pub(super) fn finish_rows(
+        &self,
+        step: &Step,
+        qkv: &Hidden,
+        extra: &QkvExtra<Vector>,
+        spec: &AttentionSpec,
+        batch: &Batch,
+        cache: &Cache,
+    ) -> Result<()> {
+        let turns = step.turns.iter().find(|turns| turns.is_of(spec)).expect("all layers were known when memory was made").at;
+        let (staged, zero) = (&step.staged, 0u64);
+        let bias = extra.bias.as_ref().map_or(zero, |bias| bias.at);
+        let (q_norm, k_norm, eps) = extra.norms.as_ref().map_or((zero, zero, 0.0), |norms| (norms.q.at, norms.k.at, norms.eps));
+        let (positions, slots, q) = (step.at(staged.positions), step.at(staged.slots), qkv.queries());
+        let sizes = QkvSizes {
+            n_heads: spec.n_heads as u32,
+            n_kv_heads: spec.n_kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            n_pairs: spec.rope_freqs.len() as u32,
+            interleaved: u32::from(spec.rope_style == RopeStyle::Interleaved),
+            eps,
+        };
+        let args = [
+            arg(&qkv.at),
+            arg(&bias),
+            arg(&q_norm),
+            arg(&k_norm),
+            arg(&turns),
+            arg(&positions),
+            arg(&slots),
+            arg(&q),
+            arg(&cache.keys),
+            arg(&cache.values),
+            arg(&sizes),
+        ];
+        let n_heads = sizes.n_heads + 2 * sizes.n_kv_heads;
+        self.run(self.kernels.finish_qkv, (batch.tokens.len() as u32, n_heads.div_ceil(4)), 128, &args)?;
+        let n_copies = batch.copies.len() as u32;
+        if n_copies == 0 {
+            return Ok(());
+        }
+        let copies = step.at(staged.copies);
+        let args = [arg(&cache.keys), arg(&cache.values), arg(&copies), arg(&n_copies), arg(&sizes.head_dim)];
+        self.run(self.kernels.copy_blocks, (sizes.n_kv_heads, 2), 256, &args)
+    }
+
+    pub(super) fn attend(&self, step: &Step, qkv: &Hidden, spec: &AttentionSpec, cache: &Cache, out: &Act) -> Result<()> {
+        let i = step.work_of(spec);
+        let (work, staged) = (&step.works[i].1, &step.staged.work[i]);
+        let log2_e = std::f32::consts::LOG2_E;
+        let attention = AttentionParam {
+            q: qkv.queries(),
+            keys: cache.keys,
+            values: cache.values,
+            out: out.at,
+            tables: step.at(step.staged.tables),
+            positions: step.at(step.staged.positions),
+            part_starts: step.at(staged.part_starts),
+            part_out: step.parts.0,
+            part_state: step.parts.1,
+            n_heads: spec.n_heads as u32,
+            n_kv_heads: spec.n_kv_heads as u32,
+            scale: spec.soft_cap.map_or(spec.scale * log2_e, |cap| spec.scale / cap),
+            cap: spec.soft_cap.map_or(0.0, |cap| cap * log2_e),
+            window: window(spec),
+            padding: 0,
+        };
+        let (prefill, decode) = self.kernels.attention(spec.head_dim);
+        let n_items = work.prefill.len() as u32;
+        if n_items > 0 {
+            let items = step.at(staged.prefill);
+            let args = [arg(&attention), arg(&items), arg(&n_items), arg(&step.totals.0), arg(&step.totals.1)];
+            self.run(prefill, (n_items.min(step.n_blocks), 1), 256, &args)?;
+        }
+        if !work.decode.is_empty() {
+            let items = step.at(staged.decode);
+            self.run(decode, (work.decode.len() as u32, 1), 128, &[arg(&attention), arg(&items)])?;
+        }
+        if work.n_parts == 0 {
+            return Ok(());
+        }
+        let (n_tokens, head_dim) = (work.part_starts.len() as u32, spec.head_dim as u32);
+        let grid = (n_tokens, attention.n_heads.div_ceil(4));
+        self.run(self.kernels.merge, grid, 128, &[arg(&attention), arg(&head_dim)])
+    }
+
+    /// `out[t] = f(gate) · up` of rows that are both.
+    pub(super) fn gate(&self, gate_up: &Hidden, width: usize, f: Activation, n_rows: usize, out: &Act) -> Result<()> {
+        let width = width as u32;
+        let grid = (n_rows as u32, width.div_ceil(2048));
+        self.run(self.kernels.gate(f), grid, 256, &[arg(&gate_up.at), arg(&out.at), arg(&width)])
+    }
+
+    /// Head rows: gathered, normed, multiplied, drawn; their results come back, and the step is over.
+    pub(super) fn draw(
+        &self,
+        step: &mut Step,
+        (x, norm, weight): (&Hidden, &Vector, &Weight),
+        spec: &HeadSpec,
+        batch: &Batch,
+        out: &mut StepOutput,
+    ) -> Result<()> {
+        let chunks = std::mem::take(&mut step.staged.chunks);
+        let mut drawn = Ok(());
+        for (i, chunk) in chunks.iter().enumerate() {
+            drawn = drawn.and_then(|()| self.draw_chunk(step, (x, norm, weight), spec, batch, (chunk, i > 0)));
+        }
+        step.staged.chunks = chunks;
+        drawn?;
+        let words = &mut step.drawn.0[..batch.heads.len() * DRAWN_WORDS];
+        self.gpu.download(step.drawn.1, words)?;
+        for (out, words) in out.rows.iter_mut().zip(words.chunks_exact(DRAWN_WORDS)) {
+            *out = staging::drawn(words);
+        }
+        Ok(())
+    }
+
+    fn draw_chunk(
+        &self,
+        step: &mut Step,
+        (x, norm, weight): (&Hidden, &Vector, &Weight),
+        spec: &HeadSpec,
+        batch: &Batch,
+        (chunk, is_later): (&HeadChunk, bool),
+    ) -> Result<()> {
+        let (n_rows, first) = (chunk.rows.len(), chunk.rows.start);
+        let (indexes, width) = (step.at(step.staged.head_rows + first), x.width as u32);
+        let args = [arg(&indexes), arg(&x.at), arg(&step.rows), arg(&width)];
+        self.run(self.kernels.gather, (n_rows as u32, 1), 128, &args)?;
+        self.norm_rows((step.rows, x.width), norm, spec.eps, n_rows, step.normed)?;
+        self.multiply(step.normed, weight, n_rows, Output::F32, step.logits)?;
+        let mut masks_at = 0;
+        if !chunk.edits.is_empty() || chunk.n_masks > 0 {
+            if is_later {
+                // The chunk before may still be on its way from these words.
+                self.gpu.wait()?;
+            }
+            let (masks, n_words) = staging::shaping(batch, chunk, step.n_vocab, &mut step.shaping.0);
+            self.gpu.upload_later(step.shaping.1, &step.shaping.0[..n_words])?;
+            masks_at = masks;
+        }
+        let (n_vocab, cap) = (weight.n as u32, spec.soft_cap.unwrap_or(0.0));
+        let wants = step.at(step.staged.wants + first * staging::WANT_WORDS);
+        let masks = step.shaping.1 + 4 * masks_at as u64;
+        let results = step.drawn.1 + 4 * (first * DRAWN_WORDS) as u64;
+        let args = [
+            arg(&step.logits),
+            arg(&n_vocab),
+            arg(&cap),
+            arg(&wants),
+            arg(&step.shaping.1),
+            arg(&masks),
+            arg(&step.kept),
+            arg(&results),
+        ];
+        self.run(self.kernels.sample, (n_rows as u32, 1), 512, &args)
+    }
+}
+
+/// As many rows that can't be computed as the step has head rows.
+pub(super) fn broken(batch: &Batch, out: &mut StepOutput) {
+    out.rows.clear();
+    out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
+}

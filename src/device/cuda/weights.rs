@@ -1,0 +1,223 @@
+//! Weights as the kernels take them: integers with scales, packed as `kernels/linear_q.cu` says, or bfloat16. Made on the host;
+//! knows nothing of the GPU.
+//!
+//! Invariant: a packed weight's value is the file's, `scale · q + minimum`, rounded to bfloat16 by the kernel; what has no exact
+//! place in that form (scales per 16 elements) is expanded and rounded here.
+
+use super::memory::aligned;
+use crate::tensor::{DType, GROUP, Group, Tensor};
+use anyhow::{Result, ensure};
+use half::bf16;
+use rayon::prelude::*;
+
+/// Rows of a panel: what a warp multiplies with.
+const PANEL: usize = 16;
+/// Packed weights have multiples of so many rows and elements of a row.
+const PAD: usize = 64;
+
+/// How a weight is kept on the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// `[n][k]`, two bytes each.
+    Bf16,
+    /// Integers of 4 or 8 bits, a scale and a minimum per 32 elements.
+    Packed(usize),
+}
+
+/// The form of tensors that become one weight.
+pub(super) fn form(parts: &[Tensor<'_>]) -> Form {
+    let bits = |part: &Tensor<'_>| match part.dtype {
+        DType::Q4_0 | DType::Q4_1 | DType::Q4K => Some(4),
+        dtype if dtype.is_quantised() && !dtype.has_half_scales() => Some(8),
+        _ => None,
+    };
+    let most = parts.iter().map(bits).try_fold(4, |most, bits| bits.map(|bits| most.max(bits)));
+    most.map_or(Form::Bf16, Form::Packed)
+}
+
+/// Rows and elements of a row of tensors that become one weight.
+///
+/// # Errors
+/// Rows of different lengths, or of one that the kernels do not take.
+pub(super) fn shape(parts: &[Tensor<'_>]) -> Result<(usize, usize)> {
+    let (name, k) = (parts[0].name, parts[0].shape[1]);
+    ensure!(parts.iter().all(|part| part.shape.len() == 2 && part.shape[1] == k), "{name}: rows of different lengths");
+    ensure!(k.is_multiple_of(8), "{name}: rows of {k} elements are not supported on CUDA, only multiples of 8");
+    Ok((parts.iter().map(|part| part.shape[0]).sum(), k))
+}
+
+/// Bytes of the integers, and of the scales, of a packed weight.
+pub(super) fn packed_bytes(bits: usize, n: usize, k: usize) -> (usize, usize) {
+    let elements = n.next_multiple_of(PAD) * k.next_multiple_of(PAD);
+    (elements * bits / 8, elements / GROUP * 2 * size_of::<f32>())
+}
+
+/// Bytes of the arena that a weight made of these tensors takes.
+pub(super) fn stack_bytes(parts: &[Tensor<'_>]) -> usize {
+    let elements = |part: &Tensor<'_>| part.shape.iter().product::<usize>();
+    match form(parts) {
+        Form::Bf16 => aligned(2 * parts.iter().map(elements).sum::<usize>()),
+        Form::Packed(bits) => {
+            let k = parts[0].shape.last().copied().unwrap_or(0);
+            let n = parts.iter().map(elements).sum::<usize>().checked_div(k).unwrap_or(0);
+            let (q, scales) = packed_bytes(bits, n, k);
+            aligned(q) + aligned(scales)
+        }
+    }
+}
+
+/// All values as bfloat16, in their order.
+pub(super) fn bf16_bytes(part: &Tensor<'_>) -> Vec<u8> {
+    if part.dtype == DType::Bf16 {
+        return part.bytes.to_vec();
+    }
+    let mut out = vec![0; 2 * part.shape.iter().product::<usize>()];
+    // As many blocks as are worth a task.
+    let n_blocks = 4096 / part.dtype.block_elements();
+    let (from, to) = (n_blocks * part.dtype.block_bytes(), n_blocks * part.dtype.block_elements());
+    out.par_chunks_mut(2 * to).zip(part.bytes.par_chunks(from)).for_each(|(out, bytes)| {
+        let mut values = [0.0; 4096];
+        let values = &mut values[..out.len() / 2];
+        part.dtype.dequantise(bytes, values);
+        for (out, value) in out.chunks_exact_mut(2).zip(values) {
+            out.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+        }
+    });
+    out
+}
+
+/// All values of some tensors as f32, one after the other.
+pub(super) fn f32_bytes(parts: &[Tensor<'_>]) -> Vec<u8> {
+    let values = parts.iter().flat_map(|part| {
+        let mut values = vec![0.0f32; part.shape.iter().product()];
+        part.dtype.dequantise(part.bytes, &mut values);
+        values
+    });
+    values.flat_map(f32::to_le_bytes).collect()
+}
+
+/// The integers and the scales of a weight, each in the kernel's order.
+pub(super) fn pack(parts: &[Tensor<'_>], bits: usize) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (n, k) = shape(parts)?;
+    let (n_q, n_scales) = packed_bytes(bits, n, k);
+    let (mut q, mut scales) = (vec![0u8; n_q], vec![0u8; n_scales]);
+    let n_panels = n.next_multiple_of(PAD) / PANEL;
+    let panels = q.par_chunks_mut(n_q / n_panels).zip(scales.par_chunks_mut(n_scales / n_panels));
+    panels.enumerate().for_each(|(panel, (q, scales))| {
+        for row in panel * PANEL..n.min((panel + 1) * PANEL) {
+            let (part, row_of_part) = part_of(parts, row);
+            for group in 0..k / GROUP {
+                let values = group_of(part, row_of_part, group, bits);
+                put_group(q, bits, row % PANEL, group, &values);
+                let at = (group * PANEL + row % PANEL) * 8;
+                scales[at..at + 4].copy_from_slice(&values.d[0].to_le_bytes());
+                scales[at + 4..at + 8].copy_from_slice(&values.m[0].to_le_bytes());
+            }
+        }
+    });
+    Ok((q, scales))
+}
+
+/// The tensor that a row of the weight stands in, and which of its rows it is.
+fn part_of<'p, 'a>(parts: &'p [Tensor<'a>], mut row: usize) -> (&'p Tensor<'a>, usize) {
+    for part in parts {
+        if row < part.shape[0] {
+            return (part, row);
+        }
+        row -= part.shape[0];
+    }
+    unreachable!("the weight has no such row")
+}
+
+/// 32 elements of a row, as integers of so many bits: unsigned if 4, signed if 8.
+fn group_of(part: &Tensor<'_>, row: usize, group: usize, bits: usize) -> Group {
+    let dtype = part.dtype;
+    let (groups, row_bytes) = (dtype.block_elements() / GROUP, part.shape[1] / dtype.block_elements() * dtype.block_bytes());
+    let block = &part.bytes[row * row_bytes + group / groups * dtype.block_bytes()..][..dtype.block_bytes()];
+    let mut values = dtype.group(block, group % groups);
+    if bits == 4 && dtype == DType::Q4_0 {
+        values.q = values.q.map(|q| q + 8);
+        values.m = values.d.map(|d| -8.0 * d);
+    }
+    values
+}
+
+/// Puts 32 elements of a panel's row where lanes look for them.
+fn put_group(panel: &mut [u8], bits: usize, row: usize, group: usize, values: &Group) {
+    for (i, &value) in values.q.iter().enumerate() {
+        let column = group * GROUP + i;
+        let within = column % 16;
+        let lane = 4 * (row % 8) + within % 8 / 2;
+        let place = 8 * (column % PAD / 16) + 4 * (row / 8) + within % 2 + within / 8 * 2;
+        let at = (column / PAD * 32 + lane) * 32 + place;
+        if bits == 4 {
+            panel[at / 2] |= (value as u8) << (at % 2 * 4);
+        } else {
+            panel[at] = value as u8;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let of = |dtypes: &[DType]| {
+            let tensor = |&dtype| Tensor { name: "", dtype, shape: vec![1, 256], bytes: &[] };
+            form(&dtypes.iter().map(tensor).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&[DType::Q4K, DType::Q4_0]), Form::Packed(4));
+        assert_eq!(of(&[DType::Q4K, DType::Q5K]), Form::Packed(8));
+        assert_eq!(of(&[DType::Iq4Nl]), Form::Packed(8), "its integers are no line");
+        // A scale per 16 elements has no place.
+        assert_eq!(of(&[DType::Q4K, DType::Q6K]), Form::Bf16);
+        assert_eq!(of(&[DType::Q8_0, DType::F16]), Form::Bf16);
+    }
+
+    /// Value of row n, column k as a lane of the kernel finds it, by the words of `linear_q.cu`.
+    fn unpacked(bits: usize, (q, scales): &(Vec<u8>, Vec<u8>), k_padded: usize, (n, k): (usize, usize)) -> f32 {
+        let (panel, column, e) = (n / 16, n % 16, k % 16);
+        // Value 8 s + 4 c + j of lane 4 g + t: column 8 c + g, element 16 s + 2 t + {0, 1, 8, 9}[j].
+        let (g, c, t) = (column % 8, column / 8, e % 8 / 2);
+        let j = [0, 1, 8, 9].iter().position(|at| at + 2 * t == e).unwrap();
+        let at = ((panel * (k_padded / 64) + k / 64) * 32 + 4 * g + t) * 32 + 8 * (k % 64 / 16) + 4 * c + j;
+        let integer = if bits == 4 { f32::from(q[at / 2] >> (at % 2 * 4) & 15) } else { f32::from(q[at].cast_signed()) };
+        let at = ((panel * (k_padded / 32) + k / 32) * 16 + column) * 8;
+        let float = |at: usize| f32::from_le_bytes(*scales[at..].first_chunk().unwrap());
+        integer * float(at) + float(at + 4)
+    }
+
+    #[test]
+    fn packed_weights_have_the_files_values() {
+        let packed = crate::tensor::DTYPES.into_iter().filter(|dtype| dtype.is_quantised() && !dtype.has_half_scales());
+        for dtype in packed {
+            // Where blocks allow it, with padding.
+            let k = if dtype.block_elements() == 32 { 96 } else { 256 };
+            let row_bytes = k / dtype.block_elements() * dtype.block_bytes();
+            let mut state = 1u32;
+            let bytes: Vec<u8> = std::iter::repeat_with(|| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // Exponents of f16 that are no infinity.
+                (state >> 24) as u8 & 0x7b
+            })
+            .take(20 * row_bytes)
+            .collect();
+            let parts = [(0, 7), (7, 13)].map(|(first, n)| Tensor {
+                name: "",
+                dtype,
+                shape: vec![n, k],
+                bytes: &bytes[first * row_bytes..(first + n) * row_bytes],
+            });
+            let Form::Packed(bits) = form(&parts) else { panic!("{dtype}") };
+            let packed = pack(&parts, bits).unwrap();
+            let mut values = vec![0.0; 20 * k];
+            dtype.dequantise(&bytes, &mut values);
+            for (i, want) in values.into_iter().enumerate() {
+                let got = unpacked(bits, &packed, k.next_multiple_of(64), (i / k, i % k));
+                assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{dtype}: {got}, not {want}");
+            }
+        }
+    }
+}
