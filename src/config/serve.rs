@@ -26,6 +26,8 @@ pub struct ServeConfig {
     pub keys: Vec<KeyConfig>,
     /// What is offered, under which names.
     pub models: Vec<OfferedModel>,
+    /// What those that are loaded at a time may take together.
+    pub memory_bytes: u64,
     /// Sampling parameters where a request says nothing.
     pub defaults: Params,
     /// What connections are encrypted with, if they are.
@@ -84,6 +86,17 @@ pub struct OfferedModel {
     pub prices: Prices,
     /// What it runs on. Offered models with equal weights are loaded once.
     pub model: ModelConfig,
+    /// Whether it is loaded when the server starts, and not only when somebody wants it.
+    pub is_loaded: bool,
+    /// After so much time without use it is unloaded; `None`: only to make room.
+    pub idle_unload: Option<Duration>,
+}
+
+impl ModelConfig {
+    /// What those that are loaded once have in common.
+    pub fn weights(&self) -> (&str, &str, &str, Option<&PathBuf>) {
+        (&self.name, &self.device, &self.numerics, self.chat_template.as_ref())
+    }
 }
 
 /// What bounds the server.
@@ -117,6 +130,10 @@ pub struct ServeLimits {
     pub max_step: Duration,
     /// Time that calls have to finish after the first signal.
     pub drain: Duration,
+    /// Most time that a call waits for its model to be loaded.
+    pub load_wait: Duration,
+    /// No model is unloaded that was not loaded for so long.
+    pub min_loaded: Duration,
     /// What windows promise.
     pub windows: Table,
 }
@@ -185,6 +202,8 @@ struct ServerSpec {
     tls_key: Option<PathBuf>,
     max_step_ms: u64,
     drain_s: u64,
+    load_wait_s: u64,
+    min_loaded_s: u64,
 }
 
 impl Default for ServerSpec {
@@ -212,6 +231,8 @@ impl Default for ServerSpec {
             tls_key: None,
             max_step_ms: 250,
             drain_s: 30,
+            load_wait_s: 300,
+            min_loaded_s: 10,
         }
     }
 }
@@ -219,9 +240,9 @@ impl Default for ServerSpec {
 /// `[[model]]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ModelEntry {
-    id: Option<String>,
-    weights: String,
+pub(super) struct ModelEntry {
+    pub(super) id: Option<String>,
+    pub(super) weights: String,
     #[serde(default = "all_windows")]
     windows: Vec<Window>,
     #[serde(default)]
@@ -232,12 +253,47 @@ struct ModelEntry {
     numerics: String,
     /// A file with another chat template than the model's own.
     chat_template: Option<PathBuf>,
+    #[serde(default)]
+    pub(super) load: Load,
+    /// Most that it takes, when it is loaded.
+    pub(super) memory: Option<String>,
+    #[serde(default)]
+    idle_unload_s: u64,
+}
+
+/// When a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Load {
+    #[default]
+    Start,
+    OnDemand,
 }
 
 impl ModelEntry {
     fn of(weights: String) -> Self {
         let (windows, prices) = (all_windows(), PricesSpec::default());
-        Self { id: None, weights, windows, prices, device: cpu(), numerics: fast(), chat_template: None }
+        Self {
+            id: None,
+            weights,
+            windows,
+            prices,
+            device: cpu(),
+            numerics: fast(),
+            chat_template: None,
+            load: Load::Start,
+            memory: None,
+            idle_unload_s: 0,
+        }
+    }
+
+    /// Whether it runs on the same weights, which are loaded once.
+    pub(super) fn is_with(&self, other: &Self) -> bool {
+        let key = |entry: &Self| {
+            let Self { weights, device, numerics, chat_template, .. } = entry;
+            (weights.clone(), device.clone(), numerics.clone(), chat_template.clone())
+        };
+        key(self) == key(other)
     }
 }
 
@@ -276,13 +332,15 @@ impl ServeConfig {
         for (name, value) in [("max_queued", server.max_queued), ("max_connections", server.max_connections)] {
             ensure!(value > 0, "server.{name}: must be at least 1");
         }
+        let (models, memory_bytes) = models(args, &spec)?;
         Ok(Self {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
             port: args.port.unwrap_or(server.port),
             data: args.data.clone().unwrap_or_else(|| server.data.clone()),
             keys: keys(args, &spec)?,
             tls: TlsFiles::new(args, server)?,
-            models: models(args, &spec)?,
+            models,
+            memory_bytes,
             defaults: sampling_params(&spec.sampling, false)?,
             hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,
             currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
@@ -301,6 +359,8 @@ impl ServeConfig {
                 write_timeout: Duration::from_secs(server.write_timeout_s),
                 max_step: Duration::from_millis(server.max_step_ms),
                 drain: Duration::from_secs(server.drain_s),
+                load_wait: Duration::from_secs(server.load_wait_s),
+                min_loaded: Duration::from_secs(server.min_loaded_s),
                 windows: spec.windows.checked().context("windows")?,
             },
         })
@@ -354,8 +414,8 @@ fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
     Ok(keys)
 }
 
-/// The models of the file and of the flags; the default model if there is none.
-fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
+/// The models of the file and of the flags; the default model if there is none. And what they may take together.
+fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)> {
     let (flags, engine) = (&args.engine, &spec.engine);
     let mut entries = spec.model.clone();
     if let Some(weights) = &flags.model {
@@ -372,12 +432,10 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
     };
     super::check_step(engine.budget_tokens, engine.max_running)?;
     let n_threads = n_threads(flags.threads.or(engine.threads)).context("engine.threads")?;
-    let mut names: Vec<_> =
-        entries.iter().map(|entry| (&entry.weights, &entry.device, &entry.numerics, &entry.chat_template)).collect();
-    names.sort_unstable();
-    names.dedup();
-    let n_loaded = names.len() as u64;
-    let offered = entries.iter().map(|entry| {
+    let shares = super::memory::shares(&entries, memory_bytes)?;
+    let is_first = |(i, entry): &(usize, &ModelEntry)| entries[..*i].iter().all(|earlier| !earlier.is_with(entry));
+    let n_sharing = entries.iter().enumerate().filter(is_first).count() as u64;
+    let offered = entries.iter().zip(shares).map(|(entry, share)| {
         if entry.windows.is_empty() {
             bail!("model.windows: {} supports no window", entry.id.as_ref().unwrap_or(&entry.weights));
         }
@@ -392,10 +450,9 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
             kind: flags.engine.unwrap_or(engine.kind),
             budget_tokens: engine.budget_tokens,
             max_running: engine.max_running,
-            // Models that are loaded share the memory evenly.
-            memory_bytes: memory_bytes / n_loaded,
+            memory_bytes: share,
             memory_is_given: memory.is_some(),
-            n_sharing: n_loaded,
+            n_sharing,
             n_threads,
             isa: isa()?,
             kernels: super::kernel_place(&cache_folder()?),
@@ -404,7 +461,10 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<OfferedModel>> {
             quiet: false,
         };
         let prices = entry.prices.or(spec.prices.tokens()).checked().context("prices")?;
-        Ok(OfferedModel { id: entry.id.clone(), windows: entry.windows.clone(), prices, model })
+        let (is_loaded, idle_s) = (entry.load == Load::Start, entry.idle_unload_s);
+        let idle_unload = (idle_s > 0).then(|| Duration::from_secs(idle_s));
+        let (id, windows) = (entry.id.clone(), entry.windows.clone());
+        Ok(OfferedModel { id, windows, prices, model, is_loaded, idle_unload })
     });
-    offered.collect()
+    Ok((offered.collect::<Result<_>>()?, memory_bytes))
 }

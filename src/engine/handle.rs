@@ -48,7 +48,8 @@ pub struct EngineHandle {
     limits: RunnerLimits,
     /// The engine's clock began then.
     began: Instant,
-    thread: JoinHandle<anyhow::Result<EngineStats>>,
+    /// Until somebody has waited for its end.
+    thread: Mutex<Option<JoinHandle<anyhow::Result<EngineStats>>>>,
 }
 
 #[expect(clippy::large_enum_variant, reason = "most commands are submissions, and a queue of them is short")]
@@ -77,6 +78,7 @@ impl EngineHandle {
         let (thread, began) = (Builder::new().name("engine".into()), Instant::now());
         let work = move || work(engine, &inbox, deliver, (&closer.0, began));
         let thread = thread.spawn(work).context("starting the engine's thread")?;
+        let thread = Mutex::new(Some(thread));
         Ok(Self { commands, gate, limits, began, thread })
     }
 
@@ -148,8 +150,23 @@ impl EngineHandle {
     /// # Errors
     /// Why it stopped before that: the runner's error, or the message of its panic.
     pub fn drain(self) -> anyhow::Result<EngineStats> {
-        drop(self.commands);
-        join(self.thread)
+        let Self { commands, thread, .. } = self;
+        drop(commands);
+        match thread.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(thread) => join(thread),
+            None => Err(anyhow!("the engine was stopped")),
+        }
+    }
+
+    /// Stops the engine after the step under way, as [`EngineHandle::abort`] does, and waits until it and its model are out
+    /// of memory.
+    ///
+    /// # Errors
+    /// Why it stopped before that.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.abort();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        thread.map_or(Ok(()), |thread| join(thread).map(drop))
     }
 
     /// Asks the engine to stop after the step under way; rows that have not finished are dropped, after a last checkpoint.

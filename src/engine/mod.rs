@@ -148,6 +148,25 @@ pub struct EngineStats {
     pub waiting: usize,
 }
 
+impl EngineStats {
+    /// With the counters of an engine that was there before.
+    #[must_use]
+    pub fn after(self, before: Self) -> Self {
+        Self {
+            steps: self.steps + before.steps,
+            prefill_tokens: self.prefill_tokens + before.prefill_tokens,
+            decode_tokens: self.decode_tokens + before.decode_tokens,
+            generated_tokens: self.generated_tokens + before.generated_tokens,
+            shared_tokens: self.shared_tokens + before.shared_tokens,
+            recomputed_tokens: self.recomputed_tokens + before.recomputed_tokens,
+            failed_steps: self.failed_steps + before.failed_steps,
+            preemptions: self.preemptions + before.preemptions,
+            finished: self.finished + before.finished,
+            ..self
+        }
+    }
+}
+
 /// How long steps may be, in tokens.
 #[derive(Debug)]
 pub struct StepLimits {

@@ -61,8 +61,8 @@ pub struct HostedJob {
 pub struct Seat {
     /// What its rows are prepared with.
     pub preparer: Arc<Preparer>,
-    /// What computes.
-    pub engine: Arc<EngineHandle>,
+    /// What computes; `None` for a job that is only to be ended.
+    pub engine: Option<Arc<EngineHandle>>,
     /// What the bits depend on.
     pub fingerprint: String,
     /// The first of the names that its sequences may have.
@@ -359,6 +359,7 @@ impl HostedJob {
         (manifest, n_rows): (&Manifest, u64),
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<Journal> {
+        let engine = seat.engine.as_ref().context("a job that is to be ended would have to run")?;
         let stamp = self.stamp(manifest);
         let answers = Answers {
             plain_lines: PlainLines::new(&stamp),
@@ -375,7 +376,7 @@ impl HostedJob {
         let feed = Feed {
             reader,
             done,
-            engine: Arc::clone(&seat.engine),
+            engine: Arc::clone(engine),
             events: inbox.link.0.clone(),
             finished_windows,
             stop: Arc::clone(&stop),
@@ -389,14 +390,14 @@ impl HostedJob {
         let mut collector =
             Collector::new((journal, index), (Vec::new(), step_tasks), answers, (told, Budget::default()), n_rows, ends);
         let link = inbox.link;
-        let (engine, stream, has_ended) = (Arc::clone(&seat.engine), seat.stream, Arc::clone(&stop));
+        let (own, stream, has_ended) = (Arc::clone(engine), seat.stream, Arc::clone(&stop));
         let thread = std::thread::Builder::new().name("batch-feed".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| feed.run()));
             let result =
                 result.unwrap_or_else(|panic| Err(anyhow::anyhow!("reading the rows panicked: {}", panic_message(&*panic))));
             // What was submitted when the job had ended already, nobody waits for.
             if has_ended.load(SeqCst) {
-                engine.end_stream(stream);
+                own.end_stream(stream);
             }
             link.tell(Event::FeedEnded(result));
         });
@@ -404,7 +405,7 @@ impl HostedJob {
         drop(thread.context("cannot start the feed thread")?);
         let end = collector.run(&inbox.events);
         stop.store(true, SeqCst);
-        seat.engine.end_stream(seat.stream);
+        engine.end_stream(seat.stream);
         let (journal, _) = collector.into_parts();
         match end? {
             End::Complete(n_read) => {

@@ -60,6 +60,8 @@ pub struct MemoryPlan {
     pub max_context_reason: &'static str,
     /// KV memory of a token, bytes.
     pub kv_token_bytes: usize,
+    /// All of it: weights, what a step needs, KV cache.
+    pub n_bytes: u64,
 }
 
 impl MemoryPlan {
@@ -128,7 +130,7 @@ fn no_device(spec: &ModelSpec, tokenizer: &Tokenizer, config: &ModelConfig) -> O
     let runner = NullRunner::new(spec.n_vocab, spec.max_context, config.max_running, end);
     let n_blocks = runner.limits().n_blocks;
     let (max_context, max_context_reason) = (spec.max_context, "the model's context");
-    let memory = MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: 0 };
+    let memory = MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: 0, n_bytes: 0 };
     (AnyDevice::Null(runner), "null".to_owned(), memory)
 }
 
@@ -312,7 +314,9 @@ fn plan_memory<D: Device>(
         limit if limit <= pool_tokens => (limit, "the model's context"),
         _ => (pool_tokens, "the KV cache; raise --memory"),
     };
-    Ok(MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: sizes.kv_block_bytes / BLOCK_TOKENS })
+    let n_bytes = fixed_bytes + (n_blocks * sizes.kv_block_bytes) as u64;
+    let kv_token_bytes = sizes.kv_block_bytes / BLOCK_TOKENS;
+    Ok(MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes, n_bytes })
 }
 
 impl TokenTable for Tokenizer {

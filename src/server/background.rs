@@ -312,10 +312,14 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         return Ok(());
     }
     let response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
-    let (call, own, is_streamed) = match begin(app, &stored, &response, told.has_text()).await {
+    let begun = tokio::select! {
+        begun = begin(app, &stored, &response, told.has_text()) => begun,
+        () = closed(&mut bell) => return Ok(()),
+    };
+    let (call, own, is_streamed) = match begun {
         Ok(begun) => begun,
         // It runs at the next start.
-        Err(_) if app.models.has_ended() => return Ok(()),
+        Err(_) if app.models.failed().is_some() || app.is_draining() => return Ok(()),
         Err(error) => {
             let response = failed(response, &error);
             let last = event(told.n_events(), "response.failed", &response);
@@ -333,7 +337,7 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         while let Some(Some(next)) = events.next().now_or_never() {
             pending.push(next);
         }
-        if pending.last().is_some_and(|(name, _)| *name == "response.failed") && app.models.has_ended() {
+        if pending.last().is_some_and(|(name, _)| *name == "response.failed") && app.models.failed().is_some() {
             // The engine failed, not the response: it runs at the next start.
             return Ok(());
         }
@@ -386,24 +390,30 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     let kept: Kept = serde_json::from_str(request).map_err(|error| refuse(format!("the stored request: {error}")))?;
     let Kept { window, seed, is_streamed, body, .. } = kept;
     let asked = Asked { mode: Mode::Background, window: Some(window) };
+    // Its prompts are short of memory until there is an engine for them.
+    let model = Arc::clone(app.models.named(&body).map_err(|error| refuse(error.message))?);
+    let id = stored.id.trim_start_matches("resp_").to_owned();
+    let identity = Identity { id, created: stored.created_at, seed };
+    let lease = app.models.lend_later(&model, window, identity.accepted_ago()).await;
+    let lease = lease.map_err(|absent| refuse(absent.told(&model.id).message))?;
     let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
+    prepared.check_size().map_err(|error| refuse(error.message))?;
     // Of which nothing was told, another model may tell.
     if has_text && response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
         return Err(refuse("the model is another one than when the request was accepted".into()));
     }
-    let id = stored.id.trim_start_matches("resp_").to_owned();
     let owner = Owner::stored(&stored.owner);
-    let identity = Identity { id, created: stored.created_at, seed };
     let previous = stored.previous.clone();
     let own = Own { store: true, background: true, previous, window: None, is_streamed };
     let (mut ticket, mut held) = app.background.taken(&stored.id);
-    loop {
-        match Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held)) {
-            Ok(call) => return Ok((call, own, is_streamed)),
-            Err(error) if error.retry_after_s.is_some() => tokio::time::sleep(BUSY_PAUSE).await,
-            Err(error) => return Err(refuse(error.message)),
+    let place = loop {
+        match prepared.queue() {
+            Ok(place) => break place,
+            Err(_) => tokio::time::sleep(BUSY_PAUSE).await,
         }
-    }
+    };
+    let call = Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held), (lease, place));
+    Ok((call, own, is_streamed))
 }
 
 /// Stores a response's events, what they say of its state, and what it is charged; false if it has ended before.

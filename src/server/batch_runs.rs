@@ -8,6 +8,7 @@ use super::limits;
 use super::models::{Models, Offered, now};
 use super::places::{Place, Places};
 use super::prices::Price;
+use super::residency::Lease;
 use crate::format::openai::{Endpoint, parse_object};
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
@@ -109,7 +110,7 @@ struct Control {
     ending: Option<Ending>,
     /// To its job, while it runs.
     link: Option<Link>,
-    /// To its wait for a place.
+    /// To its wait for a place and an engine.
     wake: Option<oneshot::Sender<()>>,
     /// Whether another should have its place.
     must_leave: bool,
@@ -141,6 +142,7 @@ impl Open {
         if let Some(link) = &control.link {
             link.halt();
         }
+        drop(control.wake.take());
     }
 
     /// Why its job stops here, if it does.
@@ -409,12 +411,18 @@ async fn wait_and_run(
     model: &Arc<Offered>,
 ) -> Result<Option<Ended>> {
     loop {
-        let place = wait(app, stored, open, &model.id).await;
-        if open.ending() == Some(Ending::Pause) {
+        let (place, lease) = wait(app, stored, open, model).await;
+        let ending = open.ending();
+        if ending == Some(Ending::Pause) {
             return Ok(None);
         }
+        if lease.is_none() && ending.is_none() {
+            // Another has its place.
+            lock(&open.control).must_leave = false;
+            continue;
+        }
         let (job, model, own, expires_at) = (job.clone(), Arc::clone(model), Arc::clone(open), stored.expires_at);
-        let ran = spawn_blocking(move || run(&job, &model, &own, expires_at)).await.context("the batch panicked")?;
+        let ran = spawn_blocking(move || run(&job, &model, lease, &own, expires_at)).await.context("the batch panicked")?;
         drop(place);
         let must_leave = std::mem::take(&mut lock(&open.control).must_leave);
         if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
@@ -423,33 +431,44 @@ async fn wait_and_run(
     }
 }
 
-/// Waits until it has a place, or has ended.
-async fn wait<'a>(app: &'a Arc<App>, stored: &StoredBatch, open: &Arc<Open>, model: &'a str) -> Option<Place<'a>> {
-    let (wake, woken) = oneshot::channel();
+/// Waits until it has a place and an engine, or has ended, or another should have its place.
+async fn wait<'a>(
+    app: &'a Arc<App>,
+    stored: &StoredBatch,
+    open: &Arc<Open>,
+    model: &'a Offered,
+) -> (Option<Place<'a>>, Option<Lease>) {
+    let (wake, mut woken) = oneshot::channel();
     {
         let mut control = lock(&open.control);
         if control.ending.is_some() {
-            return None;
+            return (None, None);
         }
         control.wake = Some(wake);
     }
     let key = (stored.expires_at, stored.id.clone());
     let asked = Arc::clone(open);
-    let rung = app.batches.places.enter(model, key.clone(), Box::new(move || asked.leave()));
-    let place = Place { places: &app.batches.places, model, key };
+    let rung = app.batches.places.enter(&model.id, key.clone(), Box::new(move || asked.leave()));
+    let place = Place { places: &app.batches.places, model: &model.id, key };
     tokio::select! {
         // An error would mean that the places are gone.
         _ = rung => {}
         // Nobody sends: it is dropped.
-        _ = woken => {}
+        _ = &mut woken => return (Some(place), None),
     }
-    Some(place)
+    let (left, asked) = (Duration::from_secs(stored.expires_at.saturating_sub(now())), Arc::clone(open));
+    tokio::select! {
+        // Without one, the server ends.
+        lease = app.models.lend_to_batch(model, left, Box::new(move || asked.leave())) => (Some(place), lease.ok()),
+        _ = woken => (Some(place), None),
+    }
 }
 
-fn run(job: &HostedJob, model: &Offered, open: &Arc<Open>, expires_at: u64) -> Result<Option<Ended>> {
+/// Without a lease it is only ended.
+fn run(job: &HostedJob, model: &Offered, lease: Option<Lease>, open: &Arc<Open>, expires_at: u64) -> Result<Option<Ended>> {
     let (link, inbox) = Inbox::new();
     let [left, window] = [now(), job.created_unix_s].map(|from| Duration::from_secs(expires_at.saturating_sub(from)));
-    let at = model.live.seat(&link, &open.machine_ns, (left, window));
+    let at = model.live.seat(lease, &link, &open.machine_ns, (left, window));
     {
         let mut control = lock(&open.control);
         if control.ending.is_some() || control.must_leave {

@@ -9,8 +9,10 @@ use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
 use super::limits::Held;
+use super::live::Place;
 use super::models::{Offered, OpenCall, now};
 use super::once::Claim;
+use super::residency::Lease;
 use super::windows::{self, Mode, Window};
 use crate::format::openai::answer::{self, Stamp};
 use crate::format::openai::{Endpoint, parse_body};
@@ -59,43 +61,37 @@ impl Call {
     ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
         let prepared = Self::prepare(app, endpoint, body, asked).await?;
-        let ticket = prepared.admit(app)?;
-        Self::submit((app, owner), &prepared, &Identity::new(), ticket)
+        Self::submit((app, owner), &prepared, &Identity::new()).await
     }
 
-    /// Starts prompts that are prepared, and were admitted.
+    /// Starts prompts that are prepared, once their model is in memory.
     ///
     /// # Errors
-    /// Too many calls wait, or its owner has asked for too much.
-    pub(super) fn submit(
+    /// Too many calls wait, its owner has asked for too much, or its model can't be had in time.
+    pub(super) async fn submit(
         (app, owner): (&Arc<App>, &Owner),
         prepared: &Prepared,
         identity: &Identity,
-        ticket: Ticket,
     ) -> Result<Self, ApiError> {
+        let ticket = prepared.admit(app)?;
+        prepared.check_size()?;
         let mut held = prepared.hold(app, owner)?;
-        Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held))
+        let place = prepared.queue()?;
+        let lease = app.models.lend(&prepared.model, prepared.window).await?;
+        Ok(Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held), (lease, place)))
     }
 
-    /// As [`Call::submit`]; what it may come to was taken from what its owner may ask for, or need not be. `ticket` and `held` are
-    /// left as they are if the call can't be started.
-    ///
-    /// # Errors
-    /// Too many calls wait.
+    /// Starts prompts whose model is in memory, and which have a place there; what they may come to was taken from what their
+    /// owner may ask for, or need not be.
     pub(super) fn submit_held(
         (app, owner): (&Arc<App>, &Owner),
         prepared: &Prepared,
         identity: &Identity,
         (ticket, held): (&mut Option<Ticket>, &mut Option<Held>),
-    ) -> Result<Self, ApiError> {
+        at: (Lease, Place),
+    ) -> Self {
         let Prepared { model, window, prompts, echo, id_prefix } = prepared;
-        let n_sequences: usize = prompts.iter().map(|prompt| prompt.params.n as usize).sum();
-        if n_sequences > MAX_SEQUENCES {
-            let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
-            return Err(ApiError::invalid_value("n", message));
-        }
-        let accepted_ago = Duration::from_secs(now().saturating_sub(identity.created));
-        let flow = model.live.submit(prompts, window.class(), accepted_ago, identity.seed).map_err(|_busy| ApiError::busy())?;
+        let flow = model.live.submit(at, prompts, (window.class(), identity.accepted_ago()), identity.seed);
         flow.count_as(ticket.take());
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
@@ -104,7 +100,7 @@ impl Call {
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
-        Ok(Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim, _open: counted })
+        Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim, _open: counted }
     }
 
     /// What a request's prompts are counted as; nothing is run.
@@ -176,6 +172,27 @@ impl Call {
 }
 
 impl Prepared {
+    /// Whether it can run at all.
+    ///
+    /// # Errors
+    /// It asks for too many completions.
+    pub(super) fn check_size(&self) -> Result<(), ApiError> {
+        let n_sequences: usize = self.prompts.iter().map(|prompt| prompt.params.n as usize).sum();
+        if n_sequences > MAX_SEQUENCES {
+            let message = format!("at most {MAX_SEQUENCES} completions are allowed in one call, {n_sequences} asked for");
+            return Err(ApiError::invalid_value("n", message));
+        }
+        Ok(())
+    }
+
+    /// A place among the calls that have not begun to run.
+    ///
+    /// # Errors
+    /// Too many wait.
+    pub(super) fn queue(&self) -> Result<Place, ApiError> {
+        self.model.live.queue(self.window.class()).map_err(|_busy| ApiError::busy())
+    }
+
     /// Counts it in as work to be done.
     ///
     /// # Errors
@@ -238,6 +255,11 @@ impl Identity {
     #[expect(clippy::new_without_default, reason = "each is another")]
     pub fn new() -> Self {
         Self { id: ids::fresh(), created: now(), seed: ids::seed() }
+    }
+
+    /// Time since it was accepted.
+    pub fn accepted_ago(&self) -> Duration {
+        Duration::from_secs(now().saturating_sub(self.created))
     }
 
     /// What the answer of a model is stamped with.

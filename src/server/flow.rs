@@ -5,6 +5,7 @@
 use super::backlog::Ticket;
 use super::live::Place;
 use super::metrics::Times;
+use super::residency::Lease;
 use crate::engine::handle::Delivery;
 use crate::engine::{Finished, Progress, Scheduled, SeqLogprob};
 use crate::outcome::{Completion, ErrorCode, RowError, Usage};
@@ -245,6 +246,8 @@ pub struct Flow {
     /// Tokens that were told, once for each of the choices that have them: as they are charged when the answer is whole.
     n_told: u64,
     has_failed: bool,
+    /// Its engine stays where it is until this is dropped, after its sequences were cancelled.
+    _lease: Lease,
 }
 
 /// Why a call has no completion.
@@ -255,7 +258,7 @@ impl Flow {
         metas: Vec<PromptMeta>,
         sequences: Vec<(u64, usize)>,
         mailbox: Arc<Mailbox>,
-        routes: Arc<Routes>,
+        (routes, lease): (Arc<Routes>, Lease),
         (cancel, place, first_tokens): (Cancel, Arc<Place>, Arc<Times>),
     ) -> Self {
         let finished = sequences.iter().map(|_| None).collect();
@@ -273,6 +276,7 @@ impl Flow {
             first_tokens,
             n_told: 0,
             has_failed: false,
+            _lease: lease,
         }
     }
 

@@ -1,12 +1,13 @@
-//! A loaded model at work: its engine's thread, tokenizer, template and compiled grammars, behind one asynchronous call.
-//! Knows nothing of HTTP or of any wire form. Invariants: a call is answered by exactly the tokens that `valar run` gives
-//! the same request; a caller that goes away leaves nothing behind; memory held for a caller that reads slowly is bounded
-//! by its answer.
+//! A model that is served: its tokenizer, template and compiled grammars, which are always there, and its engine's thread,
+//! which is there while it is loaded. Knows nothing of HTTP or of any wire form, nor when it is loaded (`residency`). Invariants:
+//! a call is answered by exactly the tokens that `valar run` gives the same request; a caller that goes away leaves nothing
+//! behind; memory held for a caller that reads slowly is bounded by its answer; what is loaded again has the same bits.
 
 use super::backlog::{Backlog, Ticket};
-use super::flow::{Flow, Mailbox, Routes, first_id, is_of_job};
+use super::flow::{Cancel, Flow, Mailbox, Routes, first_id, is_of_job};
 use super::metrics::Times;
 use super::pace::Pace;
+use super::residency::Lease;
 use super::windows::Table;
 use crate::config::ModelConfig;
 use crate::config::serve::ServeLimits;
@@ -16,13 +17,13 @@ use crate::format::openai::Endpoint;
 use crate::grammar::Grammars;
 use crate::outcome::{ErrorCode, RowError};
 use crate::pipeline::hosted::{Link, Seat};
-use crate::pipeline::load;
+use crate::pipeline::load::{self, MemoryPlan, OpenModel};
 use crate::pipeline::meter::Meter;
 use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission};
 use crate::prepare::{Preparer, Prompt, RowForm};
 use crate::request::{Params, Request};
 use crate::window::Class;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -38,10 +39,17 @@ pub struct LiveModel {
     pub fingerprint: String,
     /// Times from a call to its first token.
     pub first_tokens: Arc<Times>,
-    engine: Arc<EngineHandle>,
+    /// Its place among all that are served.
+    pub(super) number: usize,
+    config: ModelConfig,
+    /// How its memory is shared out, each time that it is loaded.
+    memory: MemoryPlan,
+    /// Steps are kept to that.
+    max_step: Duration,
+    /// Engines that have work, of all that share the machine.
+    n_busy: Arc<AtomicUsize>,
+    faults: Arc<Faults>,
     routes: Arc<Routes>,
-    /// By class: prompts on their way to the engine, which waits where its queue is full.
-    feeds: [Sender<Work>; Class::ALL.len()],
     /// By class: calls that have not begun to run.
     n_queued: [Arc<AtomicUsize>; Class::ALL.len()],
     /// Most of them.
@@ -53,9 +61,36 @@ pub struct LiveModel {
     preparing: Semaphore,
     next_id: AtomicU64,
     next_job: AtomicU64,
-    stats: Arc<Mutex<EngineStats>>,
-    /// True once the engine has ended, however it did.
-    ended: watch::Receiver<bool>,
+    stats: Arc<Mutex<Stats>>,
+}
+
+/// The model whose engine has failed, if one has.
+pub(super) type Faults = watch::Sender<Option<String>>;
+
+/// What engines have counted.
+#[derive(Debug, Default)]
+struct Stats {
+    /// Those that were there before.
+    before: EngineStats,
+    now: EngineStats,
+}
+
+/// A loaded model's engine.
+pub struct AtWork {
+    engine: Arc<EngineHandle>,
+    /// By class: prompts on their way to the engine, which waits where its queue is full.
+    feeds: [Sender<Work>; Class::ALL.len()],
+    /// It is to end: that is no fault.
+    is_retired: Arc<AtomicBool>,
+}
+
+/// What all models of a server share.
+pub(super) struct Shared<'a> {
+    pub(super) defaults: &'a Params,
+    pub(super) limits: &'a ServeLimits,
+    /// Engines that have work.
+    pub(super) n_busy: &'a Arc<AtomicUsize>,
+    pub(super) faults: &'a Arc<Faults>,
 }
 
 /// A call's prompts on their way to the engine.
@@ -74,67 +109,113 @@ const DEADLINE_MARGIN: u32 = 20;
 pub struct Busy;
 
 impl LiveModel {
-    /// Loads a model, which rows may also call by these names, and starts its engine. A step takes about
-    /// `limits.max_step` at most. `n_busy` counts the engines that share the machine just now.
+    /// Opens a model, which rows may also call by these names; [`LiveModel::put`] puts it to work.
     ///
     /// # Errors
-    /// No such model, one that can't be used, or not enough memory.
-    pub fn start(
+    /// No such model, one that can't be used, or one that its memory does not hold.
+    pub(super) fn open(
+        number: usize,
         config: &ModelConfig,
         names: Vec<String>,
-        defaults: Params,
-        limits: &ServeLimits,
-        n_busy: Arc<AtomicUsize>,
-    ) -> Result<Self> {
+        shared: &Shared<'_>,
+    ) -> Result<(Self, OpenModel)> {
         let open = load::open(config)?;
         let (tokenizer, mut model, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         model.names.extend(names);
-        let fingerprint = open.fingerprint.to_string();
-        let meter = Arc::new(Meter::default());
-        let (runner, template) = load::load(open, config, &meter)?;
-        let mut engine_config = EngineConfig::for_runner(&runner.limits());
-        engine_config.max_running = config.max_running.min(engine_config.max_running);
-        engine_config.max_waiting = 2 * engine_config.max_running;
-        engine_config.share_floors = limits.windows.share_floors();
-        let mut engine = Engine::new(engine_config, runner, Arc::clone(&tokenizer) as _)?;
-        let step_limits = Arc::new(StepLimits::default());
-        engine.limit_steps(Arc::clone(&step_limits));
-        let pace = Pace::new(meter, limits.max_step, step_limits);
         let preparer = Preparer {
             form: RowForm::Requests,
             grammars: Grammars::new(Arc::clone(&tokenizer)),
             tokenizer,
-            template,
+            template: open.template.clone(),
             model,
             result_columns: Vec::new(),
             kept_columns: None,
-            defaults,
+            defaults: shared.defaults.clone(),
             max_context: memory.max_context,
             max_context_reason: memory.max_context_reason,
         };
-        let (routes, stats, backlog) = (Arc::new(Routes::default()), Arc::default(), Arc::new(Backlog::default()));
-        let (end, ended) = watch::channel(false);
-        let own = (Arc::clone(&routes), Arc::clone(&stats), Arc::clone(&backlog));
-        let mut receiver = Receiving { routes: own.0, stats: own.1, backlog: own.2, end, pace, n_busy, is_busy: false };
-        let engine = Arc::new(EngineHandle::start(engine, Box::new(move |step| receiver.take(step)))?);
-        let [asap, standard, batch] = Class::ALL.map(|class| feed(class, Arc::clone(&engine)));
-        Ok(Self {
+        let limits = shared.limits;
+        let live = Self {
             preparer: Arc::new(preparer),
-            fingerprint,
+            fingerprint: open.fingerprint.to_string(),
             first_tokens: Arc::default(),
-            engine,
-            routes,
-            feeds: [asap?, standard?, batch?],
+            number,
+            config: config.clone(),
+            memory,
+            max_step: limits.max_step,
+            n_busy: Arc::clone(shared.n_busy),
+            faults: Arc::clone(shared.faults),
+            routes: Arc::default(),
             n_queued: Default::default(),
             max_queued: limits.max_queued,
-            backlog,
+            backlog: Arc::default(),
             windows: limits.windows,
             preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
             next_job: AtomicU64::new(0),
-            stats,
-            ended,
-        })
+            stats: Arc::default(),
+        };
+        Ok((live, open))
+    }
+
+    /// What it takes when it is loaded: bytes.
+    pub fn n_bytes(&self) -> u64 {
+        self.memory.n_bytes
+    }
+
+    /// Loads it again, from the files that it was opened from.
+    ///
+    /// # Errors
+    /// They can't be read, or are not the same any more.
+    pub(super) fn load(&self) -> Result<AtWork> {
+        let name = self.preparer.model.path.to_string_lossy().into_owned();
+        let open = load::open(&ModelConfig { name, quiet: true, ..self.config.clone() })?;
+        let is_same = open.fingerprint.to_string() == self.fingerprint && open.memory == self.memory;
+        ensure!(is_same, "its files have changed since the server started; start it again to serve what is there now");
+        self.put(open)
+    }
+
+    /// Puts what was opened into memory, and starts its engine. A step takes about `max_step` at most.
+    ///
+    /// # Errors
+    /// A tensor that the device can't take.
+    pub(super) fn put(&self, open: OpenModel) -> Result<AtWork> {
+        let meter = Arc::new(Meter::default());
+        let (runner, _) = load::load(open, &self.config, &meter)?;
+        let mut engine_config = EngineConfig::for_runner(&runner.limits());
+        engine_config.max_running = self.config.max_running.min(engine_config.max_running);
+        engine_config.max_waiting = 2 * engine_config.max_running;
+        engine_config.share_floors = self.windows.share_floors();
+        let mut engine = Engine::new(engine_config, runner, Arc::clone(&self.preparer.tokenizer) as _)?;
+        let step_limits = Arc::new(StepLimits::default());
+        engine.limit_steps(Arc::clone(&step_limits));
+        let is_retired = Arc::<AtomicBool>::default();
+        let mut receiver = Receiving {
+            routes: Arc::clone(&self.routes),
+            stats: Arc::clone(&self.stats),
+            backlog: Arc::clone(&self.backlog),
+            pace: Pace::new(meter, self.max_step, step_limits),
+            n_busy: Arc::clone(&self.n_busy),
+            is_busy: false,
+            is_retired: Arc::clone(&is_retired),
+            fault: (self.preparer.model.name.clone(), Arc::clone(&self.faults)),
+        };
+        let engine = Arc::new(EngineHandle::start(engine, Box::new(move |step| receiver.take(step)))?);
+        let [asap, standard, batch] = Class::ALL.map(|class| feed(class, Arc::clone(&engine)));
+        Ok(AtWork { engine, feeds: [asap?, standard?, batch?], is_retired })
+    }
+
+    /// Ends an engine that nobody uses; when this returns, it is out of memory.
+    ///
+    /// # Errors
+    /// Why it ended before that.
+    pub(super) fn stop(&self, work: &AtWork) -> Result<()> {
+        work.is_retired.store(true, SeqCst);
+        let stopped = work.engine.stop();
+        let mut stats = self.stats();
+        (stats.blocks_used, stats.blocks_total, stats.running, stats.waiting) = (0, 0, 0, 0);
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = Stats { before: stats, now: EngineStats::default() };
+        stopped
     }
 
     /// Renders, tokenizes and checks a request, away from the threads that serve connections.
@@ -161,18 +242,28 @@ impl LiveModel {
         self.backlog.enter(class, sequences, self.windows.of(class).ceiling)
     }
 
-    /// Starts a call that was accepted so long ago: its prompts run side by side, in their class. `seed` is what it draws with
-    /// where it names no seed.
+    /// A place among the calls of a class that have not begun to run.
     ///
     /// # Errors
-    /// Too many calls of the class wait already.
-    pub fn submit(&self, prompts: &[Prompt], class: Class, accepted_ago: Duration, seed: u64) -> Result<Flow, Busy> {
-        let due = self.windows.due(class, self.engine.now_ms(), accepted_ago);
+    /// Too many wait already.
+    pub(super) fn queue(&self, class: Class) -> Result<Place, Busy> {
         let queued = &self.n_queued[class as usize];
-        if queued.fetch_add(1, Relaxed) >= self.max_queued {
-            queued.fetch_sub(1, Relaxed);
-            return Err(Busy);
-        }
+        let place = Place(Arc::clone(queued));
+        // Given back at once if it is one too many.
+        if queued.fetch_add(1, Relaxed) >= self.max_queued { Err(Busy) } else { Ok(place) }
+    }
+
+    /// Starts a call that was accepted so long ago: its prompts run side by side, in their class. `seed` is what it draws with
+    /// where it names no seed.
+    pub(super) fn submit(
+        &self,
+        (lease, place): (Lease, Place),
+        prompts: &[Prompt],
+        (class, accepted_ago): (Class, Duration),
+        seed: u64,
+    ) -> Flow {
+        let engine = Arc::clone(&lease.work.engine);
+        let due = self.windows.due(class, engine.now_ms(), accepted_ago);
         let metas: Vec<PromptMeta> = prompts.iter().map(|prompt| PromptMeta::new(prompt, || seed)).collect();
         let (mut submissions, mut sequences) = (Vec::new(), Vec::new());
         for (prompt_idx, (prompt, meta)) in prompts.iter().zip(&metas).enumerate() {
@@ -190,48 +281,52 @@ impl LiveModel {
         let mailbox = Arc::new(Mailbox::new(sequences.len()));
         self.routes.open(&sequences, &mailbox);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let cancel = {
-            let (engine, cancelled) = (Arc::clone(&self.engine), Arc::clone(&cancelled));
+        let cancel: Cancel = {
+            let cancelled = Arc::clone(&cancelled);
             Box::new(move |ids| {
                 cancelled.store(true, SeqCst);
                 engine.cancel_all(ids);
             })
         };
-        let place = Arc::new(Place(Arc::clone(queued)));
-        let flow = Flow::new(
-            metas,
-            sequences,
-            mailbox,
-            Arc::clone(&self.routes),
-            (cancel, Arc::clone(&place), Arc::clone(&self.first_tokens)),
-        );
+        let place = Arc::new(place);
         // Refused only by an engine that has ended; then its mailboxes are closed.
-        drop(self.feeds[class as usize].send(Work { submissions, cancelled, _place: place }));
-        Ok(flow)
+        drop(lease.work.feeds[class as usize].send(Work { submissions, cancelled, _place: Arc::clone(&place) }));
+        let own = (cancel, place, Arc::clone(&self.first_tokens));
+        Flow::new(metas, sequences, mailbox, (Arc::clone(&self.routes), lease), own)
     }
 
     /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
-    /// Their shares of the machine's time are added to `machine_ns`. It has so much time `left` of its window.
-    pub fn seat(&self, link: &Link, machine_ns: &Arc<AtomicU64>, (left, window): (Duration, Duration)) -> JobPlace {
+    /// Their shares of the machine's time are added to `machine_ns`. It has so much time `left` of its window. Without a lease it can
+    /// only be ended.
+    pub(super) fn seat(
+        &self,
+        lease: Option<Lease>,
+        link: &Link,
+        machine_ns: &Arc<AtomicU64>,
+        (left, window): (Duration, Duration),
+    ) -> JobPlace {
         // What is only just done in time is done too late when a row takes longer than others.
         let left = left.saturating_sub(window / DEADLINE_MARGIN);
         let number = self.next_job.fetch_add(1, Relaxed);
         self.routes.open_job(number, link, machine_ns);
+        let engine = lease.as_ref().map(|lease| Arc::clone(&lease.work.engine));
+        let now_ms = engine.as_ref().map_or(0, |engine| engine.now_ms());
         let seat = Seat {
             preparer: Arc::clone(&self.preparer),
-            engine: Arc::clone(&self.engine),
+            engine,
             fingerprint: self.fingerprint.clone(),
             first_id: first_id(number),
             // Calls of each class have a stream of their own.
             stream: Class::ALL.len() as u32 + number as u32,
-            due: Due::window(self.engine.now_ms() + left.as_millis() as i64, window.as_millis() as i64),
+            due: Due::window(now_ms + left.as_millis() as i64, window.as_millis() as i64),
         };
-        JobPlace { seat, routes: Arc::clone(&self.routes), number }
+        JobPlace { seat, routes: Arc::clone(&self.routes), number, _lease: lease }
     }
 
     /// The engine's counters, as of its last step.
     pub fn stats(&self) -> EngineStats {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+        let stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.now.after(stats.before)
     }
 
     /// Calls of a class that have not begun to run.
@@ -248,17 +343,6 @@ impl LiveModel {
     pub fn n_open(&self) -> usize {
         self.routes.n_open()
     }
-
-    /// Whether the engine has ended.
-    pub fn has_ended(&self) -> bool {
-        *self.ended.borrow()
-    }
-
-    /// Returns when the engine has ended, which it does only by a fault.
-    pub async fn ended(&self) {
-        // An error means that the sender is gone: ended too.
-        drop(self.ended.clone().wait_for(|ended| *ended).await);
-    }
 }
 
 /// A job's place on an engine.
@@ -267,6 +351,7 @@ pub struct JobPlace {
     pub seat: Seat,
     routes: Arc<Routes>,
     number: u64,
+    _lease: Option<Lease>,
 }
 
 impl Drop for JobPlace {
@@ -287,13 +372,15 @@ impl Drop for Place {
 /// The receiving end of the engine, on its thread.
 struct Receiving {
     routes: Arc<Routes>,
-    stats: Arc<Mutex<EngineStats>>,
+    stats: Arc<Mutex<Stats>>,
     backlog: Arc<Backlog>,
-    end: watch::Sender<bool>,
     pace: Pace,
     /// Engines that have work, of all that share the machine.
     n_busy: Arc<AtomicUsize>,
     is_busy: bool,
+    is_retired: Arc<AtomicBool>,
+    /// Where it is told that this model's engine has failed.
+    fault: (String, Arc<Faults>),
 }
 
 impl Receiving {
@@ -305,7 +392,7 @@ impl Receiving {
         for done in step.finished.iter().filter(|done| !is_of_job(done.id)) {
             self.backlog.note_finished(done.tokens.len());
         }
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = *step.stats;
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).now = *step.stats;
         let is_busy = !step.step.is_empty();
         match (self.is_busy, is_busy) {
             (false, true) => drop(self.n_busy.fetch_add(1, Relaxed)),
@@ -321,9 +408,18 @@ impl Receiving {
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        // First, so that whoever finds a call closed finds out why.
-        self.end.send_replace(true);
-        self.routes.close();
+        if self.is_busy {
+            self.n_busy.fetch_sub(1, Relaxed);
+        }
+        if !self.is_retired.load(SeqCst) {
+            // First, so that whoever finds a call closed finds out why.
+            self.fault.1.send_if_modified(|fault| {
+                let is_first = fault.is_none();
+                fault.get_or_insert(self.fault.0.clone());
+                is_first
+            });
+            self.routes.close();
+        }
     }
 }
 

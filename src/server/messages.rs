@@ -33,8 +33,7 @@ pub(super) async fn create(
     let streaming = Streaming::take(&mut body)?;
     let prepared = prepare(&app, &headers, &body, true).await?;
     let stops = prepared.prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
-    let ticket = prepared.admit(&app)?;
-    let mut call = Call::submit((&app, &owner), &prepared, &Identity::new(), ticket)?;
+    let mut call = Call::submit((&app, &owner), &prepared, &Identity::new()).await?;
     if streaming.is_on {
         return Ok(sse::response(events(call, stops)));
     }

@@ -1,6 +1,7 @@
 //! `/metrics`, in Prometheus' text form: gauges and counters of every engine, and of the calls. Knows no call's content.
 
 use super::App;
+use super::residency::Shown;
 use crate::engine::EngineStats;
 use crate::window::Class;
 use axum::extract::State;
@@ -88,16 +89,51 @@ const ENGINE: [Metric; 11] = [
     ("valar_kv_blocks", "gauge", "KV blocks of the pool.", |s| s.blocks_total as u64),
 ];
 
+/// Name, kind, help, and where it stands.
+type PlaceMetric = (&'static str, &'static str, &'static str, fn(&Shown) -> f64);
+
+const PLACES: [PlaceMetric; 6] = [
+    ("valar_model_loaded", "gauge", "1 if the model is in memory.", |place| f64::from(u8::from(place.state == "loaded"))),
+    ("valar_model_memory_bytes", "gauge", "What the model takes when it is in memory.", |place| place.bytes as f64),
+    ("valar_model_loads_total", "counter", "Times that the model was loaded.", |place| place.counts.n_loads as f64),
+    ("valar_model_unloads_total", "counter", "Times that it was taken out.", |place| place.counts.n_unloads as f64),
+    ("valar_model_load_failures_total", "counter", "Loads that failed.", |place| place.counts.n_failures as f64),
+    ("valar_model_load_seconds_total", "counter", "Time that loads took after the start.", |place| {
+        place.counts.load_time.as_secs_f64()
+    }),
+];
+
+/// Which models are in memory.
+fn memory(app: &App, out: &mut String) {
+    let places: Vec<(&str, Shown)> =
+        app.models.distinct().into_iter().map(|model| (model.id.as_str(), app.models.place(model))).collect();
+    for (name, kind, help, of) in PLACES {
+        head(out, name, kind, help);
+        for (id, place) in &places {
+            line(out, name, &format!("model={id:?}"), &of(place));
+        }
+    }
+    let (budget, used) = app.models.residency.memory();
+    for (name, help, bytes) in [
+        ("valar_memory_budget_bytes", "What models may take together.", budget),
+        ("valar_memory_used_bytes", "What those that are in memory take.", used),
+    ] {
+        head(out, name, "gauge", help);
+        writeln!(out, "{name} {bytes}").expect("memory takes text");
+    }
+}
+
 /// `GET /metrics`
 pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
     let mut out = String::new();
-    let models = app.models.loaded();
+    let models = app.models.distinct();
     for (name, kind, help, of) in ENGINE {
         head(&mut out, name, kind, help);
         for model in &models {
             line(&mut out, name, &format!("model={:?}", model.id), &of(&model.live.stats()));
         }
     }
+    memory(&app, &mut out);
     head(&mut out, "valar_queued_calls", "gauge", "Calls that have not begun to run.");
     for model in &models {
         for class in Class::ALL {

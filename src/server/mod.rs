@@ -35,8 +35,10 @@ mod page;
 mod paging;
 mod places;
 pub mod prices;
+pub mod residency;
 pub mod response_events;
 pub mod responses;
+pub mod room;
 mod shown;
 mod sse;
 mod stalled;
@@ -166,12 +168,13 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         files::sweep(&app).await?;
         background::start(&app, queues).await?;
         batch_runs::start(&app).await?;
+        tokio::spawn(Arc::clone(&app.models.residency).run());
         tokio::spawn(deliveries::run(Arc::clone(&app)));
         tokio::spawn(books::run(Arc::clone(&app)));
         tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
         let ended = run((listener, tls), Arc::clone(&app), config).await;
         app.read_meters().await?;
-        if let Some(id) = app.models.ended() {
+        if let Some(id) = app.models.failed() {
             app.store.write(crate::store::responses::note_fault).await?;
             bail!("the engine of {id} failed");
         }
@@ -196,7 +199,7 @@ async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>,
     let server = http::Server::new(router(Arc::clone(&app)), &config.limits, tls, Arc::clone(&app.connections));
     tokio::select! {
         () = server.accept(listener) => {}
-        () = app.models.any_ended() => return Ok(()),
+        () = app.models.any_failed() => return Ok(()),
         () = app.store.ended() => bail!("a thread of the database failed"),
         () = any_signal() => {}
     }
@@ -204,13 +207,14 @@ async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>,
     // It goes on at the next start.
     app.background.close_all();
     app.batches.pause_all();
+    app.models.residency.close();
     let connections = server.into_connections();
     say("finishing what runs; a second signal ends it at once");
     tokio::select! {
         () = connections.shutdown() => {}
         () = tokio::time::sleep(config.limits.drain) => say("some calls had not finished"),
         () = any_signal() => {}
-        () = app.models.any_ended() => {}
+        () = app.models.any_failed() => {}
     }
     // What batches have computed is put into their journals.
     let put = async {
@@ -222,7 +226,7 @@ async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>,
         () = put => {}
         () = tokio::time::sleep(config.limits.drain) => say("some batches had not paused"),
         () = any_signal() => {}
-        () = app.models.any_ended() => {}
+        () = app.models.any_failed() => {}
     }
     Ok(())
 }
@@ -306,7 +310,16 @@ fn router(app: Arc<App>) -> Router {
 
 /// Whether new requests are taken.
 async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    if app.is_draining.load(Relaxed) { Err(ApiError::draining()) } else { Ok(json_response(&json!({"status": "ready"}))) }
+    if app.is_draining.load(Relaxed) {
+        return Err(ApiError::draining());
+    }
+    // How many are where; who may not call need not know their names.
+    let mut models = json!({"loaded": 0, "loading": 0, "unloading": 0, "unloaded": 0});
+    for model in app.models.distinct() {
+        let n = &mut models[app.models.place(model).state];
+        *n = (n.as_u64().unwrap_or_default() + 1).into();
+    }
+    Ok(json_response(&json!({"status": "ready", "models": models})))
 }
 
 /// What counts as a request where requests are limited: what makes the model work at once.

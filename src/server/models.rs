@@ -1,22 +1,25 @@
 //! The models that are offered: `/v1/models` for both dialects at once, and who answers to a name. Invariant: models
-//! with equal weights are in memory once.
+//! with equal weights are in memory once, or not at all.
 
 use super::App;
 use super::errors::{ApiError, json_response};
-use super::live::LiveModel;
+use super::live::{AtWork, Faults, LiveModel, Shared};
 use super::prices::Prices;
-use super::windows::{self, Mode, Window};
+use super::residency::{Absent, Lease, Residency, Shown, Wanted};
+use super::room::Terms;
+use super::windows::{self, Mode, Table, Window};
 use crate::config::ModelConfig;
-use crate::config::serve::ServeConfig;
-use anyhow::{Result, ensure};
+use crate::config::serve::{OfferedModel, ServeConfig};
+use crate::window::AIM;
+use anyhow::{Context as _, Result, ensure};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A model under its public name.
 pub struct Offered {
@@ -32,43 +35,103 @@ pub struct Offered {
     created: u64,
     /// By window: calls that have not ended.
     open: [AtomicUsize; Window::ALL.len()],
-    /// Set when the engine has ended, which is a fault.
-    has_ended: AtomicBool,
 }
 
 /// All that are offered; at least one.
-pub struct Models(Vec<Arc<Offered>>);
+pub struct Models {
+    offered: Vec<Arc<Offered>>,
+    /// Which of them are in memory.
+    pub residency: Arc<Residency>,
+    faults: Arc<Faults>,
+    windows: Table,
+    /// Most time that a call waits for its model.
+    load_wait: Duration,
+}
+
+/// A batch gives other models' work so much time before they must make room for its own.
+const BATCH_PATIENCE: Duration = Duration::from_mins(10);
+/// Loads that may fail, one after the other, before a background response does.
+const MAX_FAILURES: u32 = 3;
 
 impl Models {
-    /// Loads what the configuration names.
+    /// Opens what the configuration names, and loads what is to be there from the start.
     pub(super) fn load(config: &ServeConfig) -> Result<Self> {
         let mut offered: Vec<Arc<Offered>> = Vec::new();
-        let mut loaded: Vec<(&ModelConfig, Arc<LiveModel>)> = Vec::new();
-        let n_busy = Arc::default();
+        let mut known: Vec<(&ModelConfig, Arc<LiveModel>, Terms, Option<AtWork>)> = Vec::new();
+        let (n_busy, faults) = (Arc::default(), Arc::new(Faults::new(None)));
+        let shared = Shared { defaults: &config.defaults, limits: &config.limits, n_busy: &n_busy, faults: &faults };
         for next in &config.models {
             let model = &next.model;
-            let key = |model: &ModelConfig| {
-                let ModelConfig { name, device, numerics, chat_template, .. } = model.clone();
-                (name, device, numerics, chat_template)
-            };
-            let known = loaded.iter().find(|(other, _)| key(other) == key(model));
-            let live = if let Some((_, live)) = known {
+            let live = if let Some((_, live, ..)) = known.iter().find(|(other, ..)| other.weights() == model.weights()) {
                 Arc::clone(live)
             } else {
-                let same = config.models.iter().filter(|other| key(&other.model) == key(model));
-                let names = same.filter_map(|other| other.id.clone()).collect();
-                let live =
-                    Arc::new(LiveModel::start(model, names, config.defaults.clone(), &config.limits, Arc::clone(&n_busy))?);
-                loaded.push((model, Arc::clone(&live)));
+                let same: Vec<&OfferedModel> =
+                    config.models.iter().filter(|other| other.model.weights() == model.weights()).collect();
+                let names = same.iter().filter_map(|other| other.id.clone()).collect();
+                let named = || format!("model {}", next.id.as_ref().unwrap_or(&model.name));
+                let (live, open) = LiveModel::open(known.len(), model, names, &shared).with_context(named)?;
+                let is_loaded = same.iter().any(|other| other.is_loaded);
+                let work = is_loaded.then(|| live.put(open)).transpose().with_context(named)?;
+                // As long as any of its names wants it.
+                let idle = same.iter().map(|other| other.idle_unload).collect::<Option<Vec<_>>>();
+                let terms = Terms { bytes: live.n_bytes(), idle: idle.and_then(|times| times.into_iter().max()) };
+                let live = Arc::new(live);
+                known.push((model, Arc::clone(&live), terms, work));
                 live
             };
             let id = next.id.clone().unwrap_or_else(|| live.preparer.model.name.clone());
             ensure!(offered.iter().all(|other| other.id != id), "model.id: {id:?} is offered twice");
-            let (windows, prices, open, has_ended) =
-                (next.windows.clone(), next.prices, Default::default(), AtomicBool::new(false));
-            offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), open, has_ended }));
+            let (windows, prices, open) = (next.windows.clone(), next.prices, Default::default());
+            offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), open }));
         }
-        Ok(Self(offered))
+        let models = known.into_iter().map(|(_, live, terms, work)| (live, terms, work)).collect();
+        let residency = Residency::new(models, config.memory_bytes, config.limits.min_loaded);
+        let (windows, load_wait) = (config.limits.windows, config.limits.load_wait);
+        Ok(Self { offered, residency, faults, windows, load_wait })
+    }
+
+    /// The engine of a model, for a call whose caller waits.
+    ///
+    /// # Errors
+    /// It can't be had in time.
+    pub(super) async fn lend(&self, model: &Offered, window: Window) -> Result<Lease, ApiError> {
+        let terms = self.windows.of(window.class());
+        let limit = Some(terms.ceiling.map_or(self.load_wait, |ceiling| ceiling.min(self.load_wait)));
+        let due_in = self.patience(window, Duration::ZERO);
+        let wanted = Wanted { due_in, limit, max_failures: Some(1), ask: None };
+        self.residency.lease(model.live.number, wanted).await.map_err(|absent| absent.told(&model.id))
+    }
+
+    /// The engine of a model, for a background response that was accepted so long ago.
+    ///
+    /// # Errors
+    /// It can't be loaded, or the server ends.
+    pub(super) async fn lend_later(&self, model: &Offered, window: Window, accepted_ago: Duration) -> Result<Lease, Absent> {
+        let due_in = self.patience(window, accepted_ago);
+        let wanted = Wanted { due_in, limit: None, max_failures: Some(MAX_FAILURES), ask: None };
+        self.residency.lease(model.live.number, wanted).await
+    }
+
+    /// The engine of a model, for a batch that has so much time left. `ask` is called when it should let go of it.
+    ///
+    /// # Errors
+    /// The server ends.
+    pub(super) async fn lend_to_batch(
+        &self,
+        model: &Offered,
+        left: Duration,
+        ask: Box<dyn Fn() + Send>,
+    ) -> Result<Lease, Absent> {
+        // A half of what is left is for its work.
+        let due_in = BATCH_PATIENCE.min(left / 2);
+        let wanted = Wanted { due_in, limit: None, max_failures: None, ask: Some(ask) };
+        self.residency.lease(model.live.number, wanted).await
+    }
+
+    /// How long a call of a window may wait for its model while others are at work.
+    fn patience(&self, window: Window, accepted_ago: Duration) -> Duration {
+        let target = self.windows.of(window.class()).target;
+        target.map_or(Duration::ZERO, |target| target.mul_f64(AIM)).saturating_sub(accepted_ago)
     }
 
     /// The model that a body asks for.
@@ -85,13 +148,13 @@ impl Models {
 
     /// By its public name, or by any other that its weights are known by.
     pub fn find(&self, name: &str) -> Option<&Arc<Offered>> {
-        let by_id = self.0.iter().find(|model| model.id == name);
-        by_id.or_else(|| self.0.iter().find(|model| model.live.preparer.model.is_called(name)))
+        let by_id = self.offered.iter().find(|model| model.id == name);
+        by_id.or_else(|| self.offered.iter().find(|model| model.live.preparer.model.is_called(name)))
     }
 
     /// Every one.
     pub fn all(&self) -> &[Arc<Offered>] {
-        &self.0
+        &self.offered
     }
 
     /// Checks a window that is asked for before it is known of which model.
@@ -99,39 +162,32 @@ impl Models {
     /// # Errors
     /// None supports it.
     pub(super) fn check_window(&self, asked: &str) -> Result<(), ApiError> {
-        let supports = |window: &&Window| self.0.iter().any(|model| model.windows.contains(window));
+        let supports = |window: &&Window| self.offered.iter().any(|model| model.windows.contains(window));
         let supported: Vec<Window> = Window::ALL.iter().filter(supports).copied().collect();
-        let names: Vec<&str> = self.0.iter().map(|model| model.id.as_str()).collect();
+        let names: Vec<&str> = self.offered.iter().map(|model| model.id.as_str()).collect();
         windows::resolve(Some(asked), Mode::Background, &names.join(", "), &supported).map(drop)
     }
 
-    /// One of each that is in memory.
-    pub(super) fn loaded(&self) -> Vec<&Offered> {
-        let is_first = |i: usize| self.0[..i].iter().all(|other| !Arc::ptr_eq(&other.live, &self.0[i].live));
-        (0..self.0.len()).filter(|&i| is_first(i)).map(|i| &*self.0[i]).collect()
+    /// One of each whose weights are others than those of all before it.
+    pub(super) fn distinct(&self) -> Vec<&Offered> {
+        let is_first = |i: usize| self.offered[..i].iter().all(|other| !Arc::ptr_eq(&other.live, &self.offered[i].live));
+        (0..self.offered.len()).filter(|&i| is_first(i)).map(|i| &*self.offered[i]).collect()
     }
 
-    /// Returns when the engine of any has ended.
-    pub(super) async fn any_ended(&self) {
-        let mut ends = tokio::task::JoinSet::new();
-        for model in &self.0 {
-            let model = Arc::clone(model);
-            ends.spawn(async move {
-                model.live.ended().await;
-                model.has_ended.store(true, Relaxed);
-            });
-        }
-        ends.join_next().await;
+    /// Returns when any engine has failed.
+    pub(super) async fn any_failed(&self) {
+        // An error would mean that the sender is gone, which is held here.
+        drop(self.faults.subscribe().wait_for(Option::is_some).await);
     }
 
-    /// Whether any engine has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        self.0.iter().any(|model| model.live.has_ended())
+    /// A model whose engine has failed.
+    pub(super) fn failed(&self) -> Option<String> {
+        self.faults.borrow().clone()
     }
 
-    /// A model whose engine has ended.
-    pub(super) fn ended(&self) -> Option<&str> {
-        self.0.iter().find(|model| model.has_ended.load(Relaxed)).map(|model| model.id.as_str())
+    /// A model's place in memory.
+    pub(super) fn place(&self, model: &Offered) -> Shown {
+        self.residency.shown(model.live.number)
     }
 }
 
@@ -171,7 +227,7 @@ impl Offered {
     }
 
     /// One object that both dialects' clients read.
-    fn shown(&self, currency: &str) -> Value {
+    fn shown(&self, app: &App) -> Value {
         let max_context = self.live.preparer.max_context;
         let mut shown = json!({
             "id": self.id,
@@ -186,8 +242,9 @@ impl Offered {
             "lifecycle": "active",
             "max_input_tokens": max_context,
             "max_tokens": max_context,
+            "state": app.models.place(self).state,
         });
-        let pricing = self.prices.shown(&self.windows, currency);
+        let pricing = self.prices.shown(&self.windows, &app.books.currency);
         if !pricing.is_null() {
             shown["pricing"] = pricing;
         }
@@ -207,7 +264,7 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Response {
     let id = |model: Option<&Arc<Offered>>| model.map(|model| model.id.clone());
     json_response(&json!({
         "object": "list",
-        "data": models.iter().map(|model| model.shown(&app.books.currency)).collect::<Vec<_>>(),
+        "data": models.iter().map(|model| model.shown(&app)).collect::<Vec<_>>(),
         "has_more": false,
         "first_id": id(models.first()),
         "last_id": id(models.last()),
@@ -221,5 +278,5 @@ pub(super) async fn retrieve(
 ) -> Result<Response, ApiError> {
     let Path(id) = path.map_err(|_| unknown(""))?;
     let model = app.models.find(&id).ok_or_else(|| unknown(&id))?;
-    Ok(json_response(&model.shown(&app.books.currency)))
+    Ok(json_response(&model.shown(&app)))
 }

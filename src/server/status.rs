@@ -70,7 +70,8 @@ impl Errors {
 
 /// What every engine does.
 fn engines(models: &Models) -> Vec<Value> {
-    let engines = models.loaded().into_iter().map(|first| {
+    let engines = models.distinct().into_iter().map(|first| {
+        let place = models.place(first);
         let (stats, live) = (first.live.stats(), &first.live);
         let sharing: Vec<_> = models.all().iter().filter(|model| Arc::ptr_eq(&model.live, live)).collect();
         let windows = Window::ALL.into_iter().map(|window| {
@@ -80,6 +81,13 @@ fn engines(models: &Models) -> Vec<Value> {
         json!({
             "id": first.id,
             "models": sharing.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(),
+            "state": place.state,
+            "memory_bytes": place.bytes,
+            "users": {"working": place.n_users, "waiting": place.n_waiting},
+            "loads": {
+                "loaded": place.counts.n_loads, "unloaded": place.counts.n_unloads, "failed": place.counts.n_failures,
+                "error": place.counts.error,
+            },
             "windows": windows.collect::<Vec<_>>(),
             "sequences": {"running": stats.running, "waiting": stats.waiting},
             "kv_blocks": {"used": stats.blocks_used, "total": stats.blocks_total},
@@ -92,10 +100,12 @@ fn engines(models: &Models) -> Vec<Value> {
 /// `GET /v1/status`
 pub(super) async fn show(State(app): State<Arc<App>>, Extension(owner): Extension<Owner>) -> Response {
     let sees_all = app.keys.sees_all(&owner);
+    let (budget, used) = app.models.residency.memory();
     json_response(&json!({
         "object": "status",
         "version": env!("CARGO_PKG_VERSION"),
         "started_at": app.started_at,
+        "memory": {"budget_bytes": budget, "used_bytes": used},
         "engines": engines(&app.models),
         "background_responses": app.background.n_open(),
         "batches": app.batches.n_open(),

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::io;
 
 /// A model's chat template, compiled once; one for all threads.
+#[derive(Clone)]
 pub struct ChatTemplate {
     /// The compiled template, or why this model can render no messages.
     environment: Result<Environment<'static>, String>,

@@ -94,7 +94,13 @@ impl Server {
 
     /// With a configuration file and flags.
     pub(crate) fn with(config: &str, flags: &[&str]) -> Self {
+        Self::with_files(config, flags, |_| {})
+    }
+
+    /// The same, in a folder that something is put into before.
+    pub(crate) fn with_files(config: &str, flags: &[&str], put: impl FnOnce(&Sandbox)) -> Self {
         let sandbox = Sandbox::new();
+        put(&sandbox);
         sandbox.write("valar.toml", config);
         let args = ["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
         let args: Vec<String> = args.iter().chain(flags).map(|&arg| arg.to_owned()).collect();
