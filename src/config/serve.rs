@@ -3,6 +3,7 @@
 use super::{ModelConfig, cache_folder, free_memory_bytes, hub, isa, n_threads, parse_bytes, sampling_params};
 use crate::cli::ServeArgs;
 use crate::device::cpu::Numerics;
+use crate::pipeline::referenced::Places;
 use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
 use crate::server::limits::Rates;
@@ -38,6 +39,8 @@ pub struct ServeConfig {
     pub hour_price: u64,
     /// What prices are in.
     pub currency: String,
+    /// From where files may be taken by reference.
+    pub places: Places,
 }
 
 /// PEM files of a server that speaks TLS.
@@ -149,6 +152,14 @@ struct ServeSpec {
     prices: MoneySpec,
     windows: WindowsSpec,
     key: Vec<KeyEntry>,
+    files: FilesSpec,
+}
+
+/// `[files]`
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FilesSpec {
+    allow: Vec<String>,
 }
 
 /// `[[key]]`
@@ -344,6 +355,7 @@ impl ServeConfig {
             defaults: sampling_params(&spec.sampling, false)?,
             hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,
             currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
+            places: Places::parse(&spec.files.allow).context("files.allow")?,
             limits: ServeLimits {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
                 max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,

@@ -10,6 +10,7 @@ use super::feed::Feed;
 use super::index::{JobIndex, id_key};
 use super::job::{self, Begin, JobFiles};
 use super::progress::{Progress, say};
+use super::referenced::Referenced;
 use super::rows::{FeedTimes, WindowReader};
 use super::window::WindowSettings;
 use crate::engine::handle::{EngineHandle, panic_message};
@@ -41,7 +42,7 @@ const MODEL_CHANGED: &str = "the model, or how it computes, changed before this 
 /// Longest line.
 const MAX_LINE_BYTES: usize = 16 << 20;
 
-/// A job of Batch lines, in a folder of its own: `input.jsonl` becomes `output.jsonl` and `output.errors.jsonl`, by way of
+/// A job of Batch lines, in a folder of its own: `input.jsonl`, or an object that lies elsewhere, becomes `output.jsonl` and `output.errors.jsonl`, by way of
 /// the journal `output.job`.
 #[derive(Debug, Clone)]
 pub struct HostedJob {
@@ -55,6 +56,8 @@ pub struct HostedJob {
     pub created_unix_s: u64,
     /// What its answers call the model.
     pub model: String,
+    /// Its input, if that lies elsewhere.
+    pub input: Option<Referenced>,
 }
 
 /// Where it runs.
@@ -176,14 +179,23 @@ impl HostedJob {
         JobFiles::of(&self.folder.join("output.jsonl").to_string_lossy(), false)
     }
 
-    /// Where its input is to be put.
+    /// Where its input is to be put, if it does not lie elsewhere.
     pub fn input_path(&self) -> PathBuf {
         self.folder.join("input.jsonl")
     }
 
+    fn input_at(&self) -> Result<Location> {
+        self.input.as_ref().map_or_else(|| Location::parse(&self.input_path().to_string_lossy()), |input| Ok(input.at().clone()))
+    }
+
+    /// Asked before anything is read and again when all was: what was read is of the version that the job was accepted with.
+    fn check_input(&self) -> Result<()> {
+        Ok(self.input.as_ref().map_or(Ok(()), Referenced::check)?)
+    }
+
     fn source(&self, storage: &Storage) -> Result<Source> {
         let limits = Limits { max_row_bytes: MAX_LINE_BYTES };
-        Source::open(storage, &[Location::parse(&self.input_path().to_string_lossy())?], limits)
+        Source::open(storage, &[self.input_at()?], limits)
     }
 
     fn reader(&self, storage: &Storage, preparer: &Arc<Preparer>, index: &Arc<JobIndex>) -> Result<WindowReader> {
@@ -207,6 +219,7 @@ impl HostedJob {
     /// # Errors
     /// The disk's.
     pub fn check(&self, preparer: &Arc<Preparer>, max_rows: u64, (max_faults, keeps_faults): (usize, bool)) -> Result<Checked> {
+        self.check_input()?;
         let storage = Storage::new()?;
         let index = Arc::new(JobIndex::new(&self.folder)?);
         let mut reader = self.reader(&storage, preparer, &index)?;
@@ -236,6 +249,7 @@ impl HostedJob {
                 break;
             }
         }
+        self.check_input()?;
         Ok(Checked { n_rows: reader.n_rows(), n_tokens, faults })
     }
 
@@ -263,8 +277,8 @@ impl HostedJob {
     ) -> Result<Option<Ended>> {
         let storage = Storage::new()?;
         let files = self.files()?;
-        let input = Location::parse(&self.input_path().to_string_lossy())?;
-        let found = format::inspect(&storage, &input)?;
+        self.check_input()?;
+        let found = format::inspect(&storage, &self.input_at()?)?;
         let (manifest, other) = Self::began_as(&storage, &files, self.manifest(seat, &found))?;
         let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
         let (manifest, journal, index) = match job::begin(&storage, &files, manifest, (None, &Terms::default(), false))? {
@@ -290,6 +304,7 @@ impl HostedJob {
                 Some(Ending::Pause) | None => return Ok(None),
             }
         }
+        self.check_input()?;
         let outputs = Outputs { results: files.results, parts: None, errors: files.errors, schema: None, columns: Vec::new() };
         journal::finalise(&mut journal, &outputs, found.n_rows)?;
         Ok(Some(Ended { totals: journal.totals(), is_whole, journal }))

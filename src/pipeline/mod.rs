@@ -30,6 +30,7 @@ pub mod meter;
 mod null;
 pub mod policy;
 pub mod progress;
+pub mod referenced;
 pub mod report;
 pub mod retry;
 mod reuse;

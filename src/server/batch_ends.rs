@@ -116,5 +116,6 @@ pub(super) fn unwritten(id: &str, kind: &str, settings: &Settings) -> StoredFile
         filename: format!("{id}_{kind}.jsonl"),
         bytes: 0,
         path: path.to_string_lossy().into_owned(),
+        reference: None,
     }
 }

@@ -3,12 +3,14 @@
 
 use super::App;
 use super::auth::Owner;
+use super::batch_inputs;
 use super::batch_runs::{Settings, folder};
 use super::batches::{self, Input, Wanted};
 use super::errors::{ApiError, json_response};
 use super::files::Arriving;
 use super::ids;
 use crate::format::openai::{Endpoint, parse_object};
+use crate::pipeline::referenced::Referenced;
 use anyhow::{Context as _, Result};
 use axum::Extension;
 use axum::extract::{Path as UrlPath, State};
@@ -42,17 +44,23 @@ pub(super) async fn create(
     let input = ids::new("file-");
     let (from, to) = (app.data.join(folder(&old.id)), app.data.join("files").join(&input));
     let at = to.clone();
+    let settings: Settings = serde_json::from_str(&old.settings).map_err(anyhow::Error::from)?;
+    let input_at = match settings.reference.clone() {
+        Some(reference) => {
+            Some(batch_inputs::find(&app, reference).await?.map_err(|why| batch_inputs::refused("batch_id", &why))?)
+        }
+        None => None,
+    };
     let written = spawn_blocking(move || -> Result<_> {
         let arriving = Arriving::at(at.clone());
-        Ok((failed_rows(&from, &at)?, arriving))
+        Ok((failed_rows(&from, input_at.as_ref(), &at)?, arriving))
     });
     let (n_rows, arriving) = written.await.context("reading the errors panicked")??;
     if n_rows == 0 {
         return Err(refuse("The batch has no requests that failed.".into()));
     }
-    let settings: Settings = serde_json::from_str(&old.settings).map_err(anyhow::Error::from)?;
     let wanted = Wanted {
-        input: Input { id: input, path: to, arriving: Some(arriving), lines: None },
+        input: Input { id: input, path: to, arriving: Some(arriving), lines: None, reference: None },
         endpoint: Endpoint::parse(&settings.endpoint).context("its endpoint")?,
         hours: (old.expires_at - old.created_at) / 3600,
         window: body["completion_window"].as_str().unwrap_or("24h").to_owned(),
@@ -65,7 +73,7 @@ pub(super) async fn create(
 }
 
 /// Writes the input lines of the requests that failed; how many.
-fn failed_rows(folder: &Path, to: &Path) -> Result<u64> {
+fn failed_rows(folder: &Path, input_at: Option<&Referenced>, to: &Path) -> Result<u64> {
     let lines = |name: &str| -> Result<Option<BufReader<File>>> {
         match File::open(folder.join(name)) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -87,13 +95,11 @@ fn failed_rows(folder: &Path, to: &Path) -> Result<u64> {
     }
     let mut out = BufWriter::new(File::create_new(to).with_context(|| to.display().to_string())?);
     let mut n_rows = 0;
-    if let Some(input) = lines("input.jsonl")? {
-        for line in input.lines() {
-            let line = line?;
-            if id(&line).is_some_and(|id| failed.contains(&id)) {
-                writeln!(out, "{}", line.trim_start_matches('\u{feff}').trim())?;
-                n_rows += 1;
-            }
+    for line in batch_inputs::lines(&folder.join("input.jsonl"), input_at)?.lines() {
+        let line = line?;
+        if id(&line).is_some_and(|id| failed.contains(&id)) {
+            writeln!(out, "{}", line.trim_start_matches('\u{feff}').trim())?;
+            n_rows += 1;
         }
     }
     out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;

@@ -4,23 +4,24 @@
 
 use super::App;
 use super::batch_ends::{conclude, fail, unwritten};
+use super::batch_inputs::{self, first_model, lines, model_of};
 use super::limits;
-use super::models::{Models, Offered, now};
+use super::models::{Offered, now};
 use super::places::{Place, Places};
 use super::prices::Price;
 use super::residency::Lease;
-use crate::format::openai::{Endpoint, parse_object};
+use crate::format::openai::Endpoint;
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
 use crate::pipeline::progress::say;
+use crate::pipeline::referenced::{Reference, Refused};
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, ErrorKind, Read as _};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,8 +34,6 @@ const MAX_FAULTS: usize = 1000;
 /// Times that a batch is tried whose run ends by a fault of the disk.
 const MAX_TRIES: usize = 3;
 const FAULT_PAUSE: Duration = Duration::from_secs(5);
-/// Longest beginning of a file that is searched for the name of its model.
-const FIRST_LINE_BYTES: u64 = 16 << 20;
 
 /// What is kept of a batch beside its object.
 #[derive(Debug, Serialize, Deserialize)]
@@ -48,6 +47,9 @@ pub(super) struct Settings {
     /// Requests that can't be run are errors among its results; without that, one of them ends it.
     #[serde(default)]
     pub(super) keeps_faults: bool,
+    /// Its input, if that lies elsewhere.
+    #[serde(default)]
+    pub(super) reference: Option<Reference>,
 }
 
 /// What a batch's tokens cost.
@@ -237,8 +239,11 @@ pub(super) fn take_up(app: &Arc<App>, id: String) {
                 Ok(()) => break,
                 Err(error) => {
                     say(&format!("batch {id}: {error:#}"));
-                    if n_tries == MAX_TRIES {
-                        let fault = json!({"code": "server_error", "message": format!("{error:#}"), "param": null, "line": null});
+                    // Of its input, if that can't be had any more.
+                    let code = error.downcast_ref::<Refused>().and_then(batch_inputs::final_code);
+                    if code.is_some() || n_tries == MAX_TRIES {
+                        let code = code.unwrap_or("server_error");
+                        let fault = json!({"code": code, "message": format!("{error:#}"), "param": null, "line": null});
                         if let Err(error) = fail(&app, &id, vec![fault]).await {
                             say(&format!("batch {id}: {error:#}"));
                         }
@@ -268,14 +273,19 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
     let endpoint = Endpoint::parse(&settings.endpoint).context("its endpoint")?;
     let folder = app.data.join(folder(id));
+    let input = match settings.reference.clone() {
+        Some(reference) => Some(batch_inputs::find(app, reference).await??),
+        None => None,
+    };
     let named = spawn_blocking({
-        let path = folder.join("input.jsonl");
-        move || first_model(&path)
+        let (path, input) = (folder.join("input.jsonl"), input.clone());
+        move || first_model(lines(&path, input.as_ref())?)
     });
     let named = named.await.context("reading the input panicked")??;
     let is_known = named.as_deref().is_none_or(|name| app.models.find(name).is_some());
     let model = Arc::clone(model_of(&app.models, named.as_deref()));
-    let job = HostedJob { folder, name: id.to_owned(), endpoint, created_unix_s: stored.created_at, model: model.id.clone() };
+    let (name, created_unix_s) = (id.to_owned(), stored.created_at);
+    let job = HostedJob { folder, name, endpoint, created_unix_s, model: model.id.clone(), input };
     if stored.status == "validating" && !validate(app, &job, &model, (is_known, &settings)).await? {
         return Ok(());
     }
@@ -303,29 +313,6 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
         spawn_blocking(move || ended.forget()).await.context("removing a journal panicked")??;
     }
     Ok(())
-}
-
-/// The model that the first line names.
-pub(super) fn first_model(path: &Path) -> Result<Option<String>> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut line = Vec::new();
-    let mut lines = BufReader::new(file.take(FIRST_LINE_BYTES));
-    while lines.read_until(b'\n', &mut line)? > 0 {
-        let text = String::from_utf8_lossy(&line);
-        let text = text.trim_start_matches('\u{feff}').trim();
-        if !text.is_empty() {
-            let model = parse_object(text).ok().and_then(|object| Some(object.get("body")?.get("model")?.as_str()?.to_owned()));
-            return Ok(model);
-        }
-        line.clear();
-    }
-    Ok(None)
-}
-
-/// The model that runs a batch whose first line names this one. If that is none that is offered, it is the first that is: rows that
-/// name none run there, and are priced and estimated by the same one when the batch is accepted.
-pub(super) fn model_of<'m>(models: &'m Models, named: Option<&str>) -> &'m Arc<Offered> {
-    named.and_then(|name| models.find(name)).unwrap_or_else(|| &models.all()[0])
 }
 
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.

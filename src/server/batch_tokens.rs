@@ -4,11 +4,9 @@
 use super::App;
 use super::models::Offered;
 use crate::format::openai::{COMPLETIONS_MAX_TOKENS, Endpoint};
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Deserialize;
-use std::fs::File;
-use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::io::BufRead;
 
 /// Bytes of a line that stand for a token.
 const BYTES_A_TOKEN: u64 = 4;
@@ -42,9 +40,8 @@ pub(super) fn default_output(app: &App, model: &Offered, endpoint: &str) -> u64 
 }
 
 /// About how many tokens the requests of a file may come to.
-pub(super) fn estimate(path: &Path, default_output: u64) -> Result<u64> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let (mut lines, mut line, mut n_tokens) = (BufReader::new(file), Vec::new(), 0_u64);
+pub(super) fn estimate(mut lines: impl BufRead, default_output: u64) -> Result<u64> {
+    let (mut line, mut n_tokens) = (Vec::new(), 0_u64);
     while lines.read_until(b'\n', &mut line)? > 0 {
         let text = line.trim_ascii();
         if !text.is_empty() {
@@ -67,8 +64,6 @@ mod tests {
 
     #[test]
     fn a_line_counts_by_its_length_and_by_what_it_asks_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("input.jsonl");
         let line = |body: &str| format!("{{\"body\": {body}}}");
         let lines = [
             line(r#"{"max_tokens": 5, "n": 3}"#),
@@ -77,10 +72,9 @@ mod tests {
             String::new(),
             line(r#"{"max_completion_tokens": 7, "max_tokens": 9}"#),
         ];
-        std::fs::write(&path, lines.join("\r\n")).unwrap();
         let n_own: u64 = lines.iter().map(|line| (line.len() as u64).div_ceil(4)).sum();
-        assert_eq!(estimate(&path, 1000).unwrap(), n_own + 15 + 1000 + 1000 + 7);
-        std::fs::write(&path, line(r#"{"max_tokens": 18446744073709551615, "n": 9}"#)).unwrap();
-        assert_eq!(estimate(&path, 0).unwrap(), MOST);
+        assert_eq!(estimate(lines.join("\r\n").as_bytes(), 1000).unwrap(), n_own + 15 + 1000 + 1000 + 7);
+        let most = line(r#"{"max_tokens": 18446744073709551615, "n": 9}"#);
+        assert_eq!(estimate(most.as_bytes(), 0).unwrap(), MOST);
     }
 }

@@ -3,6 +3,7 @@
 
 use super::App;
 use super::auth::Owner;
+use super::batch_inputs::{self, first_model, model_of};
 use super::batch_runs::{self, Settings, Tariff, cancelled, folder};
 use super::batch_tokens::{default_output, estimate};
 use super::body::JsonObject;
@@ -15,6 +16,7 @@ use super::paging::{Page, Pairs};
 use super::stored::listed;
 use super::{files, ids, message_batches, windows};
 use crate::format::openai::{Endpoint, kind};
+use crate::pipeline::referenced::{Reference, Referenced};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
@@ -56,6 +58,8 @@ pub(super) struct Input {
     pub(super) arriving: Option<Arriving>,
     /// Its lines, if they came with the batch: then it is to be written; to the batch's folder alone if it is not to be known.
     pub(super) lines: Option<Vec<String>>,
+    /// If it lies elsewhere.
+    pub(super) reference: Option<(Reference, Referenced)>,
 }
 
 /// What a new batch is to be.
@@ -109,12 +113,20 @@ pub(super) async fn create(
                 let message = format!("is a file of purpose {:?}, not batch", file.purpose);
                 return Err(ApiError::invalid_value("input_file_id", message));
             }
-            Input { id: file.id, path: app.data.join(file.path), arriving: None, lines: None }
+            let reference = match file.reference {
+                None => None,
+                Some((uri, version)) => {
+                    let reference = Reference { uri, version };
+                    let found = batch_inputs::find(&app, reference.clone()).await?;
+                    Some((reference, found.map_err(|why| batch_inputs::refused("input_file_id", &why))?))
+                }
+            };
+            Input { id: file.id, path: app.data.join(file.path), arriving: None, lines: None, reference }
         }
         (None, Some(requests)) => {
             let (id, lines) = (ids::new("file-"), inline(requests, endpoint)?);
             let path = app.data.join("files").join(&id);
-            Input { id, arriving: Some(Arriving::at(path.clone())), path, lines: Some(lines) }
+            Input { id, arriving: Some(Arriving::at(path.clone())), path, lines: Some(lines), reference: None }
         }
     };
     let wanted = Wanted {
@@ -153,7 +165,9 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
     });
     let tariff = Tariff::Free;
-    let settings = Settings { endpoint: endpoint.path().to_owned(), output_seconds, tariff, keeps_faults: is_messages };
+    let (endpoint, keeps_faults) = (endpoint.path().to_owned(), is_messages);
+    let reference = input.reference.as_ref().map(|(reference, _)| reference.clone());
+    let settings = Settings { endpoint, output_seconds, tariff, keeps_faults, reference };
     let expires_at = created_at + 3600 * hours;
     let status = "validating".to_owned();
     let new = StoredBatch {
@@ -189,15 +203,17 @@ async fn accept(
         filename: format!("{id}.jsonl"),
         bytes: 0,
         path: format!("files/{}", input.id),
+        reference: None,
     });
     let limit = app.keys.allowance(&new.owner).map_or(0, |allowance| allowance.batch_tokens);
     let (unwanted, is_new) = (at.clone(), arriving.is_some());
     let (own, endpoint) = (Arc::clone(&app), settings.endpoint.clone());
     let put = spawn_blocking(move || -> anyhow::Result<_> {
-        let n_bytes = put_input(&at, input, is_new)?;
-        let path = at.join("input.jsonl");
-        let model = batch_runs::model_of(&own.models, batch_runs::first_model(&path)?.as_deref());
-        let n_tokens = if limit > 0 { estimate(&path, default_output(&own, model, &endpoint))? } else { 0 };
+        let referenced = input.reference.take().map(|(_, referenced)| referenced);
+        let n_bytes = put_input(&at, input, (is_new, referenced.is_some()))?;
+        let lines = || batch_inputs::lines(&at.join("input.jsonl"), referenced.as_ref());
+        let model = model_of(&own.models, first_model(lines()?)?.as_deref());
+        let n_tokens = if limit > 0 { estimate(lines()?, default_output(&own, model, &endpoint))? } else { 0 };
         Ok((n_bytes, Tariff::of(model), n_tokens))
     });
     let n_bytes;
@@ -311,8 +327,14 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
 }
 
 /// Makes the batch's folder with its input, durably; the input's length.
-fn put_input(folder: &Path, Input { path, lines, .. }: Input, is_new: bool) -> anyhow::Result<u64> {
+fn put_input(folder: &Path, Input { path, lines, .. }: Input, (is_new, is_elsewhere): (bool, bool)) -> anyhow::Result<u64> {
     std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
+    if is_elsewhere {
+        for folder in [Some(folder), folder.parent()].into_iter().flatten() {
+            File::open(folder)?.sync_all()?;
+        }
+        return Ok(0);
+    }
     let own = folder.join("input.jsonl");
     let is_own = lines.is_some() && !is_new;
     if let Some(lines) = lines {

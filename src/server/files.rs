@@ -1,14 +1,17 @@
-//! `/v1/files`: uploads streamed to the disk, listed, read and deleted. Invariants: memory does not grow with a file; a file
-//! that was answered is on the disk, whole.
+//! `/v1/files`: uploads streamed to the disk, listed, read and deleted; and names for objects that stay where they are
+//! (`file_references`). Invariants: memory does not grow with a file; an upload that was answered is on the disk, whole.
 
 use super::App;
 use super::auth::Owner;
+use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
+use super::file_references;
 use super::ids;
 use super::models::now;
 use super::paging::{Page, Pairs, get};
 use super::stored::listed;
 use crate::pipeline::hosted::{self, Committed};
+use crate::pipeline::referenced::Reference;
 use crate::store::files::{self, Listing, StoredFile};
 use anyhow::Context as _;
 use async_stream::stream;
@@ -16,7 +19,7 @@ use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::{Field, MultipartRejection};
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Multipart, Path as UrlPath, State};
+use axum::extract::{FromRequest as _, Multipart, Path as UrlPath, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use serde_json::{Value, json};
@@ -41,14 +44,20 @@ const PIECE: usize = 256 << 10;
 /// Longest value of a form's other fields.
 const MAX_FIELD: usize = 1024;
 
-fn refuse(param: &str, message: impl std::fmt::Display) -> ApiError {
+pub(super) fn refuse(param: &str, message: impl std::fmt::Display) -> ApiError {
     ApiError::invalid_value(param, message)
 }
 
 /// The file object.
 pub(super) fn shown(file: &StoredFile) -> Value {
-    json!({"id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created_at, "filename": file.filename,
-           "purpose": file.purpose, "status": "processed", "expires_at": file.expires_at, "status_details": null})
+    let mut shown = json!({
+        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created_at, "filename": file.filename,
+        "purpose": file.purpose, "status": "processed", "expires_at": file.expires_at, "status_details": null,
+    });
+    if let Some((uri, _)) = &file.reference {
+        shown["uri"] = uri.as_str().into();
+    }
+    shown
 }
 
 fn not_found(id: &str) -> ApiError {
@@ -95,8 +104,13 @@ impl Drop for Arriving {
 pub(super) async fn create(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
-    form: Result<Multipart, MultipartRejection>,
+    request: Request,
 ) -> Result<Response, ApiError> {
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
+        return file_references::create(&app, &owner, JsonObject::from_request(request, &app).await?.0).await;
+    }
+    let form: Result<Multipart, MultipartRejection> = Multipart::from_request(request, &app).await;
     let broken = |what: String| ApiError::new(StatusCode::BAD_REQUEST, None, format!("the form can't be read: {what}"));
     let mut form = form.map_err(|rejection| broken(rejection.body_text()))?;
     let (mut values, mut arrived) = (HashMap::new(), None);
@@ -127,10 +141,12 @@ pub(super) async fn create(
         return Err(refuse("file", "is empty"));
     }
     let created_at = now();
-    let kept_s = kept_seconds(&mut values)?.or_else(|| (purpose == "batch").then_some(BATCH_DAYS * 86_400));
+    let (anchor, seconds) = (values.remove("expires_after[anchor]"), values.remove("expires_after[seconds]"));
+    let seconds = seconds.map(|text| text.parse().unwrap_or(0));
+    let kept_s = kept_seconds(anchor.as_deref(), seconds)?.or_else(|| (purpose == "batch").then_some(BATCH_DAYS * 86_400));
     let (owner, path) = (owner.to_string(), format!("files/{id}"));
     let expires_at = kept_s.map(|seconds| created_at + seconds);
-    let new = StoredFile { id, owner, created_at, expires_at, purpose, filename, bytes, path };
+    let new = StoredFile { id, owner, created_at, expires_at, purpose, filename, bytes, path, reference: None };
     let answer = shown(&new);
     // A caller who goes away now must not leave a file behind that is known and has no content.
     let kept = tokio::spawn(async move {
@@ -142,14 +158,13 @@ pub(super) async fn create(
     Ok(json_response(&answer))
 }
 
-/// `expires_after[anchor]` and `expires_after[seconds]`.
-fn kept_seconds(values: &mut HashMap<String, String>) -> Result<Option<u64>, ApiError> {
-    let anchor = values.remove("expires_after[anchor]");
-    let Some(seconds) = values.remove("expires_after[seconds]") else { return Ok(None) };
-    if anchor.as_deref() != Some("created_at") {
+/// What `expires_after` says: its `anchor` and its `seconds`.
+pub(super) fn kept_seconds(anchor: Option<&str>, seconds: Option<u64>) -> Result<Option<u64>, ApiError> {
+    let Some(seconds) = seconds else { return Ok(None) };
+    if anchor != Some("created_at") {
         return Err(refuse("expires_after.anchor", "must be \"created_at\""));
     }
-    let seconds = seconds.parse().ok().filter(|seconds| EXPIRES_S.contains(seconds));
+    let seconds = Some(seconds).filter(|seconds| EXPIRES_S.contains(seconds));
     let fault = || refuse("expires_after.seconds", format!("must be {} to {}", EXPIRES_S.start(), EXPIRES_S.end()));
     seconds.ok_or_else(fault).map(Some)
 }
@@ -249,6 +264,9 @@ pub(super) async fn content(
         None => 0,
         Some(text) => text.parse().map_err(|_| refuse("offset", format!("{text:?} is no number of lines")))?,
     };
+    if let Some((uri, version)) = file.reference {
+        return file_references::send(&app, Reference { uri, version }, file.bytes).await;
+    }
     let at = app.data.join(&file.path);
     if file.purpose == BATCH_OUTPUT && !at.exists() {
         return partial(&app, at, offset).await;
@@ -337,10 +355,14 @@ pub(super) async fn delete(
     Ok(json_response(&json!({"id": file.id, "object": "file", "deleted": true})))
 }
 
-/// The name first: a name without content would be a lie, content without a name is swept.
+/// The name first: a name that leads elsewhere is all there is here; else a name without content would be a lie, content without a name is swept.
 async fn remove(app: &App, file: StoredFile) -> anyhow::Result<()> {
     let path = app.data.join(&file.path);
+    let is_elsewhere = file.reference.is_some();
     app.store.write(move |connection| files::delete(connection, &file.id)).await?;
+    if is_elsewhere {
+        return Ok(());
+    }
     match std::fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))

@@ -246,8 +246,8 @@ pub struct Flow {
     /// Tokens that were told, once for each of the choices that have them: as they are charged when the answer is whole.
     n_told: u64,
     has_failed: bool,
-    /// Its engine stays where it is until this is dropped, after its sequences were cancelled.
-    _lease: Lease,
+    /// Its engine stays where it is until all of it has finished, or was cancelled.
+    lease: Option<Lease>,
 }
 
 /// Why a call has no completion.
@@ -276,7 +276,7 @@ impl Flow {
             first_tokens,
             n_told: 0,
             has_failed: false,
-            _lease: lease,
+            lease: Some(lease),
         }
     }
 
@@ -332,6 +332,7 @@ impl Flow {
     pub async fn next(&mut self) -> Result<Option<Vec<Gained>>, RowError> {
         loop {
             if self.finished.iter().all(Option::is_some) {
+                self.lease = None;
                 return Ok(None);
             }
             let (gained, is_closed) = {

@@ -76,7 +76,7 @@ async fn create(
     let mut used = HashSet::new();
     let lines = requests.iter().enumerate().map(|(i, request)| line(i, request, &mut used)).collect::<Result<_, _>>()?;
     let wanted = Wanted {
-        input: Input { id: String::new(), path: PathBuf::new(), arriving: None, lines: Some(lines) },
+        input: Input { id: String::new(), path: PathBuf::new(), arriving: None, lines: Some(lines), reference: None },
         endpoint: Endpoint::Messages,
         hours: HOURS,
         window: format!("{HOURS}h"),

@@ -6,6 +6,7 @@ mod auth;
 pub mod background;
 pub mod backlog;
 mod batch_ends;
+mod batch_inputs;
 mod batch_retry;
 pub mod batch_runs;
 mod batch_tokens;
@@ -18,6 +19,7 @@ mod completions;
 mod conversation;
 pub mod deliveries;
 pub mod errors;
+mod file_references;
 mod files;
 pub mod flow;
 mod http;
@@ -52,6 +54,7 @@ pub mod windows;
 
 use crate::config::serve::ServeConfig;
 use crate::pipeline::progress::say;
+use crate::pipeline::referenced::Places;
 use crate::request::Params;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
@@ -117,6 +120,8 @@ pub struct App {
     /// The data folder.
     pub data: PathBuf,
     max_file_bytes: u64,
+    /// From where files may be taken by reference.
+    places: Places,
     max_batch_rows: u64,
     windows: windows::Table,
     /// Set by the first signal: new requests are sent away.
@@ -151,6 +156,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             books: Books::new(config.hour_price, config.currency.clone()),
             data: config.data.clone(),
             max_file_bytes: config.limits.max_file_bytes,
+            places: config.places.clone(),
             max_batch_rows: config.limits.max_batch_rows,
             windows: config.limits.windows,
             keys: Keys::new(&config.keys, config.limits.rates),

@@ -16,12 +16,13 @@ enum Form {
     MaybeJson(&'static str),
     /// JSON, or events if `stream` asks for them.
     Events(&'static str),
-    Multipart(&'static str),
+    /// A form, or JSON.
+    MultipartOr(&'static str, &'static str),
     /// Anything, of a content type.
     Bytes(&'static str),
 }
 
-use Form::{Bytes, Events, Json, MaybeJson, Multipart, Nothing};
+use Form::{Bytes, Events, Json, MaybeJson, MultipartOr, Nothing};
 
 /// Method, path, what it does, parts of the query, body, answer.
 type Operation = (&'static str, &'static str, &'static str, &'static str, Form, Form);
@@ -46,7 +47,7 @@ const OPERATIONS: &[Operation] = &[
     ("delete", "/v1/responses/{id}", "Delete a response", "", Nothing, Json("Deleted")),
     ("post", "/v1/responses/{id}/cancel", "Cancel a background response", "", Nothing, Json("Response")),
     ("get", "/v1/responses/{id}/input_items", "List a response's input", "after limit order", Nothing, Json("List")),
-    ("post", "/v1/files", "Upload a file", "", Multipart("Upload"), Json("File")),
+    ("post", "/v1/files", "Upload a file, or name an object that stays where it is", "", MultipartOr("Upload", "FileReference"), Json("File")),
     ("get", "/v1/files", "List files", "after limit order purpose", Nothing, Json("List")),
     ("get", "/v1/files/{id}", "Retrieve a file's object", "", Nothing, Json("File")),
     ("delete", "/v1/files/{id}", "Delete a file", "", Nothing, Json("Deleted")),
@@ -120,7 +121,7 @@ fn content(form: Form) -> Value {
         Nothing => json!({}),
         Json(name) | MaybeJson(name) => json!({"application/json": schema(name)}),
         Events(name) => json!({"application/json": schema(name), "text/event-stream": {"schema": {"type": "string"}}}),
-        Multipart(name) => json!({"multipart/form-data": schema(name)}),
+        MultipartOr(name, other) => json!({"multipart/form-data": schema(name), "application/json": schema(other)}),
         Bytes(content_type) => json!({content_type: {"schema": {"type": "string"}}}),
     }
 }

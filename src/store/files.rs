@@ -1,4 +1,4 @@
-//! Files: what they are called and where they lie; not their content. Invariant: a file that has expired is not there.
+//! Files: what they are called and where they lie, here or elsewhere; not their content. Invariant: a file that has expired is not there.
 
 use super::Connection;
 use anyhow::Result;
@@ -21,6 +21,12 @@ pub(super) const TABLES: &str = "
     CREATE INDEX file_expires ON file (expires_at) WHERE expires_at IS NOT NULL;
 ";
 
+/// Files that lie elsewhere.
+pub(super) const REFERENCES: &str = "
+    ALTER TABLE file ADD COLUMN uri TEXT;
+    ALTER TABLE file ADD COLUMN version TEXT; -- of what the URI names
+";
+
 /// A file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredFile {
@@ -38,8 +44,10 @@ pub struct StoredFile {
     pub filename: String,
     /// Its length.
     pub bytes: u64,
-    /// Where it lies, in the data folder.
+    /// Where it lies, in the data folder; empty if it lies elsewhere.
     pub path: String,
+    /// If it lies elsewhere: its URI, and the version of what is there.
+    pub reference: Option<(String, String)>,
 }
 
 impl StoredFile {
@@ -53,6 +61,7 @@ impl StoredFile {
             filename: row.get("filename")?,
             bytes: row.get("bytes")?,
             path: row.get("path")?,
+            reference: row.get::<_, Option<String>>("uri")?.zip(row.get("version")?),
         })
     }
 }
@@ -62,10 +71,11 @@ impl StoredFile {
 /// # Errors
 /// The database's.
 pub fn insert(connection: &Connection, new: &StoredFile) -> Result<()> {
-    let sql = "INSERT INTO file (id, owner, created_at, expires_at, purpose, filename, bytes, path)
-               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
-    let StoredFile { id, owner, created_at, expires_at, purpose, filename, bytes, path } = new;
-    connection.execute(sql, params![id, owner, created_at, expires_at, purpose, filename, bytes, path])?;
+    let sql = "INSERT INTO file (id, owner, created_at, expires_at, purpose, filename, bytes, path, uri, version)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
+    let StoredFile { id, owner, created_at, expires_at, purpose, filename, bytes, path, reference } = new;
+    let (uri, version) = reference.clone().unzip();
+    connection.execute(sql, params![id, owner, created_at, expires_at, purpose, filename, bytes, path, uri, version])?;
     Ok(())
 }
 

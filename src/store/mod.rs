@@ -31,6 +31,7 @@ const MIGRATIONS: &[&str] = &[
     ledger::HOURS,
     responses::TOLD,
     batches::TOKENS,
+    files::REFERENCES,
 ];
 /// The database, in its folder.
 const FILE: &str = "valar.db";

@@ -55,6 +55,7 @@ mod parts;
 mod places;
 mod policies;
 mod positions;
+mod references;
 mod requests;
 mod residency;
 mod resume;

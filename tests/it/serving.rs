@@ -23,13 +23,15 @@ pub(crate) struct Server {
     pub(crate) address: String,
     pub(crate) sandbox: Sandbox,
     args: Vec<String>,
+    /// Variables of its environment.
+    env: Vec<(String, String)>,
     agent: Agent,
 }
 
 /// Starts the program; where it listens.
-fn spawn(sandbox: &Sandbox, args: &[String]) -> (Child, String) {
+fn spawn(sandbox: &Sandbox, args: &[String], env: &[(String, String)]) -> (Child, String) {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = sandbox.command(&args).envs(env.iter().cloned()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     let mut before = String::new();
     let address = loop {
@@ -99,22 +101,28 @@ impl Server {
 
     /// The same, in a folder that something is put into before.
     pub(crate) fn with_files(config: &str, flags: &[&str], put: impl FnOnce(&Sandbox)) -> Self {
+        Self::with_env(config, flags, &[], put)
+    }
+
+    /// The same, with variables in its environment.
+    pub(crate) fn with_env(config: &str, flags: &[&str], env: &[(&str, &str)], put: impl FnOnce(&Sandbox)) -> Self {
         let sandbox = Sandbox::new();
         put(&sandbox);
         sandbox.write("valar.toml", config);
         let args = ["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
         let args: Vec<String> = args.iter().chain(flags).map(|&arg| arg.to_owned()).collect();
-        let (child, address) = spawn(&sandbox, &args);
+        let env: Vec<_> = env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let (child, address) = spawn(&sandbox, &args, &env);
         // A connection for each request: of one that is used again, the server may think at that moment that nobody needs it.
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(FOREVER)).max_idle_connections(0);
-        Self { child, address, sandbox, args, agent: agent.build().into() }
+        Self { child, address, sandbox, args, env, agent: agent.build().into() }
     }
 
     /// Kills it, if it still runs, and starts it again on what it left.
     pub(crate) fn restart(&mut self) {
         drop(self.child.kill());
         self.child.wait().unwrap();
-        (self.child, self.address) = spawn(&self.sandbox, &self.args);
+        (self.child, self.address) = spawn(&self.sandbox, &self.args, &self.env);
     }
 
     /// A request with our key.
