@@ -142,18 +142,21 @@ impl CacheWriter<'_> {
         for (k, v, i) in k.chunks(LANES).zip(v.chunks(LANES)).enumerate().map(|(i, (k, v))| (k, v, i * LANES)) {
             let (mut key, mut value) = ([0; LANES], [0; LANES]);
             if layout.tiles {
-                to_bf16s(isa, k, &mut key[..k.len()]);
-                to_bf16s(isa, v, &mut value[..v.len()]);
+                to_bf16s(isa, k, &mut key);
+                to_bf16s(isa, v, &mut value);
             } else {
-                to_halves(isa, k, &mut key[..k.len()]);
-                to_halves(isa, v, &mut value[..v.len()]);
+                to_halves(isa, k, &mut key);
+                to_halves(isa, v, &mut value);
             }
+            // Elements lie evenly: the compiler need not be told of layouts.
+            let (key_start, key_odd) = (layout.key(slot, i), layout.key(slot, 1) - layout.key(slot, 0));
+            let (value_start, value_step) = (layout.value(slot, i), layout.value(slot, 1) - layout.value(slot, 0));
             for (j, (key, value)) in key.into_iter().zip(value).take(k.len()).enumerate() {
                 // SAFETY: element i + j of a slot is among the head's cells, and they belong to this slot and head (the
                 // caller's promise).
                 unsafe {
-                    keys.add(layout.key(slot, i + j)).write(key);
-                    values.add(layout.value(slot, i + j)).write(value);
+                    keys.add(key_start + j / 2 * 2 * BLOCK_TOKENS + j % 2 * key_odd).write(key);
+                    values.add(value_start + j * value_step).write(value);
                 }
             }
         }
@@ -165,33 +168,29 @@ impl CacheWriter<'_> {
 }
 
 per_isa! {
-    /// Rounds to IEEE halves, to nearest even.
-    fn to_halves(x: &[f32], out: &mut [u16]) = to_halves_body;
+    /// Rounds up to 16 values to IEEE halves, to nearest even.
+    fn to_halves(x: &[f32], out: &mut [u16; LANES]) = to_halves_body;
 }
 
 #[inline(always)]
-fn to_halves_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
-    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
-        let (mut values, mut halves) = ([0.0; LANES], [0; LANES]);
-        values[..x.len()].copy_from_slice(x);
-        // SAFETY: both arrays have 16 elements.
-        unsafe { s.store_f16(halves.as_mut_ptr(), s.load(values.as_ptr())) };
-        out.copy_from_slice(&halves[..out.len()]);
-    }
+fn to_halves_body<S: Simd>(s: S, x: &[f32], out: &mut [u16; LANES]) {
+    // SAFETY: `out` has 16 elements.
+    unsafe { s.store_f16(out.as_mut_ptr(), s.load_part(x)) };
 }
 
 per_isa! {
-    /// Rounds to bfloat16, to nearest even.
-    fn to_bf16s(x: &[f32], out: &mut [u16]) = to_bf16s_body;
+    /// Rounds up to 16 values to bfloat16, to nearest even.
+    fn to_bf16s(x: &[f32], out: &mut [u16; LANES]) = to_bf16s_body;
 }
 
 #[inline(always)]
-fn to_bf16s_body<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
-    let (mut values, mut cells) = ([0.0; LANES], [0; LANES]);
-    values[..x.len()].copy_from_slice(x);
+fn to_bf16s_body<S: Simd>(s: S, x: &[f32], out: &mut [u16; LANES]) {
+    let mut values = [0.0; LANES];
     // SAFETY: both arrays have 16 elements.
-    unsafe { s.round_bf16(values.as_ptr(), cells.as_mut_ptr()) };
-    out.copy_from_slice(&cells[..out.len()]);
+    unsafe {
+        s.store(values.as_mut_ptr(), s.load_part(x));
+        s.round_bf16(values.as_ptr(), out.as_mut_ptr());
+    }
 }
 
 /// Cosines and sines of the angles of positions; grows as they are needed.

@@ -12,9 +12,8 @@ per_isa! {
 fn soft_cap_body<S: Simd>(s: S, x: &mut [f32], cap: f32) {
     for chunk in x.chunks_mut(LANES) {
         let mut values = [0.0; LANES];
-        values[..chunk.len()].copy_from_slice(chunk);
         // SAFETY: 16 values.
-        unsafe { s.store(values.as_mut_ptr(), s.soft_cap(s.load(values.as_ptr()), cap)) };
+        unsafe { s.store(values.as_mut_ptr(), s.soft_cap(s.load_part(chunk), cap)) };
         chunk.copy_from_slice(&values[..chunk.len()]);
     }
 }

@@ -55,10 +55,7 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32) -> f32 {
     assert_eq!(weight.len(), x.len(), "a norm of {} weights over {} values", weight.len(), x.len());
     let mut squares = s.splat(0.0);
     for chunk in x.chunks(LANES) {
-        let mut values = [0.0; LANES];
-        values[..chunk.len()].copy_from_slice(chunk);
-        // SAFETY: 16 values.
-        let values = unsafe { s.load(values.as_ptr()) };
+        let values = s.load_part(chunk);
         squares = s.fma(values, values, squares);
     }
     1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt()

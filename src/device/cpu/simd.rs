@@ -90,6 +90,19 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` must be valid for writes of 16 f32; no alignment is needed.
     unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// Up to 16 f32, with zeros after them.
+    #[inline(always)]
+    fn load_part(self, x: &[f32]) -> Self::V {
+        // A copy of unknown length is a call: for whole vectors it would cost more than what is done with them.
+        if x.len() == LANES {
+            // SAFETY: 16 values.
+            return unsafe { self.load(x.as_ptr()) };
+        }
+        let mut part = [0.0; LANES];
+        part[..x.len()].copy_from_slice(x);
+        // SAFETY: 16 values.
+        unsafe { self.load(part.as_ptr()) }
+    }
     /// Reads 16 IEEE halves.
     ///
     /// # Safety

@@ -75,9 +75,15 @@ fn load_tile<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, scratch: &mut Scra
         for (out, v) in out.chunks_exact_mut(padded).zip(cache.values(block, kv_head).chunks_exact(head_dim)) {
             for (out, v) in out.chunks_exact_mut(LANES).zip(v.chunks(LANES)) {
                 let mut halves = [0; LANES];
-                halves[..v.len()].copy_from_slice(v);
+                // A copy of unknown length is a call, which would cost more than all else here.
+                let v = if v.len() == LANES {
+                    v
+                } else {
+                    halves[..v.len()].copy_from_slice(v);
+                    &halves
+                };
                 // SAFETY: both have 16 elements.
-                unsafe { s.store(out.as_mut_ptr(), s.load_f16(halves.as_ptr())) };
+                unsafe { s.store(out.as_mut_ptr(), s.load_f16(v.as_ptr())) };
             }
         }
     }
