@@ -308,7 +308,7 @@ pub struct EngineArgs {
     /// cpu, cuda or cuda:1 and so on (an NVIDIA GPU), auto (the first GPU if it can be used, else cpu), or reference (slow, for comparison)
     #[arg(long)]
     pub device: Option<String>,
-    /// In which numbers the CPU computes: int8, bf16, exact (f32), or fast (the faster of the first two here)
+    /// In which numbers the CPU computes: int8, int8-bf16, bf16, exact (f32), or fast (the fastest of the first three here)
     #[arg(long)]
     pub numerics: Option<String>,
     /// Memory for weights, KV cache and workspace, such as 4GiB

@@ -2,7 +2,9 @@
 //! reach, both measured in one run. Knows nothing of jobs.
 //!
 //! A product of m rows with an [n, k] matrix is 2·m·n·k operations; its share is of what the unit that multiplies does on
-//! registers. With few rows it reads each weight once and does little else: its share is of reading memory.
+//! registers. With few rows it reads each weight once and does little else: its share is of reading memory. Attention of a
+//! query over n keys is 4·n·(elements of its heads) operations, of the unit that its numbers take; when decoding it reads the
+//! keys and values of each sequence once, 2 bytes an element.
 
 use crate::device::batch::{Batch, BatchSeq};
 use crate::device::cpu::roof::{Peak, peaks};
@@ -49,15 +51,19 @@ pub fn show_kernels(isa: Isa, numerics: Option<Numerics>, n_threads: usize) -> R
     let dev = CpuDevice::new(isa, numerics, n_threads);
     let peaks = peaks(isa, n_threads);
     let memory = peaks.iter().rfind(|peak| peak.per_cycle.is_none());
-    let Some((unit, memory)) = unit_of(numerics, &peaks).zip(memory) else {
+    let (Some(unit), Some(attention_unit), Some(memory)) =
+        (unit_of(numerics, &peaks), attention_unit_of(numerics, &peaks), memory)
+    else {
         anyhow::bail!("the limits of the {} path are not measured: there is nothing to compare with", isa.name());
     };
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{}, {n_threads} threads; shares of {} and, for up to 4 rows, of {}",
+        "{}, {n_threads} threads, {} path; shares of {}, in attention of {}, and for up to 4 rows and decoding of {}",
         dev.fingerprint(),
+        isa.name(),
         unit.name,
+        attention_unit.name,
         memory.name
     )?;
     for (name, width, ffn_width, heads, kv_heads, head_dim) in SHAPES {
@@ -83,27 +89,47 @@ pub fn show_kernels(isa: Isa, numerics: Option<Numerics>, n_threads: usize) -> R
         let spec = attention_spec(heads, kv_heads, head_dim);
         for (what, n_seqs, n_tokens) in [("prefill", 4, 512), ("decode", 64, 1)] {
             let (seconds, operations, bytes) = attention_seconds(&dev, &spec, (n_seqs, 512, n_tokens))?;
-            let share = if n_tokens == 1 { bytes / seconds / memory.per_second } else { operations / seconds / unit.per_second };
+            let rate = if n_tokens == 1 { bytes / memory.per_second } else { operations / attention_unit.per_second };
+            let share = rate / seconds;
             writeln!(out, "  attention   {what}, {n_seqs} sequences of 512 tokens {:>3.0} %", 100.0 * share)?;
         }
     }
     Ok(())
 }
 
-/// What multiplies.
+/// What multiplies weights.
 fn unit_of(numerics: Numerics, peaks: &[Peak]) -> Option<&Peak> {
-    let is_it = |name: &str| match numerics {
-        Numerics::Int8 => name.starts_with("int8"),
-        Numerics::Bf16 => name.contains("tiles"),
-        Numerics::F32 => name.starts_with("f32"),
-    };
-    peaks.iter().find(|peak| is_it(peak.name)).or(peaks.iter().find(|peak| peak.name.starts_with("f32")))
+    first_of(
+        peaks,
+        match numerics {
+            Numerics::Int8 | Numerics::Int8Bf16 => "int8",
+            Numerics::Bf16 => "bf16 tiles",
+            Numerics::F32 => "f32",
+        },
+    )
+}
+
+/// What multiplies queries, keys and values.
+fn attention_unit_of(numerics: Numerics, peaks: &[Peak]) -> Option<&Peak> {
+    first_of(
+        peaks,
+        match numerics {
+            Numerics::Int8Bf16 => "bf16 dot",
+            Numerics::Bf16 => "bf16 tiles",
+            Numerics::Int8 | Numerics::F32 => "f32",
+        },
+    )
+}
+
+/// The limit whose name begins like that; where the path has no such instruction, that of f32.
+fn first_of<'a>(peaks: &'a [Peak], name: &str) -> Option<&'a Peak> {
+    peaks.iter().find(|peak| peak.name.starts_with(name)).or(peaks.iter().find(|peak| peak.name.starts_with("f32")))
 }
 
 /// Of `Q4_1`, in the layout of these numerics.
 fn weight_bytes(numerics: Numerics) -> f64 {
     match numerics {
-        Numerics::Int8 => 0.625,
+        Numerics::Int8 | Numerics::Int8Bf16 => 0.625,
         Numerics::Bf16 => 2.0,
         Numerics::F32 => 4.0,
     }
@@ -145,19 +171,19 @@ fn product_seconds(dev: &CpuDevice, weights: &[Weight], (m, n, k): (usize, usize
     let (mut x, mut act, mut out) = (dev.new_hidden(m, k), dev.new_act(m, k), dev.new_hidden(m, n));
     fill(x.values_mut());
     dev.norm(&x, &norm, 1e-5, &weights[0], &batch, &mut act);
-    let round = || {
-        let start = Instant::now();
-        for weight in weights {
-            dev.linear(&act, weight, &batch, &mut out);
-        }
-        start.elapsed().as_secs_f64() / weights.len() as f64
-    };
-    Ok(best(round))
+    Ok(best(weights, |weight| dev.linear(&act, weight, &batch, &mut out)))
 }
 
-/// The shortest of some rounds.
-fn best(round: impl FnMut() -> f64) -> f64 {
-    std::iter::repeat_with(round).take(ROUNDS).fold(f64::INFINITY, f64::min)
+/// Seconds of the fastest of several calls, for some rounds over things that are together in no cache. (A mean would be that
+/// of the machine's other programs.)
+fn best<T>(things: &[T], mut call: impl FnMut(&T)) -> f64 {
+    let mut least = f64::INFINITY;
+    for thing in std::iter::repeat_n(things, ROUNDS).flatten() {
+        let start = Instant::now();
+        call(thing);
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    least
 }
 
 fn attention_spec(n_heads: usize, n_kv_heads: usize, head_dim: usize) -> AttentionSpec {
@@ -209,13 +235,7 @@ fn attention_seconds(
     let next_bytes = vec![0; q_width * 32];
     let next = dev.load_weight(&[Tensor { name: "next", dtype: DType::F32, shape: vec![8, q_width], bytes: &next_bytes }])?;
     let mut act = dev.new_act(n_rows, q_width);
-    let seconds = best(|| {
-        let start = Instant::now();
-        for cache in &caches {
-            dev.attention(&qkv, spec, cache, &next, &batch, &mut act);
-        }
-        start.elapsed().as_secs_f64() / caches.len() as f64
-    });
+    let seconds = best(&caches, |cache| dev.attention(&qkv, spec, cache, &next, &batch, &mut act));
     let keys: usize = batch.positions.iter().map(|&position| position as usize + 1).sum();
     Ok((seconds, (4 * keys * q_width) as f64, (n_seqs * length * spec.n_kv_heads * spec.head_dim * 4) as f64))
 }

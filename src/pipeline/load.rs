@@ -198,7 +198,7 @@ fn cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<C
     }
     let fastest = device(Numerics::fastest(isa));
     let fits = sizing(&fastest, spec, file, config.budget_tokens).weights_bytes <= MAX_FAST_BF16_BYTES;
-    Ok(if fastest.numerics() == Numerics::Int8 || fits { fastest } else { device(Numerics::Int8) })
+    Ok(if fastest.numerics() != Numerics::Bf16 || fits { fastest } else { device(Numerics::fastest_int8(isa)) })
 }
 
 fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<OpenDevice> {

@@ -206,7 +206,8 @@ pub struct ModelSpec {
     /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU if it can be used, else the CPU), or
     /// `reference` (slow, for comparison).
     pub device: String,
-    /// In which numbers the CPU computes: `int8`, `bf16`, `exact` (f32), or `fast`, the faster of the first two here.
+    /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the first
+    /// three here.
     pub numerics: String,
 }
 

@@ -298,7 +298,7 @@ fn a_row_that_is_not_a_number_says_how_to_see_it_again() {
     let rows = |i: usize| json!({"i": i, "q": if i % 7 == 3 { format!("row {i} z") } else { prompt(i) }}).to_string() + "\n";
     sandbox.write("in.jsonl", (0..60).map(rows).collect::<String>());
     write_model(&sandbox, "poisoned", true);
-    for numerics in ["int8", "bf16", "exact"] {
+    for numerics in ["int8", "int8-bf16", "bf16", "exact"] {
         let set = format!("model.numerics={numerics}");
         let (good, _) = outcome(&sandbox, &format!("good-{numerics}.jsonl"), &["--set", &set]);
         let poisoned = ["--set", &set, "--set", "model.name=poisoned"];

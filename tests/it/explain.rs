@@ -149,7 +149,7 @@ fn a_model_can_be_inspected() {
     assert_eq!(found["tensors"]["F32"]["count"], 61, "two norms a layer and the last one");
     assert_eq!(found["tokenizer"]["end"][0]["text"], "<|im_end|>");
     // Keys and values of 30 layers, 3 heads of 64, for 1008 tokens: at least a byte each.
-    for numerics in ["int8", "bf16", "exact"] {
+    for numerics in ["int8", "int8-bf16", "bf16", "exact"] {
         let memory = &found["memory"][numerics];
         assert!(memory["kv_bytes_per_1k_tokens"].as_u64().unwrap() >= 30 * 2 * 3 * 64 * 1008, "{numerics}");
         assert!(memory["weights_bytes"].as_u64().unwrap() >= n_bytes, "{numerics}");

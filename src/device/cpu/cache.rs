@@ -31,7 +31,7 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn new(numerics: Numerics, spec: &AttentionSpec) -> Self {
-        let tiles = numerics == Numerics::Bf16;
+        let tiles = numerics.has_bf16_cache();
         let padded = if tiles { spec.head_dim.next_multiple_of(TILE_K) } else { spec.head_dim };
         Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim, padded, tiles }
     }

@@ -2,11 +2,14 @@
 //! Invariant: an [`Isa`] other than portable exists only on a machine that has its instructions, so holding one is the
 //! proof that a kernel may be entered.
 
+#[cfg(target_arch = "x86_64")]
+use super::dots_x86 as dots;
 use super::tile::Unit;
 #[cfg(target_arch = "x86_64")]
 use super::tile::amx;
 
-/// An instruction-set path of the kernels. All paths give the same bits; they differ in speed.
+/// An instruction-set path of the kernels. All paths give the same bits, unless a device's fingerprint says
+/// otherwise; they differ in speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Path);
 
@@ -16,6 +19,9 @@ pub(super) enum Path {
     /// AVX-512 as below, and tiles of bfloat16 (AMX).
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// AVX-512 as below, and dot products of bfloat16 (AVX-512 BF16).
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -51,6 +57,9 @@ impl Isa {
                 if amx::is_there() {
                     paths.push(Self(Path::Amx));
                 }
+                if dots::rounds_as_documented() {
+                    paths.push(Self(Path::Avx512Bf16));
+                }
                 paths.push(Self(Path::Avx512Vnni));
             }
             if avx2 {
@@ -66,11 +75,13 @@ impl Isa {
         Self::available().into_iter().find(|isa| isa.name() == name)
     }
 
-    /// `amx`, `avx512-vnni`, `avx2` or `portable`.
+    /// `amx`, `avx512-bf16`, `avx512-vnni`, `avx2` or `portable`.
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Path::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Bf16 => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
             Path::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
@@ -82,6 +93,38 @@ impl Isa {
     /// Whether it has a unit for tiles of bfloat16.
     pub fn has_tiles(self) -> bool {
         self.unit() != Unit::Vector
+    }
+
+    /// Whether its dot products of bfloat16 outdo its multiplications of f32. Known by who made the processor: AMD's start
+    /// as many of the one as of the other, with twice the work in each; Intel's start a quarter as many.
+    pub fn has_fast_dots(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            self.0 == Path::Avx512Bf16 && dots::is_amd()
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            false
+        }
+    }
+
+    /// What the fingerprint says of dot products of bfloat16: empty where they give the bits of every other path.
+    pub(super) fn own_dots(self) -> &'static str {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_bf16() {
+            return dots::own();
+        }
+        ""
+    }
+
+    /// Whether AVX-512 BF16 may be used.
+    pub(super) fn has_bf16(self) -> bool {
+        match self.0 {
+            // Every machine with tiles of bfloat16 has it (Sapphire Rapids on).
+            #[cfg(target_arch = "x86_64")]
+            Path::Amx | Path::Avx512Bf16 => true,
+            _ => false,
+        }
     }
 
     /// What multiplies tiles.
@@ -120,10 +163,9 @@ macro_rules! per_isa {
             match isa.path() {
                 // SAFETY: an `Isa` of this path is made only where the machine has these instructions.
                 #[cfg(target_arch = "x86_64")]
-                $crate::device::cpu::isa::Path::Avx512Vnni | $crate::device::cpu::isa::Path::Amx => unsafe {
-                    // Every machine with tiles of bfloat16 has AVX-512 BF16 (Sapphire Rapids on).
-                    avx512(isa.has_tiles(), $($arg),*)
-                },
+                $crate::device::cpu::isa::Path::Amx
+                | $crate::device::cpu::isa::Path::Avx512Bf16
+                | $crate::device::cpu::isa::Path::Avx512Vnni => unsafe { avx512(isa.has_bf16(), $($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Avx2 => unsafe { avx2($($arg),*) },

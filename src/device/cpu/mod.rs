@@ -14,6 +14,9 @@ mod attention;
 mod buffer;
 mod cache;
 mod cap;
+mod dots;
+#[cfg(target_arch = "x86_64")]
+mod dots_x86;
 mod experts;
 mod gemm;
 mod gemm_f;
@@ -174,9 +177,11 @@ impl Device for CpuDevice {
     type Act = Act;
     type Cache = Cache;
 
-    /// The instruction set is not in it: all give the same bits, so a job may go on on another machine.
+    /// The instruction set is not in it: all give the same bits, so a job may go on on another machine. What gives others
+    /// (`dots_x86.rs`) is.
     fn fingerprint(&self) -> String {
-        format!("cpu kernels=2 {} tile={}", self.numerics.describe(), attention::TILE_KEYS)
+        let own = if self.numerics == Numerics::Int8Bf16 { self.isa.own_dots() } else { "" };
+        format!("cpu kernels=2 {} tile={}{own}", self.numerics.describe(), attention::TILE_KEYS)
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
@@ -310,7 +315,8 @@ impl Device for CpuDevice {
         assert_eq!(next.k, spec.n_heads * spec.head_dim);
         let act = act.writer(self.isa, next);
         let rows = qkv.rows(batch.tokens.len());
-        let attention = Attention { isa: self.isa, spec, batch, cache, qkv: rows, qkv_width: qkv.width, act };
+        let (isa, numerics) = (self.isa, self.numerics);
+        let attention = Attention { isa, numerics, spec, batch, cache, qkv: rows, qkv_width: qkv.width, act };
         attention::attend(&self.team, &attention, &mut self.memory.borrow_mut().items);
     }
 

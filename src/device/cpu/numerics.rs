@@ -12,6 +12,8 @@ pub enum Numerics {
     /// Activations of 8 bits per token and block of 32 against quantised weights as they are in the file, f32 against float
     /// weights; keys and values are IEEE halves.
     Int8,
+    /// Products as in `Int8`; queries, keys, values and attention's probabilities rounded to bfloat16.
+    Int8Bf16,
     /// Weights, activations, keys, values and attention's probabilities rounded to bfloat16.
     Bf16,
     /// f32 activations and weights; keys and values are IEEE halves.
@@ -20,26 +22,43 @@ pub enum Numerics {
 
 impl Numerics {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Int8, Self::Bf16, Self::F32];
+    pub const ALL: [Self; 4] = [Self::Int8, Self::Int8Bf16, Self::Bf16, Self::F32];
 
-    /// The fastest of a machine: bfloat16 where it has a unit for that, else 8 bits.
+    /// The fastest of a machine: bfloat16 where it has a unit for that, else 8 bits, with bfloat16 in attention where it has
+    /// fast instructions for that.
     pub fn fastest(isa: Isa) -> Self {
-        if isa.has_tiles() { Self::Bf16 } else { Self::Int8 }
+        if isa.has_tiles() { Self::Bf16 } else { Self::fastest_int8(isa) }
+    }
+
+    /// The fastest with weights as they are in the file.
+    pub fn fastest_int8(isa: Isa) -> Self {
+        if isa.has_fast_dots() { Self::Int8Bf16 } else { Self::Int8 }
+    }
+
+    /// Whether quantised weights are multiplied with 8-bit activations.
+    pub fn has_int8_products(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int8Bf16)
+    }
+
+    /// Whether keys and values are bfloat16.
+    pub fn has_bf16_cache(self) -> bool {
+        matches!(self, Self::Int8Bf16 | Self::Bf16)
     }
 
     /// By the name that pipelines use.
     ///
     /// # Errors
-    /// A name that is none of `int8`, `bf16`, `exact`.
+    /// A name that is none of `int8`, `int8-bf16`, `bf16`, `exact`.
     pub fn named(name: &str) -> anyhow::Result<Self> {
         let named = Self::ALL.into_iter().find(|numerics| numerics.name() == name);
-        named.with_context(|| format!("{name:?} is not one of fast, int8, bf16, exact"))
+        named.with_context(|| format!("{name:?} is not one of fast, int8, int8-bf16, bf16, exact"))
     }
 
     /// As in [`Numerics::named`].
     pub fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
+            Self::Int8Bf16 => "int8-bf16",
             Self::Bf16 => "bf16",
             Self::F32 => "exact",
         }
@@ -49,6 +68,7 @@ impl Numerics {
     pub(super) fn describe(self) -> &'static str {
         match self {
             Self::Int8 => "act=i8/32 kv=f16",
+            Self::Int8Bf16 => "act=i8/32 kv=bf16",
             Self::Bf16 => "act=bf16 kv=bf16",
             Self::F32 => "act=f32 kv=f16",
         }
@@ -59,7 +79,7 @@ impl Numerics {
         match self {
             Self::Bf16 => Layout::Tiles,
             Self::F32 if dtype.is_quantised() => Layout::Floats(DType::F32),
-            Self::Int8 if dtype.is_quantised() => Layout::Blocks(dtype),
+            Self::Int8 | Self::Int8Bf16 if dtype.is_quantised() => Layout::Blocks(dtype),
             _ => Layout::Floats(dtype),
         }
     }

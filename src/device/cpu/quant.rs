@@ -39,7 +39,7 @@ pub(super) struct Integers<Q, S, T> {
 
 impl Act {
     pub(super) fn new(numerics: Numerics, max_tokens: usize, k: usize) -> Self {
-        let n_blocks = if numerics == Numerics::Int8 { max_tokens * (k / BLOCK) } else { 0 };
+        let n_blocks = if numerics.has_int8_products() { max_tokens * (k / BLOCK) } else { 0 };
         let ints = Integers {
             q: Aligned::zeroed(n_blocks * BLOCK),
             scale: Aligned::zeroed(n_blocks),

@@ -183,7 +183,7 @@ fn tiles() {
 fn loops(isa: Isa) -> Vec<Loop> {
     let twelve = 12.0 * ROUNDS as f64;
     let mut loops = Vec::new();
-    let wide = matches!(isa.name(), "amx" | "avx512-vnni");
+    let wide = matches!(isa.name(), "amx" | "avx512-bf16" | "avx512-vnni");
     if wide {
         loops.push(Loop { name: "f32 fma, 512 bits", ops: 32.0, instructions: twelve, run: fma_512 });
         loops.push(Loop { name: "int8 dot (VNNI), 512 bits", ops: 128.0, instructions: twelve, run: int8_512 });

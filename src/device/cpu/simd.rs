@@ -4,6 +4,7 @@
 //! Invariant: every operation is one IEEE operation per lane (or exact in integers) in one fixed order, so that all
 //! implementations give the same bits. A kernel generic over [`Simd`] is therefore the same function on each of them.
 
+use super::dots::{self, Left, Right, Target};
 use half::{bf16, f16};
 
 /// Lanes of a vector; also the columns that one group of weight bytes covers.
@@ -129,6 +130,25 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` must be valid for reads of 32 u16.
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::V, Self::V);
+    /// A pair of bfloat16 in all lanes: the first of it, and the second.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of 2 u16.
+    #[inline(always)]
+    unsafe fn splat_bf16_pair(self, p: *const u16) -> (Self::V, Self::V) {
+        // SAFETY: the caller promises two u16.
+        let [even, odd] = unsafe { [p.read(), p.add(1).read()] };
+        (self.splat(f32::from_bits(u32::from(even) << 16)), self.splat(f32::from_bits(u32::from(odd) << 16)))
+    }
+    /// R rows by C vectors of dot products of bfloat16.
+    ///
+    /// # Safety
+    /// As [`dots::multiply`].
+    #[inline(always)]
+    unsafe fn dots<const R: usize, const C: usize>(self, left: Left, right: Right<'_, C>, target: Target) {
+        // SAFETY: passed on.
+        unsafe { dots::chains::<Self, R, C>(self, left, right, target) };
+    }
     /// a + b.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// a − b.
@@ -200,10 +220,16 @@ pub(super) trait Simd: Copy {
     /// 2^x, to within 1.3 · 2^-23 of it; x counts as −126 below that and as 127 above, and 2^0 is exactly 1.
     #[inline(always)]
     fn exp2(self, x: Self::V) -> Self::V {
+        self.exp2_below(self.min(self.splat(127.0), x))
+    }
+
+    /// [`Simd::exp2`] of what is at most 127.
+    #[inline(always)]
+    fn exp2_below(self, x: Self::V) -> Self::V {
         const SHIFT: f32 = 12_583_039.0;
         // (2^r − 1) / r on |r| <= 1/2: fitted for least largest relative error of 2^r.
         const C: [f32; 5] = [0.693_146_94, 0.240_222_48, 0.055_507_686, 0.009_671_233, 0.001_325_593_9];
-        let x = self.min(self.splat(127.0), self.max(self.splat(-126.0), x));
+        let x = self.max(self.splat(-126.0), x);
         let shifted = self.add(x, self.splat(SHIFT));
         let r = self.sub(x, self.sub(shifted, self.splat(SHIFT)));
         let mut q = self.splat(C[4]);

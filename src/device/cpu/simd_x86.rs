@@ -1,23 +1,26 @@
 //! The x86-64 implementations of [`Simd`]: AVX-512 with VNNI, and AVX2. Knows nothing of layers or tensors.
 //! Invariant: bit for bit the portable implementation (`simd.rs` says why; the conformance tests hold it to that).
 
-use super::simd::{Format, LANES, Simd, to_bf16};
+use super::dots::{self, Left, Right, Target};
+use super::dots_x86;
+use super::simd::{Format, LANES, Simd};
 use std::arch::asm;
 use std::arch::x86_64::{
     __m256, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
     _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi16,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_ph,
-    _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srai_epi32,
-    _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
-    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_andnot_epi32, _mm512_mask_blend_ps, _mm512_mask_or_epi32, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srai_epi32,
-    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castps_si256,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_cvtps_ph, _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_packus_epi32,
+    _mm256_permute4x64_epi64, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_si256, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srli_epi16, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+    _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_ph,
+    _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_andnot_epi32, _mm512_mask_blend_ps, _mm512_mask_or_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -35,7 +38,7 @@ impl Avx512 {
     /// The proof that the instructions may be used.
     ///
     /// # Safety
-    /// The machine must have AVX-512 F, BW, DQ, VL and VNNI, and AVX2, FMA and F16C; AVX-512 BF16 if `bf16`.
+    /// The machine must have AVX-512 F, BW, DQ, VL and VNNI, and AVX2, FMA and F16C; AVX-512 BF16 if `bf16`, which rounds as documented.
     #[inline(always)]
     pub(super) unsafe fn new(bf16: bool) -> Self {
         Self { bf16 }
@@ -139,6 +142,17 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
         ))
+    }
+    #[inline(always)]
+    unsafe fn dots<const R: usize, const C: usize>(self, left: Left, right: Right<'_, C>, target: Target) {
+        // SAFETY: passed on, on a machine that has the instructions.
+        unsafe {
+            if self.bf16 {
+                dots_x86::dots::<R, C>(left, right, target);
+            } else {
+                dots::chains::<Self, R, C>(self, left, right, target);
+            }
+        }
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -277,10 +291,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn round_bf16(self, from: *const f32, to: *mut u16) {
-        for i in 0..LANES {
-            // SAFETY: the caller promises 16 readable f32 and 16 writable u16.
-            unsafe { to.add(i).write(to_bf16(from.add(i).read())) };
-        }
+        mem!({
+            let (low, high) = (self.half_bf16(_mm256_loadu_ps(from)), self.half_bf16(_mm256_loadu_ps(from.add(8))));
+            // Packing takes the low four of both, then the high four.
+            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(to.cast(), halves);
+        });
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::V, Self::V) {
@@ -390,6 +406,22 @@ impl Simd for Avx2 {
 /// `#[inline(always)]`, and compiled outside the function that enables the instructions it calls each one.)
 #[expect(clippy::unused_self, reason = "it is the proof that the machine has the instructions")]
 impl Avx2 {
+    /// Eight f32 rounded to bfloat16, in the low halves of their lanes.
+    #[inline(always)]
+    fn half_bf16(self, v: __m256) -> __m256i {
+        op!({
+            let bits = _mm256_castps_si256(v);
+            let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
+            let magnitude = _mm256_xor_si256(bits, sign);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+            let no_number = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7f80_0000));
+            let rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000)), no_number);
+            let tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x80_0000), magnitude);
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, sign, tiny))
+        })
+    }
+
     #[inline(always)]
     fn half_powers(self, shifted: __m256) -> [__m256; 2] {
         op!({

@@ -7,6 +7,7 @@
 //! never have been written, are not multiplied.
 
 mod lanes;
+mod pairs;
 mod tiles;
 
 use super::buffer::Aligned;
@@ -32,6 +33,7 @@ const _: () = assert!(BLOCK_TOKENS == LANES, "a block's slots are the lanes of a
 /// The attention of one layer in one step.
 pub(super) struct Attention<'a> {
     pub(super) isa: Isa,
+    pub(super) numerics: Numerics,
     pub(super) spec: &'a AttentionSpec,
     pub(super) batch: &'a Batch,
     pub(super) cache: &'a Cache,
@@ -72,7 +74,7 @@ pub(super) struct AttentionScratch {
 
 impl AttentionScratch {
     pub(super) fn reserve(&mut self, numerics: Numerics, head_dim: usize) {
-        if numerics == Numerics::Bf16 {
+        if numerics.has_bf16_cache() {
             self.tiles.reserve(head_dim);
         } else {
             self.lanes.reserve(head_dim);
@@ -247,12 +249,14 @@ per_isa! {
 fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut AttentionScratch) {
     let spec = attention.spec;
     let rows = Rows::new(attention, item);
-    let in_tiles = attention.cache.layout.tiles;
-    scratch.reserve(if in_tiles { Numerics::Bf16 } else { Numerics::F32 }, spec.head_dim);
+    scratch.reserve(attention.numerics, spec.head_dim);
     scratch.out[..rows.len() * padded(spec.head_dim)].fill(0.0);
     scratch.sum[..rows.len() * LANES].fill(0.0);
     scratch.largest[..rows.len()].fill(f32::NEG_INFINITY);
-    if in_tiles {
+    if attention.numerics == Numerics::Bf16 {
+        attention.isa.unit().prepare();
+    }
+    if attention.numerics.has_bf16_cache() {
         tiles::load_queries(s, &rows, &mut scratch.tiles);
     } else {
         lanes::load_queries(&rows, &mut scratch.lanes);
@@ -276,10 +280,10 @@ fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut
 fn fold_tiles<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, starts: Range<usize>, scratch: &mut AttentionScratch) {
     for start in starts.step_by(TILE_KEYS) {
         let keys = rows.keys(range.clone(), start);
-        if rows.attention.cache.layout.tiles {
-            tiles::fold(s, rows, range.clone(), &keys, scratch);
-        } else {
-            lanes::fold(s, rows, range.clone(), &keys, scratch);
+        match rows.attention.numerics {
+            Numerics::Bf16 => tiles::fold(s, rows, range.clone(), &keys, scratch),
+            Numerics::Int8Bf16 => pairs::fold(s, rows, range.clone(), &keys, scratch),
+            Numerics::Int8 | Numerics::F32 => lanes::fold(s, rows, range.clone(), &keys, scratch),
         }
     }
 }
@@ -392,7 +396,7 @@ unsafe fn exponentials<S: Simd>(s: S, seen: Seen, (factor, offset): (S::V, S::V)
         // SAFETY: four vectors, the caller's promise.
         unsafe {
             let p = p.add(b * LANES);
-            *e = s.exp2(s.fma(s.load(p), factor, offset));
+            *e = s.exp2_below(s.fma(s.load(p), factor, offset));
             if !seen.all() {
                 *e = s.first(seen.end.saturating_sub(b * LANES), *e, zero);
                 *e = s.first(seen.first.saturating_sub(b * LANES), zero, *e);
@@ -423,7 +427,7 @@ fn write_row<S: Simd>(s: S, attention: &Attention<'_>, (token, head): (usize, us
     let head_dim = spec.head_dim;
     // SAFETY: `sum` has 16 lanes per row.
     let inverse = 1.0 / unsafe { s.sum(s.load(scratch.sum[r * LANES..][..LANES].as_ptr())) };
-    let width = if attention.cache.layout.tiles { padded(head_dim) } else { lanes::padded(head_dim) };
+    let width = if attention.numerics.has_bf16_cache() { padded(head_dim) } else { lanes::padded(head_dim) };
     let row = &mut scratch.out[r * width..][..head_dim];
     for x in row.iter_mut() {
         *x *= inverse;

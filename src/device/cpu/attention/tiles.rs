@@ -16,17 +16,17 @@ const STRIDE: usize = TILE_K * size_of::<u16>();
 #[derive(Default)]
 pub(super) struct Scratch {
     /// The tile's values, `[pair of keys][padded head_dim][2]`
-    v: Aligned<u16>,
+    pub(super) v: Aligned<u16>,
     /// `[ITEM_ROWS + 15][padded head_dim]`: a product reads 16 rows from any row on.
-    q: Aligned<u16>,
+    pub(super) q: Aligned<u16>,
     /// Scores, then exponentials, `[16][64]`
-    p: Aligned<f32>,
+    pub(super) p: Aligned<f32>,
     /// The exponentials rounded, `[16][64]`
-    weights: Aligned<u16>,
+    pub(super) weights: Aligned<u16>,
     /// Outputs of a few rows, `[16][padded head_dim]`
     sums: Aligned<f32>,
     /// The values that one row sees, as `v`.
-    masked: Aligned<u16>,
+    pub(super) masked: Aligned<u16>,
 }
 
 impl Scratch {
@@ -43,9 +43,11 @@ impl Scratch {
 /// Rounds the item's queries.
 #[inline(always)]
 pub(super) fn load_queries<S: Simd>(s: S, rows: &Rows<'_>, scratch: &mut Scratch) {
-    rows.attention.isa.unit().prepare();
     let head_dim = rows.attention.spec.head_dim;
     let width = padded(head_dim);
+    for r in 0..rows.len() {
+        prefetch(rows.query(r));
+    }
     for r in 0..rows.len() {
         for (i, x) in rows.query(r).chunks(LANES).enumerate() {
             let mut values = [0.0; LANES];
@@ -84,7 +86,7 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
 
 /// Asks for the next tile's keys and values while this one is folded: a decoding row reads each but once, from far away.
 #[inline(always)]
-fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
+pub(super) fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
     let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
     for &block in keys.next.iter().take(TILE_BLOCKS) {
         prefetch(cache.keys(block, kv_head));
@@ -94,7 +96,7 @@ fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
 
 /// Copies a tile's values, with zeros after those of its last key; says whether all are numbers.
 #[inline(always)]
-fn load_values(rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
+pub(super) fn load_values(rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
     let (width, cache) = (padded(rows.attention.spec.head_dim), rows.attention.cache);
     let n_cells = keys.n.next_multiple_of(2) * width;
     let mut most = 0;
@@ -201,13 +203,18 @@ fn masked_sums<S: Simd>(
 ) {
     let width = padded(rows.attention.spec.head_dim);
     for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
-        masked[..TILE_KEYS * width].copy_from_slice(&v[..TILE_KEYS * width]);
-        for key in (0..TILE_KEYS).filter(|key| !(seen.first..seen.end).contains(key)) {
-            let pair = &mut masked[key / 2 * 2 * width..][..2 * width];
-            pair.iter_mut().skip(key % 2).step_by(2).for_each(|cell| *cell = 0);
-        }
+        mask_values(width, v, *seen, masked);
         sums[r * width..][..width].copy_from_slice(&out[r * width..][..width]);
         weighted_sum(s, rows, (weights, masked), seen.end, (sums, TILE));
         out[r * width..][..width].copy_from_slice(&sums[r * width..][..width]);
+    }
+}
+
+/// Copies a tile's values, with zeros for those that are not seen.
+pub(super) fn mask_values(width: usize, v: &[u16], seen: Seen, masked: &mut [u16]) {
+    masked[..TILE_KEYS * width].copy_from_slice(&v[..TILE_KEYS * width]);
+    for key in (0..TILE_KEYS).filter(|key| !(seen.first..seen.end).contains(key)) {
+        let pair = &mut masked[key / 2 * 2 * width..][..2 * width];
+        pair.iter_mut().skip(key % 2).step_by(2).for_each(|cell| *cell = 0);
     }
 }
