@@ -48,6 +48,7 @@ pub fn key(fingerprint: &str, submission: &Submission) -> Option<Key> {
         watch: _,
         checkpoint: _,
         begun: _,
+        keep: _,
     } = params;
     let grammar = match grammar {
         None => [0; 32],

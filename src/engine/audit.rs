@@ -40,6 +40,7 @@ impl Scheduler {
         for &block in tables.chain(trunks) {
             refs[block as usize] += 1;
         }
+        self.kept.audit().for_each(|block| refs[block as usize] += 1);
         for stream in &self.streams {
             let (len, ready) = stream.trunk.lens();
             assert!(ready <= len && stream.trunk.blocks().len() == len.div_ceil(BLOCK_TOKENS));
@@ -62,5 +63,7 @@ impl Scheduler {
                 assert!(writer[block as usize] != Some(false), "block {block} is shared and not full");
             }
         }
+        assert!(self.kept.audit().all(|block| writer[block as usize] != Some(false)), "a block is kept and not full");
+        assert!(self.blocks.n_idle() <= self.config.max_kept_blocks, "more is kept than may be");
     }
 }

@@ -3,8 +3,12 @@
 
 /// Reference counts of the pool's blocks.
 pub(super) struct Blocks {
-    /// `[n_blocks]`: tables (of sequences, trunks, copies under way) that refer to the block.
+    /// `[n_blocks]`: tables (of sequences, trunks, copies under way) that refer to the block, and whether it is kept.
     refs: Vec<u32>,
+    /// `[n_blocks]`: whether one of the references is that it is kept (see `keep`).
+    is_kept: Vec<bool>,
+    /// Blocks that are kept and that nothing else refers to.
+    n_idle: usize,
     /// Blocks without references; the last one freed is the first one reused.
     free: Vec<u32>,
 }
@@ -12,7 +16,7 @@ pub(super) struct Blocks {
 impl Blocks {
     /// A pool of `n_blocks` free blocks.
     pub(super) fn new(n_blocks: usize) -> Self {
-        Self { refs: vec![0; n_blocks], free: (0..n_blocks as u32).rev().collect() }
+        Self { refs: vec![0; n_blocks], is_kept: vec![false; n_blocks], n_idle: 0, free: (0..n_blocks as u32).rev().collect() }
     }
 
     /// Takes a free block, with one reference.
@@ -26,6 +30,7 @@ impl Blocks {
 
     /// Adds a reference to a block in use.
     pub(super) fn share(&mut self, block: u32) {
+        self.n_idle -= usize::from(self.is_idle(block));
         let refs = &mut self.refs[block as usize];
         assert!(*refs > 0, "block {block} is free and can't be shared");
         *refs += 1;
@@ -37,8 +42,36 @@ impl Blocks {
         assert!(*refs > 0, "block {block} was freed twice");
         *refs -= 1;
         if *refs == 0 {
+            assert!(!self.is_kept[block as usize], "block {block} is kept and was freed");
             self.free.push(block);
         }
+        self.n_idle += usize::from(self.is_idle(block));
+    }
+
+    /// Keeps a block that something refers to.
+    pub(super) fn keep(&mut self, block: u32) {
+        self.share(block);
+        let is_kept = &mut self.is_kept[block as usize];
+        assert!(!*is_kept, "block {block} was kept twice");
+        *is_kept = true;
+    }
+
+    /// Keeps a block no more; it is free if nothing else refers to it.
+    pub(super) fn unkeep(&mut self, block: u32) {
+        assert!(self.is_kept[block as usize], "block {block} was not kept");
+        self.n_idle -= usize::from(self.is_idle(block));
+        self.is_kept[block as usize] = false;
+        self.release(block);
+    }
+
+    /// Whether a block is kept and nothing else refers to it.
+    pub(super) fn is_idle(&self, block: u32) -> bool {
+        self.is_kept[block as usize] && self.refs[block as usize] == 1
+    }
+
+    /// Blocks that are kept and that nothing else refers to.
+    pub(super) fn n_idle(&self) -> usize {
+        self.n_idle
     }
 
     /// Blocks of the pool.
@@ -51,9 +84,9 @@ impl Blocks {
         self.free.len()
     }
 
-    /// Blocks that something refers to, each counted once.
+    /// Blocks that something refers to besides that they are kept, each counted once.
     pub(super) fn n_used(&self) -> usize {
-        self.refs.len() - self.free.len()
+        self.refs.len() - self.free.len() - self.n_idle
     }
 
     /// Asserts that the counts are `refs` (recounted by the caller, `[n_blocks]`) and that the free list agrees.
@@ -63,5 +96,6 @@ impl Blocks {
         }
         assert_eq!(refs.iter().filter(|&&r| r == 0).count(), self.free.len(), "free list and counts disagree");
         assert!(self.free.iter().all(|&b| refs[b as usize] == 0), "a block on the free list is referred to");
+        assert_eq!((0..refs.len() as u32).filter(|&b| self.is_idle(b)).count(), self.n_idle, "idle blocks");
     }
 }

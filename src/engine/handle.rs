@@ -3,10 +3,10 @@
 //! why it stopped is what `drain` returns.
 
 use std::any::Any;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 
@@ -215,7 +215,8 @@ fn work(
                 // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
                 let (finished, progress, checkpoints) = Default::default();
                 deliver(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
-                inbox.recv().map_err(|_| TryRecvError::Disconnected)
+                let Some(command) = wait_for_command(&mut engine, inbox, began) else { continue };
+                command
             };
             match command {
                 Ok(Command::Submit(submission)) => {
@@ -257,6 +258,24 @@ fn work(
         let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
         let checkpoints = engine.take_checkpoints();
         deliver(Delivery { finished, progress, checkpoints, step: engine.last_step(), stats: engine.stats() });
+    }
+}
+
+/// Waits until there is a command for an idle engine; `None` if before that something lapsed that it keeps.
+fn wait_for_command(engine: &mut Engine, inbox: &Receiver<Command>, began: Instant) -> Option<Result<Command, TryRecvError>> {
+    let waited = match engine.next_lapse_ms() {
+        None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        Some(at_ms) => inbox.recv_timeout(Duration::from_millis(at_ms.max(0) as u64).saturating_sub(began.elapsed())),
+    };
+    // What comes now finds what is kept as of now.
+    engine.advance(began.elapsed().as_millis() as i64);
+    match waited {
+        Ok(command) => Some(Ok(command)),
+        Err(RecvTimeoutError::Disconnected) => Some(Err(TryRecvError::Disconnected)),
+        Err(RecvTimeoutError::Timeout) => {
+            engine.lapse();
+            None
+        }
     }
 }
 

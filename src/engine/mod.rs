@@ -10,6 +10,7 @@ mod batch;
 mod blocks;
 mod checkpoint;
 pub mod handle;
+mod keep;
 mod policy;
 mod preemption;
 mod progress;
@@ -37,6 +38,7 @@ use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
 pub use checkpoint::{Begun, Checkpoint};
+pub use keep::Keep;
 pub use policy::Due;
 pub use progress::Progress;
 pub use sequence::Submission;
@@ -73,6 +75,8 @@ pub struct EngineConfig {
     pub cold_output_tokens: u32,
     /// By class: percent of the last minute's tokens (but for asap's) that it gets at least, while it waits.
     pub share_floors: [u8; 3],
+    /// Most KV blocks that are kept of sequences that have ended, while nobody else needs them.
+    pub max_kept_blocks: usize,
 }
 
 impl EngineConfig {
@@ -85,6 +89,7 @@ impl EngineConfig {
             max_preemptions: 3,
             cold_output_tokens: 256,
             share_floors: [0, 10, 2],
+            max_kept_blocks: 0,
         }
     }
 }
@@ -128,8 +133,14 @@ pub struct EngineStats {
     pub decode_tokens: u64,
     /// Tokens drawn.
     pub generated_tokens: u64,
-    /// Prompt tokens that did not have to be computed because the trunk had them.
+    /// Prompt tokens that did not have to be computed because they were in the KV cache.
     pub shared_tokens: u64,
+    /// Those of them that sequences had left which have ended.
+    pub found_tokens: u64,
+    /// Kept blocks that went before their time, because others needed them or too many were kept.
+    pub evicted_blocks: u64,
+    /// Kept blocks that nobody asked for in time.
+    pub lapsed_blocks: u64,
     /// Tokens computed again: the tax of preemptions, and of rows that begin with what another life has drawn.
     pub recomputed_tokens: u64,
     /// Steps that failed, those included that were tried to find out why.
@@ -140,6 +151,8 @@ pub struct EngineStats {
     pub finished: u64,
     /// Blocks of the pool that are in use.
     pub blocks_used: usize,
+    /// Blocks that are kept of sequences which have ended, and not in use.
+    pub blocks_kept: usize,
     /// Blocks of the pool.
     pub blocks_total: usize,
     /// Rows that hold blocks.
@@ -309,6 +322,24 @@ impl Engine {
         self.scheduler.measure();
     }
 
+    /// When the first of what is kept of ended sequences lapses, by the engine's clock; `None` if nothing is kept. It goes with the
+    /// next step, or with [`Engine::lapse`].
+    pub fn next_lapse_ms(&self) -> Option<i64> {
+        self.scheduler.kept.next_lapse_ms()
+    }
+
+    /// Forgets what has lapsed.
+    pub fn lapse(&mut self) {
+        self.scheduler.lapse_kept();
+        self.scheduler.measure();
+    }
+
+    /// Forgets all that is kept of ended sequences.
+    pub fn drop_kept(&mut self) {
+        self.scheduler.drop_kept();
+        self.scheduler.measure();
+    }
+
     /// Whether anything waits or runs.
     pub fn has_work(&self) -> bool {
         !self.accused.is_empty()
@@ -342,7 +373,7 @@ impl Engine {
 
     /// Takes in what the step drew.
     fn settle(&mut self, finished: &mut Vec<Finished>) {
-        let Scheduler { scheduled, running, streams, stats, limits, policy, .. } = &mut self.scheduler;
+        let Scheduler { scheduled, running, streams, stats, limits, policy, kept, blocks, .. } = &mut self.scheduler;
         assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
         let mut rows = self.out.rows.iter();
         for (place, share) in scheduled.iter().enumerate() {
@@ -368,6 +399,10 @@ impl Engine {
             } else if let Some(row) = drawn {
                 assert!((row.token as usize) < limits.n_vocab, "token {} drawn of {}", row.token, limits.n_vocab);
                 stats.generated_tokens += 1;
+                if seq.buffers.generated.is_empty() {
+                    // Those beside it may have the same prompt.
+                    kept.add(seq, policy.now_ms(), blocks);
+                }
                 ended = seq.accept(row, &*self.tokens, limits.max_context).unwrap_or_else(|why| {
                     broken = Some(why);
                     Some(FinishReason::Stop)
@@ -379,6 +414,9 @@ impl Engine {
                 self.progress.extend(seq.take_progress(ended.is_some()));
             }
             if let Some(reason) = ended {
+                if broken.is_none() {
+                    kept.add(seq, policy.now_ms(), blocks);
+                }
                 seq.phase = Phase::Finished;
                 streams[seq.stream_idx].note_finished(seq);
                 finished.push(Finished { broken, ..seq.output(reason) });

@@ -105,6 +105,11 @@ impl Policy {
         self.served.iter_mut().for_each(|tokens| *tokens *= faded);
     }
 
+    /// The time that was told last.
+    pub(super) fn now_ms(&self) -> i64 {
+        self.now_ms
+    }
+
     /// A step gave tokens to a class.
     pub(super) fn note(&mut self, class: Class, n_tokens: usize) {
         self.served[class as usize] += n_tokens as f64;

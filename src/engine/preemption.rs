@@ -7,24 +7,24 @@ use std::cmp::Reverse;
 
 use super::scheduler::Scheduler;
 use super::sequence::{Phase, Sequence};
-use crate::device::BLOCK_TOKENS;
 use crate::window::Class;
 
 impl Scheduler {
     /// Whether the asap rows, with the first of their queue, would fit a pool of their own at their predicted lengths.
     pub(super) fn asap_fits(&self) -> bool {
         let class = Class::Asap;
-        let own = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
+        let own = self.final_blocks(&self.waiting[class as usize][0]) - self.beginning(class).n_trunk_blocks();
         let asap = self.running.iter().filter(|r| r.phase == Phase::Live && r.class == class);
-        let others: usize = asap.map(|r| self.final_blocks(r) - r.n_shared_blocks).sum();
+        let others: usize = asap.map(|r| self.final_blocks(r) + r.n_kept_blocks - r.n_shared_blocks).sum();
         own + others <= self.blocks.n_total()
     }
 
     /// Frees blocks for the tokens of the first asap row; false if only asap rows have any left.
     pub(super) fn make_room_for_asap(&mut self) -> bool {
         loop {
-            let n_shared_blocks = self.shared_tokens(Class::Asap) / BLOCK_TOKENS;
-            if self.waiting[Class::Asap as usize][0].n_blocks() - n_shared_blocks <= self.blocks.n_free() {
+            let beginning = self.beginning(Class::Asap);
+            let n_new = self.waiting[Class::Asap as usize][0].n_blocks() - beginning.n_blocks();
+            if self.has_blocks(n_new, beginning) {
                 return true;
             }
             if !(self.drop_idle_trunks() || self.preempt_below_asap() || self.drop_trunks()) {
@@ -85,7 +85,7 @@ impl Scheduler {
         let key = |&(idx, row): &(usize, &Sequence)| {
             let (class, slack) = self.policy.expendable(row.class, row.rank);
             // Whose blocks are mostly others', too, would free few of them.
-            let is_own = 2 * row.n_shared_blocks <= row.buffers.table.len();
+            let is_own = 2 * (row.n_shared_blocks - row.n_kept_blocks) <= row.buffers.table.len();
             (class, is_own, slack, Reverse(row.computed), idx)
         };
         rows.max_by_key(key).map(|(idx, _)| idx)

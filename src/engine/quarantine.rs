@@ -46,6 +46,8 @@ impl Engine {
     pub(super) fn isolate(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
         let suspects: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
         self.scheduler.withdraw_all();
+        // What a device that fails has in its memory is not to be trusted.
+        self.scheduler.drop_kept();
         let mut groups = vec![suspects];
         while let Some(group) = groups.pop() {
             let aside = self.scheduler.set_aside(&group);
@@ -57,6 +59,7 @@ impl Engine {
             if why.is::<Lost>() {
                 return Err(why);
             }
+            self.scheduler.drop_kept();
             let rest: Vec<u64> = left.into_iter().filter(|id| !failed.contains(id)).collect();
             groups.extend((!rest.is_empty()).then_some(rest));
             if let &[guilty] = &*failed {

@@ -3,6 +3,7 @@
 //! batch mix and order can't change it.
 
 use super::checkpoint::Begun;
+use super::keep::Keep;
 use super::shaping::Grammar;
 use crate::device::batch::{Draw, HeadRow, Want};
 use crate::request::Repetition;
@@ -56,6 +57,9 @@ pub struct SeqParams {
     pub checkpoint: u32,
     /// What the sequence begins with: fewer tokens than it may have, none of which ended it.
     pub begun: Option<Arc<Begun>>,
+    /// Whose KV it may begin with, and how long its own is kept; `None`: it shares with those of its stream that say nothing
+    /// either, and leaves nothing.
+    pub keep: Option<Keep>,
 }
 
 impl Default for SeqParams {
@@ -84,6 +88,7 @@ impl Default for SeqParams {
             watch: false,
             checkpoint: 0,
             begun: None,
+            keep: None,
         }
     }
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::blocks::Blocks;
+use super::keep::Kept;
 use super::policy::Policy;
 use super::sequence::{Phase, Sequence, Submission};
 use super::stream::Stream;
@@ -30,6 +31,8 @@ pub(super) struct Scheduler {
     pub(super) config: EngineConfig,
     pub(super) limits: RunnerLimits,
     pub(super) blocks: Blocks,
+    /// What ended rows have left.
+    pub(super) kept: Kept,
     /// Entries are reused, never removed: sequences hold their index.
     pub(super) streams: Vec<Stream>,
     /// By class, in the order of their ranks; of equal ones, preempted rows come first.
@@ -65,6 +68,7 @@ impl Scheduler {
         let queue = || VecDeque::with_capacity(config.max_waiting + config.max_running);
         Self {
             blocks: Blocks::new(limits.n_blocks),
+            kept: Kept::default(),
             streams: Vec::new(),
             waiting: [queue(), queue(), queue()],
             n_queued: [0; 3],
@@ -97,8 +101,10 @@ impl Scheduler {
         let most = submission.params.max_tokens;
         let expected = self.streams[stream_idx].lengths.expected(self.config.cold_output_tokens).min(most);
         let n_drawn = if submission.params.ignore_eos { most } else { expected };
-        let service_ms = self.policy.service_ms(submission.prompt.len(), n_drawn as usize);
-        let mut row = Sequence::new(submission, stream_idx, service_ms, self.limits.max_context);
+        let mut row = Sequence::new(submission, stream_idx, self.limits.max_context);
+        // What is there must not lapse while it waits.
+        let n_computed = row.prompt.len().saturating_sub(self.kept.touch(&row, self.policy.now_ms()));
+        row.predict(self.policy.service_ms(n_computed, n_drawn as usize));
         row.restore(tokens);
         self.enqueue(row);
         Ok(())
@@ -165,6 +171,7 @@ impl Scheduler {
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
         self.is_tight = false;
+        self.lapse_kept();
         let limit = self.step_limits.tokens.load(Relaxed);
         self.decode(Class::Asap);
         // Whoever waits for tokens gets them in every step; what else is in it gets the rest, never less than a quarter.
@@ -210,9 +217,11 @@ impl Scheduler {
         self.held.drain(..).for_each(|block| self.blocks.release(block));
     }
 
-    /// Brings the gauges up to date.
+    /// Brings the gauges up to date, and what is kept within its bound.
     pub(super) fn measure(&mut self) {
+        self.trim_kept();
         self.stats.blocks_used = self.blocks.n_used();
+        self.stats.blocks_kept = self.blocks.n_idle();
         self.stats.running = self.n_running;
         self.stats.waiting = self.waiting.iter().map(VecDeque::len).sum();
     }
@@ -346,15 +355,6 @@ impl Scheduler {
         }
     }
 
-    /// How many leading tokens the first row of the queue would get from its trunk: all but its last token, which must
-    /// be computed to draw from it.
-    pub(super) fn shared_tokens(&self, class: Class) -> usize {
-        let row = &self.waiting[class as usize][0];
-        // The logits of the token before the first scored one are wanted too.
-        let most = row.params.score_from.map_or(row.n_tokens(), |first| first as usize).min(row.n_tokens()) - 1;
-        self.streams[row.stream_idx].trunk.common_tokens(row).min(most)
-    }
-
     /// Blocks that a row will hold at its end.
     pub(super) fn final_blocks(&self, row: &Sequence) -> usize {
         let estimate = self.streams[row.stream_idx].lengths.estimate(self.config.cold_output_tokens);
@@ -374,7 +374,7 @@ impl Scheduler {
     /// Blocks in use once the running rows, which need `growth` more, and the first of the queue have grown to their
     /// predicted lengths.
     pub(super) fn forecast(&self, class: Class, growth: usize) -> usize {
-        let new = self.final_blocks(&self.waiting[class as usize][0]) - self.shared_tokens(class) / BLOCK_TOKENS;
+        let new = self.final_blocks(&self.waiting[class as usize][0]) - self.beginning(class).n_used_blocks();
         self.blocks.n_used() + growth + new
     }
 
@@ -395,9 +395,9 @@ impl Scheduler {
 
     /// Moves the first row of the queue to the running ones and gives it blocks for all its tokens.
     fn admit(&mut self, class: Class) {
-        let n_shared = self.shared_tokens(class);
+        let beginning = self.beginning(class);
+        let n_shared = beginning.n_tokens;
         let mut row = self.waiting[class as usize].pop_front().expect("the caller looked");
-        let trunk = &mut self.streams[row.stream_idx].trunk;
         let is_new = !row.is_admitted;
         if is_new {
             row.is_admitted = true;
@@ -405,12 +405,21 @@ impl Scheduler {
             row.start_constraint();
             self.n_queued[class as usize] -= 1;
         }
-        row.n_shared_blocks = n_shared / BLOCK_TOKENS;
-        row.buffers.table.extend_from_slice(&trunk.blocks()[..row.n_shared_blocks]);
+        row.n_shared_blocks = beginning.n_blocks();
+        if beginning.is_kept {
+            row.n_kept_blocks = row.n_shared_blocks;
+            let found = self.kept.find(&row, n_shared).collect::<Vec<_>>();
+            row.buffers.table.extend(found);
+            self.stats.found_tokens += n_shared.min(row.prompt.len()).saturating_sub(row.high_water) as u64;
+        } else {
+            let trunk = &self.streams[row.stream_idx].trunk;
+            row.buffers.table.extend_from_slice(&trunk.blocks()[..row.n_shared_blocks]);
+        }
         row.buffers.table.iter().for_each(|&block| self.blocks.share(block));
         for _ in row.n_shared_blocks..row.n_blocks() {
-            row.buffers.table.push(self.blocks.alloc().expect("the caller counted"));
+            row.buffers.table.push(self.take_block().expect("the caller counted"));
         }
+        let trunk = &mut self.streams[row.stream_idx].trunk;
         if !n_shared.is_multiple_of(BLOCK_TOKENS) {
             let src = trunk.blocks()[row.n_shared_blocks];
             let dst = row.buffers.table[row.n_shared_blocks];
@@ -435,7 +444,7 @@ impl Scheduler {
             return true;
         }
         loop {
-            if let Some(block) = self.blocks.alloc() {
+            if let Some(block) = self.take_block() {
                 self.running[idx].buffers.table.push(block);
                 return true;
             }
@@ -459,7 +468,7 @@ impl Scheduler {
         let row = &mut self.running[idx];
         self.streams[row.stream_idx].trunk.note_lost(row.id, &mut self.blocks);
         row.buffers.table.drain(..).for_each(|block| self.blocks.release(block));
-        row.n_shared_blocks = 0;
+        (row.n_shared_blocks, row.n_kept_blocks) = (0, 0);
         row.computed = 0;
     }
 

@@ -76,6 +76,8 @@ pub(super) struct Sequence {
     pub(super) prompt: Arc<[u32]>,
     pub(super) params: SeqParams,
     pub(super) class: Class,
+    /// When it should be done.
+    due: Due,
     /// Its place in the order of its class.
     pub(super) rank: Rank,
     /// At most `prompt.len()`.
@@ -89,6 +91,8 @@ pub(super) struct Sequence {
     pub(super) constraint: Option<Box<dyn Constraint>>,
     /// Leading entries of the table that are another sequence's full blocks: never written by this one.
     pub(super) n_shared_blocks: usize,
+    /// How many of them were kept from a sequence that has ended: perhaps nobody else uses them.
+    pub(super) n_kept_blocks: usize,
     /// Positions 0..computed are in the KV cache (or will be when the step under way is done).
     pub(super) computed: usize,
     /// Positions below this were computed or shared at some time: computing them again is the tax of a preemption.
@@ -111,8 +115,8 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that waits, and is predicted to take that time.
-    pub(super) fn new(submission: Submission, stream_idx: usize, service_ms: i64, max_context: usize) -> Self {
+    /// A sequence that waits.
+    pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
         let buffers = Buffers::new(&submission, max_context);
         let history = LogitHistory::new(&submission.params, &submission.prompt);
         Self {
@@ -121,12 +125,14 @@ impl Sequence {
             prompt: submission.prompt,
             params: submission.params,
             class: submission.class,
-            rank: Rank::new(submission.class, submission.due, service_ms),
+            due: submission.due,
+            rank: Rank::new(submission.class, submission.due, 0),
             stream_idx,
             buffers,
             history,
             constraint: None,
             n_shared_blocks: 0,
+            n_kept_blocks: 0,
             computed: 0,
             high_water: 0,
             phase: Phase::Live,
@@ -138,6 +144,11 @@ impl Sequence {
             in_step: 0,
             n_preemptions: 0,
         }
+    }
+
+    /// It is predicted to take that time.
+    pub(super) fn predict(&mut self, service_ms: i64) {
+        self.rank = Rank::new(self.class, self.due, service_ms);
     }
 
     /// Tokens so far: prompt and drawn.
@@ -156,6 +167,21 @@ impl Sequence {
         let prompt = &self.prompt[start.min(n_prompt)..end.min(n_prompt)];
         let generated = &self.buffers.generated[start.max(n_prompt) - n_prompt..end.max(n_prompt) - n_prompt];
         (prompt, generated)
+    }
+
+    /// The tokens of a block that they fill.
+    pub(super) fn block_tokens(&self, idx: usize) -> [u32; BLOCK_TOKENS] {
+        let start = idx * BLOCK_TOKENS;
+        let (prompt, generated) = self.tokens(start, start + BLOCK_TOKENS);
+        let mut tokens = [0; BLOCK_TOKENS];
+        tokens[..prompt.len()].copy_from_slice(prompt);
+        tokens[prompt.len()..].copy_from_slice(generated);
+        tokens
+    }
+
+    /// Whose sequences it shares KV with.
+    pub(super) fn shared_by(&self) -> Option<u64> {
+        self.params.keep.map(|keep| keep.owner)
     }
 
     /// How many leading tokens are those of `other`.

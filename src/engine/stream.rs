@@ -47,6 +47,8 @@ pub(super) struct Trunk {
     /// The last row admitted, whose prefix it is (or was, before it had to shrink).
     owner: Option<u64>,
     prompt: Arc<[u32]>,
+    /// Whose rows may share it.
+    shared_by: Option<u64>,
     /// Leading tokens of `prompt` that it holds.
     len: usize,
     /// How many of them may be shared now.
@@ -58,7 +60,7 @@ pub(super) struct Trunk {
 impl Trunk {
     /// How many leading tokens of the sequence it has ready.
     pub(super) fn common_tokens(&self, seq: &Sequence) -> usize {
-        seq.common_tokens(&self.prompt[..self.ready])
+        if self.shared_by == seq.shared_by() { seq.common_tokens(&self.prompt[..self.ready]) } else { 0 }
     }
 
     /// The blocks of its tokens, for reading.
@@ -90,6 +92,7 @@ impl Trunk {
         self.truncate(0, blocks);
         self.owner = Some(row.id);
         self.prompt = row.prompt.clone();
+        self.shared_by = row.shared_by();
         self.len = row.keep_tokens;
         self.ready = row.computed.min(self.len);
         self.blocks.extend_from_slice(&row.buffers.table[..self.len.div_ceil(BLOCK_TOKENS)]);

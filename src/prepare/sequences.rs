@@ -243,6 +243,7 @@ pub fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_token
             watch: false,
             checkpoint: 0,
             begun: None,
+            keep: None,
         },
         class: Class::Batch,
         keep_tokens,

@@ -39,6 +39,7 @@ mod handle;
 mod hostile;
 mod hub;
 mod isolation;
+mod keep;
 mod kill;
 mod lease;
 mod lease_store;

@@ -17,20 +17,20 @@ use crate::fake::{FakeRunner, N_VOCAB, Rng, expected, fake_tokens};
 
 /// A row of a workload.
 #[derive(Clone)]
-struct Row {
-    submission: Submission,
+pub(crate) struct Row {
+    pub(crate) submission: Submission,
     /// Submitted before this step, at the earliest.
-    arrives: usize,
+    pub(crate) arrives: usize,
     /// Cancelled before this step.
-    cancelled: Option<usize>,
+    pub(crate) cancelled: Option<usize>,
 }
 
 /// An engine's limits and what it is given.
-struct Workload {
-    limits: RunnerLimits,
-    config: EngineConfig,
+pub(crate) struct Workload {
+    pub(crate) limits: RunnerLimits,
+    pub(crate) config: EngineConfig,
     /// In the order of submission within a class.
-    rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// An engine on a fake runner.
@@ -41,6 +41,11 @@ pub(crate) fn engine(limits: RunnerLimits, config: EngineConfig) -> Engine {
 
 /// Runs the workload to its end, asserting everything that must hold after every step.
 fn simulate(workload: &Workload) -> EngineStats {
+    simulate_noting(workload, &mut HashMap::new())
+}
+
+/// As [`simulate`]; `cached` gets how many tokens of each watched row were in the cache.
+pub(crate) fn simulate_noting(workload: &Workload, cached: &mut HashMap<u64, u32>) -> EngineStats {
     let Workload { limits, config, rows } = workload;
     let mut engine = engine(*limits, *config);
     let mut queues = Class::ALL.map(|class| rows.iter().filter(|r| r.submission.class == class).collect::<Vec<_>>());
@@ -78,7 +83,9 @@ fn simulate(workload: &Workload) -> EngineStats {
             let row = live.remove(&done.id).expect("a row finishes once, and only if it is live");
             let Submission { id, prompt, params, .. } = &row.submission;
             assert_eq!(done, expected(*id, prompt, params, limits.max_context));
-            let told = told.remove(id).map(|told| (told.tokens, told.text, told.logprobs));
+            let told = told.remove(id);
+            cached.extend(told.as_ref().map(|told| (*id, told.cached_tokens)));
+            let told = told.map(|told| (told.tokens, told.text, told.logprobs));
             assert_eq!(told, params.watch.then(|| (done.tokens.clone(), done.text, done.logprobs)), "what a watcher was told");
             n_done += 1;
             n_drawn += done.tokens.len();
@@ -93,6 +100,9 @@ fn simulate(workload: &Workload) -> EngineStats {
     }
     engine.check();
     assert_eq!(engine.stats().blocks_used, 0, "blocks leaked");
+    engine.drop_kept();
+    engine.check();
+    assert_eq!((engine.stats().blocks_used, engine.stats().blocks_kept), (0, 0), "blocks are kept for ever");
     let stats = *engine.stats();
     assert_eq!(stats.failed_steps, 0, "the fake runner found a mistake, and the engine went on");
     if rows.iter().all(|r| r.cancelled.is_none()) {
@@ -189,7 +199,7 @@ fn prompts(rng: &mut Rng, n_rows: usize, max_len: usize) -> Vec<Vec<u32>> {
     prompts
 }
 
-fn common(a: &[u32], b: &[u32]) -> usize {
+pub(crate) fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
@@ -214,7 +224,7 @@ fn params(rng: &mut Rng, max_output: usize) -> SeqParams {
 }
 
 /// Overdue, soon due, late, never, with a ramp or without.
-fn any_due(rng: &mut Rng) -> Due {
+pub(crate) fn any_due(rng: &mut Rng) -> Due {
     let at_ms = rng.range(0, 40_000) as i64 - 5_000;
     rng.pick(&[Due::NEVER, Due { at_ms, ramp_ms: 0 }, Due::window(at_ms, 60_000)])
 }
@@ -238,6 +248,7 @@ fn any_workload(rng: &mut Rng) -> Workload {
         max_preemptions: rng.range(0, 3) as u32,
         cold_output_tokens: rng.pick(&[1, 1, 8, 64]),
         share_floors: rng.pick(&[[0, 10, 2], [0, 50, 50], [0; 3]]),
+        max_kept_blocks: 0,
     };
     let percent_endless = rng.pick(&[0, 0, 30, 100]);
     let is_timed = rng.chance(50);
@@ -268,7 +279,7 @@ fn any_workload(rng: &mut Rng) -> Workload {
 }
 
 /// Runs a check for many seeds; a failure says which.
-fn for_seeds(n: u64, check: impl Fn(&mut Rng)) {
+pub(crate) fn for_seeds(n: u64, check: impl Fn(&mut Rng)) {
     for seed in 0..n {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&mut Rng(seed)))) {
             let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
