@@ -8,8 +8,10 @@ mod infer;
 mod jsonl;
 pub mod openai;
 mod parquet;
+mod parquet_json;
 mod parquet_sink;
 mod parts;
+pub mod passed;
 mod reread;
 
 pub use compressed::{Compression, Packer};
@@ -34,8 +36,9 @@ use crate::storage::{Location, Storage, Upload, Written};
 use compressed::Chunks;
 use jsonl::JsonlReader;
 use parquet::ParquetReader;
-use parquet_sink::ParquetSink;
+use parquet_sink::{ParquetSink, SinkColumns};
 use parts::PartSink;
+use passed::Passed;
 
 /// How a file holds its rows; its extension decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +113,7 @@ pub struct RawRow {
     /// Line (JSONL) or row (Parquet) in the file, from 1.
     pub line: u64,
     /// The row's JSON text. A JSONL line may be anything; a Parquet row is an object of its columns (nulls included; NaN
-    /// and infinities are null, bytes are hexadecimal, times are RFC 3339).
+    /// and infinities are null, bytes are hexadecimal, times are RFC 3339, keys of maps are strings).
     pub content: Result<Bytes, RowError>,
 }
 
@@ -151,7 +154,17 @@ pub struct Source {
     current: Option<Reader>,
     next_row_idx: u64,
     limits: Limits,
-    columns: Option<Vec<String>>,
+    columns: Columns,
+}
+
+/// Which columns of Parquet files are read.
+#[derive(Debug, Clone, Default)]
+pub struct Columns {
+    /// Only these, as far as a file has them; `None` for all.
+    pub read: Option<Vec<String>>,
+    /// Where a value of these can't be told as JSON (a date beyond all calendars), the row is its own error; `None` for all.
+    /// In the others such a value is null.
+    pub told: Option<Vec<String>>,
 }
 
 impl Source {
@@ -167,14 +180,13 @@ impl Source {
             current: None,
             next_row_idx: 0,
             limits,
-            columns: None,
+            columns: Columns::default(),
         })
     }
 
-    /// Reads only these columns of Parquet files, as far as a file has them; `None` reads all. Other files have no columns
-    /// to leave out: their rows come whole.
+    /// Reads only these columns of Parquet files. Other files have no columns to leave out: their rows come whole.
     #[must_use]
-    pub fn with_columns(self, columns: Option<Vec<String>>) -> Self {
+    pub fn with_columns(self, columns: Columns) -> Self {
         Self { columns, ..self }
     }
 
@@ -232,9 +244,7 @@ impl Source {
                 reader.skip_to(line)?;
                 Reader::Jsonl(Box::new(reader))
             }
-            Format::Parquet => {
-                Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits, self.columns.as_deref(), line)?))
-            }
+            Format::Parquet => Reader::Parquet(Box::new(ParquetReader::open(&object, self.limits, &self.columns, line)?)),
         })
     }
 
@@ -384,30 +394,51 @@ pub enum Sink {
 impl Sink {
     /// To `at`; a Parquet file needs the schema of its records.
     pub fn create(storage: &Storage, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
-        Self::of_file(storage.upload(at).hashed(), at, schema)
+        Self::create_passing(storage, at, schema, (None, None))
     }
 
     /// To a folder at `at`, whose name tells the format of its part files.
     pub fn create_parts(storage: &Storage, at: &Location, schema: Option<SchemaRef>, parts: Parts) -> Result<Self> {
-        Ok(Self::Parts(Box::new(PartSink::new(storage, at, schema, parts)?)))
+        Self::create_passing(storage, at, schema, (None, Some(parts)))
     }
 
-    fn of_file(upload: Upload, at: &Location, schema: Option<SchemaRef>) -> Result<Self> {
-        match (Format::of(at)?, schema) {
+    /// To a file, or to a folder of parts, of Parquet, that takes over columns of the job's inputs; `schema` is of the others,
+    /// which come behind them.
+    pub fn create_passing(
+        storage: &Storage,
+        at: &Location,
+        schema: Option<SchemaRef>,
+        (passed, parts): (Option<&Passed>, Option<Parts>),
+    ) -> Result<Self> {
+        let columns = schema.map(|schema| SinkColumns::new(schema, passed));
+        match parts {
+            Some(parts) => Ok(Self::Parts(Box::new(PartSink::new(storage, at, columns, parts)?))),
+            None => Self::of_file(storage.upload(at).hashed(), at, columns),
+        }
+    }
+
+    fn of_file(upload: Upload, at: &Location, columns: Option<SinkColumns>) -> Result<Self> {
+        match (Format::of(at)?, columns) {
             (Format::Jsonl(compression), _) => Ok(Self::Jsonl(Box::new(Packer::new(upload, compression)?))),
-            (Format::Parquet, Some(schema)) => Ok(Self::Parquet(Box::new(ParquetSink::new(upload, schema, at.url.clone())?))),
+            (Format::Parquet, Some(columns)) => Ok(Self::Parquet(Box::new(ParquetSink::new(upload, columns, at.url.clone())?))),
             (Format::Parquet, None) => bail!("{}: a Parquet file needs a schema", at.url),
         }
     }
 
     /// Writes one record. An error if the file can't be written, or the record does not fit the schema.
     pub fn write(&mut self, record: &str) -> Result<()> {
+        self.write_row(0, record)
+    }
+
+    /// Writes the record of a row of the inputs, counted from 0; rows ascend. If columns of theirs are taken over, they are not
+    /// taken from the record, which may have them or not.
+    pub fn write_row(&mut self, row: u64, record: &str) -> Result<()> {
         match self {
-            Self::Parts(parts) => parts.write(record),
+            Self::Parts(parts) => parts.write(row, record),
             Self::Jsonl(packer) => {
                 packer.write_all(record.as_bytes()).and_then(|()| packer.write_all(b"\n")).context("can't write a record")
             }
-            Self::Parquet(sink) => sink.write(record),
+            Self::Parquet(sink) => sink.write(row, record),
         }
     }
 

@@ -1,11 +1,9 @@
 //! Rows of a Parquet file, as JSON objects. Knows nothing of what the columns mean. Invariant: memory depends on the
 //! size of pages and of single rows, not on how many rows a file or a row group holds.
 //!
-//! Types come from the Parquet schema alone (no embedded Arrow schema), so that there are few of them, all of which a
-//! [`super::Sink`] can write back. Exactly as they were come back (tested): booleans, integers, floats of all widths
-//! (but NaN and infinities, which JSON lacks: null), strings, bytes (as hexadecimal), dates, times and timestamps (zone:
-//! none or UTC), decimals, lists, structs, maps with string keys. Not: maps with other keys (refused), intervals
-//! (become strings), dictionary encoding and large or view variants of types (become the plain type).
+//! Types come from the Parquet schema alone (no embedded Arrow schema), so that there are few of them. What JSON lacks: NaN
+//! and infinities are null, bytes hexadecimal, dates, times, intervals and timestamps texts; keys of maps are strings.
+//! Columns that an output takes over unchanged don't come this way: see [`super::passed`].
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -13,9 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use arrow::array::{Array, RecordBatch, StructArray};
+use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
-use arrow::json::writer::{EncoderOptions, make_encoder};
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
@@ -25,7 +22,8 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{ChunkReader, Length};
 
-use super::{FileRow, Limits};
+use super::parquet_json::RowEncoder;
+use super::{Columns, FileRow, Limits};
 use crate::outcome::RowError;
 use crate::storage::{Location, Object, Storage};
 
@@ -50,15 +48,15 @@ pub(super) struct ParquetReader {
     rows: VecDeque<Result<Bytes, RowError>>, // of one batch
     next_line: u64,                          // from 1
     group_ends: Vec<u64>,                    // rows up to and with each row group
-    limits: Limits,
+    encoder: RowEncoder,
 }
 
 impl ParquetReader {
-    /// Reads the footer; of the rows after the first `skip`, `columns` will be read, or all. Fails if it is damaged or a column has a type that can't
-    /// be read.
-    pub(super) fn open(object: &Object, limits: Limits, columns: Option<&[String]>, skip: u64) -> Result<Self> {
+    /// Reads the footer; of the rows after the first `skip`, `columns` will be read. Fails if it is damaged or a column has a
+    /// type that can't be read.
+    pub(super) fn open(object: &Object, limits: Limits, columns: &Columns, skip: u64) -> Result<Self> {
         let builder = open_file(object)?;
-        let builder = match columns {
+        let builder = match &columns.read {
             None => builder,
             Some(columns) => {
                 let there = builder.schema().fields().iter().enumerate();
@@ -69,7 +67,8 @@ impl ParquetReader {
         };
         let url = object.url().clone();
         let schema = builder.schema().clone();
-        let encoded = caught(|| Ok(encode_rows(&RecordBatch::new_empty(schema), limits)?));
+        let encoder = RowEncoder::new(limits, columns.told.clone());
+        let encoded = caught(|| Ok(encoder.encode(&RecordBatch::new_empty(schema))?));
         encoded.with_context(|| format!("{url}: a column can't be read"))?;
         let metadata = builder.metadata();
         let group_ends = group_ends(metadata)?;
@@ -79,7 +78,7 @@ impl ParquetReader {
         let builder = builder.with_row_groups((first_group..group_ends.len()).collect()).with_offset((skip - before) as usize);
         let batches = caught(|| Ok(builder.with_batch_size(batch_rows).build()?));
         let batches = batches.with_context(|| format!("can't read {url}"))?;
-        Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: skip + 1, group_ends, limits })
+        Ok(Self { url, batches, batch_rows, rows: VecDeque::new(), next_line: skip + 1, group_ends, encoder })
     }
 
     /// Rows of the file that were read.
@@ -95,7 +94,7 @@ impl ParquetReader {
         while self.rows.is_empty() {
             let next = caught(|| {
                 let batch = self.batches.next().transpose()?;
-                Ok(batch.map(|batch| encode_rows(&batch, self.limits)).transpose()?)
+                Ok(batch.map(|batch| self.encoder.encode(&batch)).transpose()?)
             });
             let Some(rows) = next.with_context(|| self.batch_place())? else {
                 let (n_rows, n_read) = (self.group_ends.last().copied().unwrap_or(0), self.next_line - 1);
@@ -119,12 +118,9 @@ impl ParquetReader {
     }
 }
 
-/// The columns of a Parquet file, in types that a [`super::Sink`] can write: what an output that keeps the input's columns
-/// starts from. All may be null: a NaN of a column that may not is null in a row's JSON.
-pub fn schema_of(storage: &Storage, at: &Location) -> Result<Schema> {
-    let builder = open_file(&storage.open(at)?)?;
-    let fields: Fields = builder.schema().fields().iter().map(|field| writable_field(field)).collect();
-    Ok(Schema::new(fields))
+/// The columns of a Parquet file, in the types of its own schema: as its rows are read.
+pub fn schema_of(storage: &Storage, at: &Location) -> Result<SchemaRef> {
+    Ok(open_file(&storage.open(at)?)?.schema().clone())
 }
 
 /// The columns of a Parquet file that a [`super::Sink`] has written, as it was told them.
@@ -149,12 +145,12 @@ fn open_file(object: &Object) -> Result<ParquetRecordBatchReaderBuilder<BlockFil
         Ok(metadata)
     });
     let metadata = metadata.with_context(|| format!("{} is not a readable Parquet file", object.url()))?;
-    file.blocks().n_max = MIN_BLOCKS.max(2 * metadata.parquet_schema().num_columns());
+    file.expect_columns(metadata.parquet_schema().num_columns());
     Ok(ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata))
 }
 
 /// Rows up to and with each row group.
-fn group_ends(metadata: &ParquetMetaData) -> Result<Vec<u64>> {
+pub(super) fn group_ends(metadata: &ParquetMetaData) -> Result<Vec<u64>> {
     let mut n_rows = 0i64;
     let mut ends = Vec::with_capacity(metadata.num_row_groups());
     for (i, group) in metadata.row_groups().iter().enumerate() {
@@ -168,7 +164,7 @@ fn group_ends(metadata: &ParquetMetaData) -> Result<Vec<u64>> {
 }
 
 /// What work gives; where the library panics, which it does on some damaged files, an error.
-fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     let Ok(result) = catch_unwind(AssertUnwindSafe(work)) else { bail!("it is damaged: the Parquet library failed") };
     result
 }
@@ -190,51 +186,12 @@ fn offset_zone(data_type: &DataType) -> DataType {
 }
 
 /// As many rows as hold [`BATCH_BYTES`] on average in the row group of the biggest rows.
-fn batch_rows(metadata: &ParquetMetaData) -> usize {
+pub(super) fn batch_rows(metadata: &ParquetMetaData) -> usize {
     let row_bytes = |group: &parquet::file::metadata::RowGroupMetaData| {
         (group.total_byte_size().max(0) as u64) / (group.num_rows().max(1) as u64)
     };
     let most = metadata.row_groups().iter().map(row_bytes).max().unwrap_or(0);
     ((BATCH_BYTES / most.max(1)) as usize).clamp(1, MAX_BATCH_ROWS)
-}
-
-/// The JSON text of each row.
-fn encode_rows(batch: &RecordBatch, limits: Limits) -> Result<VecDeque<Result<Bytes, RowError>>, arrow::error::ArrowError> {
-    let rows = StructArray::from(batch.clone());
-    let field: FieldRef = Arc::new(Field::new("row", rows.data_type().clone(), false));
-    let options = EncoderOptions::default().with_explicit_nulls(true);
-    let mut encoder = make_encoder(&field, &rows, &options)?;
-    let mut encoded = VecDeque::with_capacity(batch.num_rows());
-    let mut text = Vec::new();
-    for row in 0..batch.num_rows() {
-        text.clear();
-        encoder.encode(row, &mut text);
-        encoded.push_back(if text.len() <= limits.max_row_bytes {
-            Ok(Bytes::copy_from_slice(&text))
-        } else {
-            Err(limits.too_long(text.len() as u64))
-        });
-    }
-    Ok(encoded)
-}
-
-/// The field that takes what JSON makes of a field's values.
-fn writable_field(field: &Field) -> FieldRef {
-    let data_type = match field.data_type() {
-        DataType::List(item) => DataType::List(writable_field(item)),
-        DataType::Struct(fields) => DataType::Struct(fields.iter().map(|field| writable_field(field)).collect()),
-        DataType::Map(entries, is_sorted) => DataType::Map(with_types(entries, &writable), *is_sorted),
-        other => writable(other),
-    };
-    Arc::new(field.clone().with_data_type(data_type).with_nullable(true))
-}
-
-/// The type that takes what JSON makes of `data_type`.
-fn writable(data_type: &DataType) -> DataType {
-    match data_type {
-        DataType::Interval(_) => DataType::Utf8,
-        other => other.clone(),
-    }
 }
 
 /// The field with `of` applied to its type, or to those inside it.
@@ -251,7 +208,7 @@ fn with_types(field: &Field, of: &dyn Fn(&DataType) -> DataType) -> FieldRef {
 /// A file that is read in blocks, the last used ones kept: page headers are parsed byte by byte, pages are small, and
 /// columns take turns.
 #[derive(Debug, Clone)]
-struct BlockFile {
+pub(super) struct BlockFile {
     object: Arc<Object>,
     blocks: Arc<Mutex<Blocks>>,
 }
@@ -263,9 +220,14 @@ struct Blocks {
 }
 
 impl BlockFile {
-    fn new(object: Object) -> Self {
+    pub(super) fn new(object: Object) -> Self {
         let blocks = Blocks { recent: VecDeque::new(), n_max: MIN_BLOCKS };
         Self { object: Arc::new(object), blocks: Arc::new(Mutex::new(blocks)) }
+    }
+
+    /// So many columns will be read side by side.
+    pub(super) fn expect_columns(&self, n_columns: usize) {
+        self.blocks().n_max = MIN_BLOCKS.max(2 * n_columns);
     }
 
     fn blocks(&self) -> std::sync::MutexGuard<'_, Blocks> {
@@ -325,7 +287,7 @@ impl ChunkReader for BlockFile {
 
 /// Reads on from one place in a [`BlockFile`].
 #[derive(Debug)]
-struct BlockRead {
+pub(super) struct BlockRead {
     file: BlockFile,
     at: u64,
     rest: Bytes,

@@ -10,9 +10,9 @@ use std::fmt;
 use std::io::Write as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use arrow::datatypes::SchemaRef;
 use serde::{Deserialize, Serialize};
 
+use super::parquet_sink::SinkColumns;
 use super::{Format, Inspection, Sink};
 use crate::storage::{Location, Storage, Written};
 
@@ -209,7 +209,7 @@ pub struct PartSink {
     storage: Storage,
     folder: Location,
     format: Format,
-    schema: Option<SchemaRef>,
+    columns: Option<SinkColumns>,
     parts: Parts,
     /// The part that is being written; of its rows, their number and the bytes of their text.
     current: Option<(Sink, u64, u64)>,
@@ -217,13 +217,13 @@ pub struct PartSink {
 }
 
 impl PartSink {
-    pub(super) fn new(storage: &Storage, folder: &Location, schema: Option<SchemaRef>, parts: Parts) -> Result<Self> {
+    pub(super) fn new(storage: &Storage, folder: &Location, columns: Option<SinkColumns>, parts: Parts) -> Result<Self> {
         let format = Format::of(folder)?;
         let (storage, folder) = (storage.clone(), folder.clone());
-        Ok(Self { storage, folder, format, schema, parts, current: None, done: Vec::new() })
+        Ok(Self { storage, folder, format, columns, parts, current: None, done: Vec::new() })
     }
 
-    pub(super) fn write(&mut self, record: &str) -> Result<()> {
+    pub(super) fn write(&mut self, row: u64, record: &str) -> Result<()> {
         let n_bytes = record.len() as u64 + 1;
         let is_full = self.current.as_ref().is_some_and(|(_, rows, bytes)| match self.parts.size {
             PartSize::Rows(max) => *rows >= max,
@@ -237,7 +237,7 @@ impl PartSink {
             None => (self.begin_part()?, 0, 0),
         };
         let (sink, rows, bytes) = self.current.insert(part);
-        sink.write(record)?;
+        sink.write_row(row, record)?;
         (*rows, *bytes) = (*rows + 1, *bytes + n_bytes);
         Ok(())
     }
@@ -275,7 +275,7 @@ impl PartSink {
 
     fn begin_part(&self) -> Result<Sink> {
         let at = self.folder.child(&self.name())?;
-        Sink::of_file(self.storage.upload(&at).hashed(), &at, self.schema.clone())
+        Sink::of_file(self.storage.upload(&at).hashed(), &at, self.columns.clone())
     }
 
     fn end_part(&mut self) -> Result<()> {

@@ -3,16 +3,17 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::datatypes::{DataType, Field, Fields, SchemaRef};
+use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
 use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::parquet::written_schema;
 use super::parquet_sink::holds_json;
-use super::{Format, Limits, Source};
+use super::{Columns, Format, Limits, Source};
 use crate::storage::{Location, Storage};
 
 /// Records read at once, and their bytes.
@@ -28,14 +29,21 @@ pub struct Records {
 }
 
 impl Records {
-    /// Of a file, or of all parts of one output, in order.
-    pub fn open(storage: &Storage, files: &[Location]) -> Result<Self> {
+    /// Of a file, or of all parts of one output, in order. `made`: the columns that came from records, if others were taken over
+    /// from inputs; those stand in what is read here as JSON tells them, for they will be taken over again.
+    pub fn open(storage: &Storage, files: &[Location], made: Option<&[String]>) -> Result<Self> {
         let schema = match files.first() {
             Some(at) if Format::of(at)? == Format::Parquet => Some(written_schema(storage, at)?),
             _ => None,
         };
+        let is_made = |field: &Field| made.is_none_or(|made| made.contains(field.name()));
+        let schema = schema.map(|schema| {
+            let fields = schema.fields().iter().map(|field| if is_made(field) { Arc::clone(field) } else { plain_text(field) });
+            Arc::new(Schema::new(fields.collect::<Fields>()))
+        });
         let schema = schema.filter(|schema| schema.fields().iter().any(|field| holds_json(field)));
-        let source = Source::open(storage, files, Limits { max_row_bytes: usize::MAX / 2 })?;
+        let columns = Columns { read: None, told: made.map(<[String]>::to_vec) };
+        let source = Source::open(storage, files, Limits { max_row_bytes: usize::MAX / 2 })?.with_columns(columns);
         Ok(Self { source, schema })
     }
 
@@ -51,6 +59,11 @@ impl Records {
         });
         records.collect::<Result<_>>().map(Some)
     }
+}
+
+/// The field, as one that holds no JSON texts.
+fn plain_text(field: &Field) -> Arc<Field> {
+    Arc::new(Field::new(field.name(), DataType::Utf8, true))
 }
 
 /// The fields of an object, in order.
@@ -119,8 +132,6 @@ fn decode_value(field: &Field, text: &str, out: &mut Vec<u8>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use object_store::memory::InMemory;
 
     use super::*;
@@ -154,7 +165,7 @@ mod tests {
             let (first, second) = (at(&format!("first.{ending}")), at(&format!("second.{ending}")));
             write(&storage, &first, &records);
             let mut read = Vec::new();
-            let mut source = Records::open(&storage, std::slice::from_ref(&first)).unwrap();
+            let mut source = Records::open(&storage, std::slice::from_ref(&first), None).unwrap();
             while let Some(chunk) = source.next_chunk().unwrap() {
                 read.extend(chunk.into_iter().map(|text| String::from_utf8(text.into()).unwrap()));
             }

@@ -13,6 +13,7 @@ use bytes::Bytes;
 
 use super::checking::Checking;
 use super::{Journal, Place, SegmentId, segment};
+use crate::format::passed::Passed;
 use crate::format::{Format, Parts, SchemaInference, Sink};
 use crate::storage::Location;
 
@@ -28,7 +29,10 @@ pub struct Outputs {
     pub parts: Option<Parts>,
     /// Rows that are errors.
     pub errors: Location,
-    /// Columns of the results, if they are Parquet and the columns are known; otherwise found by reading the journal twice.
+    /// Columns that the results take over from the inputs as they are; the records need not have them.
+    pub passed: Option<Passed>,
+    /// The other columns of the results, if they are Parquet and the columns are known; otherwise found by reading the journal
+    /// twice.
     pub schema: Option<SchemaRef>,
     /// Columns of the results whose types are known in any case.
     pub columns: Vec<Field>,
@@ -73,14 +77,12 @@ fn finalise_within(parts: &[(&Journal, Range<u64>)], outputs: &Outputs, waiting_
         }
     };
     let columns = schema(&outputs.results, true, outputs.schema.as_ref())?;
-    let mut results = match &outputs.parts {
-        Some(parts) => Sink::create_parts(storage, &outputs.results, columns, parts.clone())?,
-        None => Sink::create(storage, &outputs.results, columns)?,
-    };
+    let beside = (outputs.passed.as_ref(), outputs.parts.clone());
+    let mut results = Sink::create_passing(storage, &outputs.results, columns, beside)?;
     let mut errors = Sink::create(storage, &outputs.errors, schema(&outputs.errors, false, None)?)?;
     in_order(&mut |row, ok, line| {
         let sink = if ok { &mut results } else { &mut errors };
-        sink.write(line).with_context(|| format!("the output of row {row}"))
+        sink.write_row(row, line).with_context(|| format!("the output of row {row}"))
     })?;
     let written = results.publish()?;
     errors.publish()?;
@@ -298,7 +300,7 @@ mod tests {
             }
             let (storage, at, journal) = journal_of(&segments);
             let errors = at.with_extension("errors.jsonl").unwrap();
-            let outputs = Outputs { results: at.clone(), parts: None, errors, schema: None, columns: Vec::new() };
+            let outputs = Outputs { results: at.clone(), parts: None, errors, passed: None, schema: None, columns: Vec::new() };
             finalise_within(&[(&journal, 0..rows.len() as u64)], &outputs, waiting_bytes).unwrap();
             let wanted: Vec<String> = (0..rows.len() as u64).map(|row| record(row).line.into_owned()).collect();
             prop_assert_eq!(storage.get(&at).unwrap().unwrap(), wanted.join("\n") + "\n");

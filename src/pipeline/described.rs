@@ -60,10 +60,10 @@ impl Described {
         let inspect = start.elapsed();
         let form = steps::read(config, storage)?;
         let columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
-        let schema = job::schema(storage, config, &inputs, &columns)?;
+        let (passed, schema) = job::result_schema(storage, config, &inputs, &columns)?.unzip();
         let (results, errors) = (files.results.clone(), files.errors.clone());
         // The job's parts are named when it has begun.
-        let outputs = Outputs { results, parts: None, errors, schema, columns: columns.fields() };
+        let outputs = Outputs { results, parts: None, errors, passed, schema, columns: columns.fields() };
         let load_start = Instant::now();
         let open = load::open(&config.model())?;
         let grammars = Grammars::new(Arc::clone(&open.tokenizer));

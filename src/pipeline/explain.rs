@@ -12,7 +12,7 @@ use super::window::{PlannedWindow, plan_window};
 use super::{calibrate, needed_columns, preparer, steps, window_reader};
 use crate::config::Config;
 use crate::fingerprint::Fingerprint;
-use crate::format::Source;
+use crate::format::{Columns, Source};
 use crate::grammar::Grammars;
 use crate::outcome::RowError;
 use crate::plan::estimate::{Interval, Totals};
@@ -163,7 +163,7 @@ pub(super) fn open_input(config: &Config) -> Result<Reading> {
     let inputs = job::inspect_inputs(&storage, &config.spec, &files)?;
     let form = steps::read(config, &storage)?;
     let result_columns = ResultColumns::of(&form.rows, &config.spec.output.prefix);
-    job::schema(&storage, config, &inputs, &result_columns)?;
+    job::result_schema(&storage, config, &inputs, &result_columns)?;
     let open = load::open(&config.model())?;
     let grammars = Grammars::new(Arc::clone(&open.tokenizer));
     steps::check_formats(&form.rows, &grammars)?;
@@ -174,7 +174,8 @@ pub(super) fn open_input(config: &Config) -> Result<Reading> {
     let model_parts = (local, Arc::clone(&tokenizer), template);
     let preparer = Arc::new(preparer(config, form.rows, grammars, &result_columns, model_parts, memory));
     // A plan writes no rows: it needs what the prompts are made of, and columns that a run would refuse.
-    let columns = needed_columns(&preparer.form, &form.policies, Some(&preparer.result_columns));
+    let read = needed_columns(&preparer.form, &form.policies, Some(&preparer.result_columns));
+    let columns = Columns { told: needed_columns(&preparer.form, &form.policies, Some(&[])), read };
     let source = Source::open(&storage, &inputs.files, inputs.limits)?.with_columns(columns);
     let reader = window_reader(config, (source, inputs.n_rows), (preparer, index), Arc::new(FeedTimes::default()));
     Ok(Reading { inputs, reader, tokenizer, model, fingerprint, memory, later_steps })

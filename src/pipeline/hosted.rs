@@ -305,7 +305,8 @@ impl HostedJob {
             }
         }
         self.check_input()?;
-        let outputs = Outputs { results: files.results, parts: None, errors: files.errors, schema: None, columns: Vec::new() };
+        let (results, errors) = (files.results, files.errors);
+        let outputs = Outputs { results, parts: None, errors, passed: None, schema: None, columns: Vec::new() };
         journal::finalise(&mut journal, &outputs, found.n_rows)?;
         Ok(Some(Ended { totals: journal.totals(), is_whole, journal }))
     }

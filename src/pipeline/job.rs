@@ -6,12 +6,13 @@ use super::index::{JobIndex, Replay};
 use super::load::OpenModel;
 use super::report::{Report, content_hash};
 use crate::config::Config;
+use crate::format::passed::{KnownFile, Passed};
 use crate::format::{self, Format, Inspection, Limits, PartList, PartSize, Parts};
 use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
 use crate::pipeline::spec::{EngineSpec, OutputSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use arrow::datatypes::{FieldRef, Schema, SchemaRef};
+use arrow::datatypes::{Schema, SchemaRef};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -152,13 +153,16 @@ impl Inputs {
     /// Refuses inputs that are not what they were when the job was described: a run may wait for another one for hours, or
     /// take hours itself.
     pub(super) fn check_unchanged(&self, storage: &Storage) -> Result<()> {
-        for ((at, version), described) in self.files.iter().zip(&self.versions).zip(&self.described) {
-            // Touched, copied over, or served by a node that names versions in its own way: what counts is what it holds.
-            if storage.open(at)?.version() != *version && format::inspect(storage, at)?.blake3 != described.blake3 {
-                bail!("input {} changed since this run began: run it again", at.url);
-            }
-        }
-        Ok(())
+        self.known().iter().try_for_each(|file| file.open(storage).map(drop))
+    }
+
+    /// Each file, and what it was.
+    fn known(&self) -> Vec<KnownFile> {
+        let known = |((at, version), described): ((&Location, &String), &Input)| {
+            let (blake3, n_rows) = (described.blake3.clone(), described.n_rows);
+            KnownFile { at: at.clone(), version: version.clone(), blake3, n_rows }
+        };
+        self.files.iter().zip(&self.versions).zip(&self.described).map(known).collect()
     }
 }
 
@@ -391,36 +395,29 @@ pub(super) fn look_at_outputs(storage: &Storage, files: &JobFiles, manifest: &Ma
     }
 }
 
-/// The columns of a Parquet result file, where they are known before the work: dataset rows from Parquet files, with the
-/// result columns behind their own.
+/// The columns of a Parquet result file, where they are known before the work: of dataset rows from Parquet files, those that
+/// pass through, and the result columns that come behind them.
 ///
 /// # Errors
 /// Input files with different columns, a column type that can't be written, a column named like a result column.
-pub(super) fn schema(storage: &Storage, config: &Config, inputs: &Inputs, columns: &ResultColumns) -> Result<Option<SchemaRef>> {
+pub(super) fn result_schema(
+    storage: &Storage,
+    config: &Config,
+    inputs: &Inputs,
+    columns: &ResultColumns,
+) -> Result<Option<(Passed, SchemaRef)>> {
     let spec = &config.spec;
     let is_parquet = |at: &Location| matches!(Format::of(at), Ok(Format::Parquet));
     let known = spec.is_dataset() && is_parquet(&Location::parse(&spec.output.file)?) && inputs.files.iter().all(is_parquet);
-    let Some((first, rest)) = inputs.files.split_first().filter(|_| known) else { return Ok(None) };
-    let schema = format::schema_of(storage, first)?;
-    for file in rest {
-        if format::schema_of(storage, file)?.fields() != schema.fields() {
-            bail!("{} and {} have different columns; a Parquet output needs them alike", first.url, file.url);
-        }
+    let Some(first) = inputs.files.first().filter(|_| known) else { return Ok(None) };
+    let passed = Passed::of(storage, inputs.known(), spec.output.columns.as_deref())?;
+    let schema = Schema::new(columns.fields());
+    if let Some(name) = passed.names().find(|name| schema.fields().find(name).is_some()) {
+        bail!("{} has a column {name}, as the results would have; set output.prefix", first.url);
     }
-    let mut fields: Vec<FieldRef> = match &spec.output.columns {
-        None => schema.fields().iter().cloned().collect(),
-        // All are there: `inspect_inputs` has looked.
-        Some(kept) => kept.iter().filter_map(|name| schema.fields().find(name).map(|(_, field)| Arc::clone(field))).collect(),
-    };
-    for field in columns.fields() {
-        if fields.iter().any(|f| f.name() == field.name()) {
-            bail!("{} has a column {}, as the results would have; set output.prefix", first.url, field.name());
-        }
-        fields.push(Arc::new(field));
-    }
-    let schema = Arc::new(Schema::new(fields));
     format::check_schema(&schema)?;
-    Ok(Some(schema))
+    passed.check()?;
+    Ok(Some((passed, Arc::new(schema))))
 }
 
 #[cfg(test)]

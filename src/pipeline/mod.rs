@@ -46,9 +46,9 @@ mod window;
 
 use crate::config::Config;
 use crate::engine::handle::EngineHandle;
-use crate::format::Source;
 use crate::format::openai::PlainLines;
 use crate::format::openai::answer::Stamp;
+use crate::format::{Columns, Source};
 use crate::grammar::Grammars;
 use crate::hub::LocalModel;
 use crate::journal::{self, Apart, Journal, Manifest, Outputs, Standing};
@@ -108,7 +108,8 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
         let usage: Vec<String> = columns.usage_names().map(str::to_owned).collect();
         let dataset = retry::Lines::Dataset { usage: &usage, error: columns.error_name() };
         let lines = if requests { retry::Lines::Requests } else { dataset };
-        retry::Retry { storage, files, inputs: &inputs, lines, columns: &described, config }.begin(manifest)
+        let made = outputs.passed.as_ref().map(|_| columns.names());
+        retry::Retry { storage, files, inputs: &inputs, lines, columns: &described, made, config }.begin(manifest)
     } else {
         job::begin(storage, files, manifest, (config.shard, &config.terms, config.is_dated))
     };
@@ -267,7 +268,7 @@ impl Run<'_> {
         let answers = self.answers(&local.name, &tokenizer, columns);
         let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
         let index = Arc::new(index);
-        let needed = needed_columns(&preparer.form, &self.policies, self.config.spec.output.columns.as_deref());
+        let needed = self.needed_columns(&preparer.form);
         let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
         let (own, times) = ((Arc::clone(&preparer), Arc::clone(&index)), Arc::clone(&measured.feed));
         let mut reader = window_reader(self.config, (source, self.inputs.n_rows), own, times);
@@ -305,6 +306,14 @@ impl Run<'_> {
         };
         let threads = Threads::start(self.config, &signals, runner, tokenizer, feed)?;
         self.collect(collector, threads, measured)
+    }
+
+    /// The columns that rows are read with.
+    fn needed_columns(&self, form: &RowForm) -> Columns {
+        let read = needed_columns(form, &self.policies, self.config.spec.output.columns.as_deref());
+        // What passes through beside the records need not be told in them: they say it where it can be, for the error file.
+        let used = self.outputs.passed.as_ref().and_then(|_| needed_columns(form, &self.policies, Some(&[])));
+        Columns { told: used.or_else(|| read.clone()), read }
     }
 
     /// Until the job is done or stopped.

@@ -53,6 +53,8 @@ pub(super) struct Retry<'a> {
     pub(super) lines: Lines<'a>,
     /// The form of its dataset rows, as in a report.
     pub(super) columns: &'a [String],
+    /// The columns of the results that came from records, if others pass through.
+    pub(super) made: Option<Vec<String>>,
     pub(super) config: &'a Config,
 }
 
@@ -186,8 +188,11 @@ impl Retry<'_> {
     /// The rows in the error file.
     fn find_errors(&self, report: &Report) -> Result<RowSet> {
         let Self { storage, files, inputs, lines, .. } = *self;
-        let mut errors =
-            ErrorLines { records: Records::open(storage, std::slice::from_ref(&files.errors))?, read: VecDeque::new(), lines };
+        let mut errors = ErrorLines {
+            records: Records::open(storage, std::slice::from_ref(&files.errors), None)?,
+            read: VecDeque::new(),
+            lines,
+        };
         let mut found = RowSet::default();
         let mut start = 0;
         let mut next = errors.next()?;
@@ -219,7 +224,7 @@ impl Retry<'_> {
     /// Journals the published results of `own` rows.
     fn take_over(&self, errors: &RowSet, own: Range<u64>, mut journal: Journal, mut replay: Replay<'_>) -> Result<Journal> {
         let Self { storage, files, inputs, lines, .. } = *self;
-        let mut records = Records::open(storage, &files.result_files(storage)?)?;
+        let mut records = Records::open(storage, &files.result_files(storage)?, self.made.as_deref())?;
         let mut rows = (0..inputs.n_rows).filter(|&row| !errors.contains(row));
         while let Some(chunk) = records.next_chunk()? {
             for text in chunk {

@@ -53,6 +53,8 @@ mod other_stores;
 mod page;
 mod parameters;
 mod parts;
+mod passing;
+mod passing_jobs;
 mod places;
 mod policies;
 mod positions;

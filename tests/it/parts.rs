@@ -47,7 +47,7 @@ fn joined(sandbox: &Sandbox, folder: &str) -> String {
 }
 
 fn records(files: &[Location]) -> Vec<Value> {
-    let (mut source, mut found) = (Records::open(&Storage::new().unwrap(), files).unwrap(), Vec::new());
+    let (mut source, mut found) = (Records::open(&Storage::new().unwrap(), files, None).unwrap(), Vec::new());
     while let Some(chunk) = source.next_chunk().unwrap() {
         found.extend(chunk.iter().map(|text| serde_json::from_slice::<Value>(text).unwrap()));
     }
@@ -188,7 +188,7 @@ fn readers_find_the_old_parts_or_the_new_ones_whatever_write_is_the_last() {
     };
     let read = |store: &Arc<dyn ObjectStore>| {
         let at = Location::new(Arc::clone(store), "out.jsonl".into(), "out.jsonl");
-        let mut source = Records::open(&storage, &PartList::files(&storage, &at).unwrap()).unwrap();
+        let mut source = Records::open(&storage, &PartList::files(&storage, &at).unwrap(), None).unwrap();
         let mut found = Vec::new();
         while let Some(chunk) = source.next_chunk().unwrap() {
             found.extend(chunk.iter().map(|text| String::from_utf8(text.to_vec()).unwrap()));

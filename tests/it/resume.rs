@@ -90,8 +90,14 @@ impl Places {
         let results = Location::new(store.clone(), Path::from(output), output);
         let parts = output.contains("parts").then(|| Parts::new(PartSize::Rows(PART_ROWS), "job", ""));
         let beside = |extension| results.with_extension(extension).unwrap();
-        let outputs =
-            Outputs { results: results.clone(), errors: beside("errors.jsonl"), parts, schema: None, columns: Vec::new() };
+        let outputs = Outputs {
+            results: results.clone(),
+            errors: beside("errors.jsonl"),
+            parts,
+            passed: None,
+            schema: None,
+            columns: Vec::new(),
+        };
         Self { dir: beside("job"), outputs, report: beside("report.json"), terms: TERMS }
     }
 }
@@ -270,8 +276,14 @@ fn local_files_survive_any_death_and_no_litter_stays() {
         assert!(ended.is_err() || n > n_writes - 3, "write {n}: survived");
 
         let at = |name: &str| Location::parse(&format!("{dir}/{name}")).unwrap();
-        let outputs =
-            Outputs { results: at("x.jsonl"), errors: at("x.errors.jsonl"), parts: None, schema: None, columns: Vec::new() };
+        let outputs = Outputs {
+            results: at("x.jsonl"),
+            errors: at("x.errors.jsonl"),
+            parts: None,
+            passed: None,
+            schema: None,
+            columns: Vec::new(),
+        };
         let places = Places { dir: at("x.job"), outputs, report: at("x.report.json"), terms: Terms::default() };
         run(&storage, &places, 2, &mut Life::default()).unwrap();
         let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();

@@ -147,7 +147,7 @@ fn columns_are_kept_as_they_were() {
     let storage = Storage::new().unwrap();
     let at = Location::parse(sandbox.path("out.parquet").to_str().unwrap()).unwrap();
     let records = || {
-        let (mut source, mut records) = (Records::open(&storage, std::slice::from_ref(&at)).unwrap(), Vec::<Value>::new());
+        let (mut source, mut records) = (Records::open(&storage, std::slice::from_ref(&at), None).unwrap(), Vec::<Value>::new());
         while let Some(chunk) = source.next_chunk().unwrap() {
             records.extend(chunk.iter().map(|text| serde_json::from_slice::<Value>(text).unwrap()));
         }
