@@ -9,7 +9,7 @@ use crate::pipeline::referenced::{Reference, Referenced, Refused};
 use anyhow::{Context as _, Result};
 use axum::http::StatusCode;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read as _};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::Arc;
 use tokio::task::spawn_blocking;
