@@ -80,8 +80,10 @@ struct PassedColumns {
     schema: SchemaRef,
     /// The rows of the records that wait to be written.
     rows: Vec<u64>,
-    /// The row group that the last rows were from, if the output may not join two of the input.
-    group: Option<Option<(usize, usize)>>,
+    /// Whether the output may not join two row groups of the inputs.
+    is_split: bool,
+    /// The row group that the last rows were from.
+    group: Option<(usize, usize)>,
 }
 
 impl fmt::Debug for ParquetSink {
@@ -171,12 +173,9 @@ impl ParquetSink {
 impl PassedColumns {
     /// With the schema that readers of the output are told.
     fn new(reader: SharedReader, others: &Schema) -> (Self, Schema) {
-        let (told, schema, has_short_keys) = {
-            let reader = reader.lock().expect("no reader panics");
-            let (told, schema) = reader.passed.schemas(others);
-            (told, schema, reader.passed.has_short_keys())
-        };
-        (Self { reader, schema, rows: Vec::new(), group: has_short_keys.then_some(None) }, told)
+        let passed = reader.lock().expect("no reader panics").passed.clone();
+        let (told, schema) = passed.schemas(others);
+        (Self { reader, schema, rows: Vec::new(), is_split: passed.has_short_keys(), group: None }, told)
     }
 
     /// Writes the waiting rows with what their records hold.
@@ -187,9 +186,7 @@ impl PassedColumns {
         let mut n_done = 0;
         while n_done < rows.len() {
             let Piece { mut columns, n_rows, group } = reader.next(&rows[n_done..])?;
-            if let Some(last) = &mut self.group
-                && last.replace(group) != Some(group)
-            {
+            if self.group.replace(group) != Some(group) && self.is_split {
                 writer.flush()?;
             }
             columns.extend(records.slice(n_done, n_rows).columns().iter().cloned());
