@@ -204,6 +204,7 @@ impl Gpu {
 
     /// A kernel of a module, which is launched with so much dynamic shared memory.
     pub(super) fn function(&self, module: Module, name: &str, shared: u32) -> Result<Function> {
+        self.enter()?;
         let c_name = CString::new(name)?;
         // SAFETY: modules stay loaded as long as the context.
         let handle = said("cuModuleGetFunction", unsafe { result::module::get_function(module.0, c_name) });
