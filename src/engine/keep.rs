@@ -80,7 +80,9 @@ impl Kept {
         let path: Vec<u32> = self.path(seq, seq.n_tokens()).collect();
         let for_ms = seq.params.keep.map_or(0, |keep| keep.for_ms);
         self.n_uses += 1;
-        path.iter().for_each(|&node| self.use_until(node, now_ms.saturating_add(for_ms)));
+        for &node in &path {
+            self.use_until(node, now_ms.saturating_add(for_ms));
+        }
         path.len() * BLOCK_TOKENS
     }
 

@@ -9,6 +9,7 @@ mod audit;
 mod batch;
 mod blocks;
 mod checkpoint;
+mod completion;
 pub mod handle;
 mod keep;
 mod policy;
@@ -38,6 +39,7 @@ use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
 pub use checkpoint::{Begun, Checkpoint};
+pub use completion::{Finished, SeqLogprob, TokenTable};
 pub use keep::Keep;
 pub use policy::Due;
 pub use progress::Progress;
@@ -46,19 +48,6 @@ pub use sequence::Submission;
 /// Of what makes completions of logits: draws, edits and masks, stops, text. Who changes a result there raises it, for
 /// results are kept (`tests/it/reuse.rs` has some of each).
 pub const RESULT_VERSION: u32 = 1;
-
-/// What the engine must know of the tokenizer.
-pub trait TokenTable: Send + Sync {
-    /// The bytes a token stands for.
-    fn token_bytes(&self, id: u32) -> &[u8];
-    /// Whether it ends a completion.
-    fn is_end(&self, id: u32) -> bool;
-    /// Whether it is a mark of the model's rather than text. Unless a row ignores end tokens, marks are no part of its
-    /// text.
-    fn is_special(&self, id: u32) -> bool;
-    /// All tokens that end a completion.
-    fn end_ids(&self) -> &[u32];
-}
 
 /// Limits of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,34 +81,6 @@ impl EngineConfig {
             max_kept_blocks: 0,
         }
     }
-}
-
-/// A completion.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Finished {
-    /// As submitted.
-    pub id: u64,
-    /// All tokens drawn, an end token included.
-    pub tokens: Vec<u32>,
-    /// Their text, without the stop string and what follows it.
-    pub text: String,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// One entry per token, if asked for; else empty. Scored prompt tokens stand before the drawn ones.
-    pub logprobs: Vec<SeqLogprob>,
-    /// Why it could not be completed; the rest says how far it came.
-    pub broken: Option<String>,
-}
-
-/// Log-probability of a drawn token, in nats, of the model's own distribution.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SeqLogprob {
-    /// The token drawn.
-    pub token: u32,
-    /// Its log-probability.
-    pub logprob: f32,
-    /// The likeliest tokens, most likely first.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// Counters since the start, and gauges as of the last call.

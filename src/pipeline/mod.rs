@@ -218,6 +218,14 @@ fn window_settings(config: &Config, form: &RowForm, n_rows: u64) -> WindowSettin
     WindowSettings { job_seed: config.spec.job.seed, dedup, has_steps, has_policy, shard_rows }
 }
 
+/// By step, what it uses of earlier ones.
+fn needs_of(form: &RowForm) -> Vec<Vec<usize>> {
+    match form {
+        RowForm::Requests => Vec::new(),
+        RowForm::Dataset(steps) => steps.iter().map(|step| step.needs.clone()).collect(),
+    }
+}
+
 /// A job that is under way.
 struct Run<'a> {
     config: &'a Config,
@@ -254,10 +262,7 @@ impl Run<'_> {
         let (tokenizer, local, memory) = (Arc::clone(&open.tokenizer), open.local.clone(), open.memory);
         let (runner, template) = load::load(open, &self.config.model(), &measured.meter)?;
         measured.load = load_start.elapsed();
-        let needs = match &form {
-            RowForm::Requests => Vec::new(),
-            RowForm::Dataset(steps) => steps.iter().map(|step| step.needs.clone()).collect(),
-        };
+        let needs = needs_of(&form);
         let model = (local.clone(), Arc::clone(&tokenizer), template);
         let preparer = Arc::new(preparer(self.config, form, grammars, &columns, model, memory));
         let (step_tasks, tasks) = channel();

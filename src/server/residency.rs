@@ -199,7 +199,7 @@ impl Residency {
             }
             let (n_failed, retry_at) = inner.room.failures(model);
             if max_failures == Some(1) && n_failed > 0 && retry_at > now {
-                return Err(inner.failed(model, retry_at - now));
+                return Err(inner.failed(model, retry_at.saturating_sub(now)));
             }
             let number = inner.next;
             inner.next += 1;

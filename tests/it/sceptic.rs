@@ -149,6 +149,7 @@ impl Job {
     }
 
     /// Lets a run go on for a while, then kills it; whether it had ended before.
+    #[expect(clippy::print_stdout, reason = "it takes long: whoever waits sees how far it is")]
     fn kill(&mut self, mut child: Child, before: &Before) -> bool {
         // Most moments are while it decodes; some while it starts or ends.
         let (early, finalising) = (Duration::from_millis(self.below(3000)), Duration::from_micros(self.below(30_000)));

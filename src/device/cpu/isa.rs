@@ -161,11 +161,13 @@ macro_rules! per_isa {
                 $body(unsafe { $crate::device::cpu::simd_x86::Avx2::new() }, $($arg),*)
             }
             match isa.path() {
-                // SAFETY: an `Isa` of this path is made only where the machine has these instructions.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Amx
                 | $crate::device::cpu::isa::Path::Avx512Bf16
-                | $crate::device::cpu::isa::Path::Avx512Vnni => unsafe { avx512(isa.has_bf16(), $($arg),*) },
+                | $crate::device::cpu::isa::Path::Avx512Vnni => {
+                    // SAFETY: an `Isa` of this path is made only where the machine has these instructions.
+                    unsafe { avx512(isa.has_bf16(), $($arg),*) }
+                }
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Avx2 => unsafe { avx2($($arg),*) },
