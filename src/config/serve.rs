@@ -8,6 +8,7 @@ use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
 use crate::server::limits::Rates;
 use crate::server::prices::{self, PriceSpec, Prices, PricesSpec};
+use crate::server::trajectories::TrajectoriesSpec;
 use crate::server::windows::{Table, Window, WindowsSpec};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -139,6 +140,10 @@ pub struct ServeLimits {
     pub min_loaded: Duration,
     /// What windows promise.
     pub windows: Table,
+    /// Percent of the KV cache that trajectories may keep between their turns, while nobody else needs it.
+    pub kept_percent: u8,
+    /// How long they do after a turn.
+    pub kept_for: Duration,
 }
 
 /// `valar.toml`
@@ -151,6 +156,7 @@ struct ServeSpec {
     sampling: SamplingSpec,
     prices: MoneySpec,
     windows: WindowsSpec,
+    trajectories: TrajectoriesSpec,
     key: Vec<KeyEntry>,
     files: FilesSpec,
 }
@@ -343,6 +349,7 @@ impl ServeConfig {
         for (name, value) in [("max_queued", server.max_queued), ("max_connections", server.max_connections)] {
             ensure!(value > 0, "server.{name}: must be at least 1");
         }
+        let (kept_percent, kept_for) = spec.trajectories.checked().context("trajectories")?;
         let (models, memory_bytes) = models(args, &spec)?;
         Ok(Self {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
@@ -374,6 +381,8 @@ impl ServeConfig {
                 load_wait: Duration::from_secs(server.load_wait_s),
                 min_loaded: Duration::from_secs(server.min_loaded_s),
                 windows: spec.windows.checked().context("windows")?,
+                kept_percent,
+                kept_for,
             },
         })
     }

@@ -21,6 +21,7 @@ pub mod sampling;
 mod scheduler;
 mod sequence;
 pub mod shaping;
+mod stats;
 pub mod stop;
 mod stream;
 
@@ -44,6 +45,7 @@ pub use keep::Keep;
 pub use policy::Due;
 pub use progress::Progress;
 pub use sequence::Submission;
+pub use stats::EngineStats;
 
 /// Of what makes completions of logits: draws, edits and masks, stops, text. Who changes a result there raises it, for
 /// results are kept (`tests/it/reuse.rs` has some of each).
@@ -79,64 +81,6 @@ impl EngineConfig {
             cold_output_tokens: 256,
             share_floors: [0, 10, 2],
             max_kept_blocks: 0,
-        }
-    }
-}
-
-/// Counters since the start, and gauges as of the last call.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct EngineStats {
-    /// Steps run.
-    pub steps: u64,
-    /// Prompt tokens computed, each counted once.
-    pub prefill_tokens: u64,
-    /// Drawn tokens computed (the last one of a row never is), each counted once.
-    pub decode_tokens: u64,
-    /// Tokens drawn.
-    pub generated_tokens: u64,
-    /// Prompt tokens that did not have to be computed because they were in the KV cache.
-    pub shared_tokens: u64,
-    /// Those of them that sequences had left which have ended.
-    pub found_tokens: u64,
-    /// Kept blocks that went before their time, because others needed them or too many were kept.
-    pub evicted_blocks: u64,
-    /// Kept blocks that nobody asked for in time.
-    pub lapsed_blocks: u64,
-    /// Tokens computed again: the tax of preemptions, and of rows that begin with what another life has drawn.
-    pub recomputed_tokens: u64,
-    /// Steps that failed, those included that were tried to find out why.
-    pub failed_steps: u64,
-    /// Times that a row lost its blocks.
-    pub preemptions: u64,
-    /// Rows completed.
-    pub finished: u64,
-    /// Blocks of the pool that are in use.
-    pub blocks_used: usize,
-    /// Blocks that are kept of sequences which have ended, and not in use.
-    pub blocks_kept: usize,
-    /// Blocks of the pool.
-    pub blocks_total: usize,
-    /// Rows that hold blocks.
-    pub running: usize,
-    /// Rows that wait, preempted ones included.
-    pub waiting: usize,
-}
-
-impl EngineStats {
-    /// With the counters of an engine that was there before.
-    #[must_use]
-    pub fn after(self, before: Self) -> Self {
-        Self {
-            steps: self.steps + before.steps,
-            prefill_tokens: self.prefill_tokens + before.prefill_tokens,
-            decode_tokens: self.decode_tokens + before.decode_tokens,
-            generated_tokens: self.generated_tokens + before.generated_tokens,
-            shared_tokens: self.shared_tokens + before.shared_tokens,
-            recomputed_tokens: self.recomputed_tokens + before.recomputed_tokens,
-            failed_steps: self.failed_steps + before.failed_steps,
-            preemptions: self.preemptions + before.preemptions,
-            finished: self.finished + before.finished,
-            ..self
         }
     }
 }

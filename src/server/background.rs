@@ -14,6 +14,7 @@ use super::models::{Models, now};
 use super::once;
 use super::response_events::{Event, TERMINAL, Told, event, events, failed};
 use super::responses::Own;
+use super::trajectories::Turn;
 use super::windows::{Mode, Window};
 use crate::format::openai::Endpoint;
 use crate::outcome::{ErrorCode, RowError};
@@ -86,6 +87,9 @@ struct Kept {
     seed: u64,
     /// Whether its events are wanted as they come.
     is_streamed: bool,
+    /// The trajectory of what it follows.
+    #[serde(default)]
+    follows: Option<String>,
     body: Map<String, Value>,
 }
 
@@ -195,7 +199,7 @@ pub(super) async fn create(
     let id = format!("resp_{}", identity.id);
     let (model, window) = (prepared.model.id.clone(), prepared.window);
     let is_streamed = own.is_streamed;
-    let kept = Kept { model: model.clone(), window, seed: ids::seed(), is_streamed, body };
+    let kept = Kept { model: model.clone(), window, seed: ids::seed(), is_streamed, follows: own.follows, body };
     let new = StoredResponse {
         id: id.clone(),
         owner: owner.to_string(),
@@ -388,23 +392,24 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     }
     let request = stored.request.as_deref().unwrap_or_default();
     let kept: Kept = serde_json::from_str(request).map_err(|error| refuse(format!("the stored request: {error}")))?;
-    let Kept { window, seed, is_streamed, body, .. } = kept;
+    let Kept { window, seed, is_streamed, follows, body, .. } = kept;
     let asked = Asked { mode: Mode::Background, window: Some(window) };
     // Its prompts are short of memory until there is an engine for them.
     let model = Arc::clone(app.models.named(&body).map_err(|error| refuse(error.message))?);
     let id = stored.id.trim_start_matches("resp_").to_owned();
-    let identity = Identity { id, created: stored.created_at, seed };
+    let identity = Identity { id, created: stored.created_at, accepted_ms: 1000 * stored.created_at, seed };
     let lease = app.models.lend_later(&model, window, identity.accepted_ago()).await;
     let lease = lease.map_err(|absent| refuse(absent.told(&model.id).message))?;
-    let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
+    let mut prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
     prepared.check_size().map_err(|error| refuse(error.message))?;
     // Of which nothing was told, another model may tell.
     if has_text && response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
         return Err(refuse("the model is another one than when the request was accepted".into()));
     }
     let owner = Owner::stored(&stored.owner);
+    prepared.turn = Turn::of(&body, follows.as_deref(), true).reckoned(app, &owner, prepared.window).await;
     let previous = stored.previous.clone();
-    let own = Own { store: true, background: true, previous, window: None, is_streamed };
+    let own = Own { store: true, background: true, previous, follows, window: None, is_streamed };
     let (mut ticket, mut held) = app.background.taken(&stored.id);
     let place = loop {
         match prepared.queue() {

@@ -6,7 +6,7 @@ use super::App;
 use super::auth::Owner;
 use super::call::Call;
 use super::limits::{Allowance, Held};
-use super::models::{Offered, now};
+use super::models::{Offered, now, now_ms};
 use super::once::Claim;
 use super::prices::{Amount, Price, machine_amount};
 use super::windows::Window;
@@ -16,6 +16,7 @@ use crate::pipeline::progress::say;
 use crate::store::Connection;
 use crate::store::batches;
 use crate::store::ledger::{self, Entry};
+use crate::store::trajectories;
 use anyhow::Result;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -91,11 +92,12 @@ enum State {
 }
 
 impl Bill {
-    /// Of a call that begins; `object` is the id that its answer has, `held` what was taken of its owner's allowance.
+    /// Of a call that begins; `object` is the id that its answer has, `turn` what it is a turn of, `held` what was taken of its
+    /// owner's allowance.
     pub(super) fn new(
         (app, owner): (&App, &Owner),
         (model, window): (&Offered, Window),
-        (object, n_prompt): (String, u64),
+        (object, n_prompt, turn): (String, u64, Option<trajectories::Turn>),
         mut held: Option<Held>,
     ) -> Self {
         let allowance = app.keys.allowance(owner).cloned();
@@ -105,7 +107,7 @@ impl Bill {
             (None, None) => {}
         }
         let price = model.prices.of(window);
-        let entry = Entry { object: Some(object), window: window.as_str().into(), ..app.entry(owner, &model.id, price) };
+        let entry = Entry { object: Some(object), window: window.as_str().into(), turn, ..app.entry(owner, &model.id, price) };
         let (tokens, state) = (Mutex::new(Tokens { held, n_output: 0 }), Mutex::new(State::Open(None)));
         Self { entry, price, allowance, tokens, state }
     }
@@ -119,6 +121,7 @@ impl Bill {
             output_tokens: usage.completion_tokens.into(),
             charge: self.price.map_or(0, |price| price.of(usage)),
             machine_ns: machine_ns as i64,
+            turn: self.entry.turn.clone().map(|turn| trajectories::Turn { ended_ms: now_ms(), ..turn }),
             ..self.entry.clone()
         }
     }

@@ -9,10 +9,11 @@ use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
 use super::limits::Held;
-use super::live::Place;
-use super::models::{Offered, OpenCall, now};
+use super::live::{Place, Terms};
+use super::models::{Offered, OpenCall, now, now_ms};
 use super::once::Claim;
 use super::residency::Lease;
+use super::trajectories::Turn;
 use super::windows::{self, Mode, Window};
 use crate::format::openai::answer::{self, Stamp};
 use crate::format::openai::{Endpoint, parse_body};
@@ -49,7 +50,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// Checks a request and starts it. `body` holds only what the dialect's parser knows.
+    /// Checks a request and starts it, as that turn. `body` holds only what the dialect's parser knows.
     ///
     /// # Errors
     /// What is wrong with it, or that too many calls wait.
@@ -58,9 +59,11 @@ impl Call {
         owner: &Owner,
         endpoint: Endpoint,
         body: &Map<String, Value>,
+        turn: Turn,
     ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
-        let prepared = Self::prepare(app, endpoint, body, asked).await?;
+        let mut prepared = Self::prepare(app, endpoint, body, asked).await?;
+        prepared.turn = turn.reckoned(app, owner, prepared.window).await;
         Self::submit((app, owner), &prepared, &Identity::new()).await
     }
 
@@ -90,13 +93,21 @@ impl Call {
         (ticket, held): (&mut Option<Ticket>, &mut Option<Held>),
         at: (Lease, Place),
     ) -> Self {
-        let Prepared { model, window, prompts, echo, id_prefix } = prepared;
-        let flow = model.live.submit(at, prompts, (window.class(), identity.accepted_ago()), identity.seed);
+        let Prepared { model, window, prompts, echo, id_prefix, turn } = prepared;
+        let terms = Terms {
+            class: window.class(),
+            accepted_ago: identity.accepted_ago(),
+            credit_ms: turn.credit_ms(),
+            seed: identity.seed,
+            keep: turn.keep(owner, app.kept_for),
+        };
+        let flow = model.live.submit(at, prompts, terms);
         flow.count_as(ticket.take());
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let object = format!("{id_prefix}{}", identity.id);
-        let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64), held.take()));
+        let turn = turn.entry(&object, identity.accepted_ms, *window);
+        let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64, turn), held.take()));
         let claim = owner.claim.clone();
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
@@ -127,7 +138,7 @@ impl Call {
         // The name is the server's matter, not the weights'.
         request.model = None;
         let prompts = model.live.prepare(request, endpoint).await.map_err(|error| named(error, endpoint, body))?;
-        Ok(Prepared { model, window, prompts, echo, id_prefix: answer::id_prefix(endpoint) })
+        Ok(Prepared { model, window, prompts, echo, id_prefix: answer::id_prefix(endpoint), turn: Turn::default() })
     }
 
     /// What was told of it until now is charged if it is cancelled.
@@ -226,6 +237,8 @@ pub struct Prepared {
     pub echo: Option<Box<Value>>,
     /// What its answer's id begins with.
     pub id_prefix: &'static str,
+    /// What it is a turn of; of nothing, until somebody says.
+    pub turn: Turn,
 }
 
 impl Prepared {
@@ -246,6 +259,8 @@ pub struct Identity {
     pub id: String,
     /// Unix seconds.
     pub created: u64,
+    /// Unix milliseconds: its request was accepted.
+    pub accepted_ms: u64,
     /// What it draws with, where it names no seed.
     pub seed: u64,
 }
@@ -254,12 +269,12 @@ impl Identity {
     /// A new one.
     #[expect(clippy::new_without_default, reason = "each is another")]
     pub fn new() -> Self {
-        Self { id: ids::fresh(), created: now(), seed: ids::seed() }
+        Self { id: ids::fresh(), created: now(), accepted_ms: now_ms(), seed: ids::seed() }
     }
 
     /// Time since it was accepted.
     pub fn accepted_ago(&self) -> Duration {
-        Duration::from_secs(now().saturating_sub(self.created))
+        Duration::from_millis(now_ms().saturating_sub(self.accepted_ms))
     }
 
     /// What the answer of a model is stamped with.

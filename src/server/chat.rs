@@ -8,6 +8,7 @@ use super::call::{Call, Streaming};
 use super::errors::{ApiError, json_response};
 use super::shown::Shown;
 use super::sse;
+use super::trajectories::Turn;
 use crate::format::openai::Endpoint;
 use crate::format::openai::answer::{self, Stamp};
 use crate::outcome::{Choice, RowError};
@@ -31,7 +32,7 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
     body.retain(|key, value| !(IGNORED.contains(&key.as_str()) && value.is_null()));
-    let call = Call::start(&app, &owner, Endpoint::ChatCompletions, &body).await?;
+    let call = Call::start(&app, &owner, Endpoint::ChatCompletions, &body, Turn::of(&body, None, false)).await?;
     if streaming.is_on {
         return Ok(sse::response(events(call, streaming.include_usage)));
     }

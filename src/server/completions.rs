@@ -8,6 +8,7 @@ use super::call::{Call, Streaming};
 use super::chat::failed;
 use super::errors::{ApiError, json_response};
 use super::sse;
+use super::trajectories::Turn;
 use crate::format::openai::Endpoint;
 use crate::format::openai::answer;
 use crate::outcome::TokenLogprob;
@@ -27,7 +28,7 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let call = Call::start(&app, &owner, Endpoint::Completions, &body).await?;
+    let call = Call::start(&app, &owner, Endpoint::Completions, &body, Turn::of(&body, None, false)).await?;
     if streaming.is_on {
         return Ok(sse::response(events(call, streaming.include_usage)));
     }

@@ -6,6 +6,7 @@ use super::App;
 use super::auth::Owner;
 use super::errors::ApiError;
 use super::ids;
+use super::trajectories;
 use crate::format::openai::{Endpoint, parse_body};
 use crate::store::responses;
 use axum::http::StatusCode;
@@ -15,7 +16,8 @@ use std::collections::HashSet;
 /// Most responses of a chain.
 const MAX_CHAIN: usize = 4096;
 
-/// Puts what came before in front of a body's input; gives the body's own items, with names.
+/// Puts what came before in front of a body's input; gives the body's own items, with names, and the trajectory of what came
+/// before: what the nearest that names one names, or the id of the first.
 ///
 /// # Errors
 /// No such response before, or one that nothing can follow.
@@ -24,9 +26,9 @@ pub(super) async fn join(
     owner: &Owner,
     previous: Option<&str>,
     body: &mut Map<String, Value>,
-) -> Result<Vec<Value>, ApiError> {
+) -> Result<(Vec<Value>, Option<String>), ApiError> {
     let items = body.get("input").map(named).unwrap_or_default();
-    let Some(previous) = previous else { return Ok(items) };
+    let Some(previous) = previous else { return Ok((items, None)) };
     // What is wrong with it is said in its own places.
     parse_body(0, Endpoint::Responses, body, &app.defaults)?;
     let (owner, first, max_bytes) = (owner.to_string(), previous.to_owned(), app.max_body_bytes);
@@ -49,14 +51,17 @@ pub(super) async fn join(
         Ok(Ok(chain))
     });
     let chain = chain.await?.map_err(|missing| missing.error(previous))?;
-    let mut input = Vec::new();
+    let (mut input, mut first, mut named) = (Vec::new(), None, None);
     for (own, response) in chain.iter().rev() {
+        let response = parsed(response)?;
         input.extend(array(&parsed(own)?));
-        input.extend(array(&parsed(response)?["output"]));
+        input.extend(array(&response["output"]));
+        first = first.or_else(|| response["id"].as_str().map(str::to_owned));
+        named = trajectories::inherited(&response).or(named);
     }
     input.extend(items.iter().cloned());
     body.insert("input".into(), input.into());
-    Ok(items)
+    Ok((items, named.or(first)))
 }
 
 fn parsed(text: &str) -> Result<Value, ApiError> {

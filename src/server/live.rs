@@ -12,7 +12,7 @@ use super::windows::Table;
 use crate::config::ModelConfig;
 use crate::config::serve::ServeLimits;
 use crate::engine::handle::{Delivery, EngineHandle};
-use crate::engine::{Due, Engine, EngineConfig, EngineStats, StepLimits, Submission};
+use crate::engine::{Due, Engine, EngineConfig, EngineStats, Keep, StepLimits, Submission};
 use crate::format::openai::Endpoint;
 use crate::grammar::Grammars;
 use crate::outcome::{ErrorCode, RowError};
@@ -46,6 +46,8 @@ pub struct LiveModel {
     memory: MemoryPlan,
     /// Steps are kept to that.
     max_step: Duration,
+    /// As `ServeLimits::kept_percent`.
+    kept_percent: u8,
     /// Engines that have work, of all that share the machine.
     n_busy: Arc<AtomicUsize>,
     faults: Arc<Faults>,
@@ -104,6 +106,21 @@ struct Work {
 /// Batches are to be done so much of their window before its end: a twentieth.
 const DEADLINE_MARGIN: u32 = 20;
 
+/// What a call's prompts have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// How soon it is wanted.
+    pub class: Class,
+    /// It was accepted so long ago.
+    pub accepted_ago: Duration,
+    /// As `windows::Table::due` takes it.
+    pub credit_ms: i64,
+    /// What it draws with where it names no seed.
+    pub seed: u64,
+    /// Whose KV it finds, and how long its own is kept.
+    pub keep: Keep,
+}
+
 /// Too many calls wait already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Busy;
@@ -150,6 +167,7 @@ impl LiveModel {
             max_queued: limits.max_queued,
             backlog: Arc::default(),
             windows: limits.windows,
+            kept_percent: limits.kept_percent,
             preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
             next_job: AtomicU64::new(0),
@@ -186,6 +204,7 @@ impl LiveModel {
         engine_config.max_running = self.config.max_running.min(engine_config.max_running);
         engine_config.max_waiting = 2 * engine_config.max_running;
         engine_config.share_floors = self.windows.share_floors();
+        engine_config.max_kept_blocks = runner.limits().n_blocks * usize::from(self.kept_percent) / 100;
         let mut engine = Engine::new(engine_config, runner, Arc::clone(&self.preparer.tokenizer) as _)?;
         let step_limits = Arc::new(StepLimits::default());
         engine.limit_steps(Arc::clone(&step_limits));
@@ -213,7 +232,8 @@ impl LiveModel {
         work.is_retired.store(true, SeqCst);
         let stopped = work.engine.stop();
         let mut stats = self.stats();
-        (stats.blocks_used, stats.blocks_total, stats.running, stats.waiting) = (0, 0, 0, 0);
+        (stats.blocks_used, stats.blocks_kept, stats.blocks_total) = (0, 0, 0);
+        (stats.running, stats.waiting) = (0, 0);
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = Stats { before: stats, now: EngineStats::default() };
         stopped
     }
@@ -253,17 +273,11 @@ impl LiveModel {
         if queued.fetch_add(1, Relaxed) >= self.max_queued { Err(Busy) } else { Ok(place) }
     }
 
-    /// Starts a call that was accepted so long ago: its prompts run side by side, in their class. `seed` is what it draws with
-    /// where it names no seed.
-    pub(super) fn submit(
-        &self,
-        (lease, place): (Lease, Place),
-        prompts: &[Prompt],
-        (class, accepted_ago): (Class, Duration),
-        seed: u64,
-    ) -> Flow {
+    /// Starts a call: its prompts run side by side, in their class.
+    pub(super) fn submit(&self, (lease, place): (Lease, Place), prompts: &[Prompt], terms: Terms) -> Flow {
+        let Terms { class, accepted_ago, credit_ms, seed, keep } = terms;
         let engine = Arc::clone(&lease.work.engine);
-        let due = self.windows.due(class, engine.now_ms(), accepted_ago);
+        let due = self.windows.due(class, engine.now_ms(), accepted_ago, credit_ms);
         let metas: Vec<PromptMeta> = prompts.iter().map(|prompt| PromptMeta::new(prompt, || seed)).collect();
         let (mut submissions, mut sequences) = (Vec::new(), Vec::new());
         for (prompt_idx, (prompt, meta)) in prompts.iter().zip(&metas).enumerate() {
@@ -274,6 +288,7 @@ impl LiveModel {
                 let draw = (meta.seed, draw_number(prompt, prompt_idx, choice));
                 let mut next = submission(id, prompt, draw, keep_tokens);
                 (next.class, next.stream, next.params.watch, next.due) = (class, class as u32, true, due);
+                next.params.keep = Some(keep);
                 submissions.push(next);
                 sequences.push((id, prompt_idx));
             }

@@ -9,6 +9,7 @@ use super::errors::{ApiError, Dialect, json_response};
 use super::ids;
 use super::shown::Shown;
 use super::sse;
+use super::trajectories::Turn;
 use super::windows::{self, Mode};
 use crate::format::anthropic::{blocks, empty_message, message, parse_messages, stop_reason, usage};
 use crate::format::openai::Endpoint;
@@ -31,7 +32,8 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let prepared = prepare(&app, &headers, &body, true).await?;
+    let mut prepared = prepare(&app, &headers, &body, true).await?;
+    prepared.turn = Turn::of(&body, None, false).reckoned(&app, &owner, prepared.window).await;
     let stops = prepared.prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();
     let mut call = Call::submit((&app, &owner), &prepared, &Identity::new()).await?;
     if streaming.is_on {
@@ -70,7 +72,7 @@ async fn prepare(
     let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
     let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
     let prompts = prompts.map_err(|error| too_long(error, body))?;
-    Ok(Prepared { model, window, prompts, echo: None, id_prefix: "msg_" })
+    Ok(Prepared { model, window, prompts, echo: None, id_prefix: "msg_", turn: Turn::default() })
 }
 
 /// Clients know a prompt that is too long by the beginning of this text.

@@ -48,6 +48,7 @@ mod status;
 mod stored;
 mod tls;
 mod tokens;
+pub mod trajectories;
 pub mod usage;
 mod webhooks;
 pub mod windows;
@@ -124,6 +125,8 @@ pub struct App {
     places: Places,
     max_batch_rows: u64,
     windows: windows::Table,
+    /// How long trajectories keep their KV after a turn.
+    kept_for: Duration,
     /// Set by the first signal: new requests are sent away.
     is_draining: AtomicBool,
 }
@@ -159,6 +162,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             places: config.places.clone(),
             max_batch_rows: config.limits.max_batch_rows,
             windows: config.limits.windows,
+            kept_for: config.limits.kept_for,
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
             errors: status::Errors::default(),
@@ -246,7 +250,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 async fn sweep(app: Arc<App>, retention: Duration) {
     while !app.is_draining() {
         let (told, keys) = (deliveries::forget_old(&app, retention).await, once::forget_old(&app).await);
-        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, told, keys] {
+        let trajectories = trajectories::forget_old(&app, retention).await;
+        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, trajectories, told, keys] {
             if let Err(error) = swept {
                 say(&format!("removing what is old: {error:#}"));
             }
@@ -291,6 +296,8 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/webhook_endpoints/{id}/redeliver", post(webhooks::redeliver))
         .route("/v1/webhook_event_types", get(webhooks::event_types_list))
         .route("/v1/usage", get(usage::show))
+        .route("/v1/trajectories", get(trajectories::list))
+        .route("/v1/trajectories/{id}", get(trajectories::retrieve))
         .route("/v1/status", get(status::show))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))

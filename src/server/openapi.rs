@@ -68,6 +68,8 @@ const OPERATIONS: &[Operation] = &[
     ("post", "/v1/webhook_endpoints/{id}/redeliver", "Send again what was given up", "", MaybeJson("RedeliverRequest"), Json("Redelivered")),
     ("get", "/v1/webhook_event_types", "What can be told", "", Nothing, Json("EventTypes")),
     ("get", "/v1/usage", "What was used, and what it costs", "start end group_by", Nothing, Json("UsageReport")),
+    ("get", "/v1/trajectories", "List trajectories", "after limit", Nothing, Json("TrajectoryList")),
+    ("get", "/v1/trajectories/{id}", "What the turns of a trajectory came to", "", Nothing, Json("Trajectory")),
     ("post", "/v1/messages", "Create a message", "", Json("MessagesRequest"), Events("Message")),
     ("post", "/v1/messages/count_tokens", "Count a message's tokens", "", Json("CountRequest"), Json("InputTokens")),
     ("post", "/v1/messages/batches", "Create a batch of messages", "", Json("MessageBatchRequest"), Json("MessageBatch")),

@@ -13,6 +13,7 @@ use super::models::now;
 use super::once::Claim;
 use super::response_events::{TERMINAL, Told, events};
 use super::sse;
+use super::trajectories::Turn;
 use super::windows::Window;
 use crate::format::openai::{Endpoint, is_known};
 use crate::outcome::Completion;
@@ -37,8 +38,9 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let own = Own::take(&mut body, streaming.is_on)?;
-    let items = conversation::join(&app, &owner, own.previous.as_deref(), &mut body).await?;
+    let mut own = Own::take(&mut body, streaming.is_on)?;
+    let items;
+    (items, own.follows) = conversation::join(&app, &owner, own.previous.as_deref(), &mut body).await?;
     if own.background {
         let id = background::create(&app, &owner, own, body, items).await?;
         return if streaming.is_on {
@@ -47,7 +49,8 @@ pub(super) async fn create(
             super::stored::show(&app, &owner, &id).await
         };
     }
-    let mut call = Call::start(&app, &owner, Endpoint::Responses, &body).await?;
+    let turn = Turn::of(&body, own.follows.as_deref(), own.store);
+    let mut call = Call::start(&app, &owner, Endpoint::Responses, &body, turn).await?;
     let bill = Arc::clone(&call.bill);
     let (previous, is_used, is_streamed) = (own.previous.clone(), own.store, streaming.is_on);
     let shelf = Shelf { app: Arc::clone(&app), owner, items, previous, is_used, is_streamed, bill };
@@ -134,6 +137,8 @@ pub struct Own {
     pub background: bool,
     /// The response that it follows.
     pub previous: Option<String>,
+    /// The trajectory of what it follows.
+    pub follows: Option<String>,
     /// Whether its events are wanted as they come.
     pub is_streamed: bool,
     /// The window that `background_options` asks for.
@@ -158,7 +163,7 @@ impl Own {
             Some(other) => return Err(ApiError::invalid_type("background_options", "an object", &other)),
         };
         body.retain(|key, _| is_known(Endpoint::Responses, key));
-        Ok(Self { store, background, previous, is_streamed: is_stream, window })
+        Ok(Self { store, background, previous, follows: None, is_streamed: is_stream, window })
     }
 
     /// Writes them on the response.

@@ -90,7 +90,7 @@ fn engines(models: &Models) -> Vec<Value> {
             },
             "windows": windows.collect::<Vec<_>>(),
             "sequences": {"running": stats.running, "waiting": stats.waiting},
-            "kv_blocks": {"used": stats.blocks_used, "total": stats.blocks_total},
+            "kv_blocks": {"used": stats.blocks_used, "kept": stats.blocks_kept, "total": stats.blocks_total},
             "tokens": {"prefill": stats.prefill_tokens, "generated": stats.generated_tokens, "shared": stats.shared_tokens},
         })
     });

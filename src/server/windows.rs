@@ -108,11 +108,13 @@ impl Table {
         supported.iter().filter(is_open).copied().collect()
     }
 
-    /// When a call that was accepted so long ago should be done.
-    pub fn due(&self, class: Class, now_ms: i64, accepted_ago: Duration) -> Due {
-        let due = |target: Duration| Due {
-            at_ms: now_ms + target.mul_f64(AIM).as_millis() as i64 - accepted_ago.as_millis() as i64,
-            ramp_ms: 0,
+    /// When a call that was accepted so long ago should be done. What the turns before it were early by is `credit_ms`: then it has
+    /// more time, at most its window's; where they were late, less, down to none.
+    pub fn due(&self, class: Class, now_ms: i64, accepted_ago: Duration, credit_ms: i64) -> Due {
+        let due = |target: Duration| {
+            let aimed_ms = target.mul_f64(AIM).as_millis() as i64;
+            let left_ms = aimed_ms.saturating_add(credit_ms).clamp(0, target.as_millis() as i64);
+            Due { at_ms: now_ms + left_ms - accepted_ago.as_millis() as i64, ramp_ms: 0 }
         };
         self.of(class).target.map_or(Due::NEVER, due)
     }

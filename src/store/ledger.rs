@@ -3,6 +3,7 @@
 //! entries only of the hours that it begins and ends within.
 
 use super::Connection;
+use super::trajectories::{self, Turn};
 use anyhow::Result;
 use rusqlite::{Row, params};
 use serde::{Deserialize, Serialize};
@@ -115,9 +116,12 @@ pub struct Entry {
     pub machine_ns: i64,
     /// What an hour of it costs, in millionths.
     pub hour_price: u64,
+    /// What trajectory it is a turn of, if it is one; its sums are kept, not which entries they are of.
+    #[serde(default)]
+    pub turn: Option<Turn>,
 }
 
-/// Adds an entry.
+/// Adds an entry, and counts it for its trajectory.
 ///
 /// # Errors
 /// The database's, or the object was charged before.
@@ -147,7 +151,7 @@ pub fn add(connection: &Connection, entry: &Entry) -> Result<()> {
         entry.machine_ns,
         entry.hour_price
     ])?;
-    Ok(())
+    trajectories::note(connection, entry)
 }
 
 /// What entries are told apart by.

@@ -7,6 +7,7 @@ pub mod batches;
 pub mod files;
 pub mod ledger;
 pub mod responses;
+pub mod trajectories;
 pub mod webhooks;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -32,6 +33,7 @@ const MIGRATIONS: &[&str] = &[
     responses::TOLD,
     batches::TOKENS,
     files::REFERENCES,
+    trajectories::TABLES,
 ];
 /// The database, in its folder.
 const FILE: &str = "valar.db";

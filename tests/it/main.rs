@@ -78,6 +78,7 @@ mod simulation;
 mod text;
 mod tls;
 mod tokenizers;
+mod trajectories;
 mod webhooks;
 mod weights;
 mod window_terms;
