@@ -273,11 +273,8 @@ impl Run<'_> {
         let answers = self.answers(&local.name, &tokenizer, columns);
         let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
         let index = Arc::new(index);
-        let needed = self.needed_columns(&preparer.form);
-        let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(needed);
-        let (own, times) = ((Arc::clone(&preparer), Arc::clone(&index)), Arc::clone(&measured.feed));
-        let mut reader = window_reader(self.config, (source, self.inputs.n_rows), own, times);
-        reader.skip_done(&journal)?;
+        let own = (Arc::clone(&preparer), Arc::clone(&index));
+        let reader = self.reader(own, &journal, Arc::clone(&measured.feed))?;
         let indexed = (journal, index);
         let mut collector =
             Collector::new(indexed, (needs, step_tasks), answers, progress, n_rows, (window_finished, Arc::clone(&stop)));
@@ -313,12 +310,17 @@ impl Run<'_> {
         self.collect(collector, threads, measured)
     }
 
-    /// The columns that rows are read with.
-    fn needed_columns(&self, form: &RowForm) -> Columns {
+    /// Reads the job's windows, but for those that the journal has.
+    fn reader(&self, own: (Arc<Preparer>, Arc<JobIndex>), journal: &Journal, times: Arc<FeedTimes>) -> Result<WindowReader> {
+        let form = &own.0.form;
         let read = needed_columns(form, &self.policies, self.config.spec.output.columns.as_deref());
         // What passes through beside the records need not be told in them: they say it where it can be, for the error file.
         let used = self.outputs.passed.as_ref().and_then(|_| needed_columns(form, &self.policies, Some(&[])));
-        Columns { told: used.or_else(|| read.clone()), read }
+        let columns = Columns { told: used.or_else(|| read.clone()), read };
+        let source = Source::open(self.storage, &self.inputs.files, self.inputs.limits)?.with_columns(columns);
+        let mut reader = window_reader(self.config, (source, self.inputs.n_rows), own, times);
+        reader.skip_done(journal)?;
+        Ok(reader)
     }
 
     /// Until the job is done or stopped.

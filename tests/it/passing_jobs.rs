@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 use crate::common::Sandbox;
 
-/// Rows `from..` of a table: texts `q`, of which every seventh is empty and can be no prompt; and columns of which JSON can't
-/// say everything.
+/// Rows `from..` of a table: texts `q`, of which every seventh is empty and can be no prompt, and which differ before their last
+/// tokens; and columns of which JSON can't say everything.
 fn table(from: i32, n: i32) -> RecordBatch {
     let rows = || from..from + n;
-    let texts: Vec<String> = rows().map(|i| if i % 7 == 3 { String::new() } else { format!("row {i}") }).collect();
+    let texts: Vec<String> = rows().map(|i| if i % 7 == 3 { String::new() } else { format!("{i} is a row") }).collect();
     let floats = rows().map(|i| [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0, 0.1][i as usize % 5]);
     let times = rows().map(|i| [253_402_300_800_000_000, i64::MIN, 0, i64::MAX, -62_200_000_000_000_000][i as usize % 5]);
     let times = TimestampMicrosecondArray::from_iter_values(times);
@@ -208,6 +208,6 @@ fn a_job_that_was_stopped_writes_the_same_bytes() {
         sandbox.expect(&job(&["run"], &[prompt, "-o", "late.parquet", "--shard", shard]), 3);
     }
     write(&sandbox, "more.parquet", &[table(44, 70)]);
-    assert!(sandbox.expect(&job(&["merge"], &[prompt, "-o", "late.parquet"]), 1).contains("inputs"));
+    assert!(sandbox.expect(&job(&["merge"], &[prompt, "-o", "late.parquet"]), 1).contains("more.parquet changed"));
     assert!(!sandbox.path("late.parquet").exists());
 }
