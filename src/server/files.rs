@@ -107,7 +107,7 @@ pub(super) async fn create(
     request: Request,
 ) -> Result<Response, ApiError> {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
+    if !kind.to_ascii_lowercase().starts_with("multipart/") {
         return file_references::create(&app, &owner, JsonObject::from_request(request, &app).await?.0).await;
     }
     let form: Result<Multipart, MultipartRejection> = Multipart::from_request(request, &app).await;

@@ -96,9 +96,9 @@ impl Models {
     /// It can't be had in time.
     pub(super) async fn lend(&self, model: &Offered, window: Window) -> Result<Lease, ApiError> {
         let terms = self.windows.of(window.class());
-        let limit = Some(terms.ceiling.map_or(self.load_wait, |ceiling| ceiling.min(self.load_wait)));
+        let limits = Some((terms.ceiling.unwrap_or(self.load_wait), self.load_wait));
         let due_in = self.patience(window, Duration::ZERO);
-        let wanted = Wanted { due_in, limit, max_failures: Some(1), ask: None };
+        let wanted = Wanted { due_in, limits, max_failures: Some(1), ask: None };
         self.residency.lease(model.live.number, wanted).await.map_err(|absent| absent.told(&model.id))
     }
 
@@ -108,7 +108,7 @@ impl Models {
     /// It can't be loaded, or the server ends.
     pub(super) async fn lend_later(&self, model: &Offered, window: Window, accepted_ago: Duration) -> Result<Lease, Absent> {
         let due_in = self.patience(window, accepted_ago);
-        let wanted = Wanted { due_in, limit: None, max_failures: Some(MAX_FAILURES), ask: None };
+        let wanted = Wanted { due_in, limits: None, max_failures: Some(MAX_FAILURES), ask: None };
         self.residency.lease(model.live.number, wanted).await
     }
 
@@ -124,7 +124,7 @@ impl Models {
     ) -> Result<Lease, Absent> {
         // A half of what is left is for its work.
         let due_in = BATCH_PATIENCE.min(left / 2);
-        let wanted = Wanted { due_in, limit: None, max_failures: None, ask: Some(ask) };
+        let wanted = Wanted { due_in, limits: None, max_failures: None, ask: Some(ask) };
         self.residency.lease(model.live.number, wanted).await
     }
 

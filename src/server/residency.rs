@@ -74,8 +74,8 @@ pub type Ask = Box<dyn Fn() + Send>;
 pub struct Wanted {
     /// In so much time it should have the model: others need not make room sooner.
     pub due_in: Duration,
-    /// It waits so long at most.
-    pub limit: Option<Duration>,
+    /// It waits so long at most for room, and so long until the model is loaded.
+    pub limits: Option<(Duration, Duration)>,
     /// It bears so many loads that fail, but for one; `None`: any number.
     pub max_failures: Option<u32>,
     /// If it can go on later.
@@ -190,7 +190,7 @@ impl Residency {
     /// # Errors
     /// It can't be had, or not in time.
     pub(super) async fn lease(self: &Arc<Self>, model: usize, wanted: Wanted) -> Result<Lease, Absent> {
-        let Wanted { due_in, limit, max_failures, ask } = wanted;
+        let Wanted { due_in, limits, max_failures, ask } = wanted;
         let now = self.now();
         let (number, mut granted) = {
             let mut inner = self.lock();
@@ -212,9 +212,14 @@ impl Residency {
         };
         self.bell.notify_one();
         let _wait = Wait(self, model, number);
-        let answered = match limit {
-            Some(limit) => tokio::time::timeout(limit, &mut granted).await.ok(),
+        let answered = match limits {
             None => Some((&mut granted).await),
+            Some((for_room, in_all)) => match tokio::time::timeout(for_room.min(in_all), &mut granted).await {
+                Err(_) if self.shown(model).state == "loading" => {
+                    tokio::time::timeout(in_all.saturating_sub(for_room), &mut granted).await.ok()
+                }
+                answered => answered.ok(),
+            },
         };
         match answered {
             Some(answer) => answer.unwrap_or(Err(Absent::Closed)),

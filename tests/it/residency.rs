@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 /// Two models that do not fit side by side into the server's 1 GiB: the same weights in two kinds of numbers.
 fn config(server: &str, first: &str) -> String {
+    // However slow the machine is, but for those who ask for less.
+    let load_wait_s = if server.contains("100000") { 1 } else { 3600 };
     format!(
-        "[server]\napi_keys = [\"{KEY}\"]\n{server}\n
+        "[server]\napi_keys = [\"{KEY}\"]\nload_wait_s = {load_wait_s}\n{server}\n
+        [windows.asap]\nceiling_s = 3600\n
         [[model]]\nid = \"org/first\"\nweights = \"{MODEL}\"\nnumerics = \"int8\"\nmemory = \"600MiB\"\nload = \"on_demand\"\n{first}\n
         [[model]]\nid = \"org/second\"\nweights = \"{MODEL}\"\nnumerics = \"bf16\"\nmemory = \"700MiB\"\nload = \"on_demand\"\n"
     )
@@ -140,7 +143,8 @@ fn batches_and_background_responses_wait_for_their_models() {
     assert_eq!(server.metric(&of("valar_model_unloads_total", "org/first")), 1);
     let id = response["id"].as_str().unwrap();
     let get = |path: &str| server.get(path).json();
-    wait_until("the response is done", || get(&format!("/v1/responses/{id}"))["status"] == "completed");
+    // As many tokens as it may have.
+    wait_until("the response is done", || get(&format!("/v1/responses/{id}"))["status"] == "incomplete");
     wait_until("the batch is done", || get(&path)["status"] == "completed");
     let counts = &get(&path)["request_counts"];
     assert_eq!(counts, &json!({"total": 96, "completed": 96, "failed": 0}));
@@ -151,16 +155,16 @@ fn batches_and_background_responses_wait_for_their_models() {
 #[test]
 fn a_call_waits_no_longer_than_it_may() {
     // The first stays for the test's time, whatever the machine's speed.
-    let server = Server::with(&config("min_loaded_s = 100000\nload_wait_s = 1", ""), &[]);
+    let server = Server::with(&config("min_loaded_s = 100000", ""), &[]);
     answer_at_last(&server, "org/first");
-    for (path, mut body) in [
-        ("/v1/chat/completions", chat("org/second")),
-        ("/v1/messages", json!({"model": "org/second", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]})),
+    for (path, mut body, status) in [
+        ("/v1/chat/completions", chat("org/second"), 503),
+        ("/v1/messages", json!({"model": "org/second", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}), 529),
     ] {
         for is_streamed in [false, true] {
             body["stream"] = is_streamed.into();
             let refused = server.post(path, body.clone());
-            assert_eq!((refused.status, refused.header("retry-after")), (503, "5"), "{}", refused.text);
+            assert_eq!((refused.status, refused.header("retry-after")), (status, "5"), "{}", refused.text);
             let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
             assert!(message.contains("org/second") && message.contains("others are at work"), "{message}");
         }
@@ -210,7 +214,8 @@ fn a_load_that_fails_is_told_and_tried_again() {
     wait_until("it is tried again", || error().contains("have changed"));
     fs::rename(&away, &own).unwrap();
     let path = format!("/v1/responses/{}", response["id"].as_str().unwrap());
-    wait_until("the response is done", || server.get(&path).json()["status"] == "completed");
+    // As many tokens as it may have.
+    wait_until("the response is done", || server.get(&path).json()["status"] == "incomplete");
     answer(&server, "ours");
     assert_eq!(server.get("/v1/status").json()["engines"][0]["loads"]["error"], Value::Null);
 }
