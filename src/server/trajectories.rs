@@ -15,6 +15,7 @@ use crate::store::trajectories::{self, Trajectory};
 use crate::window::{AIM, Class};
 use anyhow::{Result, ensure};
 use axum::Extension;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -161,8 +162,9 @@ fn not_found(id: &str) -> ApiError {
 pub(super) async fn retrieve(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    let Ok(Path(id)) = id else { return Err(not_found("")) };
     let (owner, name) = (owner.to_string(), id.clone());
     let found = app.store.read(move |connection| trajectories::get(connection, &owner, &name)).await?;
     Ok(json_response(&shown(&found.ok_or_else(|| not_found(&id))?)))
