@@ -74,6 +74,11 @@ impl Blocks {
         self.n_idle
     }
 
+    /// How many tables refer to a block.
+    pub(super) fn n_tables(&self, block: u32) -> u32 {
+        self.refs[block as usize] - u32::from(self.is_kept[block as usize])
+    }
+
     /// Blocks of the pool.
     pub(super) fn n_total(&self) -> usize {
         self.refs.len()

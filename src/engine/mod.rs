@@ -17,6 +17,7 @@ mod preemption;
 mod progress;
 mod quarantine;
 pub mod repetition;
+mod reserve;
 pub mod sampling;
 mod scheduler;
 mod sequence;
@@ -68,6 +69,8 @@ pub struct EngineConfig {
     pub share_floors: [u8; 3],
     /// Most KV blocks that are kept of sequences that have ended, while nobody else needs them.
     pub max_kept_blocks: usize,
+    /// Percent of the blocks and of the places that are kept free for asap rows at least, more if they want more; 0: none are.
+    pub asap_reserve: u8,
 }
 
 impl EngineConfig {
@@ -81,6 +84,7 @@ impl EngineConfig {
             cold_output_tokens: 256,
             share_floors: [0, 10, 2],
             max_kept_blocks: 0,
+            asap_reserve: 0,
         }
     }
 }

@@ -34,7 +34,7 @@ impl Scheduler {
     }
 
     /// Makes room for the first row of the queue, if it is urgent, among batch rows that have time: they are preempted, as
-    /// many as it takes. False if it would not do, or if it is not urgent. A class that is owed loses none, and memory that it waits
+    /// many as it takes. False, and nobody is preempted, if it would not do, or if it is not urgent. A class that is owed loses none, and memory that it waits
     /// for is left to it.
     pub(super) fn make_room_for_urgent(&mut self, class: Class, growth: &mut Option<usize>) -> bool {
         if !self.policy.is_urgent(self.waiting[class as usize][0].rank)
@@ -46,15 +46,19 @@ impl Scheduler {
             let has_time = row.class == Class::Batch && !own.policy.is_urgent(row.rank);
             has_time && row.phase == Phase::Live && row.in_step != own.step && row.n_preemptions < own.config.max_preemptions
         };
-        // Their own blocks, and those they would have grown by.
+        // What they alone hold, and what they would have grown by: blocks that a trunk holds too stay in use without them.
         let losers = self.running.iter().filter(|&row| may_lose(self, row));
-        let n_freed: usize = losers.map(|row| self.final_blocks(row) - row.n_shared_blocks).sum();
-        let forecast = self.forecast(class, self.growth());
-        if forecast.saturating_sub(n_freed) > self.blocks.n_total() {
+        let is_own = |block: &&u32| self.blocks.n_tables(**block) == 1;
+        let freed = |row: &Sequence| row.buffers.table.iter().filter(is_own).count() + self.growth_of(row);
+        let (n_losers, n_freed) = losers.fold((0, 0), |(n, sum), row| (n + 1, sum + freed(row)));
+        let n_staying = self.n_running - n_losers;
+        let limit = self.blocks_below_asap(n_staying);
+        let would_do = |own: &Self| own.forecast(class, own.growth()).saturating_sub(n_freed) <= limit;
+        if !self.has_place_below_asap(n_staying) || !(would_do(self) || (self.drop_idle_trunks() && would_do(self))) {
             return false;
         }
         loop {
-            let has_place = self.n_running < self.config.max_running;
+            let has_place = self.has_place_below_asap(self.n_running);
             let own_growth = self.growth();
             if has_place && self.forecast_fits(class, own_growth) {
                 *growth = Some(own_growth);
@@ -109,6 +113,7 @@ impl Scheduler {
         row.n_preemptions += 1;
         self.n_running -= 1;
         self.stats.preemptions += 1;
+        self.stats.preemptions_of[row.class as usize] += 1;
         self.is_tight = true;
     }
 }

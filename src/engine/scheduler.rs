@@ -4,7 +4,7 @@
 //! A step is filled in this order, until its budget of tokens is used: asap decodes, asap prefills; one row of a class that
 //! is owed (`policy`); what is urgent, decodes before prefills; standard decodes, batch decodes, standard prefills, batch
 //! prefills. Admission is a prefill's first chunk, in the order of `policy`. What nobody before has used goes down to the
-//! next. An asap row takes blocks and places from rows of other classes, an urgent one from batch rows that have time (see
+//! next. An asap row finds blocks and places that are kept for it (`reserve`), and takes more from rows of other classes, an urgent one from batch rows that have time (see
 //! `preemption`); others only when a forecast was wrong.
 //!
 //! Invariants: no step passes its budget; a row that has tokens in the step is not preempted in it; one that is
@@ -18,6 +18,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::blocks::Blocks;
 use super::keep::Kept;
 use super::policy::Policy;
+use super::reserve::Reserve;
 use super::sequence::{Phase, Sequence, Submission};
 use super::stream::Stream;
 use super::{EngineConfig, EngineStats, Scheduled, StepLimits, TokenTable};
@@ -53,6 +54,8 @@ pub(super) struct Scheduler {
     pub(super) copies: Vec<BlockCopy>,
     /// Sources of `copies`: not to be reused before the device has done the step.
     pub(super) held: Vec<u32>,
+    /// What is kept for asap rows.
+    pub(super) reserve: Reserve,
     /// How long steps may be.
     pub(super) step_limits: Arc<StepLimits>,
     /// Tokens that this step can still take.
@@ -79,6 +82,7 @@ impl Scheduler {
             scheduled: Vec::with_capacity(limits.max_step_seqs),
             copies: Vec::with_capacity(limits.max_step_seqs),
             held: Vec::with_capacity(limits.max_step_seqs),
+            reserve: Reserve::new(config.asap_reserve, limits.n_blocks, config.max_running),
             step_limits: Arc::default(),
             room_tokens: 0,
             is_tight: false,
@@ -185,6 +189,7 @@ impl Scheduler {
             let own_tokens = n_decoding + n_prompt + self.step_limits.base_tokens.load(Relaxed);
             self.room_tokens = self.room_tokens.min((own_tokens / 2).max(1));
         }
+        self.keep_for_asap();
         self.run_owed();
         self.run_urgent();
         self.decode(Class::Standard);
@@ -283,11 +288,15 @@ impl Scheduler {
 
     /// Goes on with rows that decode, or with those that are in their prompts.
     fn run_where(&mut self, decodes: bool, is_meant: impl Fn(&Self, &Sequence) -> bool) {
-        for idx in 0..self.running.len() {
+        let wants = |row: &Sequence| row.phase == Phase::Live && row.remaining() > 0 && (row.remaining() == 1) == decodes;
+        let n_rows = self.running.len();
+        // Where steps have no room for all that decode, they take turns; prompts are computed one after the other.
+        let rows = self.running.iter().enumerate().filter(|(_, row)| decodes && wants(row));
+        let first = rows.min_by_key(|(_, row)| row.in_step).map_or(0, |(idx, _)| idx);
+        for idx in (first..n_rows).chain(0..first) {
             let row = &self.running[idx];
-            let wants = row.phase == Phase::Live && row.remaining() > 0 && (row.remaining() == 1) == decodes;
             // Prompts have their slots.
-            if wants && is_meant(self, row) && self.has_room() && (!decodes || self.ensure_slot(idx)) {
+            if wants(row) && is_meant(self, row) && self.has_room() && (!decodes || self.ensure_slot(idx)) {
                 self.take_chunk(idx);
             }
         }
@@ -345,52 +354,18 @@ impl Scheduler {
     /// Whether the first row of the class's queue gets in; makes room for it as far as its class allows.
     /// `growth` is what [`Scheduler::growth`] gives, once it is known.
     fn can_admit(&mut self, class: Class, growth: &mut Option<usize>) -> bool {
-        let has_place = self.n_running < self.config.max_running;
         match class {
-            Class::Asap => self.asap_fits() && (has_place || self.preempt_below_asap()) && self.make_room_for_asap(),
+            Class::Asap => {
+                let has_place = self.n_running < self.config.max_running;
+                self.asap_fits() && (has_place || self.preempt_below_asap()) && self.make_room_for_asap()
+            }
             Class::Standard | Class::Batch => {
-                (has_place && !self.is_tight && self.forecast_fits(class, *growth.get_or_insert_with(|| self.growth())))
+                (self.has_place_below_asap(self.n_running)
+                    && !self.is_tight
+                    && self.forecast_fits(class, *growth.get_or_insert_with(|| self.growth())))
                     || self.make_room_for_urgent(class, growth)
             }
         }
-    }
-
-    /// Blocks that a row will hold at its end.
-    pub(super) fn final_blocks(&self, row: &Sequence) -> usize {
-        let estimate = self.streams[row.stream_idx].lengths.estimate(self.config.cold_output_tokens);
-        row.final_blocks(estimate, self.limits.max_context)
-    }
-
-    /// Blocks that a running row will need besides those it has.
-    pub(super) fn growth_of(&self, row: &Sequence) -> usize {
-        self.final_blocks(row).saturating_sub(row.buffers.table.len())
-    }
-
-    /// Blocks that the running rows will need besides those they have.
-    pub(super) fn growth(&self) -> usize {
-        self.running.iter().filter(|r| r.phase == Phase::Live).map(|r| self.growth_of(r)).sum()
-    }
-
-    /// Blocks in use once the running rows, which need `growth` more, and the first of the queue have grown to their
-    /// predicted lengths.
-    pub(super) fn forecast(&self, class: Class, growth: usize) -> usize {
-        let new = self.final_blocks(&self.waiting[class as usize][0]) - self.beginning(class).n_used_blocks();
-        self.blocks.n_used() + growth + new
-    }
-
-    /// Whether the forecast with the first row of the queue fits the pool; frees trunks for it as far as that is right.
-    pub(super) fn forecast_fits(&mut self, class: Class, growth: usize) -> bool {
-        let n_total = self.blocks.n_total();
-        let fits = |own: &Self| own.forecast(class, growth) <= n_total;
-        if fits(self) || (self.drop_idle_trunks() && fits(self)) {
-            return true;
-        }
-        if self.n_running > 0 {
-            return false;
-        }
-        self.drop_trunks();
-        assert!(fits(self), "a row alone doesn't fit the pool");
-        true
     }
 
     /// Moves the first row of the queue to the running ones and gives it blocks for all its tokens.

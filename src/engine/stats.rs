@@ -25,6 +25,8 @@ pub struct EngineStats {
     pub failed_steps: u64,
     /// Times that a row lost its blocks.
     pub preemptions: u64,
+    /// The same, by class.
+    pub preemptions_of: [u64; 3],
     /// Rows completed.
     pub finished: u64,
     /// Blocks of the pool that are in use.
@@ -55,6 +57,7 @@ impl EngineStats {
             recomputed_tokens: self.recomputed_tokens + before.recomputed_tokens,
             failed_steps: self.failed_steps + before.failed_steps,
             preemptions: self.preemptions + before.preemptions,
+            preemptions_of: std::array::from_fn(|class| self.preemptions_of[class] + before.preemptions_of[class]),
             finished: self.finished + before.finished,
             ..self
         }

@@ -60,6 +60,7 @@ mod policies;
 mod positions;
 mod references;
 mod requests;
+mod reserve;
 mod residency;
 mod resume;
 mod retry;

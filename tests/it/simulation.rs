@@ -249,6 +249,7 @@ fn any_workload(rng: &mut Rng) -> Workload {
         cold_output_tokens: rng.pick(&[1, 1, 8, 64]),
         share_floors: rng.pick(&[[0, 10, 2], [0, 50, 50], [0; 3]]),
         max_kept_blocks: 0,
+        asap_reserve: rng.pick(&[0, 5, 50]),
     };
     let percent_endless = rng.pick(&[0, 0, 30, 100]);
     let is_timed = rng.chance(50);
