@@ -184,9 +184,23 @@ pub struct ServeArgs {
     /// The certificate's key (PEM, not encrypted)
     #[arg(long, value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
+    /// What is said, on standard error: lines for people (text), or JSON objects with the ids of requests (json)
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
     /// What computes
     #[command(flatten)]
     pub engine: EngineArgs,
+}
+
+/// How a server says what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// `valar usage`

@@ -1,6 +1,7 @@
 //! What `valar serve` is told: flags and `valar.toml` -> [`ServeConfig`], checked and immutable.
 
 use super::{ModelConfig, cache_folder, free_memory_bytes, hub, isa, n_threads, parse_bytes, sampling_params};
+pub use crate::cli::LogFormat;
 use crate::cli::ServeArgs;
 use crate::device::cpu::Numerics;
 use crate::pipeline::referenced::Places;
@@ -42,6 +43,8 @@ pub struct ServeConfig {
     pub currency: String,
     /// From where files may be taken by reference.
     pub places: Places,
+    /// How it says what it does.
+    pub log_format: LogFormat,
 }
 
 /// PEM files of a server that speaks TLS.
@@ -221,6 +224,7 @@ struct ServerSpec {
     drain_s: u64,
     load_wait_s: u64,
     min_loaded_s: u64,
+    log_format: LogFormat,
 }
 
 impl Default for ServerSpec {
@@ -250,6 +254,7 @@ impl Default for ServerSpec {
             drain_s: 30,
             load_wait_s: 300,
             min_loaded_s: 10,
+            log_format: LogFormat::default(),
         }
     }
 }
@@ -363,6 +368,7 @@ impl ServeConfig {
             hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,
             currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
             places: Places::parse(&spec.files.allow).context("files.allow")?,
+            log_format: args.log_format.unwrap_or(server.log_format),
             limits: ServeLimits {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
                 max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,
@@ -371,7 +377,7 @@ impl ServeConfig {
                 max_queued: server.max_queued,
                 rates: server.rates(),
                 max_background: server.max_background,
-                retention: Duration::from_secs(86_400 * server.retention_days),
+                retention: Duration::from_secs(server.retention_days.saturating_mul(86_400)),
                 max_connections: server.max_connections,
                 header_timeout: Duration::from_secs(server.header_timeout_s),
                 body_timeout: Duration::from_secs(server.body_timeout_s),

@@ -3,7 +3,9 @@
 
 use crate::config::PROGRESS_LINE_SECONDS;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Map, Value, json};
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// A reading of a running job.
@@ -87,9 +89,40 @@ impl Progress {
     }
 }
 
+/// Whether lines are JSON objects.
+static IS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// From now on, lines are JSON objects: `time`, `level`, `message`, and what else is known.
+pub fn say_as_json() {
+    IS_JSON.store(true, Relaxed);
+}
+
+/// Whether they are.
+pub fn is_json() -> bool {
+    IS_JSON.load(Relaxed)
+}
+
 /// One line for people, on standard error. A closed standard error is no reason to lose a job.
 pub fn say(line: &str) {
-    let _closed = writeln!(std::io::stderr(), "{line}");
+    say_with(line, &Map::new());
+}
+
+/// One line, and what it is of.
+pub fn say_with(line: &str, fields: &Map<String, Value>) {
+    let text = if is_json() { json_line(line, fields) } else { text_line(line, fields) };
+    let _closed = writeln!(std::io::stderr(), "{text}");
+}
+
+fn text_line(line: &str, fields: &Map<String, Value>) -> String {
+    fields.iter().fold(line.to_owned(), |line, (name, value)| format!("{line} {name}={value}"))
+}
+
+fn json_line(line: &str, fields: &Map<String, Value>) -> String {
+    let level = ["error", "warning"].into_iter().find(|level| line.starts_with(level)).unwrap_or("info");
+    let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
+    let mut object = json!({"time": time, "level": level, "message": line});
+    fields.iter().for_each(|(name, value)| object[name] = value.clone());
+    object.to_string()
 }
 
 impl Snapshot {
@@ -121,6 +154,18 @@ fn clock(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_for_programs_is_one_object_whatever_it_says() {
+        let Value::Object(fields) = json!({"request_id": "req_1", "status": 200}) else { unreachable!() };
+        let text = json_line("error: \"two\nlines\"", &fields);
+        assert!(!text.contains('\n'), "{text}");
+        let line: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((&line["level"], &line["message"]), (&json!("error"), &json!("error: \"two\nlines\"")));
+        assert_eq!((&line["request_id"], &line["status"]), (&json!("req_1"), &json!(200)));
+        assert!(chrono::DateTime::parse_from_rfc3339(line["time"].as_str().unwrap()).is_ok(), "{line}");
+        assert_eq!(text_line("a", &fields), "a request_id=\"req_1\" status=200");
+    }
 
     #[test]
     fn a_line_says_everything_even_when_nothing_is_known() {

@@ -16,12 +16,19 @@ pub(super) struct Owner {
     id: Arc<str>,
     /// Of a request that may come again.
     pub(super) claim: Option<Arc<Claim>>,
+    /// The id of its request, if it has one.
+    pub(super) request: Option<Arc<str>>,
 }
 
 impl Owner {
     /// As it is stored.
     pub(super) fn stored(id: &str) -> Self {
-        Self { id: id.into(), claim: None }
+        Self { id: id.into(), claim: None, request: None }
+    }
+
+    /// With the id of its request.
+    pub(super) fn of_request(self, id: &str) -> Self {
+        Self { request: Some(id.into()), ..self }
     }
 
     /// With a request that may come again.

@@ -5,11 +5,13 @@
 use super::App;
 use super::auth::Owner;
 use super::backlog::Ticket;
+use super::batch_tokens::Body;
 use super::books;
 use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
 use super::ids;
 use super::limits::Held;
+use super::log::say;
 use super::models::{Models, now};
 use super::once;
 use super::response_events::{Event, TERMINAL, Told, event, events, failed};
@@ -18,7 +20,6 @@ use super::trajectories::Turn;
 use super::windows::{Mode, Window};
 use crate::format::openai::Endpoint;
 use crate::outcome::{ErrorCode, RowError};
-use crate::pipeline::progress::say;
 use crate::store::Connection;
 use crate::store::ledger::Entry;
 use crate::store::responses::{self, StoredEvent, StoredResponse};
@@ -255,14 +256,23 @@ pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
             struct Where {
                 model: String,
                 window: Window,
+                #[serde(default)]
+                body: Body,
             }
-            open.push((id, serde_json::from_str::<Where>(request).map(|at| (at.model, at.window)).ok()));
+            let place = serde_json::from_str::<Where>(request).ok();
+            open.push((id, place.map(|at| (at.model, at.window, at.body.asked(request.len())))));
         })?;
         Ok(open)
     });
     for (id, place) in open.await? {
-        app.background.with(|open| open.insert(id.clone(), Open::new(None, None)));
-        let (model, window) = place.unwrap_or((String::new(), Window::Standard));
+        let (model, window, ticket) = match place {
+            Some((model, window, asked)) => {
+                let ticket = app.models.find(&model).map(|model| model.live.count_in(window.class(), asked));
+                (model, window, ticket)
+            }
+            None => (String::new(), Window::Standard, None),
+        };
+        app.background.with(|open| open.insert(id.clone(), Open::new(None, ticket)));
         app.background.enqueue(id, &model, window);
     }
     for Queue { mut ids, n_running } in queues {

@@ -1,29 +1,50 @@
-//! How long a call would have to wait: the work that is open before it, at the speed that the engine has when it is full.
-//! What a window can't honour is refused when it is asked for, not accepted and done too late. Knows no clock and no HTTP.
-//! Invariants: nothing is refused that finds nothing before it, or while the speed is not known; work is counted until it is
-//! done or its ticket is dropped.
+//! How long a call would have to wait, and whether a batch would be done in time: the work that is open before it, at the speed
+//! that the engine has when it is full. What a window can't honour is refused when it is asked for, not accepted and done too
+//! late. Knows no HTTP. Invariants: nothing is refused that finds nothing before it, but for a batch that alone would take too
+//! long, and nothing while the speed is not known; work is counted until it is done or its ticket is dropped.
 
 use crate::window::Class;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How much a new measurement counts against those before.
 const NEW_SHARE: f64 = 0.05;
 /// Tokens that a completion is expected to have until some have ended.
 const COLD_DRAWN: f64 = 256.0;
+/// A speed that was measured so long ago says nothing of calls that come now, and little of batches.
+const QUIET: Duration = Duration::from_mins(1);
+/// What measurements count that were made before a quiet time.
+const OLD_SHARE: f64 = 0.2;
+/// Batches are accepted whose forecast is so much longer than their window: some rows end sooner than others of their kind.
+const BATCH_RELAXATION: f64 = 1.25;
 
 /// See the module.
-#[derive(Debug, Default)]
-pub struct Backlog(Mutex<State>);
+#[derive(Debug)]
+pub struct Backlog {
+    state: Mutex<State>,
+    since: Instant,
+}
+
+impl Default for Backlog {
+    fn default() -> Self {
+        Self { state: Mutex::default(), since: Instant::now() }
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
     /// By class: tokens of open calls, those that they will probably draw among them.
     open: [f64; Class::ALL.len()],
+    /// The same of open batches, by when they expire (unix seconds), and a number.
+    batches: BTreeMap<(u64, u64), f64>,
+    n_batches: u64,
     /// Of late, steps after which rows waited for the engine: their seconds, and their tokens.
     full: (f64, f64),
-    /// Tokens that completions have; 0: not known.
-    drawn: f64,
+    /// When the last of them ended.
+    full_at: Duration,
+    /// Tokens that completions of calls and of batches have; 0: not known.
+    drawn: [f64; 2],
 }
 
 fn learn(old: &mut f64, new: f64) {
@@ -32,28 +53,37 @@ fn learn(old: &mut f64, new: f64) {
 
 impl Backlog {
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
-        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A step of so many tokens took that long while others waited.
     pub fn note_full_step(&self, time: Duration, n_tokens: usize) {
-        if n_tokens > 0 {
-            self.with(|state| {
-                let (seconds, tokens) = &mut state.full;
-                *seconds = *seconds * (1.0 - NEW_SHARE) + time.as_secs_f64();
-                *tokens = *tokens * (1.0 - NEW_SHARE) + n_tokens as f64;
-            });
-        }
+        let at = self.since.elapsed();
+        self.with(|state| state.note_full_step(at, time, n_tokens));
     }
 
-    /// A call's completion had so many tokens.
-    pub fn note_finished(&self, n_tokens: usize) {
-        self.with(|state| learn(&mut state.drawn, n_tokens as f64));
+    /// A completion, of a batch or of a call, had so many tokens.
+    pub fn note_finished(&self, is_of_batch: bool, n_tokens: usize) {
+        self.with(|state| learn(&mut state.drawn[usize::from(is_of_batch)], n_tokens as f64));
+    }
+
+    /// Tokens that a completion of a batch will probably have.
+    pub fn batch_drawn(&self) -> u64 {
+        self.with(|state| state.expected(true)) as u64
+    }
+
+    /// Tokens of a class that are open, those that will probably be drawn among them.
+    pub fn open_tokens(&self, class: Class) -> f64 {
+        self.with(|state| match class {
+            Class::Batch => state.batches.values().sum(),
+            Class::Asap | Class::Standard => state.open[class as usize],
+        })
     }
 
     /// How long what is asked for now would wait behind its class and those before it.
     pub fn wait(&self, class: Class) -> Duration {
-        self.with(|state| state.wait(class))
+        let at = self.since.elapsed();
+        self.with(|state| state.wait(class, at))
     }
 
     /// Counts a call in; `sequences` are the prompt tokens and the most drawn ones of each.
@@ -66,25 +96,100 @@ impl Backlog {
         sequences: impl Iterator<Item = (usize, u32)>,
         ceiling: Option<Duration>,
     ) -> Result<Ticket, Duration> {
+        let at = self.since.elapsed();
         self.with(|state| {
-            let wait = state.wait(class);
+            let wait = state.wait(class, at);
             if ceiling.is_some_and(|ceiling| wait > ceiling) {
                 return Err(wait);
             }
-            let drawn = if state.drawn > 0.0 { state.drawn } else { COLD_DRAWN };
-            let n_tokens = sequences.map(|(n_prompt, most)| n_prompt as f64 + drawn.min(f64::from(most))).sum();
-            state.open[class as usize] += n_tokens;
-            Ok(Ticket { backlog: Arc::clone(self), class, n_tokens })
+            Ok(state.add_call(self, class, sequences))
         })
+    }
+
+    /// As [`Backlog::enter`], of a call that was accepted before.
+    pub fn count_in(self: &Arc<Self>, class: Class, sequence: (usize, u32)) -> Ticket {
+        self.with(|state| state.add_call(self, class, std::iter::once(sequence)))
+    }
+
+    /// Counts a batch of so many tokens in, which expires then (unix seconds).
+    ///
+    /// # Errors
+    /// It would not be done by then, or make another one late that was accepted: how much too long all would take.
+    pub fn enter_batch(self: &Arc<Self>, n_tokens: u64, now: u64, expires_at: u64) -> Result<BatchTicket, Duration> {
+        self.with(|state| {
+            let too_long = state.too_long(n_tokens as f64, now, expires_at);
+            if too_long.is_zero() { Ok(state.add_batch(self, n_tokens, expires_at)) } else { Err(too_long) }
+        })
+    }
+
+    /// As [`Backlog::enter_batch`], of one that was accepted before.
+    pub fn enter_accepted(self: &Arc<Self>, n_tokens: u64, expires_at: u64) -> BatchTicket {
+        self.with(|state| state.add_batch(self, n_tokens, expires_at))
     }
 }
 
 impl State {
-    fn wait(&self, class: Class) -> Duration {
-        let n_tokens: f64 = self.open[..=class as usize].iter().sum();
+    fn note_full_step(&mut self, at: Duration, time: Duration, n_tokens: usize) {
+        if n_tokens == 0 {
+            return;
+        }
+        let is_old = at.saturating_sub(self.full_at) > QUIET;
+        let kept = if is_old { OLD_SHARE } else { 1.0 - NEW_SHARE };
+        let (seconds, tokens) = &mut self.full;
+        *seconds = *seconds * kept + time.as_secs_f64();
+        *tokens = *tokens * kept + n_tokens as f64;
+        self.full_at = at;
+    }
+
+    fn expected(&self, is_of_batch: bool) -> f64 {
+        let drawn = self.drawn[usize::from(is_of_batch)];
+        if drawn > 0.0 { drawn } else { COLD_DRAWN }
+    }
+
+    /// Seconds that a token takes when the engine is full; 0: not known.
+    fn token_s(&self) -> f64 {
         let (seconds, tokens) = self.full;
-        let token_s = if tokens > 0.0 { seconds / tokens } else { 0.0 };
-        Duration::try_from_secs_f64(n_tokens.max(0.0) * token_s).unwrap_or(Duration::MAX)
+        if tokens > 0.0 { seconds / tokens } else { 0.0 }
+    }
+
+    fn wait(&self, class: Class, at: Duration) -> Duration {
+        // Nobody has waited for the engine since: whoever comes begins.
+        if at.saturating_sub(self.full_at) > QUIET {
+            return Duration::ZERO;
+        }
+        let n_tokens: f64 = self.open[..=class as usize].iter().sum();
+        Duration::try_from_secs_f64(n_tokens.max(0.0) * self.token_s()).unwrap_or(Duration::MAX)
+    }
+
+    /// How much too long a new batch, and those that expire after it, would take; calls go before all of them.
+    fn too_long(&self, n_tokens: f64, now: u64, expires_at: u64) -> Duration {
+        let mut before: f64 = self.open[..Class::Batch as usize].iter().sum();
+        before += self.batches.range(..(expires_at, u64::MAX)).map(|(_, tokens)| tokens).sum::<f64>();
+        let late_s =
+            |n_tokens: f64, expires_at: u64| n_tokens * self.token_s() - BATCH_RELAXATION * expires_at.saturating_sub(now) as f64;
+        let mut most_s = late_s(before + n_tokens, expires_at);
+        for (&(expires_at, _), tokens) in self.batches.range((expires_at, u64::MAX)..) {
+            before += tokens;
+            // One that is late already is none the worse for being last.
+            if late_s(before, expires_at) <= 0.0 {
+                most_s = most_s.max(late_s(before + n_tokens, expires_at));
+            }
+        }
+        Duration::try_from_secs_f64(most_s.max(0.0)).unwrap_or(Duration::MAX)
+    }
+
+    fn add_call(&mut self, backlog: &Arc<Backlog>, class: Class, sequences: impl Iterator<Item = (usize, u32)>) -> Ticket {
+        let drawn = self.expected(false);
+        let n_tokens = sequences.map(|(n_prompt, most)| n_prompt as f64 + drawn.min(f64::from(most))).sum();
+        self.open[class as usize] += n_tokens;
+        Ticket { backlog: Arc::clone(backlog), class, n_tokens }
+    }
+
+    fn add_batch(&mut self, backlog: &Arc<Backlog>, n_tokens: u64, expires_at: u64) -> BatchTicket {
+        self.n_batches += 1;
+        let key = (expires_at, self.n_batches);
+        self.batches.insert(key, n_tokens as f64);
+        BatchTicket { backlog: Arc::clone(backlog), key }
     }
 }
 
@@ -112,6 +217,30 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.spend(usize::MAX);
+    }
+}
+
+/// A batch's part of what is open.
+#[derive(Debug)]
+pub struct BatchTicket {
+    backlog: Arc<Backlog>,
+    key: (u64, u64),
+}
+
+impl BatchTicket {
+    /// So many tokens of it are done.
+    pub fn spend(&self, n_tokens: usize) {
+        self.backlog.with(|state| {
+            if let Some(open) = state.batches.get_mut(&self.key) {
+                *open = (*open - n_tokens as f64).max(0.0);
+            }
+        });
+    }
+}
+
+impl Drop for BatchTicket {
+    fn drop(&mut self) {
+        self.backlog.with(|state| state.batches.remove(&self.key));
     }
 }
 
@@ -153,7 +282,45 @@ mod tests {
             wait
         };
         assert_eq!((wait(10), wait(4096)), (22, 514));
-        backlog.note_finished(20);
+        backlog.note_finished(false, 20);
         assert_eq!((wait(10), wait(4096)), (22, 42));
+    }
+
+    #[test]
+    fn a_speed_of_long_ago_refuses_nobody() {
+        let mut state = State { open: [0.0, 1e6, 0.0], ..State::default() };
+        let at = Duration::from_secs;
+        state.note_full_step(at(100), at(1), 10);
+        assert_eq!(state.wait(Class::Standard, at(130)).as_secs(), 100_000);
+        assert_eq!(state.wait(Class::Standard, at(161)), Duration::ZERO, "nobody has waited for a minute");
+        // What is measured then counts more than what was.
+        state.note_full_step(at(1000), at(1), 1000);
+        let wait = state.wait(Class::Standard, at(1000)).as_secs();
+        assert!((1100..1250).contains(&wait), "{wait}");
+        assert!(state.too_long(1e6, 0, 100) > Duration::ZERO, "batches are judged by what is known");
+    }
+
+    #[test]
+    fn batches_are_refused_that_would_be_late_or_make_others_late() {
+        let backlog = Arc::new(Backlog::default());
+        let enter = |n_tokens, expires_at| backlog.enter_batch(n_tokens, 1000, expires_at);
+        drop(enter(1 << 50, 1001).expect("the speed is not known"));
+        backlog.note_full_step(Duration::from_secs(1), 10);
+        assert_eq!(enter(2000, 1100).unwrap_err().as_secs(), 75, "200 s of work, and 1.25 times 100");
+        let calls = backlog.enter(Class::Standard, [(500, 0)].into_iter(), None).expect("no ceiling");
+        let first = enter(700, 1100).expect("with the calls, 120 of 125 s");
+        assert!(enter(100, 1100).is_err());
+        assert!(enter(51, 1200).is_ok(), "what expires later has more time");
+        // Sooner, it would go before the first, and leave it too little.
+        assert_eq!(enter(100, 1090).unwrap_err().as_secs(), 5);
+        drop(calls);
+        let second = enter(100, 1090).expect("the calls are done");
+        first.spend(600);
+        drop(second);
+        assert!(enter(1150, 1100).is_ok() && enter(1151, 1100).is_err(), "what is done is not open");
+        // One that is late anyway keeps nobody out.
+        let late = backlog.enter_accepted(90_000, 1300);
+        assert!(enter(100, 1200).is_ok());
+        drop(late);
     }
 }

@@ -7,8 +7,6 @@ use super::batch_inputs;
 use super::batch_runs::{Settings, folder};
 use super::batches::{self, Input, Wanted};
 use super::errors::{ApiError, json_response};
-use super::files::Arriving;
-use super::ids;
 use crate::format::openai::{Endpoint, parse_object};
 use crate::pipeline::referenced::Referenced;
 use anyhow::{Context as _, Result};
@@ -41,9 +39,7 @@ pub(super) async fn create(
     // Before anything is read or written for it.
     batches::check_room(&app)?;
     let body: Value = serde_json::from_str(&old.body).map_err(anyhow::Error::from)?;
-    let input = ids::new("file-");
-    let (from, to) = (app.data.join(folder(&old.id)), app.data.join("files").join(&input));
-    let at = to.clone();
+    let (input, from) = (Input::new(&app, true), app.data.join(folder(&old.id)));
     let settings: Settings = serde_json::from_str(&old.settings).map_err(anyhow::Error::from)?;
     let input_at = match settings.reference.clone() {
         Some(reference) => {
@@ -51,16 +47,13 @@ pub(super) async fn create(
         }
         None => None,
     };
-    let written = spawn_blocking(move || -> Result<_> {
-        let arriving = Arriving::at(at.clone());
-        Ok((failed_rows(&from, input_at.as_ref(), &at)?, arriving))
-    });
-    let (n_rows, arriving) = written.await.context("reading the errors panicked")??;
+    let written = spawn_blocking(move || -> Result<_> { Ok((failed_rows(&from, input_at.as_ref(), &input.path)?, input)) });
+    let (n_rows, input) = written.await.context("reading the errors panicked")??;
     if n_rows == 0 {
         return Err(refuse("The batch has no requests that failed.".into()));
     }
     let wanted = Wanted {
-        input: Input { id: input, path: to, arriving: Some(arriving), lines: None, reference: None },
+        input,
         endpoint: Endpoint::parse(&settings.endpoint).context("its endpoint")?,
         hours: (old.expires_at - old.created_at) / 3600,
         window: body["completion_window"].as_str().unwrap_or("24h").to_owned(),
@@ -68,6 +61,7 @@ pub(super) async fn create(
         label: body["label"].clone(),
         retry_of: Some(old.id),
         output_seconds: settings.output_seconds,
+        n_requests: 0,
     };
     Ok(json_response(&batches::open(app, &owner, wanted).await?))
 }

@@ -3,9 +3,12 @@
 //! first; what it ended as never changes.
 
 use super::App;
+use super::backlog::BatchTicket;
 use super::batch_ends::{conclude, fail, unwritten};
 use super::batch_inputs::{self, first_model, lines, model_of};
+use super::batch_tokens::{Estimate, estimate};
 use super::limits;
+use super::log::say;
 use super::models::{Offered, now};
 use super::places::{Place, Places};
 use super::prices::Price;
@@ -13,7 +16,6 @@ use super::residency::Lease;
 use crate::format::openai::Endpoint;
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
-use crate::pipeline::progress::say;
 use crate::pipeline::referenced::{Reference, Refused};
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
@@ -104,6 +106,8 @@ pub(super) struct Open {
     counts: Mutex<(u64, u64)>,
     /// Its share of the machine's time that is in no book yet.
     pub(super) machine_ns: Arc<AtomicU64>,
+    /// Its part of the work that is open.
+    ticket: Mutex<Option<Arc<BatchTicket>>>,
     control: Mutex<Control>,
 }
 
@@ -220,14 +224,14 @@ pub(super) async fn start(app: &Arc<App>) -> Result<()> {
         }
     }
     for id in app.store.read(batches::open).await? {
-        take_up(app, id);
+        take_up(app, id, None);
     }
     Ok(())
 }
 
-/// Carries a batch to its end, beside everything else.
-pub(super) fn take_up(app: &Arc<App>, id: String) {
-    let open = Arc::new(Open::default());
+/// Carries a batch to its end, beside everything else. `ticket` is its part of the work that is open, if it was just accepted.
+pub(super) fn take_up(app: &Arc<App>, id: String, ticket: Option<Arc<BatchTicket>>) {
+    let open = Arc::new(Open { ticket: Mutex::new(ticket), ..Open::default() });
     lock(&app.batches.open).insert(id.clone(), Arc::clone(&open));
     if app.batches.is_closed.load(SeqCst) {
         open.end(Ending::Pause);
@@ -306,6 +310,11 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
         Ok(counts) => *lock(&open.counts) = counts,
         Err(error) => say(&format!("batch {id}: {error:#}")),
     }
+    if lock(&open.ticket).is_none() {
+        let counts = *lock(&open.counts);
+        let ticket = count_in(&job, &model, counts, stored.expires_at).await?;
+        *lock(&open.ticket) = Some(Arc::new(ticket));
+    }
     let ended = wait_and_run(app, &stored, open, job, &model).await;
     timer.abort();
     if let Some(ended) = ended? {
@@ -313,6 +322,19 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
         spawn_blocking(move || ended.forget()).await.context("removing a journal panicked")??;
     }
     Ok(())
+}
+
+/// Counts in what is left of a batch that was accepted before the server started. What lies elsewhere is not read for that.
+async fn count_in(job: &HostedJob, model: &Offered, counts: (u64, u64), expires_at: u64) -> Result<BatchTicket> {
+    let (input, live, is_here) = (job.folder.join("input.jsonl"), Arc::clone(&model.live), job.input.is_none());
+    let counted = spawn_blocking(move || -> Result<BatchTicket> {
+        let drawn = live.backlog().batch_drawn();
+        let all = if is_here { estimate(lines(&input, None)?, 0, drawn)? } else { Estimate::default() };
+        let n_left = all.n_lines.saturating_sub(counts.0 + counts.1);
+        let likely = (all.likely as f64 * n_left as f64 / all.n_lines.max(1) as f64) as u64;
+        Ok(live.backlog().enter_accepted(likely, expires_at))
+    });
+    counted.await.context("reading the input panicked")?
 }
 
 /// Checks all lines; false if there is no more to do. The state is in progress then, or cancelling.
@@ -455,7 +477,8 @@ async fn wait<'a>(
 fn run(job: &HostedJob, model: &Offered, lease: Option<Lease>, open: &Arc<Open>, expires_at: u64) -> Result<Option<Ended>> {
     let (link, inbox) = Inbox::new();
     let [left, window] = [now(), job.created_unix_s].map(|from| Duration::from_secs(expires_at.saturating_sub(from)));
-    let at = model.live.seat(lease, &link, &open.machine_ns, (left, window));
+    let ticket = lock(&open.ticket).clone();
+    let at = model.live.seat(lease, &link, (&open.machine_ns, ticket), (left, window));
     {
         let mut control = lock(&open.control);
         if control.ending.is_some() || control.must_leave {

@@ -3,15 +3,13 @@
 
 use super::App;
 use super::auth::Owner;
-use super::batch_inputs::{self, first_model, model_of};
-use super::batch_runs::{self, Settings, Tariff, cancelled, folder};
-use super::batch_tokens::{default_output, estimate};
-use super::body::JsonObject;
+use super::batch_accept;
+use super::batch_bodies::{BatchBody, Head};
+use super::batch_inputs;
+use super::batch_runs::{Settings, Tariff, cancelled, folder};
 use super::errors::{ApiError, json_response};
 use super::files::Arriving;
-use super::limits;
 use super::models::now;
-use super::once::{self, Claim};
 use super::paging::{Page, Pairs};
 use super::stored::listed;
 use super::{files, ids, message_batches, windows};
@@ -19,7 +17,6 @@ use crate::format::openai::{Endpoint, kind};
 use crate::pipeline::referenced::{Reference, Referenced};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
-use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::Context as _;
 use axum::Extension;
 use axum::extract::rejection::PathRejection;
@@ -29,7 +26,7 @@ use axum::response::Response;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, BufWriter, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::task::spawn_blocking;
@@ -54,12 +51,21 @@ pub(super) struct Input {
     pub(super) id: String,
     /// Where it lies.
     pub(super) path: PathBuf,
-    /// If it is to be known as a file, and is not yet: gone again, unless its batch is accepted.
-    pub(super) arriving: Option<Arriving>,
-    /// Its lines, if they came with the batch: then it is to be written; to the batch's folder alone if it is not to be known.
-    pub(super) lines: Option<Vec<String>>,
+    /// If it was written for the batch: gone again, unless that is accepted and it is to be known.
+    pub(super) written: Option<Arriving>,
+    /// Whether it is to be known as a file.
+    pub(super) is_file: bool,
     /// If it lies elsewhere.
     pub(super) reference: Option<(Reference, Referenced)>,
+}
+
+impl Input {
+    /// One that is to be written.
+    pub(super) fn new(app: &App, is_file: bool) -> Self {
+        let id = ids::new("file-");
+        let path = app.data.join("files").join(&id);
+        Self { id, written: Some(Arriving::at(path.clone())), path, is_file, reference: None }
+    }
 }
 
 /// What a new batch is to be.
@@ -75,6 +81,8 @@ pub(super) struct Wanted {
     pub(super) retry_of: Option<String>,
     /// How long its files are kept.
     pub(super) output_seconds: Option<u64>,
+    /// How many requests it has, where that is told before they are looked at.
+    pub(super) n_requests: usize,
 }
 
 /// What the ids of batches begin with.
@@ -84,10 +92,10 @@ const PREFIX: &str = "batch_";
 pub(super) async fn create(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
-    JsonObject(body): JsonObject,
+    content: BatchBody,
 ) -> Result<Response, ApiError> {
-    const KNOWN: [&str; 7] =
-        ["input_file_id", "requests", "endpoint", "completion_window", "metadata", "output_expires_after", "label"];
+    const KNOWN: [&str; 6] = ["input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "label"];
+    let Head { fields: body, has_requests } = content.head().await?;
     if let Some((name, _)) = body.iter().find(|(name, value)| !KNOWN.contains(&name.as_str()) && !value.is_null()) {
         return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported"));
     }
@@ -104,10 +112,10 @@ pub(super) async fn create(
         app.models.check_window(asked)?;
     }
     let output_seconds = output_seconds(&body)?;
-    let input = match (text(&body, "input_file_id")?, body.get("requests").filter(|value| !value.is_null())) {
-        (Some(_), Some(_)) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
-        (None, None) => return Err(ApiError::missing("input_file_id")),
-        (Some(id), None) => {
+    let input = match (text(&body, "input_file_id")?, has_requests) {
+        (Some(_), true) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
+        (None, false) => return Err(ApiError::missing("input_file_id")),
+        (Some(id), false) => {
             let file = files::find(&app, &owner, id).await?;
             if file.purpose != "batch" {
                 let message = format!("is a file of purpose {:?}, not batch", file.purpose);
@@ -121,12 +129,12 @@ pub(super) async fn create(
                     Some((reference, found.map_err(|why| batch_inputs::refused("input_file_id", &why))?))
                 }
             };
-            Input { id: file.id, path: app.data.join(file.path), arriving: None, lines: None, reference }
+            Input { id: file.id, path: app.data.join(file.path), written: None, is_file: true, reference }
         }
-        (None, Some(requests)) => {
-            let (id, lines) = (ids::new("file-"), inline(requests, endpoint)?);
-            let path = app.data.join("files").join(&id);
-            Input { id, arriving: Some(Arriving::at(path.clone())), path, lines: Some(lines), reference: None }
+        (None, true) => {
+            let input = Input::new(&app, true);
+            content.write_lines(input.path.clone(), MAX_INLINE, inline(endpoint)).await?;
+            input
         }
     };
     let wanted = Wanted {
@@ -138,6 +146,7 @@ pub(super) async fn create(
         label: text(&body, "label")?.into(),
         retry_of: None,
         output_seconds,
+        n_requests: 0,
     };
     Ok(json_response(&open(app, &owner, wanted).await?))
 }
@@ -150,18 +159,17 @@ pub(super) fn check_room(app: &App) -> Result<(), ApiError> {
 /// Accepts a batch; its object.
 pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
     check_room(&app)?;
-    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds } = wanted;
+    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, n_requests } = wanted;
     let is_messages = endpoint == Endpoint::Messages;
     let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
-    let n_known = input.lines.as_ref().filter(|_| is_messages).map_or(0, Vec::len);
     let object = json!({
         "id": id, "object": "batch", "endpoint": endpoint.path(),
-        "input_file_id": input.id,
+        "input_file_id": if input.is_file { input.id.as_str() } else { "" },
         "completion_window": window,
         "status": "validating", "created_at": created_at, "expires_at": created_at + 3600 * hours,
         "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
         "cancelling_at": null, "cancelled_at": null, "output_file_id": null, "error_file_id": null, "errors": null,
-        "request_counts": {"total": n_known, "completed": 0, "failed": 0},
+        "request_counts": {"total": n_requests, "completed": 0, "failed": 0},
         "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
     });
     let tariff = Tariff::Free;
@@ -181,72 +189,10 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         n_tokens: 0,
     };
     // A caller who goes away now must not leave a batch behind that is stored and never run.
-    tokio::spawn(accept(app, (new, settings), input, owner.claim.clone())).await.context("accepting a batch panicked")??;
+    tokio::spawn(batch_accept::accept(app, (new, settings), input, owner.claim.clone()))
+        .await
+        .context("accepting a batch panicked")??;
     Ok(object)
-}
-
-/// Puts a batch on the disk, and has it run, unless its owner has too much in batches.
-async fn accept(
-    app: Arc<App>,
-    (mut new, mut settings): (StoredBatch, Settings),
-    mut input: Input,
-    claim: Option<Arc<Claim>>,
-) -> Result<(), ApiError> {
-    let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
-    let arriving = input.arriving.take();
-    let file = arriving.as_ref().map(|_| StoredFile {
-        id: input.id.clone(),
-        owner: new.owner.clone(),
-        created_at: new.created_at,
-        expires_at: Some(new.created_at + files::BATCH_DAYS * 86_400),
-        purpose: "batch".into(),
-        filename: format!("{id}.jsonl"),
-        bytes: 0,
-        path: format!("files/{}", input.id),
-        reference: None,
-    });
-    let limit = app.keys.allowance(&new.owner).map_or(0, |allowance| allowance.batch_tokens);
-    let (unwanted, is_new) = (at.clone(), arriving.is_some());
-    let (own, endpoint) = (Arc::clone(&app), settings.endpoint.clone());
-    let put = spawn_blocking(move || -> anyhow::Result<_> {
-        let referenced = input.reference.take().map(|(_, referenced)| referenced);
-        let n_bytes = put_input(&at, input, (is_new, referenced.is_some()))?;
-        let lines = || batch_inputs::lines(&at.join("input.jsonl"), referenced.as_ref());
-        let model = model_of(&own.models, first_model(lines()?)?.as_deref());
-        let n_tokens = if limit > 0 { estimate(lines()?, default_output(&own, model, &endpoint))? } else { 0 };
-        Ok((n_bytes, Tariff::of(model), n_tokens))
-    });
-    let n_bytes;
-    (n_bytes, settings.tariff, new.n_tokens) = put.await.context("writing the input panicked")??;
-    new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
-    // Held until it is stored, also if its caller goes away.
-    let _turn = claim.clone();
-    let write = move |connection: &Connection| {
-        let used = if limit > 0 { batches::held_tokens(connection, &new.owner, &new.id)? } else { 0 };
-        if limit > 0 && used.saturating_add(new.n_tokens) > limit {
-            let message = limits::too_many_in_batches(limit, used, new.n_tokens);
-            return Ok(Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some(limits::IN_BATCHES), message)));
-        }
-        if let Some(file) = file {
-            stored_files::insert(connection, &StoredFile { bytes: n_bytes, ..file })?;
-        }
-        if let Some(claim) = claim {
-            let is_messages = new.id.starts_with(message_batches::PREFIX);
-            claim.keep(connection, if is_messages { once::MESSAGE_BATCH } else { once::BATCH }, &new.id)?;
-        }
-        batches::insert(connection, &new).map(Ok)
-    };
-    if let Err(refused) = app.store.write(write).await? {
-        // What is left of it is removed at the next start.
-        let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(unwanted)));
-        removed.await.context("removing an input panicked")?;
-        return Err(refused);
-    }
-    if let Some(arriving) = arriving {
-        arriving.keep();
-    }
-    batch_runs::take_up(&app, id);
-    Ok(())
 }
 
 fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, ApiError> {
@@ -283,15 +229,10 @@ fn output_seconds(body: &Map<String, Value>) -> Result<Option<u64>, ApiError> {
     seconds.ok_or_else(fault).map(Some)
 }
 
-/// Lines of requests that stand in the body: `{custom_id, params}`.
-fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError> {
-    let requests = requests.as_array().ok_or_else(|| ApiError::invalid_type("requests", "an array", requests))?;
-    if requests.is_empty() || requests.len() > MAX_INLINE {
-        let message = format!("must hold 1 to {MAX_INLINE} requests, holds {}", requests.len());
-        return Err(ApiError::invalid_value("requests", message));
-    }
+/// The line of a request that stands in the body: `{custom_id, params}`.
+fn inline(endpoint: Endpoint) -> impl FnMut(usize, &Value) -> Result<String, ApiError> {
     let mut used = HashSet::new();
-    let lines = requests.iter().enumerate().map(|(i, request)| {
+    move |i, request| {
         let path = |key: &str| format!("requests[{i}].{key}");
         let Value::Object(request) = request else {
             return Err(ApiError::invalid_type(format!("requests[{i}]"), "an object", request));
@@ -311,7 +252,7 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
             let message = format!("{id:?} is what is done to a batch, and can't be asked for as a result");
             return Err(ApiError::invalid_value(path("custom_id"), message));
         }
-        if !used.insert(id) {
+        if !used.insert(id.clone()) {
             return Err(ApiError::field("duplicate_custom_id", path("custom_id"), format!("{id:?} was used before")));
         }
         let Some(params @ Value::Object(_)) = request.get("params") else {
@@ -322,37 +263,7 @@ fn inline(requests: &Value, endpoint: Endpoint) -> Result<Vec<String>, ApiError>
             return Err(ApiError::field("unsupported_parameter", path(other), "is not supported"));
         }
         Ok(json!({"custom_id": id, "method": "POST", "url": endpoint.path(), "body": params}).to_string())
-    });
-    lines.collect()
-}
-
-/// Makes the batch's folder with its input, durably; the input's length.
-fn put_input(folder: &Path, Input { path, lines, .. }: Input, (is_new, is_elsewhere): (bool, bool)) -> anyhow::Result<u64> {
-    std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
-    if is_elsewhere {
-        for folder in [Some(folder), folder.parent()].into_iter().flatten() {
-            File::open(folder)?.sync_all()?;
-        }
-        return Ok(0);
     }
-    let own = folder.join("input.jsonl");
-    let is_own = lines.is_some() && !is_new;
-    if let Some(lines) = lines {
-        let at = if is_own { &own } else { &path };
-        let mut file = BufWriter::new(File::create_new(at).with_context(|| at.display().to_string())?);
-        for line in lines {
-            writeln!(file, "{line}")?;
-        }
-        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-    }
-    if !is_own {
-        // A second name for the same bytes, which nobody changes: it stays when the file is deleted.
-        std::fs::hard_link(&path, &own).with_context(|| path.display().to_string())?;
-    }
-    for folder in [Some(folder), folder.parent(), path.parent()].into_iter().flatten() {
-        File::open(folder)?.sync_all()?;
-    }
-    Ok(std::fs::metadata(&own)?.len())
 }
 
 pub(super) fn not_found(id: &str) -> ApiError {

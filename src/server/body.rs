@@ -2,6 +2,7 @@
 
 use super::App;
 use super::errors::ApiError;
+use anyhow::Context as _;
 use async_stream::stream;
 use axum::body::Body;
 use axum::extract::{FromRequest, Request, State};
@@ -11,6 +12,7 @@ use futures::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 /// A body that is one JSON object.
@@ -21,7 +23,7 @@ impl FromRequest<Arc<App>> for JsonObject {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
-        parse(&read(&parts.headers, body, app).await?).map(Self)
+        parse(read(&parts.headers, body, app, app.max_body_bytes).await?).await.map(Self)
     }
 }
 
@@ -33,27 +35,36 @@ impl FromRequest<Arc<App>> for MaybeObject {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
-        let bytes = read(&parts.headers, body, app).await?;
-        if bytes.trim_ascii().is_empty() { Ok(Self(Map::new())) } else { parse(&bytes).map(Self) }
+        let bytes = read(&parts.headers, body, app, app.max_body_bytes).await?;
+        if bytes.trim_ascii().is_empty() { Ok(Self(Map::new())) } else { parse(bytes).await.map(Self) }
     }
 }
 
 /// Bytes over the limit that are read and thrown away: most clients send their body before they read an answer, and would see
 /// a broken connection.
-const MAX_DISCARDED: usize = 16 << 20;
+pub(super) const MAX_DISCARDED: usize = 16 << 20;
+/// Bodies from that length on are parsed away from the threads that serve connections.
+const LONG: usize = 256 << 10;
 
 /// Reads a body, within the limits of its length and its time.
-pub(super) async fn read(headers: &HeaderMap, body: Body, app: &App) -> Result<Bytes, ApiError> {
-    let limit = app.max_body_bytes;
+pub(super) async fn read(headers: &HeaderMap, body: Body, app: &App, limit: usize) -> Result<Bytes, ApiError> {
     let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let is_too_long = length.is_some_and(|n_bytes| n_bytes > limit);
     match tokio::time::timeout(app.body_timeout, up_to(body, limit)).await {
         Ok(Ok(Some(bytes))) => Ok(bytes),
         Ok(Ok(None)) => Err(too_large(limit)),
         _ if is_too_long => Err(too_large(limit)),
-        Ok(Err(_)) => Err(ApiError::new(StatusCode::BAD_REQUEST, None, "the body broke off")),
-        Err(_) => Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")),
+        Ok(Err(_)) => Err(broken_off()),
+        Err(_) => Err(too_slow()),
     }
+}
+
+pub(super) fn broken_off() -> ApiError {
+    refuse("the body broke off")
+}
+
+pub(super) fn too_slow() -> ApiError {
+    ApiError::new(StatusCode::REQUEST_TIMEOUT, None, "the body took too long to arrive")
 }
 
 /// A body of at most `limit` bytes; `None` of a longer one.
@@ -78,17 +89,21 @@ async fn up_to(body: Body, limit: usize) -> Result<Option<Bytes>, axum::Error> {
 /// Bytes a second that uploads must have on average, after the time that a body has.
 const MIN_RATE: f64 = 4096.0;
 
+/// When the next part of an upload must be there, after so many bytes.
+pub(super) fn end(start: Instant, app: &App, n_bytes: usize) -> Instant {
+    start + app.body_timeout + Duration::from_secs_f64(n_bytes as f64 / MIN_RATE)
+}
+
 /// A long body: it breaks off if it comes so slowly that it seems to be there to take up room.
 pub(super) async fn paced(State(app): State<Arc<App>>, request: Request) -> Request {
     request.map(|body| {
-        let (start, mut n_bytes) = (Instant::now(), 0.0);
+        let (start, mut n_bytes) = (Instant::now(), 0);
         let chunks = stream! {
             let mut chunks = body.into_data_stream();
             loop {
-                let end = start + app.body_timeout + Duration::from_secs_f64(n_bytes / MIN_RATE);
-                match tokio::time::timeout_at(end, chunks.next()).await {
+                match tokio::time::timeout_at(end(start, &app, n_bytes), chunks.next()).await {
                     Ok(Some(Ok(chunk))) => {
-                        n_bytes += chunk.len() as f64;
+                        n_bytes += chunk.len();
                         yield Ok(chunk);
                     }
                     Ok(Some(Err(error))) => yield Err(std::io::Error::other(error)),
@@ -104,19 +119,41 @@ pub(super) async fn paced(State(app): State<Arc<App>>, request: Request) -> Requ
     })
 }
 
-fn too_large(limit: usize) -> ApiError {
+pub(super) fn too_large(limit: usize) -> ApiError {
     let message = format!("the body is over the limit of {limit} bytes");
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("request_too_large"), message)
 }
 
-fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
-    let refuse = |message: String| ApiError::new(StatusCode::BAD_REQUEST, None, message);
+fn refuse(message: impl Into<String>) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, None, message)
+}
+
+pub(super) fn empty() -> ApiError {
+    refuse("the body is empty; it must be a JSON object")
+}
+
+pub(super) fn no_object() -> ApiError {
+    refuse("the body must be a JSON object")
+}
+
+pub(super) fn no_json(error: &serde_json::Error) -> ApiError {
+    refuse(format!("the body is not valid JSON: {error}"))
+}
+
+async fn parse(bytes: Bytes) -> Result<Map<String, Value>, ApiError> {
+    if bytes.len() < LONG {
+        return parse_now(&bytes);
+    }
+    spawn_blocking(move || parse_now(&bytes)).await.context("parsing a body panicked")?
+}
+
+fn parse_now(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     if bytes.trim_ascii().is_empty() {
-        return Err(refuse("the body is empty; it must be a JSON object".into()));
+        return Err(empty());
     }
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(object)) => Ok(object),
-        Ok(_) => Err(refuse("the body must be a JSON object".into())),
-        Err(error) => Err(refuse(format!("the body is not valid JSON: {error}"))),
+        Ok(_) => Err(no_object()),
+        Err(error) => Err(no_json(&error)),
     }
 }

@@ -6,19 +6,22 @@ use super::App;
 use super::auth::Owner;
 use super::call::Call;
 use super::limits::{Allowance, Held};
+use super::log;
+use super::log::say;
 use super::models::{Offered, now, now_ms};
 use super::once::Claim;
 use super::prices::{Amount, Price, machine_amount};
 use super::windows::Window;
 use crate::outcome::Usage;
 use crate::pipeline::hosted::Totals;
-use crate::pipeline::progress::say;
 use crate::store::Connection;
 use crate::store::batches;
 use crate::store::ledger::{self, Entry};
 use crate::store::trajectories;
 use anyhow::Result;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use serde_json::json;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -275,9 +278,22 @@ pub(super) async fn run(app: Arc<App>) -> ! {
     }
 }
 
-/// A caller that breaks a stream off has what was told.
+/// A call ends when it is dropped: it is told of, and a caller that breaks a stream off has what was told.
 impl Drop for Call {
     fn drop(&mut self) {
+        let is_whole = self.flow.is_whole();
+        if is_whole {
+            self.model.live.observed.calls[self.window.class() as usize].note_turn(self.elapsed());
+        }
+        log::ended(|| {
+            let usage = self.flow.told().unwrap_or_default();
+            json!({
+                "request_id": self.request.as_deref(), "call": self.id, "model": self.model.id, "window": self.window.as_str(),
+                "is_whole": is_whole, "input_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens,
+                "output_tokens": usage.completion_tokens, "first_token_ms": self.flow.first_token().map(log::millis),
+                "turn_ms": log::millis(self.elapsed()),
+            })
+        });
         if !self.is_streamed {
             return;
         }
@@ -286,7 +302,11 @@ impl Drop for Call {
         }
         if let (Some(entry), Ok(runtime)) = (self.bill.take(), tokio::runtime::Handle::try_current()) {
             let app = Arc::clone(&self.app);
-            runtime.spawn(async move { app.charge(entry, None).await });
+            app.n_charging.fetch_add(1, SeqCst);
+            runtime.spawn(async move {
+                app.charge(entry, None).await;
+                app.n_charging.fetch_sub(1, SeqCst);
+            });
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::prepare::Prompt;
 use crate::text::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A call that runs.
 pub struct Call {
@@ -45,6 +45,11 @@ pub struct Call {
     pub(super) app: Arc<App>,
     /// If its request may come again.
     claim: Option<Arc<Claim>>,
+    /// The id of its request, if it has one.
+    pub(super) request: Option<Arc<str>>,
+    /// How long ago it was accepted when it began.
+    accepted_ago: Duration,
+    began: Instant,
     /// Counts it as open.
     _open: OpenCall,
 }
@@ -94,9 +99,10 @@ impl Call {
         at: (Lease, Place),
     ) -> Self {
         let Prepared { model, window, prompts, echo, id_prefix, turn } = prepared;
+        let accepted_ago = identity.accepted_ago();
         let terms = Terms {
             class: window.class(),
-            accepted_ago: identity.accepted_ago(),
+            accepted_ago,
             credit_ms: turn.credit_ms(),
             seed: identity.seed,
             keep: turn.keep(owner, app.kept_for),
@@ -108,10 +114,30 @@ impl Call {
         let object = format!("{id_prefix}{}", identity.id);
         let turn = turn.entry(&object, identity.accepted_ms, *window);
         let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64, turn), held.take()));
-        let claim = owner.claim.clone();
+        let (claim, request, began) = (owner.claim.clone(), owner.request.clone(), Instant::now());
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
-        Self { model, window: *window, id, stamp, echo, flow, bill, is_streamed: false, app, claim, _open: counted }
+        Self {
+            model,
+            window: *window,
+            id,
+            stamp,
+            echo,
+            flow,
+            bill,
+            is_streamed: false,
+            app,
+            claim,
+            request,
+            accepted_ago,
+            began,
+            _open: counted,
+        }
+    }
+
+    /// Time since it was accepted.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.accepted_ago + self.began.elapsed()
     }
 
     /// What a request's prompts are counted as; nothing is run.

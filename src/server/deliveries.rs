@@ -3,8 +3,8 @@
 //! configuration does not allow; one that does not answer holds up nobody else.
 
 use super::App;
+use super::log::say;
 use super::models::now;
-use crate::pipeline::progress::say;
 use crate::store::webhooks::{self, Delivery, Tried};
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;

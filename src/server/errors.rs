@@ -1,9 +1,9 @@
 //! Errors on the wire, in the form of the dialect that was spoken to: `OpenAI`'s everywhere, Anthropic's under
 //! `/v1/messages`. Invariant: every answer that is no success is one of these, whatever went wrong.
 
+use super::log::say;
 use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
-use crate::pipeline::progress::say;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -95,6 +95,23 @@ impl ApiError {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, Some("capacity_exceeded"), message);
         let too_long = wait.saturating_sub(ceiling).as_secs().saturating_add(1);
         Self { retry_after_s: Some(u32::try_from(too_long).unwrap_or(u32::MAX)), ..error }
+    }
+
+    /// By the forecast a batch would end so much after its window, or make another end late.
+    pub fn late_batch(too_long: Duration, window_s: u64) -> Self {
+        let too_long_s = too_long.as_secs().saturating_add(1);
+        let message = format!(
+            "by the forecast, all batches could not be done in time with this one, whose window is {window_s} s: that takes {too_long_s} s \
+             longer; try again, with fewer requests or a longer completion_window"
+        );
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, Some("capacity_exceeded"), message);
+        Self { retry_after_s: Some(u32::try_from(too_long_s).unwrap_or(u32::MAX)), ..error }
+    }
+
+    /// The server has begun, and its models are not loaded yet.
+    pub fn loading() -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, None, "the models are being loaded; try again");
+        Self { retry_after_s: Some(1), ..error }
     }
 
     /// The server is on its way out.

@@ -2,9 +2,9 @@
 //! gained and not yet read is joined, so that it takes no more memory than the answer; a flow that is dropped cancels
 //! what is left of it.
 
-use super::backlog::Ticket;
+use super::backlog::{BatchTicket, Ticket};
 use super::live::Place;
-use super::metrics::Times;
+use super::observed::Observed;
 use super::residency::Lease;
 use crate::engine::handle::Delivery;
 use crate::engine::{Finished, Progress, Scheduled, SeqLogprob};
@@ -12,6 +12,7 @@ use crate::outcome::{Completion, ErrorCode, RowError, Usage};
 use crate::pipeline::hosted::Link;
 use crate::prepare::sequences::PromptMeta;
 use crate::text::tokenizer::Tokenizer;
+use crate::window::Class;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -116,9 +117,18 @@ pub(super) struct Routes(Mutex<Table>);
 struct Table {
     /// By the engine's name of the sequence.
     routes: HashMap<u64, (Arc<Mailbox>, usize)>,
-    /// Jobs, by number, and where their shares of the machine's time are added up.
-    jobs: HashMap<u64, (Link, Arc<AtomicU64>)>,
+    /// By number.
+    jobs: HashMap<u64, Job>,
     is_closed: bool,
+}
+
+/// A job on the engine.
+struct Job {
+    link: Link,
+    /// Where its share of the machine's time is added up.
+    machine_ns: Arc<AtomicU64>,
+    /// Its part of the work that is open.
+    ticket: Option<Arc<BatchTicket>>,
 }
 
 impl Routes {
@@ -138,9 +148,9 @@ impl Routes {
     }
 
     /// Sequences of a job's are its own from now on.
-    pub(super) fn open_job(&self, number: u64, link: &Link, machine_ns: &Arc<AtomicU64>) {
+    pub(super) fn open_job(&self, number: u64, link: &Link, machine_ns: &Arc<AtomicU64>, ticket: Option<Arc<BatchTicket>>) {
         let is_closed = self.with(|table| {
-            table.jobs.insert(number, (link.clone(), Arc::clone(machine_ns)));
+            table.jobs.insert(number, Job { link: link.clone(), machine_ns: Arc::clone(machine_ns), ticket });
             table.is_closed
         });
         if is_closed {
@@ -163,8 +173,8 @@ impl Routes {
                 // Those of one job stand together.
                 let first = of_jobs.iter().rposition(|done| job_of(done.id) != last).map_or(0, |other| other + 1);
                 let own = of_jobs.split_off(first);
-                if let Some((link, _)) = table.jobs.get(&last) {
-                    link.step(own, *stats);
+                if let Some(job) = table.jobs.get(&last) {
+                    job.link.step(own, *stats);
                 }
             }
             for next in progress {
@@ -188,7 +198,7 @@ impl Routes {
             for (mailbox, _) in table.routes.values() {
                 mailbox.update(|pending| pending.is_closed = true);
             }
-            table.jobs.values().for_each(|(link, _)| link.engine_ended());
+            table.jobs.values().for_each(|job| job.link.engine_ended());
         });
     }
 
@@ -213,8 +223,9 @@ impl Table {
             let part = until - before;
             before = until;
             if share.id >= JOB_IDS {
-                if let Some((_, sum)) = self.jobs.get(&job_of(share.id)) {
-                    sum.fetch_add(part, Relaxed);
+                if let Some(job) = self.jobs.get(&job_of(share.id)) {
+                    job.machine_ns.fetch_add(part, Relaxed);
+                    job.ticket.iter().for_each(|ticket| ticket.spend(share.n_tokens));
                 }
             } else if let Some((mailbox, _)) = self.routes.get(&share.id) {
                 mailbox.machine_ns.fetch_add(part, Relaxed);
@@ -241,8 +252,8 @@ pub struct Flow {
     place: Option<Arc<Place>>,
     submitted: Instant,
     first_token: Option<Duration>,
-    /// Where that is noted.
-    first_tokens: Arc<Times>,
+    /// Where that is noted, and for which class.
+    seen: (Arc<Observed>, Class),
     /// Tokens that were told, once for each of the choices that have them: as they are charged when the answer is whole.
     n_told: u64,
     has_failed: bool,
@@ -259,7 +270,8 @@ impl Flow {
         sequences: Vec<(u64, usize)>,
         mailbox: Arc<Mailbox>,
         (routes, lease): (Arc<Routes>, Lease),
-        (cancel, place, first_tokens): (Cancel, Arc<Place>, Arc<Times>),
+        (cancel, place): (Cancel, Arc<Place>),
+        seen: (Arc<Observed>, Class),
     ) -> Self {
         let finished = sequences.iter().map(|_| None).collect();
         let (place, submitted) = (Some(place), Instant::now());
@@ -273,7 +285,7 @@ impl Flow {
             place,
             submitted,
             first_token: None,
-            first_tokens,
+            seen,
             n_told: 0,
             has_failed: false,
             lease: Some(lease),
@@ -320,6 +332,11 @@ impl Flow {
         (self.n_told > 0 && !self.has_failed).then_some(Usage { completion_tokens: self.n_told as u32, ..usage })
     }
 
+    /// Whether all of it has come.
+    pub fn is_whole(&self) -> bool {
+        self.finished.iter().all(Option::is_some)
+    }
+
     /// Time from the call to its first token, once there is one.
     pub fn first_token(&self) -> Option<Duration> {
         self.first_token
@@ -357,7 +374,8 @@ impl Flow {
         self.place = None;
         if self.first_token.is_none() && gained.iter().any(|next| next.n_tokens > 0) {
             let time = self.submitted.elapsed();
-            self.first_tokens.note(time);
+            let (seen, class) = &self.seen;
+            seen.first_tokens[*class as usize].note(time.as_secs_f64());
             self.first_token = Some(time);
         }
         for next in &mut gained {

@@ -3,9 +3,9 @@
 //! a call is answered by exactly the tokens that `valar run` gives the same request; a caller that goes away leaves nothing
 //! behind; memory held for a caller that reads slowly is bounded by its answer; what is loaded again has the same bits.
 
-use super::backlog::{Backlog, Ticket};
+use super::backlog::{Backlog, BatchTicket, Ticket};
 use super::flow::{Cancel, Flow, Mailbox, Routes, first_id, is_of_job};
-use super::metrics::Times;
+use super::observed::Observed;
 use super::pace::Pace;
 use super::residency::Lease;
 use super::windows::Table;
@@ -37,8 +37,8 @@ pub struct LiveModel {
     pub preparer: Arc<Preparer>,
     /// What its answers' bits depend on, in short.
     pub fingerprint: String,
-    /// Times from a call to its first token.
-    pub first_tokens: Arc<Times>,
+    /// How its calls fare.
+    pub observed: Arc<Observed>,
     /// Its place among all that are served.
     pub(super) number: usize,
     config: ModelConfig,
@@ -155,7 +155,7 @@ impl LiveModel {
         let live = Self {
             preparer: Arc::new(preparer),
             fingerprint: open.fingerprint.to_string(),
-            first_tokens: Arc::default(),
+            observed: Arc::new(Observed::new(limits.windows.targets())),
             number,
             config: config.clone(),
             memory,
@@ -205,6 +205,7 @@ impl LiveModel {
         engine_config.max_waiting = 2 * engine_config.max_running;
         engine_config.share_floors = self.windows.share_floors();
         engine_config.max_kept_blocks = runner.limits().n_blocks * usize::from(self.kept_percent) / 100;
+        engine_config.asap_reserve = self.windows.asap_reserve();
         let mut engine = Engine::new(engine_config, runner, Arc::clone(&self.preparer.tokenizer) as _)?;
         let step_limits = Arc::new(StepLimits::default());
         engine.limit_steps(Arc::clone(&step_limits));
@@ -214,6 +215,7 @@ impl LiveModel {
             stats: Arc::clone(&self.stats),
             backlog: Arc::clone(&self.backlog),
             pace: Pace::new(meter, self.max_step, step_limits),
+            seen: Arc::clone(&self.observed),
             n_busy: Arc::clone(&self.n_busy),
             is_busy: false,
             is_retired: Arc::clone(&is_retired),
@@ -259,7 +261,14 @@ impl LiveModel {
             let own = (prompt.tokens.len(), prompt.max_tokens);
             std::iter::repeat_n(own, n_computed(prompt))
         });
-        self.backlog.enter(class, sequences, self.windows.of(class).ceiling)
+        let ticket = self.backlog.enter(class, sequences, self.windows.of(class).ceiling)?;
+        self.observed.calls[class as usize].note_accepted();
+        Ok(ticket)
+    }
+
+    /// Counts a call in that was accepted before: about so many tokens of its prompt, and the most of its answer.
+    pub fn count_in(&self, class: Class, asked: (usize, u32)) -> Ticket {
+        self.backlog.count_in(class, asked)
     }
 
     /// A place among the calls of a class that have not begun to run.
@@ -306,24 +315,24 @@ impl LiveModel {
         let place = Arc::new(place);
         // Refused only by an engine that has ended; then its mailboxes are closed.
         drop(lease.work.feeds[class as usize].send(Work { submissions, cancelled, _place: Arc::clone(&place) }));
-        let own = (cancel, place, Arc::clone(&self.first_tokens));
-        Flow::new(metas, sequences, mailbox, (Arc::clone(&self.routes), lease), own)
+        let seen = (Arc::clone(&self.observed), class);
+        Flow::new(metas, sequences, mailbox, (Arc::clone(&self.routes), lease), (cancel, place), seen)
     }
 
     /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
-    /// Their shares of the machine's time are added to `machine_ns`. It has so much time `left` of its window. Without a lease it can
-    /// only be ended.
+    /// Their shares of the machine's time are added to `machine_ns`, and what they do is taken from `ticket`. It has so much time
+    /// `left` of its window. Without a lease it can only be ended.
     pub(super) fn seat(
         &self,
         lease: Option<Lease>,
         link: &Link,
-        machine_ns: &Arc<AtomicU64>,
+        (machine_ns, ticket): (&Arc<AtomicU64>, Option<Arc<BatchTicket>>),
         (left, window): (Duration, Duration),
     ) -> JobPlace {
         // What is only just done in time is done too late when a row takes longer than others.
         let left = left.saturating_sub(window / DEADLINE_MARGIN);
         let number = self.next_job.fetch_add(1, Relaxed);
-        self.routes.open_job(number, link, machine_ns);
+        self.routes.open_job(number, link, machine_ns, ticket);
         let engine = lease.as_ref().map(|lease| Arc::clone(&lease.work.engine));
         let now_ms = engine.as_ref().map_or(0, |engine| engine.now_ms());
         let seat = Seat {
@@ -352,6 +361,11 @@ impl LiveModel {
     /// How long a call of the class would wait, if it came now.
     pub fn wait(&self, class: Class) -> Duration {
         self.backlog.wait(class)
+    }
+
+    /// The work that is open.
+    pub fn backlog(&self) -> &Arc<Backlog> {
+        &self.backlog
     }
 
     /// Sequences that somebody waits for.
@@ -390,6 +404,7 @@ struct Receiving {
     stats: Arc<Mutex<Stats>>,
     backlog: Arc<Backlog>,
     pace: Pace,
+    seen: Arc<Observed>,
     /// Engines that have work, of all that share the machine.
     n_busy: Arc<AtomicUsize>,
     is_busy: bool,
@@ -400,12 +415,19 @@ struct Receiving {
 
 impl Receiving {
     fn take(&mut self, step: Delivery<'_>) {
+        let n_asap = step.step.iter().filter(|share| share.class == Class::Asap).map(|share| share.n_tokens).sum();
+        let has_others = step.step.iter().any(|share| share.class > Class::Asap);
+        let alone = self.pace.expected(n_asap);
         let time = self.pace.note(step.stats);
+        self.seen.note_step(
+            time,
+            if n_asap > 0 && has_others && !alone.is_zero() { time.saturating_sub(alone) } else { Duration::ZERO },
+        );
         if step.stats.waiting > 0 {
             self.backlog.note_full_step(time, step.step.iter().map(|share| share.n_tokens).sum());
         }
-        for done in step.finished.iter().filter(|done| !is_of_job(done.id)) {
-            self.backlog.note_finished(done.tokens.len());
+        for done in &step.finished {
+            self.backlog.note_finished(is_of_job(done.id), done.tokens.len());
         }
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).now = *step.stats;
         let is_busy = !step.step.is_empty();

@@ -3,14 +3,14 @@
 
 use super::App;
 use super::auth::Owner;
+use super::batch_bodies::{BatchBody, Head};
 use super::batch_runs::folder;
 use super::batches::{self, Id, Input, Wanted, begin_cancelling};
-use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
+use super::log::say;
 use super::models::rfc3339;
 use super::paging::{Pairs, get};
 use crate::format::openai::Endpoint;
-use crate::pipeline::progress::say;
 use crate::store::batches::{self as stored_batches, StoredBatch};
 use anyhow::{Context as _, Result};
 use axum::body::{Body, Bytes};
@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -59,24 +59,20 @@ pub(super) fn routes(root: &str) -> Router<Arc<App>> {
 async fn create(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
-    JsonObject(body): JsonObject,
+    content: BatchBody,
 ) -> Result<Response, ApiError> {
-    if let Some((name, _)) = body.iter().find(|(name, value)| *name != "requests" && !value.is_null()) {
+    let Head { fields, has_requests } = content.head().await?;
+    if let Some((name, _)) = fields.iter().find(|(_, value)| !value.is_null()) {
         return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported"));
     }
-    let requests = match body.get("requests") {
-        None | Some(Value::Null) => return Err(ApiError::missing("requests")),
-        Some(Value::Array(requests)) => requests,
-        Some(other) => return Err(ApiError::invalid_type("requests", "an array", other)),
-    };
-    if requests.is_empty() || requests.len() > MAX_REQUESTS {
-        let message = format!("must hold 1 to {MAX_REQUESTS} requests, holds {}", requests.len());
-        return Err(ApiError::invalid_value("requests", message));
+    if !has_requests {
+        return Err(ApiError::missing("requests"));
     }
+    let input = Input::new(&app, false);
     let mut used = HashSet::new();
-    let lines = requests.iter().enumerate().map(|(i, request)| line(i, request, &mut used)).collect::<Result<_, _>>()?;
+    let n_requests = content.write_lines(input.path.clone(), MAX_REQUESTS, move |i, request| line(i, request, &mut used)).await?;
     let wanted = Wanted {
-        input: Input { id: String::new(), path: PathBuf::new(), arriving: None, lines: Some(lines), reference: None },
+        input,
         endpoint: Endpoint::Messages,
         hours: HOURS,
         window: format!("{HOURS}h"),
@@ -84,13 +80,14 @@ async fn create(
         label: Value::Null,
         retry_of: None,
         output_seconds: None,
+        n_requests,
     };
     let object = batches::open(app, &owner, wanted).await?;
     Ok(json_response(&shown(&object, None)))
 }
 
 /// The line of a request.
-fn line<'r>(i: usize, request: &'r Value, used: &mut HashSet<&'r str>) -> Result<String, ApiError> {
+fn line(i: usize, request: &Value, used: &mut HashSet<String>) -> Result<String, ApiError> {
     let path = |key: &str| format!("requests.{i}.{key}");
     let Value::Object(request) = request else {
         return Err(ApiError::invalid_type(format!("requests.{i}"), "an object", request));
@@ -103,7 +100,7 @@ fn line<'r>(i: usize, request: &'r Value, used: &mut HashSet<&'r str>) -> Result
     if id.is_empty() || id.chars().count() > MAX_ID {
         return Err(ApiError::invalid_value(path("custom_id"), format!("must have 1 to {MAX_ID} characters")));
     }
-    if !used.insert(id) {
+    if !used.insert(id.clone()) {
         return Err(ApiError::invalid_value(path("custom_id"), format!("{id:?} was used before")));
     }
     let params = match request.get("params") {

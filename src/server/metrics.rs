@@ -1,17 +1,20 @@
 //! `/metrics`, in Prometheus' text form: gauges and counters of every engine, and of the calls. Knows no call's content.
 
 use super::App;
+use super::live::LiveModel;
+use super::models::Offered;
+use super::observed::{Histogram, Seen};
 use super::residency::Shown;
+use super::windows::Window;
 use crate::engine::EngineStats;
 use crate::window::Class;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Answers by status: one counter per hundred of them.
@@ -29,39 +32,15 @@ impl Counters {
     }
 }
 
-/// Upper ends of the buckets of times, in seconds.
-const BUCKETS_S: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
-
-/// How long something took, over all calls.
-#[derive(Debug, Default)]
-pub struct Times(Mutex<Histogram>);
-
-#[derive(Debug, Default, Clone)]
-struct Histogram {
-    /// Of each bucket, and of all beyond the last.
-    counts: [u64; BUCKETS_S.len() + 1],
-    sum_s: f64,
-}
-
-impl Times {
-    /// Takes in one time.
-    pub fn note(&self, time: Duration) {
-        let seconds = time.as_secs_f64();
-        let mut histogram = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        histogram.counts[BUCKETS_S.partition_point(|&end| end < seconds)] += 1;
-        histogram.sum_s += seconds;
+/// One histogram of a family; `labels` tell it from the others.
+fn histogram(out: &mut String, name: &str, labels: &str, seen: &Histogram) {
+    let (up_to, sum) = seen.read();
+    let n = up_to.last().map_or(0, |(_, n)| *n);
+    for (end, n) in up_to {
+        line(out, &format!("{name}_bucket"), &format!("{labels},le=\"{end}\""), &n);
     }
-
-    fn write(&self, out: &mut String, name: &str, model: &str) {
-        let Histogram { counts, sum_s } = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut n = 0;
-        for (count, end) in counts.iter().zip(BUCKETS_S.iter().map(ToString::to_string).chain(["+Inf".to_owned()])) {
-            n += count;
-            line(out, &format!("{name}_bucket"), &format!("model={model:?},le=\"{end}\""), &n);
-        }
-        line(out, &format!("{name}_sum"), &format!("model={model:?}"), &sum_s);
-        line(out, &format!("{name}_count"), &format!("model={model:?}"), &n);
-    }
+    line(out, &format!("{name}_sum"), labels, &sum);
+    line(out, &format!("{name}_count"), labels, &n);
 }
 
 fn line(out: &mut String, name: &str, labels: &str, value: &dyn std::fmt::Display) {
@@ -127,6 +106,105 @@ fn memory(app: &App, out: &mut String) {
     }
 }
 
+/// A family of a number for each window of each model.
+type OfWindow = (&'static str, &'static str, &'static str, fn(&Seen) -> Option<f64>);
+
+const WINDOWS: [OfWindow; 5] = [
+    ("valar_calls_total", "counter", "Calls that were accepted.", |seen| Some(seen.n_accepted.load(Relaxed) as f64)),
+    ("valar_turn_target_seconds", "gauge", "Mean time that a turn should take.", |seen| {
+        seen.target.map(|target| target.as_secs_f64())
+    }),
+    ("valar_turn_mean_seconds", "gauge", "Mean of the last 1000 turns, of the last hour.", |seen| {
+        seen.mean().map(|mean| mean.as_secs_f64())
+    }),
+    ("valar_turns_in_time_total", "counter", "Turns that ended within their target.", |seen| {
+        seen.target.map(|_| seen.n_in_time.load(Relaxed) as f64)
+    }),
+    ("valar_turns_over_twice_target_total", "counter", "Turns that took more than twice their target.", |seen| {
+        seen.target.map(|_| seen.n_over_twice.load(Relaxed) as f64)
+    }),
+];
+
+/// Windows of calls, by model.
+fn windows<'m>(models: &[&'m Offered]) -> impl Iterator<Item = (String, &'m Seen, &'m Histogram)> {
+    let each = |model: &'m Offered| {
+        Window::ALL.map(|window| {
+            let (labels, class) = (format!("model={:?},window=\"{}\"", model.id, window.as_str()), window.class() as usize);
+            let seen = &model.live.observed;
+            (labels, &seen.calls[class], &seen.first_tokens[class])
+        })
+    };
+    models.iter().copied().flat_map(each)
+}
+
+/// How calls fared.
+fn calls(out: &mut String, models: &[&Offered]) {
+    for (name, kind, help, of) in WINDOWS {
+        head(out, name, kind, help);
+        for (labels, seen, _) in windows(models) {
+            if let Some(value) = of(seen) {
+                line(out, name, &labels, &value);
+            }
+        }
+    }
+    let name = "valar_time_to_first_token_seconds";
+    head(out, name, "histogram", "From a call's start to its first token.");
+    windows(models).for_each(|(labels, _, first_tokens)| histogram(out, name, &labels, first_tokens));
+    let name = "valar_turn_seconds";
+    head(out, name, "histogram", "From a call's acceptance to its end.");
+    windows(models).for_each(|(labels, seen, _)| histogram(out, name, &labels, &seen.turns));
+    let name = "valar_slack_seconds";
+    head(out, name, "histogram", "What was left of the window's target at a call's end.");
+    for (labels, seen, _) in windows(models).filter(|(_, seen, _)| seen.target.is_some()) {
+        histogram(out, name, &labels, &seen.slack);
+    }
+}
+
+/// A family of a number for each model.
+type OfModel = (&'static str, &'static str, &'static str, fn(&LiveModel) -> f64);
+
+const MODELS: [OfModel; 4] = [
+    ("valar_recompute_ratio", "gauge", "Part of all computed tokens that was computed again.", |live| {
+        let stats = live.stats();
+        let all = stats.prefill_tokens + stats.decode_tokens + stats.recomputed_tokens;
+        stats.recomputed_tokens as f64 / all.max(1) as f64
+    }),
+    ("valar_engine_busy_seconds_total", "counter", "Time of steps.", |live| live.observed.busy_s()),
+    ("valar_engine_idle_ratio", "gauge", "Part of the time since the start without a step.", |live| live.observed.idle()),
+    (
+        "valar_asap_interference_seconds_total",
+        "counter",
+        "Estimate of what steps with asap calls took longer for what else was in them.",
+        |live| live.observed.interference_s(),
+    ),
+];
+
+/// What the engines have to do, and what their time went to.
+fn steps(out: &mut String, models: &[&Offered]) {
+    let name = "valar_backlog_tokens";
+    head(out, name, "gauge", "Tokens of calls and batches that are open, those that will probably be drawn among them.");
+    for model in models {
+        for class in Class::ALL {
+            let labels = format!("model={:?},class=\"{}\"", model.id, format!("{class:?}").to_lowercase());
+            line(out, name, &labels, &model.live.backlog().open_tokens(class));
+        }
+    }
+    for (name, kind, help, of) in MODELS {
+        head(out, name, kind, help);
+        for model in models {
+            line(out, name, &format!("model={:?}", model.id), &of(&model.live));
+        }
+    }
+    let name = "valar_class_preemptions_total";
+    head(out, name, "counter", "Times that a sequence of a class lost its KV blocks.");
+    for model in models {
+        for (class, n) in Class::ALL.iter().zip(model.live.stats().preemptions_of) {
+            let labels = format!("model={:?},class=\"{}\"", model.id, format!("{class:?}").to_lowercase());
+            line(out, name, &labels, &n);
+        }
+    }
+}
+
 /// `GET /metrics`
 pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
     let mut out = String::new();
@@ -163,10 +241,8 @@ pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
         head(&mut out, name, "gauge", help);
         writeln!(out, "{name} {n_open}").expect("memory takes text");
     }
-    head(&mut out, "valar_time_to_first_token_seconds", "histogram", "From a call's start to its first token.");
-    for model in &models {
-        model.live.first_tokens.write(&mut out, "valar_time_to_first_token_seconds", &model.id);
-    }
+    calls(&mut out, &models);
+    steps(&mut out, &models);
     for (name, help, n) in [
         ("valar_connections", "Connections that are open.", app.connections.load(Relaxed)),
         ("valar_tasks", "Tasks of the server that have not ended.", Handle::current().metrics().num_alive_tasks()),

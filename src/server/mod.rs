@@ -5,6 +5,8 @@
 mod auth;
 pub mod background;
 pub mod backlog;
+mod batch_accept;
+mod batch_bodies;
 mod batch_ends;
 mod batch_inputs;
 mod batch_retry;
@@ -24,12 +26,15 @@ mod files;
 pub mod flow;
 mod http;
 pub mod ids;
+mod lifetime;
 pub mod limits;
 pub mod live;
+mod log;
 mod message_batches;
 mod messages;
 mod metrics;
 pub mod models;
+pub mod observed;
 pub mod once;
 mod openapi;
 mod pace;
@@ -53,8 +58,8 @@ pub mod usage;
 mod webhooks;
 pub mod windows;
 
-use crate::config::serve::ServeConfig;
-use crate::pipeline::progress::say;
+use crate::config::serve::{LogFormat, ServeConfig};
+use crate::pipeline::progress::say_as_json;
 use crate::pipeline::referenced::Places;
 use crate::request::Params;
 use crate::store::Store;
@@ -80,14 +85,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_rustls::TlsAcceptor;
 
 /// Answers at a time that have a thread of their own.
 const MAX_READERS: usize = 64;
+/// Longest body that holds a batch's requests, where files may be longer.
+const MAX_BATCH_BODY: usize = 256 << 20;
 
 /// What all requests share.
 pub struct App {
@@ -116,6 +121,8 @@ pub struct App {
     readers: Arc<Semaphore>,
     /// How many are open.
     connections: Arc<AtomicUsize>,
+    /// Charges of calls that were broken off, on their way to the ledger.
+    n_charging: AtomicUsize,
     /// Unix seconds.
     started_at: u64,
     /// The data folder.
@@ -136,6 +143,9 @@ pub struct App {
 /// # Errors
 /// A model that can't be loaded, an address that can't be had, or an engine that fails.
 pub fn serve(config: &ServeConfig) -> Result<()> {
+    if config.log_format == LogFormat::Json {
+        say_as_json();
+    }
     let tls = config.tls.as_ref().map(tls::load).transpose()?;
     let data = config.data.display();
     std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make the data folder {data}"))?;
@@ -146,6 +156,12 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         let address = (config.host.as_str(), config.port);
         let listener = TcpListener::bind(address).await;
         let listener = listener.with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
+        let address = listener.local_addr().context("an address that is bound is known")?.to_string();
+        let connections = Arc::default();
+        let server =
+            Arc::new(http::Server::new(lifetime::away(ApiError::loading), &config.limits, tls, Arc::clone(&connections)));
+        let accepting = Arc::clone(&server);
+        tokio::spawn(async move { accepting.accept(listener).await });
         let store = Store::open(&config.data)?;
         let models = Models::load(config)?;
         let n_running = 2 * config.models.iter().map(|offered| offered.model.max_running).max().unwrap_or(1);
@@ -167,7 +183,8 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             once: Once::default(),
             errors: status::Errors::default(),
             readers: Arc::new(Semaphore::new(MAX_READERS)),
-            connections: Arc::default(),
+            connections,
+            n_charging: AtomicUsize::new(0),
             started_at: models::now(),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
@@ -181,8 +198,9 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         tokio::spawn(Arc::clone(&app.models.residency).run());
         tokio::spawn(deliveries::run(Arc::clone(&app)));
         tokio::spawn(books::run(Arc::clone(&app)));
-        tokio::spawn(sweep(Arc::clone(&app), config.limits.retention));
-        let ended = run((listener, tls), Arc::clone(&app), config).await;
+        tokio::spawn(lifetime::sweep(Arc::clone(&app), config.limits.retention));
+        server.serve(router(Arc::clone(&app)));
+        let ended = lifetime::run(&server, Arc::clone(&app), (config, &address)).await;
         app.read_meters().await?;
         if let Some(id) = app.models.failed() {
             app.store.write(crate::store::responses::note_fault).await?;
@@ -193,71 +211,6 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
     // Threads that still prepare prompts need not be waited for.
     runtime.shutdown_background();
     Ok(())
-}
-
-/// Serves until a signal, or until an engine ends.
-async fn run((listener, tls): (TcpListener, Option<TlsAcceptor>), app: Arc<App>, config: &ServeConfig) -> Result<()> {
-    let address = listener.local_addr().context("an address that is bound is known")?;
-    say(&format!("listening on {}://{address}", if tls.is_some() { "https" } else { "http" }));
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut any_signal = async || {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    let server = http::Server::new(router(Arc::clone(&app)), &config.limits, tls, Arc::clone(&app.connections));
-    tokio::select! {
-        () = server.accept(listener) => {}
-        () = app.models.any_failed() => return Ok(()),
-        () = app.store.ended() => bail!("a thread of the database failed"),
-        () = any_signal() => {}
-    }
-    app.is_draining.store(true, Relaxed);
-    // It goes on at the next start.
-    app.background.close_all();
-    app.batches.pause_all();
-    app.models.residency.close();
-    let connections = server.into_connections();
-    say("finishing what runs; a second signal ends it at once");
-    tokio::select! {
-        () = connections.shutdown() => {}
-        () = tokio::time::sleep(config.limits.drain) => say("some calls had not finished"),
-        () = any_signal() => {}
-        () = app.models.any_failed() => {}
-    }
-    // What batches have computed is put into their journals.
-    let put = async {
-        while app.batches.n_open() > 0 {
-            tokio::time::sleep(PAUSING).await;
-        }
-    };
-    tokio::select! {
-        () = put => {}
-        () = tokio::time::sleep(config.limits.drain) => say("some batches had not paused"),
-        () = any_signal() => {}
-        () = app.models.any_failed() => {}
-    }
-    Ok(())
-}
-
-/// How often it is looked whether all batches have paused.
-const PAUSING: Duration = Duration::from_millis(20);
-/// How often what is old is looked for.
-const SWEEP_EVERY: Duration = Duration::from_secs(30);
-
-/// Removes what is too old, until the server ends.
-async fn sweep(app: Arc<App>, retention: Duration) {
-    while !app.is_draining() {
-        let (told, keys) = (deliveries::forget_old(&app, retention).await, once::forget_old(&app).await);
-        let trajectories = trajectories::forget_old(&app, retention).await;
-        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, trajectories, told, keys] {
-            if let Err(error) = swept {
-                say(&format!("removing what is old: {error:#}"));
-            }
-        }
-        tokio::time::sleep(SWEEP_EVERY).await;
-    }
 }
 
 /// All routes.
@@ -343,22 +296,26 @@ const UNLOCKED: [&str; 4] = ["/", "/openapi.json", "/health", "/ready"];
 
 /// What every request passes through: its id, whether it may, and the form of its error.
 async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let request_id = ids::new("req_");
+    let (request_id, began) = (ids::new("req_"), Instant::now());
     let path = request.uri().path();
     let dialect = Dialect::of(path, request.headers());
     let asked = Asked { method: request.method().clone(), path: path.to_owned() };
-    let allowed = if UNLOCKED.contains(&path) { Ok(None) } else { app.admit(&request).map(Some) };
+    let allowed =
+        if UNLOCKED.contains(&path) { Ok(None) } else { app.admit(&request).map(|owner| Some(owner.of_request(&request_id))) };
     let allowance = app.allowance_for(&allowed, request.method(), path);
     let caller = allowed.as_ref().ok().and_then(|owner| Some(owner.as_ref()?.to_string()));
-    let response = match allowed {
-        Ok(Some(owner)) => once::through(&app, owner, request, next).await.unwrap_or_else(ApiError::into_response),
-        Ok(None) => next.run(request).await,
-        Err(error) => error.into_response(),
+    let answered = async {
+        match allowed {
+            Ok(Some(owner)) => once::through(&app, owner, request, next).await.unwrap_or_else(ApiError::into_response),
+            Ok(None) => next.run(request).await,
+            Err(error) => error.into_response(),
+        }
     };
+    let response = log::of_request(request_id.clone(), answered).await;
     let mut response = match response.extensions().get::<ApiError>() {
         None => response,
         Some(error) => {
-            app.errors.note(caller, &asked, error, &request_id);
+            app.errors.note(caller.clone(), &asked, error, &request_id);
             let mut written = error.response(dialect, &request_id);
             if let Some(allow) = response.headers().get("allow") {
                 written.headers_mut().insert("allow", allow.clone());
@@ -370,6 +327,8 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
         allowance.tell(response.headers_mut());
     }
     app.counters.count(response.status().as_u16());
+    let told = log::Told { id: &request_id, method: &asked.method, path: &asked.path, began };
+    told.answered(response.status().as_u16(), caller.map(|owner| app.keys.name(&owner)).as_deref());
     if let Ok(id) = HeaderValue::try_from(request_id) {
         response.headers_mut().insert("x-request-id", id.clone());
         response.headers_mut().insert("request-id", id);
@@ -381,6 +340,12 @@ impl App {
     /// A thread to send results from, while it is held.
     fn reader(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         Arc::clone(&self.readers).try_acquire_owned().map_err(|_| ApiError::busy())
+    }
+
+    /// Longest body that holds a batch's requests: as long as a file may be.
+    fn batch_body_bytes(&self) -> usize {
+        let file = usize::try_from(self.max_file_bytes).unwrap_or(usize::MAX);
+        self.max_body_bytes.max(MAX_BATCH_BODY.min(file))
     }
 
     fn is_draining(&self) -> bool {

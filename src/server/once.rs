@@ -5,23 +5,22 @@
 use super::App;
 use super::auth::Owner;
 use super::errors::ApiError;
+use super::log::say;
 use super::models::now;
 use super::{batches, body, message_batches, stored};
-use crate::pipeline::progress::say;
 use crate::store::Connection;
 use crate::store::answers::{self, Answer};
 use anyhow::Result;
-use async_stream::stream;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, mpsc};
 
 const HEADER: &str = "idempotency-key";
 /// How long keys are remembered.
@@ -32,6 +31,8 @@ const MAX_WAITING: usize = 16;
 const MAX_KEY: usize = 255;
 /// Keys that are forgotten at a time.
 const AT_A_TIME: usize = 256;
+/// Whose bodies hold a batch's requests.
+const BATCHES: [&str; 3] = ["/v1/batches", "/v1/messages/batches", "/v1/v1/messages/batches"];
 /// Kinds of what was made, where the answer is what has become of it.
 pub(super) const RESPONSE: &str = "response";
 /// As events.
@@ -105,7 +106,8 @@ pub(super) async fn through(app: &Arc<App>, owner: Owner, mut request: Request, 
         return Err(ApiError::field("unsupported_parameter", HEADER, "is not supported for files"));
     }
     let (parts, content) = request.into_parts();
-    let content = body::read(&parts.headers, content, app).await?;
+    let limit = if BATCHES.contains(&&*path) { app.batch_body_bytes() } else { app.max_body_bytes };
+    let content = body::read(&parts.headers, content, app, limit).await?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(path.as_bytes()).update(&[0]).update(&content);
     let hash = hasher.finalize().to_hex().to_string();
@@ -130,30 +132,30 @@ pub(super) async fn through(app: &Arc<App>, owner: Owner, mut request: Request, 
     Ok(kept(app, claim, response))
 }
 
-/// The answer, which is remembered when all of it was given.
+/// The answer, which is remembered when it is whole. It goes on if its caller goes away: whoever gave it a key will ask for it
+/// again, and is charged once.
 fn kept(app: &Arc<App>, claim: Arc<Claim>, response: Response) -> Response {
     let app = Arc::clone(app);
     let (parts, content) = response.into_parts();
     let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default().to_owned();
     let mut chunks = content.into_data_stream();
-    let whole = stream! {
-        let (mut text, mut is_whole) = (Vec::new(), true);
+    let (sender, mut told) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut text = Vec::new();
         while let Some(chunk) = chunks.next().await {
-            match &chunk {
-                Ok(chunk) => text.extend_from_slice(chunk),
-                Err(_) => is_whole = false,
+            let is_whole = chunk.as_ref().map(|chunk| text.extend_from_slice(chunk)).is_ok();
+            // Nobody may be there any more.
+            drop(sender.send(chunk).await);
+            if !is_whole {
+                return;
             }
-            yield chunk;
-        }
-        if !is_whole {
-            return;
         }
         let (text, _turn) = (String::from_utf8_lossy(&text).into_owned(), Arc::clone(&claim));
         if let Err(error) = app.store.write(move |connection| claim.keep(connection, &kind, &text)).await {
             say(&format!("an answer could not be kept: {error:#}"));
         }
-    };
-    Response::from_parts(parts, Body::from_stream(whole))
+    });
+    Response::from_parts(parts, Body::from_stream(stream::poll_fn(move |context| told.poll_recv(context))))
 }
 
 /// What was answered, or what has become of what was made.

@@ -65,6 +65,11 @@ impl Pace {
         Self { meter, max_step, limits, before: (Duration::ZERO, 0), speed: Speed::default() }
     }
 
+    /// What a step of so many tokens would take, as far as is known.
+    pub(super) fn expected(&self, n_tokens: usize) -> Duration {
+        Duration::try_from_secs_f64(self.speed.base_s + self.speed.token_s * n_tokens as f64).unwrap_or_default()
+    }
+
     /// Learns from the step that just ended, and gives its time.
     pub(super) fn note(&mut self, stats: &EngineStats) -> Duration {
         let reading = self.meter.read();

@@ -4,8 +4,8 @@
 
 use super::errors::ApiError;
 use super::live::{AtWork, LiveModel};
+use super::log::say;
 use super::room::{Action, Room, State, Terms};
-use crate::pipeline::progress::say;
 use anyhow::Result;
 use axum::http::StatusCode;
 use std::collections::HashMap;

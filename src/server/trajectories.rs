@@ -5,12 +5,12 @@
 use super::App;
 use super::auth::Owner;
 use super::errors::{ApiError, json_response};
+use super::log::say;
 use super::models::now_ms;
 use super::paging::{Page, Pairs};
 use super::prices::Amount;
 use super::windows::Window;
 use crate::engine::Keep;
-use crate::pipeline::progress::say;
 use crate::store::trajectories::{self, Trajectory};
 use crate::window::{AIM, Class};
 use anyhow::{Result, ensure};

@@ -51,6 +51,8 @@ pub struct Terms {
     pub background_only: bool,
     /// Percent of the tokens that it gets at least while it waits (asap's are not counted).
     pub share_floor: u8,
+    /// Percent of the memory and places of rows that are kept free for it at least (asap only).
+    pub reserve: u8,
 }
 
 /// `[windows.NAME]` of `valar.toml`
@@ -61,6 +63,7 @@ pub struct TermsSpec {
     ceiling_s: Option<u64>,
     background_only: Option<bool>,
     share_floor: Option<u8>,
+    reserve: Option<u8>,
 }
 
 /// `[windows]` of `valar.toml`
@@ -78,15 +81,19 @@ pub struct Table([Terms; Class::ALL.len()]);
 
 /// Floors of all classes together: what is above goes by urgency alone.
 const MAX_FLOORS: u8 = 50;
+/// Most that can be kept for asap.
+const MAX_RESERVE: u8 = 50;
+/// Longest target and ceiling, in seconds: 30 days.
+const MAX_S: u64 = 30 * 86_400;
 
 impl Default for Table {
     fn default() -> Self {
         let (seconds, background_only) = (|s| Some(Duration::from_secs(s)), false);
         Self([
-            Terms { target: None, ceiling: seconds(60), background_only, share_floor: 0 },
-            Terms { target: seconds(STANDARD_TARGET_S), ceiling: seconds(1800), background_only, share_floor: 10 },
+            Terms { target: None, ceiling: seconds(60), background_only, share_floor: 0, reserve: 5 },
+            Terms { target: seconds(STANDARD_TARGET_S), ceiling: seconds(1800), background_only, share_floor: 10, reserve: 0 },
             // A batch says itself how much time it has.
-            Terms { target: None, ceiling: None, background_only, share_floor: 2 },
+            Terms { target: None, ceiling: None, background_only, share_floor: 2, reserve: 0 },
         ])
     }
 }
@@ -100,6 +107,16 @@ impl Table {
     /// By class, in percent.
     pub fn share_floors(&self) -> [u8; Class::ALL.len()] {
         self.0.map(|terms| terms.share_floor)
+    }
+
+    /// By class: the mean time that a call should take.
+    pub fn targets(&self) -> [Option<Duration>; Class::ALL.len()] {
+        self.0.map(|terms| terms.target)
+    }
+
+    /// Percent of everything that is kept free for asap.
+    pub fn asap_reserve(&self) -> u8 {
+        self.of(Class::Asap).reserve
     }
 
     /// The windows of these that a call of that mode may ask for.
@@ -135,6 +152,12 @@ impl WindowsSpec {
             terms.ceiling = seconds(spec.ceiling_s, terms.ceiling);
             terms.background_only = spec.background_only.unwrap_or(terms.background_only);
             terms.share_floor = spec.share_floor.unwrap_or(terms.share_floor);
+            terms.reserve = spec.reserve.unwrap_or(terms.reserve);
+            for (key, seconds) in [("target_s", spec.target_s), ("ceiling_s", spec.ceiling_s)] {
+                ensure!(seconds.is_none_or(|seconds| seconds <= MAX_S), "{name}.{key}: must be at most {MAX_S}, 30 days");
+            }
+            ensure!(name == "asap" || spec.reserve.is_none(), "{name}.reserve: only asap has one");
+            ensure!(terms.reserve <= MAX_RESERVE, "{name}.reserve: must be at most {MAX_RESERVE} percent");
             ensure!(terms.target.is_none_or(|target| !target.is_zero()), "{name}.target_s: must be at least 1");
             ensure!(terms.ceiling >= terms.target || terms.ceiling.is_none(), "{name}.ceiling_s: is less than its target_s");
             let is_batch = name == "batch";

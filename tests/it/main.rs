@@ -48,6 +48,7 @@ mod message_batches;
 mod model;
 mod money;
 mod openapi;
+mod operations;
 mod oracle;
 mod other_stores;
 mod page;

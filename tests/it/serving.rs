@@ -5,6 +5,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::http::{HeaderMap, Method, Request};
@@ -22,14 +23,19 @@ pub(crate) struct Server {
     pub(crate) child: Child,
     pub(crate) address: String,
     pub(crate) sandbox: Sandbox,
+    /// What it has said on standard error, lines that are whole.
+    pub(crate) said: Said,
     args: Vec<String>,
     /// Variables of its environment.
     env: Vec<(String, String)>,
     agent: Agent,
 }
 
+/// What a server has said, with those that ran before it in its sandbox.
+pub(crate) type Said = Arc<Mutex<String>>;
+
 /// Starts the program; where it listens.
-fn spawn(sandbox: &Sandbox, args: &[String], env: &[(String, String)]) -> (Child, String) {
+fn spawn(sandbox: &Sandbox, args: &[String], env: &[(String, String)], words: &Said) -> (Child, String) {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut child = sandbox.command(&args).envs(env.iter().cloned()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
@@ -37,15 +43,24 @@ fn spawn(sandbox: &Sandbox, args: &[String], env: &[(String, String)]) -> (Child
     let address = loop {
         let mut line = String::new();
         assert!(said.read_line(&mut line).unwrap() > 0, "the server ended before it listened: {before}");
+        words.lock().unwrap().push_str(&line);
         if let Some((_, (_, address))) =
             line.split_once("listening on ").and_then(|(said, rest)| Some((said, rest.split_once("://")?)))
         {
-            break address.trim().to_owned();
+            // It may stand in a JSON object.
+            break address.trim().trim_end_matches(['"', '}']).to_owned();
         }
         before.push_str(&line);
     };
-    // Whatever else it says goes nowhere, and must not stop it.
-    std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+    // Whatever else it says must not stop it.
+    let words = Arc::clone(words);
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        while said.read_line(&mut line).is_ok_and(|n_bytes| n_bytes > 0) {
+            words.lock().unwrap().push_str(&line);
+            line.clear();
+        }
+    });
     (child, address)
 }
 
@@ -112,17 +127,18 @@ impl Server {
         let args = ["serve", "--config", "valar.toml", "--port", "0", "--data", "data", "--memory", "1GiB"];
         let args: Vec<String> = args.iter().chain(flags).map(|&arg| arg.to_owned()).collect();
         let env: Vec<_> = env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
-        let (child, address) = spawn(&sandbox, &args, &env);
+        let said = Said::default();
+        let (child, address) = spawn(&sandbox, &args, &env, &said);
         // A connection for each request: of one that is used again, the server may think at that moment that nobody needs it.
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(FOREVER)).max_idle_connections(0);
-        Self { child, address, sandbox, args, env, agent: agent.build().into() }
+        Self { child, address, sandbox, said, args, env, agent: agent.build().into() }
     }
 
     /// Kills it, if it still runs, and starts it again on what it left.
     pub(crate) fn restart(&mut self) {
         drop(self.child.kill());
         self.child.wait().unwrap();
-        (self.child, self.address) = spawn(&self.sandbox, &self.args, &self.env);
+        (self.child, self.address) = spawn(&self.sandbox, &self.args, &self.env, &self.said);
     }
 
     /// A request with our key.

@@ -25,6 +25,10 @@ fn terms_that_make_no_sense_are_named() {
         ("[windows.asap]\nshare_floor = 1\n", "asap"),
         ("[windows.batch]\nceiling_s = 1\n", "batch"),
         ("[windows.soon]\n", "soon"),
+        ("[windows.standard]\ntarget_s = 9223372036854775807\n", "standard.target_s"),
+        ("[windows.asap]\nceiling_s = 2592001\n", "asap.ceiling_s"),
+        ("[windows.asap]\nreserve = 51\n", "asap.reserve"),
+        ("[windows.standard]\nreserve = 5\n", "standard.reserve"),
     ] {
         let sandbox = crate::common::Sandbox::new();
         std::fs::write(sandbox.path("valar.toml"), config).unwrap();
