@@ -187,7 +187,12 @@ impl LiveModel {
     /// They can't be read, or are not the same any more.
     pub(super) fn load(&self) -> Result<AtWork> {
         let name = self.preparer.model.path.to_string_lossy().into_owned();
-        let open = load::open(&ModelConfig { name, quiet: true, ..self.config.clone() })?;
+        // What a GPU has free differs a little from time to time; the model's share of it is to be the same.
+        let (memory_bytes, memory_is_given) = match self.config.memory_is_given {
+            false if self.memory.n_bytes > 0 => (self.memory.n_bytes, true),
+            given => (self.config.memory_bytes, given),
+        };
+        let open = load::open(&ModelConfig { name, quiet: true, memory_bytes, memory_is_given, ..self.config.clone() })?;
         let is_same = open.fingerprint.to_string() == self.fingerprint && open.memory == self.memory;
         ensure!(is_same, "its files have changed since the server started; start it again to serve what is there now");
         self.put(open)

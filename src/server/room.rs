@@ -182,7 +182,7 @@ impl Room {
             .filter_map(|model| Some((self.places[model].wanted.first()?.0, model)))
             .collect();
         heads.sort_unstable();
-        let mut free = self.budget - self.used();
+        let mut free = self.budget.saturating_sub(self.used());
         let leaving = self.places.iter().filter(|place| place.state == State::Leaving);
         let mut leaving: u64 = leaving.map(|place| place.terms.bytes).sum();
         let (mut claimed, mut yields) = (vec![false; self.places.len()], vec![false; self.places.len()]);

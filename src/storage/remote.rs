@@ -22,6 +22,8 @@ use super::location::Uploads;
 
 /// Times that a request is tried again, at most.
 const MAX_RETRIES: usize = 10;
+/// How long a web server may say nothing.
+const SILENCE: Duration = Duration::from_secs(30);
 /// How long a request is tried again, at most.
 const RETRY_TIMEOUT: Duration = Duration::from_mins(3);
 
@@ -99,7 +101,9 @@ fn s3(text: &str, bucket: &str) -> Result<AmazonS3> {
             bail!("{text}: AWS_ENDPOINT_URL is plain http; set AWS_ALLOW_HTTP=true to send data and signatures unencrypted");
         }
     }
-    check_token(&value(AmazonS3ConfigKey::ContainerAuthorizationTokenFile), text)?;
+    if value(AmazonS3ConfigKey::AccessKeyId).is_empty() {
+        check_token(&value(AmazonS3ConfigKey::ContainerAuthorizationTokenFile), text)?;
+    }
     let builder = || {
         let builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
         // Where nothing leaves the machine, nobody listens.
@@ -139,7 +143,9 @@ fn http(text: &str) -> Result<Opened> {
     ensure!(plain, "an http(s) URL must have no user, password, query or fragment: it is kept in reports and journals");
     ensure!(url.has_host(), "{text} names no host");
     let path = Path::from_url_path(url.path()).map_err(|e| anyhow!("can't use the path of {text}: {e}"))?;
+    // A file may be long, if a server gives it as a whole only: what ends a request is silence.
     let options = ClientOptions::default().with_allow_http(url.scheme() == "http");
+    let options = options.with_timeout_disabled().with_read_timeout(SILENCE);
     let origin = url.origin().ascii_serialization();
     let store = HttpBuilder::new().with_url(origin).with_client_options(options).with_retry(retries()).build();
     Ok(Opened::without_uploads(store.map_err(|e| settings(text, &e))?, path))

@@ -19,6 +19,7 @@ use super::{Object, PAUSES, broke_off};
 enum Failure {
     Store(object_store::Error),
     Disk(std::io::Error),
+    Changed,
 }
 
 impl Object {
@@ -46,6 +47,7 @@ impl Object {
         let n_bytes = loop {
             match self.storage.wait(self.fetch_into(&mut file)) {
                 Ok(n_bytes) => break n_bytes,
+                Err(Failure::Changed) => bail!("{url} changed while it was being read"),
                 Err(Failure::Disk(e)) => return Err(anyhow!(e).context(no_room())),
                 Err(Failure::Store(e)) => match pauses.next() {
                     Some(pause) if broke_off(&e) => std::thread::sleep(*pause),
@@ -62,7 +64,11 @@ impl Object {
 
     async fn fetch_into(&self, file: &mut File) -> Result<u64, Failure> {
         file.seek(SeekFrom::Start(0)).and_then(|_| file.set_len(0)).map_err(Failure::Disk)?;
-        let mut body = self.at.store.get(&self.at.path).await.map_err(Failure::Store)?.into_stream();
+        let found = self.at.store.get(&self.at.path).await.map_err(Failure::Store)?;
+        if (&found.meta.e_tag, found.meta.last_modified) != (&self.meta.e_tag, self.meta.last_modified) {
+            return Err(Failure::Changed);
+        }
+        let mut body = found.into_stream();
         let mut n_bytes = 0;
         while let Some(bytes) = body.next().await {
             let bytes = bytes.map_err(Failure::Store)?;

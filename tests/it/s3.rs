@@ -473,7 +473,7 @@ fn what_is_wrong_is_said_without_secrets() {
     assert!(expect(nameless, 1).contains("AWS_ENDPOINT_URL is no URL"));
     sandbox.write("token", "hidden\n");
     let mut token = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
-    token.env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "token");
+    token.env_remove("AWS_ACCESS_KEY_ID").env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "token");
     assert!(expect(token, 1).contains("without a line feed"));
     let mut unknown = command(&sandbox, server.port, &null_job("s3://bucket/in.jsonl", "out.jsonl"));
     unknown.env_remove("AWS_ACCESS_KEY_ID").env_remove("AWS_SECRET_ACCESS_KEY");
