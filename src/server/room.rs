@@ -77,6 +77,12 @@ impl Place {
     fn is_in(&self) -> bool {
         matches!(self.state, State::In | State::Yielding)
     }
+
+    /// Those who wait for it have it.
+    fn grant(&mut self, actions: &mut Vec<Action>) {
+        self.n_users += self.wanted.len();
+        actions.extend(std::mem::take(&mut self.wanted).into_iter().map(|(_, number)| Action::Grant(number)));
+    }
 }
 
 impl Room {
@@ -177,6 +183,10 @@ impl Room {
     pub fn decide(&mut self, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
         self.wake_at = None;
+        // Before others may want the room: whoever waited for what has just come in has it first.
+        for place in self.places.iter_mut().filter(|place| place.state == State::In) {
+            place.grant(&mut actions);
+        }
         let mut heads: Vec<(Duration, usize)> = (0..self.places.len())
             .filter(|&model| self.places[model].state == State::Out)
             .filter_map(|model| Some((self.places[model].wanted.first()?.0, model)))
@@ -286,8 +296,7 @@ impl Room {
             if place.state != State::In {
                 continue;
             }
-            place.n_users += place.wanted.len();
-            actions.extend(std::mem::take(&mut place.wanted).into_iter().map(|(_, number)| Action::Grant(number)));
+            place.grant(actions);
             let Some(idle) = place.terms.idle.filter(|_| place.n_users == 0 && !claimed[model]) else { continue };
             let at = (place.idle_since + idle).max(place.since + self.least);
             if at <= now {

@@ -63,6 +63,18 @@ fn one_in_use_yields_to_what_is_due_and_is_wanted_again() {
 }
 
 #[test]
+fn who_waited_for_a_model_has_it_before_it_makes_room_again() {
+    let mut room = Room::new(10, s(0), [6, 6].map(|bytes| Terms { bytes, idle: None }).into_iter());
+    assert!(!room.want(0, 1, s(0)));
+    assert_eq!(room.decide(s(0)), [Action::Load(0)]);
+    assert!(!room.want(1, 2, s(0)), "the other one is wanted, too");
+    room.loaded(0, s(1));
+    assert_eq!(room.decide(s(1)), [Action::Grant(1), Action::Ask(0)]);
+    room.release(0, s(2));
+    assert_eq!(room.decide(s(2)), [Action::Unload(0)]);
+}
+
+#[test]
 fn who_was_asked_in_vain_goes_on() {
     let mut room = room(10, &[6, 6]);
     load(&mut room, 0, s(0));
