@@ -62,6 +62,9 @@ pub(super) struct Scheduler {
     room_tokens: usize,
     /// Blocks ran out in this step, or a row had to wait for them: nobody below asap is admitted.
     pub(super) is_tight: bool,
+    /// This step, or the one before, had no room for a row that decodes.
+    is_short: bool,
+    was_short: bool,
     pub(super) stats: EngineStats,
 }
 
@@ -86,6 +89,8 @@ impl Scheduler {
             step_limits: Arc::default(),
             room_tokens: 0,
             is_tight: false,
+            is_short: false,
+            was_short: false,
             stats: EngineStats { blocks_total: limits.n_blocks, ..EngineStats::default() },
             config,
             limits,
@@ -175,6 +180,7 @@ impl Scheduler {
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
         self.is_tight = false;
+        self.was_short = std::mem::take(&mut self.is_short);
         self.lapse_kept();
         let limit = self.step_limits.tokens.load(Relaxed);
         self.decode(Class::Asap);
@@ -291,12 +297,19 @@ impl Scheduler {
         let wants = |row: &Sequence| row.phase == Phase::Live && row.remaining() > 0 && (row.remaining() == 1) == decodes;
         let n_rows = self.running.len();
         // Where steps have no room for all that decode, they take turns; prompts are computed one after the other.
-        let rows = self.running.iter().enumerate().filter(|(_, row)| decodes && wants(row));
+        let rows = self.running.iter().enumerate().filter(|(_, row)| decodes && self.was_short && wants(row));
         let first = rows.min_by_key(|(_, row)| row.in_step).map_or(0, |(idx, _)| idx);
         for idx in (first..n_rows).chain(0..first) {
             let row = &self.running[idx];
+            if !(wants(row) && is_meant(self, row)) {
+                continue;
+            }
+            if !self.has_room() {
+                self.is_short |= decodes;
+                return;
+            }
             // Prompts have their slots.
-            if wants(row) && is_meant(self, row) && self.has_room() && (!decodes || self.ensure_slot(idx)) {
+            if !decodes || self.ensure_slot(idx) {
                 self.take_chunk(idx);
             }
         }
