@@ -162,7 +162,7 @@ mod tests {
         assert_eq!((demand.p99(), demand.kept(5)), (100, 100), "one step of a hundred may want more");
         demand.note(640);
         assert_eq!((demand.p99(), demand.kept(5)), (640, 320), "never more than half");
-        (0..4096).for_each(|_| demand.note(5));
+        (0..10 * MEMORY).for_each(|_| demand.note(5));
         assert_eq!(demand.kept(5), 32, "what was long ago is forgotten");
         assert_eq!((Demand::new(1).kept(5), Demand::new(2).kept(5)), (0, 1));
     }
