@@ -40,6 +40,11 @@ impl Gguf {
         &self.map
     }
 
+    /// Frees the memory that holds what was read of the file so far. It may be read again.
+    pub fn release(&self) {
+        map::release(&self.map);
+    }
+
     /// A tensor that the model cannot do without.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         self.find_tensor(name).with_context(|| format!("{}: tensor {name} is missing", self.path.display()))

@@ -155,6 +155,10 @@ impl ModelFile for HfFolder {
     fn content(&self) -> Vec<&[u8]> {
         std::iter::once(&self.config_bytes[..]).chain(self.files.iter().map(|map| &map[..])).collect()
     }
+
+    fn release(&self) {
+        self.files.iter().for_each(map::release);
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

@@ -29,6 +29,9 @@ pub trait ModelFile: Send {
     /// All bytes that the weights' values and meaning depend on, for hashing.
     fn content(&self) -> Vec<&[u8]>;
 
+    /// Frees the memory that holds what was read of the file so far. It may be read again.
+    fn release(&self);
+
     /// A tensor that the model cannot do without.
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         self.find_tensor(name).with_context(|| format!("{}: tensor {name} is missing", self.path().display()))

@@ -37,6 +37,10 @@ impl ModelFile for Gguf {
     fn content(&self) -> Vec<&[u8]> {
         vec![self.bytes()]
     }
+
+    fn release(&self) {
+        self.release();
+    }
 }
 
 impl ModelSpec {

@@ -63,23 +63,23 @@ pub struct Model<D: Device> {
 }
 
 impl<D: Device> Model<D> {
-    /// Loads the weights onto a device.
+    /// Loads the weights onto a device. Of the file no more than a layer is in memory at once.
     ///
     /// # Errors
     /// As [`ModelFile::spec`]; a tensor that the device can't take.
     pub fn load(dev: &D, file: &dyn ModelFile) -> Result<Self> {
         let spec = file.spec()?;
-        let layers = (0..spec.n_layers())
-            .map(|layer| Layer::load(dev, &spec, file, layer).with_context(|| format!("cannot load layer {layer}")))
-            .collect::<Result<_>>()?;
+        let load = |layer| {
+            let loaded = Layer::load(dev, &spec, file, layer).with_context(|| format!("cannot load layer {layer}"));
+            file.release();
+            loaded
+        };
+        let layers = (0..spec.n_layers()).map(load).collect::<Result<_>>()?;
         let head = if spec.tied_head { None } else { Some(dev.load_weight(&[file.tensor("output.weight")?])?) };
-        Ok(Self {
-            embed: dev.load_table(&file.tensor("token_embd.weight")?)?,
-            layers,
-            norm: dev.load_vector(&[file.tensor("output_norm.weight")?])?,
-            head,
-            spec,
-        })
+        let embed = dev.load_table(&file.tensor("token_embd.weight")?)?;
+        let norm = dev.load_vector(&[file.tensor("output_norm.weight")?])?;
+        file.release();
+        Ok(Self { embed, layers, norm, head, spec })
     }
 
     /// One step. `caches` are one per layer.

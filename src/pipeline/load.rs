@@ -118,6 +118,7 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
         template: template.hash().to_owned(),
         device: device_fingerprint,
     };
+    file.release();
     Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
 }
 

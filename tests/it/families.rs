@@ -131,6 +131,9 @@ impl ModelFile for Changed {
     fn content(&self) -> Vec<&[u8]> {
         self.folder.content()
     }
+    fn release(&self) {
+        self.folder.release();
+    }
 }
 
 /// Changes the window of every layer that has one.
