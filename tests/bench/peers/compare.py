@@ -17,7 +17,6 @@ HERE = Path(__file__).resolve().parent
 WORKLOADS = ["w1_decode", "w2_prefill", "w3_shared", "w4_class"]
 PEERS = ["llama.cpp", "vllm-bf16", "vllm-w8a8", "openvino-int8"]
 FREE_LOAD = 2.0  # seconds of valar's life that may lie outside the clock
-MODEL = "SmolLM2-135M-Instruct"
 
 
 def arguments():
@@ -30,25 +29,34 @@ def arguments():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--valar", type=Path, default=HERE.parents[2] / "target/release/valar")
-    parser.add_argument("--model", type=Path, default=folder / f"models/{MODEL}.Q4_1.gguf", help="valar's model")
-    parser.add_argument("--llama-weights", default="BF16", choices=["BF16", "Q8_0", "Q4_0", "Q4_1"])
+    parser.add_argument("--models", type=Path, default=folder / "models", help="folder with one model in all its forms")
+    parser.add_argument("--weights", default="Q4_1", help="type of valar's file: *.TYPE.gguf in that folder")
+    parser.add_argument("--llama-weights", default="BF16", help="type of llama.cpp's file")
     parser.add_argument("--results", type=Path, help="append every run to this file, one JSON object a line")
     parser.add_argument("--peers-dir", type=Path, default=folder, help="where install.sh put the peers")
     return parser.parse_args()
 
 
+def gguf(models, weights):
+    """The model's file of that type."""
+    found = list(models.glob(f"*.{weights}.gguf"))
+    if len(found) != 1:
+        raise SystemExit(f"{models}: {len(found)} files *.{weights}.gguf, not one")
+    return found[0]
+
+
 def command(program, workload, options):
     """How a program is started: the best setting known for each peer, one setting for valar."""
     folder, threads = options.peers_dir, ["--threads", options.threads]
-    models = folder / "models"
+    models = options.models
     vllm = [folder / "vllm/bin/python", HERE / "run_vllm.py"]
     openvino = [folder / "openvino/bin/python", HERE / "run_openvino.py"]
     match program:
         case "valar":
-            return [options.valar, "bench", "--json", "--model", options.model, *threads]
+            return [options.valar, "bench", "--json", "--model", gguf(models, options.weights), *threads]
         case "llama.cpp":
             slots = 16 if workload == "w3_shared" else 64  # every slot computes the shared prefix once
-            model = models / f"{MODEL}.{options.llama_weights}.gguf"
+            model = gguf(models, options.llama_weights)
             server = folder / "llama.cpp/bin/llama-server"
             llamacpp = [sys.executable, HERE / "run_llamacpp.py", "--server", server]
             return [*llamacpp, "--model", model, "--sequences", slots, *threads]
@@ -168,9 +176,11 @@ def main():
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=options.peers_dir) as folder:
         for workload in options.workloads:
-            rows = lines(options.files / f"{workload}.jsonl")[: options.limit]
+            rows = [json.loads(line) for line in lines(options.files / f"{workload}.jsonl")[: options.limit]]
+            for row in rows:
+                row["body"].pop("model", None)  # the same rows serve any model
             source = Path(folder) / f"{workload}.jsonl"
-            source.write_text("".join(rows), "utf-8")
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
             for peer in options.peers:
                 pairs = [run_pair(i, peer, workload, source, options) for i in range(options.pairs)]
                 print(table_row(workload, len(rows), peer, pairs), flush=True)
