@@ -93,6 +93,8 @@ impl ReusePlace {
 pub struct ModelConfig {
     /// A catalogue name, `org/name`, or a path.
     pub name: String,
+    /// What else rows may call it.
+    pub served_names: Vec<String>,
     /// `cpu`, `cuda` or `cuda:1` and so on, `auto` (the first GPU if it can be used, else the CPU), or `reference`.
     pub device: String,
     /// In which numbers the CPU computes.
@@ -208,6 +210,7 @@ impl Config {
         let (model, engine) = (&self.spec.model, &self.spec.engine);
         ModelConfig {
             name: model.name.clone(),
+            served_names: model.served_names.clone(),
             device: model.device.clone(),
             numerics: model.numerics.clone(),
             chat_template: None,

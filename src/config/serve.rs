@@ -470,6 +470,7 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)
             Numerics::named(&entry.numerics).context("model.numerics")?;
         }
         let model = ModelConfig {
+            served_names: Vec::new(),
             name: entry.weights.clone(),
             device: entry.device.clone(),
             numerics: entry.numerics.clone(),

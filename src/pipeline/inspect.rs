@@ -146,7 +146,7 @@ impl Description {
     fn table(&self) -> String {
         let mut table = String::new();
         let mut line = |name: &str, value: String| {
-            let _memory_takes_it = writeln!(table, "{}", format!("{name:<16}{value}").trim_end());
+            let _memory_takes_it = writeln!(table, "{}", format!("{name:<18}{value}").trim_end());
         };
         line("model", self.name.clone());
         line("file", format!("{}, {} bytes", self.file, self.file_bytes));

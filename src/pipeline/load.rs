@@ -94,7 +94,8 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
             say(line);
         }
     };
-    let local = hub::resolve(&config.name, &config.cache, config.hub.as_ref(), &mut tell)?;
+    let mut local = hub::resolve(&config.name, &config.cache, config.hub.as_ref(), &mut tell)?;
+    local.names.extend_from_slice(&config.served_names);
     let Opened { file, spec, tokenizer, mut template } = open_files(&local)?;
     if let Some(path) = &config.chat_template {
         let source = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

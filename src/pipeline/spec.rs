@@ -209,11 +209,15 @@ pub struct ModelSpec {
     /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the first
     /// three here.
     pub numerics: String,
+    /// What else rows may call the model in `body.model`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub served_names: Vec<String>,
 }
 
 impl Default for ModelSpec {
     fn default() -> Self {
-        Self { name: "SmolLM2-135M-Instruct".into(), device: "cpu".into(), numerics: "fast".into() }
+        let name = "SmolLM2-135M-Instruct".into();
+        Self { name, device: "cpu".into(), numerics: "fast".into(), served_names: Vec::new() }
     }
 }
 

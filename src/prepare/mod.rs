@@ -179,7 +179,7 @@ impl Preparer {
         if let Some(name) = &request.model
             && !self.model.is_called(name)
         {
-            let message = format!("{name:?} is not the job's model ({})", self.model.name);
+            let message = format!("{name:?} is not the job's model ({}; model.served_names may list more)", self.model.name);
             return Err(RowError::field(ErrorCode::ModelMismatch, "body.model", message));
         }
         let field = match endpoint {

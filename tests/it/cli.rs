@@ -68,6 +68,18 @@ fn a_job_of_requests_writes_one_outcome_per_row() {
 }
 
 #[test]
+fn rows_may_call_the_model_by_names_that_the_job_gives_it() {
+    let sandbox = Sandbox::new();
+    let row = |name: &str| chat_line(name, "Say hello.", json!({"model": name, "max_tokens": 2}));
+    sandbox.write("in.jsonl", [row("gpt-x"), row("org/other"), row("smollm2"), row("gpt-y")].join("\n"));
+    let names = "model.served_names=[\"gpt-x\", \"org/other\"]";
+    sandbox.expect(&["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--set", names], 3);
+    let ids = |file: &str| sandbox.rows(file).iter().map(|row| row["custom_id"].clone()).collect::<Vec<_>>();
+    assert_eq!(ids("out.jsonl"), ["gpt-x", "org/other", "smollm2"]);
+    assert_eq!(ids("out.errors.jsonl"), ["gpt-y"]);
+}
+
+#[test]
 fn unusable_jobs_stop_before_any_work_with_one_message() {
     let sandbox = Sandbox::new();
     sandbox.write("in.jsonl", chat_line("a", "x", json!({})));
