@@ -192,7 +192,7 @@ pub struct ServeArgs {
     pub engine: EngineArgs,
 }
 
-/// How a server says what it does.
+/// How a server or a job says what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -300,6 +300,12 @@ pub struct RunArgs {
     /// No progress, no report on the terminal
     #[arg(short, long)]
     pub quiet: bool,
+    /// Progress and all that is said, on standard error: for people (text), or an object a line with its numbers (json)
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Seconds between lines of progress where standard error is no terminal; 0: whenever something changes
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
+    pub progress_every: Duration,
 }
 
 /// `valar retry`
@@ -363,6 +369,12 @@ pub struct GuardArgs {
     /// Use a store that does not honour conditional writes: nothing keeps two runs of this job apart there
     #[arg(long)]
     pub unguarded: bool,
+}
+
+/// A time in seconds, such as 0.5.
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().map_err(|e| e.to_string())?;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }
 
 /// A bare number is rows, anything else a size.

@@ -15,6 +15,7 @@ use crate::pipeline::spec::{EngineKind, FormatSpec, PartsSpec, PipelineSpec, Pro
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params, Repetition};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A checked job.
 #[derive(Debug, Clone)]
@@ -51,6 +52,8 @@ pub struct Config {
     pub reuse: Option<ReusePlace>,
     /// No progress lines.
     pub quiet: bool,
+    /// Between progress lines where there is no terminal.
+    pub progress_every: Duration,
 }
 
 /// A cache of results.
@@ -133,8 +136,8 @@ pub const COMMIT_SECONDS: f64 = 1.0;
 pub const DRAIN_SECONDS: f64 = 5.0;
 /// Seconds that the step under way is given after that, so that rows are kept as far as they came.
 pub const KEEP_SECONDS: f64 = 20.0;
-/// Seconds between progress lines where there is no terminal.
-pub const PROGRESS_LINE_SECONDS: f64 = 5.0;
+/// Between progress lines where there is no terminal, if nothing is said.
+pub const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
 /// Threads that compute: as many as asked for, or as the machine has.
 ///
@@ -201,6 +204,7 @@ impl Config {
             reuse: None,
             budget: Budget::default(),
             quiet,
+            progress_every: PROGRESS_EVERY,
             spec,
         })
     }

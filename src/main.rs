@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use valar::cache::{Cache, CacheStats, PackStats, Packs};
 use valar::cli::{
-    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, MachineBench, PlanArgs, RunArgs, ServeArgs,
-    UsageArgs,
+    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, LogFormat, MachineBench, PlanArgs, RunArgs,
+    ServeArgs, UsageArgs,
 };
 use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, ReusePlace, cache_folder};
@@ -18,7 +18,7 @@ use valar::hub;
 use valar::journal::Apart;
 use valar::outcome::shortened;
 use valar::pipeline::bench_plan::PlanBench;
-use valar::pipeline::progress::say;
+use valar::pipeline::progress::{say, say_as_json};
 use valar::pipeline::{self, JobEnd, bench, bench_windows, explain, inspect, kernels, merge, retry, spec, status};
 use valar::server;
 use valar::server::prices::Price;
@@ -146,13 +146,16 @@ fn measure(args: BenchArgs) -> Result<u8> {
 
 /// A job as typed.
 fn job(args: &RunArgs) -> Result<Config> {
+    if args.log_format == LogFormat::Json {
+        say_as_json();
+    }
     // First, for it may have been given what was meant as the job.
     let reuse = args.cache.as_ref().map(|place| ReusePlace::new(place, &args.cache_size)).transpose()?;
     let spec = spec::load(args.pipeline.as_deref(), &args.overrides())?;
     let config = Config::new(spec, args.restart, args.quiet)?;
     let budget = args.budget(&config.spec.prices);
     budget.check()?;
-    Ok(Config { terms: args.terms(), shard: args.shard, reuse, budget, ..config })
+    Ok(Config { terms: args.terms(), shard: args.shard, reuse, budget, progress_every: args.progress_every, ..config })
 }
 
 /// A job that makes no sense as typed.

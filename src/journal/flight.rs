@@ -17,6 +17,8 @@ pub(super) struct Flight {
     pub(super) id: SegmentId,
     pub(super) at: Location,
     pub(super) sealed: Bytes,
+    /// Outcomes in it.
+    pub(super) n_rows: u64,
     /// `None` if it has not begun, or has failed.
     pub(super) put: Option<JoinHandle<(Result<()>, Duration)>>,
 }
@@ -34,6 +36,11 @@ impl Flight {
         });
         self.put = Some(thread.context("cannot start the thread that commits")?);
         Ok(())
+    }
+
+    /// Whether waiting for it takes no time.
+    pub(super) fn is_over(&self) -> bool {
+        self.put.as_ref().is_some_and(JoinHandle::is_finished)
     }
 
     /// Waits until it is durable; how long the store took. After an error it may begin again.

@@ -319,13 +319,19 @@ impl Journal {
         self.check().context(DAMAGED)?;
         let start = Instant::now();
         let at = self.dir.segment(self.next_segment)?;
+        let n_rows = self.pending.n_rows();
         let sealed = self.pending.seal(&self.job, self.reached.as_deref());
-        self.flight = Some(Flight { id: self.next_segment, at, sealed, put: None });
+        self.flight = Some(Flight { id: self.next_segment, at, sealed, n_rows, put: None });
         self.next_segment.number += 1;
         let begun = self.put_flight();
         self.wait_time += start.elapsed();
         self.commit_time += start.elapsed();
         begun
+    }
+
+    /// Takes note of a commit that has ended by itself; says what went wrong, as the next commit would.
+    pub fn land_if_put(&mut self) -> Result<()> {
+        if self.flight.as_ref().is_some_and(Flight::is_over) { self.land() } else { Ok(()) }
     }
 
     /// Waits until the segment that is being put is durable.
@@ -391,6 +397,11 @@ impl Journal {
     /// Rows journaled, committed or not.
     pub fn done_rows(&self) -> &RowSet {
         &self.done
+    }
+
+    /// How many of these are known to be durable.
+    pub fn n_committed(&self) -> u64 {
+        self.done.len() - self.pending.n_rows() - self.flight.as_ref().map_or(0, |flight| flight.n_rows)
     }
 
     /// Sums over the rows of [`Journal::done_rows`].

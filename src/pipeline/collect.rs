@@ -112,9 +112,9 @@ impl Collector {
     /// Collects until every row has its record, a signal comes, or the engine ends. What was collected is committed.
     pub(super) fn run(&mut self, events: &Receiver<Event>) -> Result<End> {
         let end = self.collect(events);
-        self.progress.finish();
-        self.journal.commit()?;
-        end
+        let committed = self.journal.commit();
+        self.progress.finish(self.snapshot());
+        committed.and(end)
     }
 
     fn collect(&mut self, events: &Receiver<Event>) -> Result<End> {
@@ -444,6 +444,7 @@ impl Collector {
     }
 
     fn commit_if_due(&mut self) -> Result<()> {
+        self.journal.land_if_put()?;
         if self.last_commit.elapsed().as_secs_f64() < COMMIT_SECONDS {
             return Ok(());
         }
@@ -463,6 +464,9 @@ impl Collector {
         let (stats, totals) = (&self.counts.stats, self.journal.totals());
         Snapshot {
             done: totals.n_ok + totals.n_failed,
+            committed: self.journal.n_committed(),
+            open: self.windows.iter().map(|window| window.n_open as u64).sum(),
+            running: stats.running as u64,
             total: self.total_rows,
             failed: totals.n_failed,
             resumed: self.counts.resumed,

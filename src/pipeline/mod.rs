@@ -70,10 +70,11 @@ use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
 use load::{MemoryPlan, OpenModel};
 use policy::Policy;
-use progress::{Progress, say};
+use progress::{Progress, say, say_with};
 use report::Report;
 use reuse::{Keeping, Shared};
 use rows::{FeedTimes, WindowReader};
+use serde_json::{Map, Value, json};
 use signals::Signals;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -120,6 +121,9 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     for warning in &journal.warnings {
         say(&format!("warning: {warning}"));
     }
+    if !config.quiet {
+        say_resumed(&journal, &manifest);
+    }
     if let Err(changed) = inputs.check_unchanged(storage) {
         // It may have waited for another run. What it has not begun is in nobody's way.
         return if journal.done_rows().is_empty() { journal.remove().and(Err(changed)) } else { Err(changed) };
@@ -127,6 +131,16 @@ fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended
     outputs.parts = config.parts.map(|size| job::parts(&manifest, size));
     let run = Run { config, storage, files, inputs, outputs, policies, manifest, settings, columns: described };
     run.work((open, shared), (form, columns, grammars), (journal, index), measured, load_start)
+}
+
+/// Says what earlier runs have left to a job that goes on.
+fn say_resumed(journal: &Journal, manifest: &Manifest) {
+    let (n_done, n_rows) = (journal.done_rows().len(), manifest.rows.end - manifest.rows.start);
+    let line = format!("goes on with an unfinished job: {n_done} of {n_rows} rows are done");
+    let Value::Object(fields) = json!({"rows": n_rows, "resumed": n_done}) else { unreachable!("it is written as one") };
+    if n_done > 0 {
+        say_with(&line, &if progress::is_json() { fields } else { Map::new() });
+    }
 }
 
 /// The cache, if there is to be one. One that can't be reached is an error only for a job that begins anew: one that is finished
@@ -271,7 +285,7 @@ impl Run<'_> {
         let done = Arc::new(journal.done_rows().clone());
         let checkpoints = Arc::new(Checkpoints::new(self.config.spec.engine.checkpoint_tokens, journal.take_begun())?);
         let answers = self.answers(&local.name, &tokenizer, columns);
-        let progress = (Progress::new(self.config.quiet), self.config.budget.clone());
+        let progress = (Progress::new(self.config.quiet, self.config.progress_every), self.config.budget.clone());
         let index = Arc::new(index);
         let own = (Arc::clone(&preparer), Arc::clone(&index));
         let reader = self.reader(own, &journal, Arc::clone(&measured.feed))?;

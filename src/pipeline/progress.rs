@@ -1,7 +1,6 @@
 //! What a person sees while a job runs: a live line on a terminal, a plain line every few seconds elsewhere, nothing
 //! when quiet. Knows nothing of how the numbers come about.
 
-use crate::config::PROGRESS_LINE_SECONDS;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value, json};
 use std::io::{IsTerminal, Write};
@@ -13,6 +12,12 @@ use std::time::{Duration, Instant};
 pub(super) struct Snapshot {
     /// Rows with an outcome.
     pub(super) done: u64,
+    /// Of these, how many are known to be durable.
+    pub(super) committed: u64,
+    /// Rows that were read and planned, and have no outcome yet.
+    pub(super) open: u64,
+    /// Sequences that the engine computes at a time.
+    pub(super) running: u64,
     /// All rows.
     pub(super) total: u64,
     /// Rows that failed.
@@ -43,18 +48,20 @@ pub(super) enum Progress {
         start: Instant,
         /// When the last line was written.
         last: Instant,
+        /// How often one is due.
+        every: Duration,
     },
 }
 
 impl Progress {
     /// The display that fits where standard error goes.
-    pub(super) fn new(quiet: bool) -> Self {
+    pub(super) fn new(quiet: bool, every: Duration) -> Self {
         let now = Instant::now();
         if quiet {
             return Self::Quiet;
         }
-        if !std::io::stderr().is_terminal() {
-            return Self::Lines { start: now, last: now };
+        if is_json() || !std::io::stderr().is_terminal() {
+            return Self::Lines { start: now, last: now, every };
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));
         let style = ProgressStyle::with_template("{bar:30} {msg}").expect("the template is a constant");
@@ -72,19 +79,21 @@ impl Progress {
                 bar.set_position(snapshot.done);
                 bar.set_message(snapshot.line(start.elapsed()));
             }
-            Self::Lines { start, last } => {
-                if last.elapsed().as_secs_f64() >= PROGRESS_LINE_SECONDS {
+            Self::Lines { start, last, every } => {
+                if last.elapsed() >= *every {
                     *last = Instant::now();
-                    say(&snapshot.line(start.elapsed()));
+                    snapshot.say(start.elapsed());
                 }
             }
         }
     }
 
-    /// Takes the live line away.
-    pub(super) fn finish(&self) {
-        if let Self::Live(bar, _) = self {
-            bar.finish_and_clear();
+    /// Takes the live line away, or tells a program how it ended.
+    pub(super) fn finish(&self, snapshot: Snapshot) {
+        match self {
+            Self::Live(bar, _) => bar.finish_and_clear(),
+            Self::Lines { start, .. } if is_json() => snapshot.say(start.elapsed()),
+            _ => {}
         }
     }
 }
@@ -126,6 +135,27 @@ fn json_line(line: &str, fields: &Map<String, Value>) -> String {
 }
 
 impl Snapshot {
+    fn say(&self, elapsed: Duration) {
+        say_with(&self.line(elapsed), &if is_json() { self.fields() } else { Map::new() });
+    }
+
+    /// What a program is told.
+    fn fields(&self) -> Map<String, Value> {
+        let Self { done, committed, open, running, total, failed, resumed, prefill_tokens, decode_tokens, .. } = *self;
+        let numbers = [
+            ("rows", total),
+            ("done", done),
+            ("committed", committed),
+            ("failed", failed),
+            ("resumed", resumed),
+            ("open", open),
+            ("running", running),
+            ("prefill_tokens", prefill_tokens),
+            ("decode_tokens", decode_tokens),
+        ];
+        numbers.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()
+    }
+
     fn line(&self, elapsed: Duration) -> String {
         let seconds = elapsed.as_secs_f64().max(1e-3);
         let here = self.done.saturating_sub(self.resumed);
