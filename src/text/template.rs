@@ -3,11 +3,13 @@
 //! renders (golden files in `tests/golden`), and to the same text at any time: templates see no clock.
 
 use super::hf::{HfConfig, HfFiles};
+use crate::allocator;
 use crate::gguf::Gguf;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Message, ToolChoice};
 use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result, anyhow, ensure};
+use minijinja::machinery::{Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior, context, filters};
@@ -239,6 +241,11 @@ const MAX_STEPS: u64 = 20_000_000;
 /// Longest template.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 
+/// Most tokens (names, operators, literals) between one pair of delimiters, and in all of them: minijinja tries at each operator
+/// of a chain whether all that is under it is constant, which takes the square of the chain's length.
+const MAX_EXPRESSION_TOKENS: usize = 4096;
+const MAX_TOKENS: usize = 16 * MAX_EXPRESSION_TOKENS;
+
 /// The compiler's stack: so much, and so much more for every byte of the source. What is not used costs nothing.
 const STACK_BYTES: (usize, usize) = (16 << 20, 1 << 10);
 
@@ -247,6 +254,9 @@ const MAX_FILTER_COUNT: usize = 100_000;
 
 /// Longest text that a template may make; far more than any model's context holds.
 const MAX_TEXT_BYTES: usize = 256 << 20;
+
+/// Most memory that a template may take while it makes that text: one that doubles a text needs few steps.
+const MAX_MEMORY: usize = 1 << 30;
 
 /// Most of a row's own columns that an error names.
 const MAX_NAMED_COLUMNS: usize = 20;
@@ -295,6 +305,7 @@ fn compile<T: Send>(
     if source.len() > MAX_SOURCE_BYTES {
         return Err(format!("it has {} bytes, the limit is {MAX_SOURCE_BYTES}", source.len()));
     }
+    check_expressions(source)?;
     let work = move || {
         environment.add_template_owned(NAME, source.to_owned()).map_err(|error| error.to_string())?;
         Ok(then(environment))
@@ -307,10 +318,26 @@ fn compile<T: Send>(
     })
 }
 
+/// Whether the template's expressions are within their limits; what else is wrong with them, the compiler says.
+fn check_expressions(source: &str) -> Result<(), String> {
+    let (mut n_tokens, mut n_all) = (0, 0);
+    for (token, span) in tokenize(source, false, SyntaxConfig::default()).map_while(Result::ok) {
+        n_tokens = if matches!(token, Token::VariableStart | Token::BlockStart) { 0 } else { n_tokens + 1 };
+        n_all += 1;
+        for (n, what, limit) in [(n_tokens, "an expression", MAX_EXPRESSION_TOKENS), (n_all, "it", MAX_TOKENS)] {
+            if n > limit {
+                return Err(format!("{what} has more than {limit} tokens (line {})", span.start_line));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Renders a template within its limits; what is wrong if it can't.
 fn render(environment: &Environment<'static>, context: Value) -> Result<String, String> {
     let mut written = Written::default();
-    let rendered = compiled(environment).render_captured_to(context, &mut written).map(|_| ());
+    let work = || compiled(environment).render_captured_to(context, &mut written).map(|_| ());
+    let rendered = allocator::within(MAX_MEMORY, "a template", work);
     match rendered {
         Ok(()) => Ok(String::from_utf8(written.text).expect("templates write text")),
         Err(_) if written.is_too_long => Err(format!("it makes more than {} MiB of text", MAX_TEXT_BYTES >> 20)),
@@ -377,7 +404,7 @@ fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         return Err(Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
     }
     kwargs.assert_all_used()?;
-    let mut json = Vec::new();
+    let mut json = Written::default();
     let written = match indent {
         Some(n_blanks) => {
             let indent = " ".repeat(n_blanks.min(16));
@@ -385,8 +412,12 @@ fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         }
         None => value.serialize(&mut Serializer::with_formatter(&mut json, PythonFormatter)),
     };
+    if json.is_too_long {
+        let message = format!("tojson makes more than {} MiB of text", MAX_TEXT_BYTES >> 20);
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     written.map_err(|error| Error::new(ErrorKind::BadSerialization, "tojson").with_source(error))?;
-    Ok(String::from_utf8(json).expect("serde_json writes UTF-8"))
+    Ok(String::from_utf8(json.text).expect("serde_json writes UTF-8"))
 }
 
 /// JSON on one line with Python's blanks: `{"a": 1, "b": [2, 3]}`.

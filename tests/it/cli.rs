@@ -79,6 +79,18 @@ fn rows_may_call_the_model_by_names_that_the_job_gives_it() {
     assert_eq!(ids("out.errors.jsonl"), ["gpt-y"]);
 }
 
+/// A model's own template can do the same; steps do not bound it, since each doubles what there is.
+#[test]
+fn a_template_that_takes_all_memory_ends_the_program_with_a_message() {
+    let sandbox = Sandbox::new();
+    sandbox.write("in.jsonl", "{\"q\": \"x\"}");
+    let doubling =
+        "prompt.text={% set n = namespace(t=q) %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t | length }}";
+    let args = ["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "--engine", "null", "--set", doubling];
+    let message = sandbox.expect(&args, 1);
+    assert!(message.contains("error: a template takes more memory than it may"), "{message}");
+}
+
 #[test]
 fn unusable_jobs_stop_before_any_work_with_one_message() {
     let sandbox = Sandbox::new();

@@ -350,3 +350,31 @@ fn row_errors_name_the_column() {
         assert!(RowTemplate::compile(source).is_err(), "{source:?}");
     }
 }
+
+/// What a caller sends can be made long by a template that means no harm.
+#[test]
+fn json_of_a_template_has_a_limit() {
+    let zeros: Value = vec![0; 150_000].into();
+    let deep = (0..120).fold(zeros, |inner, _| json!([inner]));
+    let row = columns(json!({ "tools": deep }));
+    let error = RowTemplate::compile("{{ tools | tojson(indent=16) | length }}").unwrap().render(&row).unwrap_err();
+    assert!(error.message.contains("tojson makes more than 256 MiB of text"), "{error}");
+}
+
+/// The time that minijinja takes for an expression is the square of its length, so 36 seconds for 33 kB: what the fuzzer found.
+#[test]
+fn expressions_have_a_limit() {
+    let sum = |n: usize| vec!["1"; n].join("+");
+    let refusal = |source: &str| match RowTemplate::compile(source) {
+        Ok(_) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    assert_eq!(refusal(&format!("{{{{ {} }}}}", sum(2048))), "");
+    assert!(refusal(&format!("a\n{{{{ {} }}}}", sum(2049))).contains("an expression has more than 4096 tokens (line 2)"));
+    assert!(refusal(&format!("{{% if {} %}}x{{% endif %}}", sum(9000))).contains("4096 tokens"));
+    // Quotes in raw text and comments begin no string that would hide what follows.
+    assert!(refusal(&format!("{{% raw %}}{{{{ \"{{% endraw %}}{{# ' #}}{{{{ {} }}}}\"", sum(9000))).contains("4096 tokens"));
+    assert!(refusal(&format!("{{{{ {} }}}}", sum(1000)).repeat(40)).contains("it has more than 65536 tokens"));
+    // Text and strings are as long as they like.
+    assert_eq!(refusal(&format!("{}{{{{ '{}' }}}}", "text ".repeat(20_000), "1+".repeat(20_000))), "");
+}
