@@ -66,17 +66,14 @@ impl JobDir {
         let swaps = lock.is_none() && !terms.unguarded;
         let root = Root { storage: storage.clone(), at: at.clone(), swaps };
         let lease_ms = terms.lease.as_millis() as u64;
-        let found = match root.read() {
-            Err(error) if terms.restart && error.root_cause().is::<serde_json::Error>() => {
-                // A holder that still lives has not come so far.
-                let epoch = last_epoch(&root)? + EPOCHS_AHEAD;
-                root.replace_damaged(&Lease { held: false, epoch, ..Lease::first(me.clone(), lease_ms) })?;
-                None
-            }
-            found => found?,
+        let is_lost = match root.read() {
+            Err(error) if terms.restart && error.root_cause().is::<serde_json::Error>() => true,
+            found => found?.is_none() && has_orphans(&root, terms.restart)?,
         };
-        if found.is_none() && !terms.restart && storage.exists(&at.child(OLD_MANIFEST)?)? {
-            bail!("{} was written by an older valar: finish it with that one, or throw it away with --restart", at.url);
+        if is_lost {
+            // A holder that still lives has not come so far.
+            let epoch = last_epoch(&root)? + EPOCHS_AHEAD;
+            root.replace_damaged(&Lease { held: false, epoch, ..Lease::first(me.clone(), lease_ms) })?;
         }
         // Whoever has the lock is alone, whatever the lease says.
         let if_running = if lock.is_some() { IfRunning::TakeOver } else { terms.if_running };
@@ -125,7 +122,7 @@ impl JobDir {
         let at = self.at.child(&manifest::name_of(epoch))?;
         let text = self.storage.get(&at)?;
         let text = text.with_context(|| format!("{} is gone; --restart begins the job anew", at.url))?;
-        Manifest::parse(&text).map(Some).with_context(|| format!("{} is damaged; --restart begins the job anew", at.url))
+        Manifest::parse_at(&text, &at.url).map(Some)
     }
 
     /// Whether this process may still write here.
@@ -215,6 +212,26 @@ impl Hear for Uploads {
 fn is_of_old_form(name: &str) -> bool {
     let digits = name.strip_prefix("seg-").and_then(|rest| rest.strip_suffix(".jsonl"));
     name == OLD_MANIFEST || digits.is_some_and(|digits| digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Whether a directory that had no lease has the state of a job, of which nobody knows what counts: an error unless it may be
+/// thrown away.
+fn has_orphans(root: &Root, may_go: bool) -> Result<bool> {
+    let names = root.storage.list(&root.at)?;
+    let url = &root.at.url;
+    if names.iter().any(|name| name == OLD_MANIFEST) && !may_go {
+        bail!("{url} was written by an older valar: finish it with that one, or throw it away with --restart");
+    }
+    let is_state = |name: &&String| segment::id_of(name).is_some() || manifest::epoch_of(name).is_some();
+    let Some(name) = names.iter().find(is_state) else { return Ok(false) };
+    // Another run may have begun meanwhile: with the lease.
+    if root.read()?.is_some() {
+        return Ok(false);
+    }
+    if !may_go {
+        bail!("{url} has {name}, but no {LEASE}, which says what counts: put that back, or throw the job away with --restart");
+    }
+    Ok(true)
 }
 
 /// The largest epoch that left something.

@@ -58,7 +58,8 @@ impl Root {
     pub(super) fn read(&self) -> Result<Option<(Box<Lease>, LeaseVersion)>> {
         let at = self.at.child(LEASE)?;
         let Some((text, version)) = self.storage.get_version(&at)? else { return Ok(None) };
-        let lease = Lease::parse(&text).with_context(|| format!("{} is damaged; --restart begins the job anew", at.url))?;
+        let lease = Lease::parse(&text)
+            .with_context(|| format!("{} is damaged, or of another valar; --restart begins the job anew", at.url))?;
         Ok(Some((lease, Some(version))))
     }
 

@@ -11,6 +11,17 @@ use serde::{Deserialize, Serialize};
 /// The form of journals this program reads and writes.
 const FORMAT_VERSION: u32 = 5;
 
+/// All that any form of a manifest is known to have.
+#[derive(Deserialize)]
+struct Form {
+    format_version: u32,
+}
+
+/// The journal is of another form.
+#[derive(Debug, thiserror::Error)]
+#[error("it has form {0}; this program knows form {known}", known = FORMAT_VERSION)]
+struct OtherForm(u32);
+
 /// What identifies a job, and what its outputs depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -109,10 +120,23 @@ impl Manifest {
     /// What [`Manifest::format_version`] must be.
     pub const FORMAT_VERSION: u32 = FORMAT_VERSION;
 
-    pub(super) fn parse(text: &[u8]) -> Result<Self> {
+    /// Of the text that stands at `url`; an error names it, and says what helps.
+    pub(super) fn parse_at(text: &[u8], url: &str) -> Result<Self> {
+        Self::parse(text).map_err(|error| {
+            let what = match error.downcast_ref() {
+                Some(OtherForm(form)) if *form < FORMAT_VERSION => "was written by an older valar: finish it with that one, or",
+                Some(OtherForm(_)) => "was written by a newer valar: finish it with that one, or",
+                None => "is damaged:",
+            };
+            error.context(format!("{url} {what} throw it away with --restart"))
+        })
+    }
+
+    fn parse(text: &[u8]) -> Result<Self> {
+        // Another form may have other fields.
+        let Form { format_version } = serde_json::from_slice(text)?;
+        ensure!(format_version == FORMAT_VERSION, OtherForm(format_version));
         let manifest: Self = serde_json::from_slice(text)?;
-        let version = manifest.format_version;
-        ensure!(version == FORMAT_VERSION, "it has form {version}; this program knows form {FORMAT_VERSION}");
         let n_inputs = manifest.inputs.iter().try_fold(0u64, |sum, input| sum.checked_add(input.n_rows));
         ensure!(n_inputs.is_some(), "inputs: the sum of n_rows is over {}", u64::MAX);
         let Range { start, end } = manifest.rows;
@@ -311,7 +335,14 @@ mod tests {
         let json = manifest().to_json();
         assert_eq!(Manifest::parse(json.as_bytes()).unwrap(), manifest());
         let form = |n: u32| format!("\"format_version\": {n}");
-        let other = json.replace(&form(FORMAT_VERSION), &form(FORMAT_VERSION - 1));
-        assert!(Manifest::parse(other.as_bytes()).unwrap_err().to_string().contains(&format!("form {}", FORMAT_VERSION - 1)));
+        let said = |text: &str| format!("{:#}", Manifest::parse_at(text.as_bytes(), "at/manifest").unwrap_err());
+        let other = |n: u32| said(&json.replace(&form(FORMAT_VERSION), &form(n)));
+        assert!(other(FORMAT_VERSION - 1).contains("at/manifest was written by an older valar: finish it with that one, or"));
+        assert!(other(FORMAT_VERSION - 1).contains(&format!("form {}", FORMAT_VERSION - 1)));
+        assert!(other(FORMAT_VERSION + 1).contains("by a newer valar"));
+        // It had not all of today's fields, or others.
+        let said_of_old = said("{\"format_version\": 1, \"rows\": 7}");
+        assert!(said_of_old.contains("by an older valar") && said_of_old.contains("form 1;"), "{said_of_old}");
+        assert!(said(&json[..json.len() / 2]).contains("at/manifest is damaged: throw it away with --restart"));
     }
 }

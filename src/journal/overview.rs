@@ -54,8 +54,8 @@ pub fn manifest_in(storage: &Storage, at: &Location) -> Result<Option<Manifest>>
 
 pub(super) fn manifest_of(storage: &Storage, at: &Location, lease: &Lease) -> Result<Option<Manifest>> {
     let Some(job) = lease.job else { return Ok(None) };
-    let text = storage.get(&at.child(&manifest::name_of(job))?)?;
-    text.map(|text| Manifest::parse(&text)).transpose()
+    let at = at.child(&manifest::name_of(job))?;
+    storage.get(&at)?.map(|text| Manifest::parse_at(&text, &at.url)).transpose()
 }
 
 /// Segments that the writer of an epoch has put.

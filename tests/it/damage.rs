@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use valar::journal::finalise;
+use serde_json::json;
+use valar::journal::{Manifest, finalise};
 use valar::storage::Storage;
 
+use crate::common::{Sandbox, chat_line};
 use crate::resume::{Life, N_ROWS, Places, contents, five_segments, outcome, resume, run, uninterrupted};
 
 /// What the journal says of damage, when it is opened or when something is added to it.
@@ -82,4 +84,49 @@ fn a_tail_cut_off_or_corrupted_anywhere_costs_its_own_rows() {
     run(&storage, &places, 1, &mut life).unwrap();
     assert!(life.computed.contains(&8) && life.computed.contains(&9) && !life.computed.contains(&7), "{:?}", life.computed);
     assert_eq!(contents(&storage, &store), uninterrupted(&storage, "x.jsonl").0);
+}
+
+/// What can't be read is named, and what is of another version is not called damaged.
+#[test]
+fn state_that_can_not_be_read_is_named_and_kept() {
+    let sandbox = Sandbox::new();
+    let lines: Vec<String> = (0..40).map(|i| chat_line(&format!("row-{i}"), &format!("Say {i}."), json!({}))).collect();
+    sandbox.write("in.jsonl", lines.join("\n"));
+    let run = ["run", "-q", "--engine=null", "-i", "in.jsonl", "-o", "out.jsonl", "--set=job.window_rows=8"];
+    let anew = ["run", "-q", "--engine=null", "-i", "in.jsonl", "-o", "anew.jsonl", "--set=job.window_rows=8"];
+    sandbox.expect(&anew, 0);
+    sandbox.expect(&[&run[..], &["--max-tokens", "60"]].concat(), 6);
+    let manifest = "out.job/manifest-00001.json";
+    let content = sandbox.read(manifest);
+    let form = Manifest::FORMAT_VERSION;
+    let with_form = |n: u32| content.replace(&format!("\"format_version\": {form}"), &format!("\"format_version\": {n}"));
+    for (changed, wanted) in [
+        (content[..content.len() / 2].to_owned(), "is damaged"),
+        (with_form(form - 1), "was written by an older valar"),
+        (with_form(form + 1), "was written by a newer valar"),
+    ] {
+        sandbox.write(manifest, changed);
+        for args in [&run[..], &["status", "out.jsonl"]] {
+            let said = sandbox.expect(args, 1);
+            assert!(said.contains(&format!("{manifest} {wanted}")) && said.contains("--restart"), "{said}");
+        }
+    }
+    sandbox.write(manifest, &content);
+    // Without the lease nobody knows what counts: it is not guessed, and nothing is thrown away.
+    let lease = sandbox.read("out.job/lease.json");
+    std::fs::remove_file(sandbox.path("out.job/lease.json")).unwrap();
+    let said = sandbox.expect(&run, 1);
+    assert!(said.contains("out.job has manifest-00001.json, but no lease.json"), "{said}");
+    sandbox.write("out.job/lease.json", lease);
+    assert!(sandbox.run(&["status", "out.jsonl"]).status.success());
+    sandbox.expect(&run, 0);
+    assert!(sandbox.read("out.jsonl") == sandbox.read("anew.jsonl"), "rows were lost");
+    // Unless it may be.
+    for name in ["out.jsonl", "out.errors.jsonl", "out.report.json"] {
+        std::fs::remove_file(sandbox.path(name)).unwrap();
+    }
+    sandbox.expect(&[&run[..], &["--max-tokens", "60"]].concat(), 6);
+    std::fs::remove_file(sandbox.path("out.job/lease.json")).unwrap();
+    sandbox.expect(&[&run[..], &["--restart"]].concat(), 0);
+    assert!(sandbox.read("out.jsonl") == sandbox.read("anew.jsonl") && !sandbox.path("out.job").exists());
 }
