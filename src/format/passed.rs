@@ -18,6 +18,7 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
 use parquet::arrow::{ARROW_SCHEMA_META_KEY, ArrowWriter, ProjectionMask, parquet_to_arrow_schema};
+use serde_json::Value;
 
 use super::inspect;
 use super::parquet::{BlockFile, batch_rows, caught, group_ends};
@@ -95,11 +96,15 @@ impl Passed {
             }
         }
         let (found, _) = found.context("no file to take columns from")?;
-        let FileColumns { columns, metadata } = found;
+        let FileColumns { columns, mut metadata } = found;
         let twice =
             columns.iter().enumerate().find(|(i, c)| columns[..*i].iter().any(|other| other.told.name() == c.told.name()));
         if let Some((_, column)) = twice {
             bail!("{} has two columns {:?}", files[0].at.url, column.told.name());
+        }
+        if let Some(text) = metadata.remove(GEO) {
+            let geo = geo_of(&text, |name| columns.iter().any(|column| column.told.name() == name));
+            metadata.extend(geo.map(|geo| (GEO.to_owned(), geo)));
         }
         Ok(Self { storage: storage.clone(), files: files.into(), columns, metadata })
     }
@@ -199,6 +204,34 @@ fn columns_of(file: &BlockFile) -> Result<FileColumns> {
         });
         Ok(FileColumns { columns: columns.collect(), metadata: told.metadata().clone() })
     })
+}
+
+/// Where `GeoParquet` says what the columns with geometries are, as JSON.
+const GEO: &str = "geo";
+
+/// What it says, of columns that are there alone; `None` if nothing is left, or it can't be read.
+fn geo_of(text: &str, is_there: impl Fn(&str) -> bool) -> Option<String> {
+    let mut geo: Value = serde_json::from_str(text).ok()?;
+    let columns = geo.get_mut("columns")?.as_object_mut()?;
+    if columns.keys().all(|name| is_there(name)) && columns.values().all(|column| column.get("covering").is_none()) {
+        return Some(text.to_owned());
+    }
+    columns.retain(|name, _| is_there(name));
+    for column in columns.values_mut().filter_map(Value::as_object_mut) {
+        // Bounds of each row, in a column of their own: {"bbox": {"xmin": ["column", "field"], ...}}.
+        let covers = |paths: &Value| {
+            let mut paths = paths.as_object().into_iter().flatten();
+            paths.all(|(_, path)| path[0].as_str().is_some_and(&is_there))
+        };
+        if column.get("covering").and_then(Value::as_object).is_some_and(|covering| !covering.values().all(covers)) {
+            column.remove("covering");
+        }
+    }
+    let first = columns.keys().next()?.clone();
+    if !geo["primary_column"].as_str().is_some_and(&is_there) {
+        geo["primary_column"] = first.into();
+    }
+    Some(geo.to_string())
 }
 
 /// The type to read and write values in: that of Parquet's schema, but where it would lose some of them.

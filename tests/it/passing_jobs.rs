@@ -70,7 +70,7 @@ fn write(sandbox: &Sandbox, name: &str, groups: &[RecordBatch]) {
     writer.close().unwrap();
 }
 
-fn read(sandbox: &Sandbox, name: &str) -> RecordBatch {
+pub(crate) fn read(sandbox: &Sandbox, name: &str) -> RecordBatch {
     let path = sandbox.path(name);
     let mut files = vec![path.clone()];
     if path.is_dir() {
@@ -90,7 +90,7 @@ fn read(sandbox: &Sandbox, name: &str) -> RecordBatch {
 
 /// The columns of `found` are those of the rows of `wanted` whose text is not empty.
 #[track_caller]
-fn check(found: &RecordBatch, wanted: &RecordBatch) {
+pub(crate) fn check(found: &RecordBatch, wanted: &RecordBatch) {
     let is_good = wanted.column(0).as_string::<i32>().iter().map(|text| text.map(|text| !text.is_empty())).collect();
     let wanted = filter_record_batch(wanted, &is_good).unwrap();
     assert_eq!(found.schema().metadata(), wanted.schema().metadata());
@@ -109,7 +109,8 @@ fn job<'a>(command: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
     [command, &JOB, more].concat()
 }
 
-fn inputs(sandbox: &Sandbox) -> RecordBatch {
+/// Files `in.parquet` and `more.parquet`; their rows.
+pub(crate) fn inputs(sandbox: &Sandbox) -> RecordBatch {
     let groups = [table(0, 40), table(40, 3), table(43, 70)];
     write(sandbox, "in.parquet", &groups[..2]);
     write(sandbox, "more.parquet", &groups[2..]);
@@ -149,6 +150,49 @@ fn untouched_columns_are_what_they_were() {
         &read(&sandbox, "some.parquet").project(&[2, 1, 0, 3, 4, 5, 6]).unwrap(),
         &wanted.slice(0, 100).project(&[0, 5, 12]).unwrap(),
     );
+}
+
+/// What is said of columns with geometries is said of those that are there.
+#[test]
+fn geometries_that_are_left_out_are_not_told_of() {
+    let sandbox = Sandbox::new();
+    let geo = json!({"version": "1.1.0", "primary_column": "view", "columns": {
+        "view": {"encoding": "WKB", "covering": {"bbox": {"xmin": ["pair", "xmin"], "xmax": ["pair", "xmax"]}}},
+        "large": {"encoding": "WKB", "crs": null, "covering": {"bbox": {"xmin": ["map", "xmin"]}}},
+    }});
+    let rows = table(0, 10);
+    let metadata = HashMap::from([("geo".to_owned(), geo.to_string()), ("made by".to_owned(), "a test".to_owned())]);
+    let schema = Arc::new(Schema::new_with_metadata(rows.schema().fields().clone(), metadata));
+    write(&sandbox, "in.parquet", &[rows.with_schema(schema).unwrap()]);
+    let told = |columns: &str| {
+        let kept = format!("--set=output.columns={columns}");
+        let args = [
+            "run",
+            "-q",
+            "--engine=null",
+            "--restart",
+            "-i",
+            "in.parquet",
+            "-o",
+            "out.parquet",
+            "--set=prompt.text=x{{ q }}",
+            &kept,
+        ];
+        sandbox.expect(&args, 0);
+        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(sandbox.path("out.parquet")).unwrap()).unwrap();
+        let pairs = reader.metadata().file_metadata().key_value_metadata().unwrap();
+        let in_file = pairs.iter().find(|pair| pair.key == "geo").and_then(|pair| pair.value.clone());
+        assert_eq!(reader.schema().metadata().get("geo"), in_file.as_ref());
+        assert_eq!(reader.schema().metadata()["made by"], "a test");
+        in_file.map(|text| serde_json::from_str::<Value>(&text).unwrap())
+    };
+    assert_eq!(told("[\"view\",\"large\",\"pair\",\"map\"]"), Some(geo.clone()));
+    let mut expected = geo.clone();
+    expected["columns"].as_object_mut().unwrap().remove("view");
+    expected["columns"]["large"].as_object_mut().unwrap().remove("covering");
+    expected["primary_column"] = json!("large");
+    assert_eq!(told("[\"q\",\"large\"]"), Some(expected));
+    assert_eq!(told("[\"q\",\"map\"]"), None);
 }
 
 #[test]
