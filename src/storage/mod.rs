@@ -8,6 +8,7 @@
 
 mod cache;
 mod conditional;
+mod container;
 mod glob;
 mod location;
 mod remote;
@@ -23,7 +24,7 @@ use std::future::Future;
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -33,6 +34,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{Error, GetOptions, GetRange, ListResult, ObjectMeta, ObjectStoreExt as _, PutPayload};
 use remote::{broke_off, tell};
 use tokio::runtime::{Builder, Runtime};
+use whole::{Copies, WholeCopy};
 
 /// How much [`Object::chunk`] reads at once, bytes.
 const CHUNK_BYTES: u64 = 4 << 20;
@@ -68,6 +70,7 @@ pub struct Storage {
     announce: Option<Announce>,
     /// How long a request may take, where a slow answer is as bad as none.
     limit: Option<Duration>,
+    copies: Copies,
 }
 
 impl Storage {
@@ -75,7 +78,7 @@ impl Storage {
     pub fn new() -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("valar-storage").enable_all().build();
         let runtime = Arc::new(runtime.context("can't start the storage thread")?);
-        Ok(Self { runtime, part_bytes: PART_BYTES, announce: None, limit: None })
+        Ok(Self { runtime, part_bytes: PART_BYTES, announce: None, limit: None, copies: Copies::default() })
     }
 
     /// The same with uploads in parts of `part_bytes`, at least 1; each upload under way holds one part in memory.
@@ -148,7 +151,7 @@ impl Storage {
     /// Opens an object for reading. An error if there is none, with a hint if it is a directory.
     pub fn open(&self, at: &Location) -> Result<Object> {
         match self.head(at)? {
-            Some(meta) => Ok(Object { storage: self.clone(), at: at.clone(), meta, copy: Arc::default() }),
+            Some(meta) => Ok(Object { storage: self.clone(), at: at.clone(), copy: self.copies.of(at, &meta), meta }),
             None if self.is_directory(at)? => {
                 bail!("{0} is a directory: name its files, for example {0}/*.jsonl", at.url.trim_end_matches('/'))
             }
@@ -301,8 +304,7 @@ pub struct Object {
     storage: Storage,
     at: Location,
     meta: ObjectMeta,
-    /// The whole content, of a web server that gives no parts.
-    copy: Arc<Mutex<Option<File>>>,
+    copy: WholeCopy,
 }
 
 impl Object {

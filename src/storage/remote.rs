@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, AwsCredentialProvider};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{ClientConfigKey, CredentialProvider, HttpError, HttpErrorKind};
@@ -18,6 +18,7 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, Error, ObjectStore, RetryConfig};
 use url::{Host, Url};
 
+use super::container::Container;
 use super::location::Uploads;
 
 /// Times that a request is tried again, at most.
@@ -74,7 +75,7 @@ pub(super) fn open(scheme: &str, text: &str) -> Result<Opened> {
 }
 
 /// `reqwest` wants one provider for the whole process: the one that is there for model hubs anyway.
-fn install_cryptography() {
+pub(super) fn install_cryptography() {
     // It may be there already: then there is nothing to do.
     let _already_there = rustls::crypto::ring::default_provider().install_default();
 }
@@ -111,13 +112,16 @@ fn s3(text: &str, bucket: &str) -> Result<AmazonS3> {
     };
     // A machine that is no cloud instance answers nothing where credentials would be: that must not take minutes.
     let soon = RetryConfig { max_retries: 2, retry_timeout: Duration::from_secs(10), ..retries() };
-    let found = builder().with_retry(soon).build().map_err(|e| settings(text, &e))?;
-    let credentials = Arc::new(Told { inner: Arc::clone(found.credentials()), had_some: AtomicBool::new(false) });
+    let inner: AwsCredentialProvider = match Container::of(|name| std::env::var(name).ok()).context(text.to_owned())? {
+        Some(container) => Arc::new(container),
+        None => Arc::clone(builder().with_retry(soon).build().map_err(|e| settings(text, &e))?.credentials()),
+    };
+    let credentials = Arc::new(Told { inner, had_some: AtomicBool::new(false) });
     let store = builder().with_credentials(credentials).with_retry(retries()).build();
     store.map_err(|e| settings(text, &e))
 }
 
-fn is_loopback(url: &Url) -> bool {
+pub(super) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost",
         Some(Host::Ipv4(ip)) => ip.is_loopback(),

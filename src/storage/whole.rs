@@ -1,19 +1,41 @@
 //! Objects of web servers that give no parts of a file: fetched as a whole when a part is first asked for, into a temporary
-//! file that has no name.
+//! file that has no name. It stays as long as the storage, for whoever opens the object again: a job reads each input a few
+//! times.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use futures::StreamExt as _;
-use object_store::ObjectStoreExt as _;
+use object_store::{ObjectMeta, ObjectStoreExt as _};
 
 use super::remote::tell;
-use super::{Object, PAUSES, broke_off};
+use super::{Location, Object, PAUSES, broke_off};
+
+/// The whole content of an object, once it was fetched.
+pub(super) type WholeCopy = Arc<Mutex<Option<File>>>;
+
+/// The copies of a storage, by the objects' places and what tells their versions.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Copies(Arc<Mutex<HashMap<String, WholeCopy>>>);
+
+impl Copies {
+    /// Where the copy of an object is or will be; of a store that gives parts, where none will be.
+    pub(super) fn of(&self, at: &Location, meta: &ObjectMeta) -> WholeCopy {
+        if !at.is_web() {
+            return WholeCopy::default();
+        }
+        let ObjectMeta { e_tag, last_modified, size, .. } = meta;
+        let version = format!("{} {} {last_modified} {size} {e_tag:?}", at.remote, at.path);
+        let mut copies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(copies.entry(version).or_default())
+    }
+}
 
 /// What keeps a copy from being made.
 enum Failure {

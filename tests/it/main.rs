@@ -34,6 +34,7 @@ mod families;
 mod families_gguf;
 mod faults;
 mod formats;
+mod from_stores;
 mod grammar;
 mod handle;
 mod hostile;
