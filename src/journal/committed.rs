@@ -1,11 +1,15 @@
 //! The results that a job has committed so far, in the order in which that was done. Nothing is claimed and nothing changed.
 //! Invariant: the results of a later look begin with those of an earlier one, whoever went on with the job meanwhile.
 
+use std::io::Write as _;
+
 use anyhow::{Context as _, Result};
+use bytes::Bytes;
 
 use super::lease::Closed;
 use super::overview::{lease_in, manifest_of};
 use super::segment::{self, Line, SegmentId};
+use super::{Noted, RowSet, Totals};
 use crate::storage::{Location, Storage};
 
 /// Results that were committed.
@@ -17,6 +21,8 @@ pub struct Committed {
     job: String,
     /// The segments, each with the number of its results.
     segments: Vec<(SegmentId, u64)>,
+    /// Errors of earlier epochs than this do not count.
+    errors_from: u32,
 }
 
 /// Those of the job that is under way in a directory; `None` if none is.
@@ -34,7 +40,13 @@ pub fn committed(storage: &Storage, at: &Location) -> Result<Option<Committed>> 
             segments.push((id, rows - failed));
         }
     }
-    Ok(Some(Committed { storage: storage.clone(), at: at.clone(), job: manifest.job_fingerprint, segments }))
+    Ok(Some(Committed {
+        storage: storage.clone(),
+        at: at.clone(),
+        job: manifest.job_fingerprint,
+        segments,
+        errors_from: lease.errors_from,
+    }))
 }
 
 impl Committed {
@@ -53,10 +65,8 @@ impl Committed {
                 skip -= n_lines;
                 continue;
             }
-            let at = self.at.child(&segment::name_of(*id))?;
-            let content = self.storage.get(&at)?.with_context(|| format!("{} is gone", at.url))?;
             let mut lines = Vec::new();
-            let verified = segment::verify(&content, &self.job)?;
+            let verified = self.segment(*id)?;
             for entry in segment::entries(&verified)? {
                 let Line::Record(record) = entry?.line else { continue };
                 if !record.ok {
@@ -74,5 +84,42 @@ impl Committed {
             }
         }
         Ok(())
+    }
+
+    fn segment(&self, id: SegmentId) -> Result<Bytes> {
+        let at = self.at.child(&segment::name_of(id))?;
+        let content = self.storage.get(&at)?.with_context(|| format!("{} is gone", at.url))?;
+        segment::verify(&content, &self.job).with_context(|| at.url.to_string())
+    }
+
+    /// Publishes what was committed as the files of a job that will not be gone on with: what it came to. Writes nothing if that
+    /// is nothing.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn publish(&self, results: &Location, errors: &Location) -> Result<Totals> {
+        let (mut totals, mut rows) = (Totals::default(), RowSet::default());
+        let mut files = [results, errors].map(|at| self.storage.upload(at));
+        for &(id, _) in &self.segments {
+            let verified = match self.segment(id) {
+                // What its writer was killed in.
+                Err(error) if error.is::<segment::Damaged>() => continue,
+                segment => segment?,
+            };
+            for entry in segment::entries(&verified)? {
+                let segment::Entry { line: Line::Record(record), bytes } = entry? else { continue };
+                // A row's first outcome counts.
+                if (record.ok || id.epoch >= self.errors_from) && rows.insert(record.row) {
+                    writeln!(files[usize::from(!record.ok)], "{}", record.line)?;
+                    totals.add(&Noted::new(&record, bytes));
+                }
+            }
+        }
+        if !rows.is_empty() {
+            for file in files {
+                file.publish()?;
+            }
+        }
+        Ok(totals)
     }
 }

@@ -174,6 +174,16 @@ pub fn committed(folder: &Path) -> Result<Option<Committed>> {
     journal::committed(&Storage::new()?, &files.journal)
 }
 
+/// Publishes the results and errors that a job in a folder has committed, for it will not be gone on with; what they came to.
+///
+/// # Errors
+/// The disk's.
+pub fn publish_committed(folder: &Path) -> Result<Totals> {
+    let files = JobFiles::of(&folder.join("output.jsonl").to_string_lossy(), false)?;
+    let found = journal::committed(&Storage::new()?, &files.journal)?;
+    found.map_or(Ok(Totals::default()), |found| found.publish(&files.results, &files.errors))
+}
+
 impl HostedJob {
     fn files(&self) -> Result<JobFiles> {
         JobFiles::of(&self.folder.join("output.jsonl").to_string_lossy(), false)
@@ -185,7 +195,7 @@ impl HostedJob {
     }
 
     fn input_at(&self) -> Result<Location> {
-        self.input.as_ref().map_or_else(|| Location::parse(&self.input_path().to_string_lossy()), |input| Ok(input.at().clone()))
+        self.input.as_ref().map_or_else(|| Location::parse(&self.input_path().to_string_lossy()), |input| Ok(input.at()))
     }
 
     /// Asked before anything is read and again when all was: what was read is of the version that the job was accepted with.

@@ -3,7 +3,7 @@
 //! in the way; what has changed is never read as if it had not.
 
 use crate::format::{Compression, Format};
-use crate::storage::{Location, Object, Storage};
+use crate::storage::{self, Location, Object, Storage};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -51,6 +51,17 @@ pub enum Refused {
     /// Its store can't be read.
     #[error("{0}")]
     Unreadable(String),
+}
+
+/// What an error says of an object that was to be read, if it is of that.
+pub fn refusal(error: &anyhow::Error) -> Option<&Refused> {
+    let of_reader = || error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref();
+    error.downcast_ref().or_else(of_reader)
+}
+
+/// Whether an error is only that an object's store can't be read now.
+pub fn is_outage(error: &anyhow::Error) -> bool {
+    matches!(refusal(error), Some(Refused::Unreadable(_))) || storage::is_of_remote(error)
 }
 
 /// The places from which objects may be read.
@@ -130,11 +141,10 @@ impl Places {
         if !folders.iter().any(|(typed, real)| path.starts_with(typed) || path.starts_with(real)) {
             return Err(Refused::NotAllowed);
         }
-        let real = path.canonicalize();
-        // A link that leads nowhere is not there, wherever that would be.
-        let real = real.map_err(|_| Refused::Missing)?;
+        // What a link leads out to is not there: whether it is would be told otherwise.
+        let real = path.canonicalize().map_err(|_| Refused::Missing)?;
         if !folders.iter().any(|(_, folder)| real.starts_with(folder)) {
-            return Err(Refused::NotAllowed);
+            return Err(Refused::Missing);
         }
         // Reading another kind may never end.
         if !real.is_file() {
@@ -200,9 +210,9 @@ impl Referenced {
         if object.version() == self.version { Ok(object) } else { Err(Refused::Changed) }
     }
 
-    /// Where it is.
-    pub(super) fn at(&self) -> &Location {
-        &self.at
+    /// Where it is, as long as it is what it was.
+    pub(super) fn at(&self) -> Location {
+        self.at.pinned(&self.version)
     }
 
     /// Whether it is still what it was.
@@ -253,7 +263,14 @@ impl Read for Content {
 impl BufRead for Content {
     fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
         if self.chunk.is_empty() {
-            self.chunk = self.next_chunk().map_err(|error| std::io::Error::other(format!("{error:#}")))?;
+            self.chunk = self.next_chunk().map_err(|error| {
+                let text = format!("{error:#}");
+                if storage::is_of_remote(&error) {
+                    std::io::Error::other(Refused::Unreadable(text))
+                } else {
+                    std::io::Error::other(text)
+                }
+            })?;
         }
         Ok(&self.chunk)
     }
@@ -322,12 +339,15 @@ mod tests {
         for inside in ["in/a.jsonl", "in/sub/b.jsonl", "in/sub/../a.jsonl", "in/inside.jsonl", "in/%61.jsonl"] {
             assert_eq!(pinned(inside), Ok(3), "{inside}");
         }
-        let outside = ["out/secret.jsonl", "in/link.jsonl", "in/linked/secret.jsonl", "in/../out/secret.jsonl", "input/c.jsonl"];
+        let outside = ["out/secret.jsonl", "in/../out/secret.jsonl", "input/c.jsonl"];
         for outside in outside.into_iter().chain(["in/%2e%2e/out/secret.jsonl", "out/nothing.jsonl"]) {
             assert_eq!(pinned(outside), Err(Refused::NotAllowed), "{outside}");
         }
+        // Whether there is something outside can't be asked by a link, either.
+        for by_link in ["in/link.jsonl", "in/linked/secret.jsonl", "in/linked/nothing.jsonl", "in/dangling.jsonl", "in/linked"] {
+            assert_eq!(pinned(by_link), Err(Refused::Missing), "{by_link}");
+        }
         assert_eq!(pinned("in/nothing.jsonl"), Err(Refused::Missing));
-        assert_eq!(pinned("in/dangling.jsonl"), Err(Refused::Missing));
         // A URL's dots go before any link is followed.
         assert_eq!(pinned("in/linked/../out/secret.jsonl"), Err(Refused::Missing));
         for wrong in ["in/sub", "in/d.txt", "in"] {
@@ -337,6 +357,28 @@ mod tests {
         let by_link = Places::parse(&[uri("door") + "/"]).unwrap();
         assert!(by_link.pin(&uri("door/a.jsonl")).is_ok() && by_link.pin(&uri("in/a.jsonl")).is_ok());
         assert_eq!(Places::default().pin(&uri("in/a.jsonl")), Err(Refused::NotAllowed));
+    }
+
+    #[test]
+    fn a_file_in_its_place_is_not_read_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let [path, other] = ["a.jsonl", "b.jsonl"].map(|name| root.path().join(name));
+        // More than is read at a time.
+        fs::write(&path, "a\n".repeat(3 << 20)).unwrap();
+        let places = places(&[&format!("file://{}/", root.path().display())]);
+        let (reference, _) = places.pin(&format!("file://{}", path.display())).unwrap();
+        let found = places.find(&reference).unwrap();
+        let mut content = found.read().unwrap();
+        assert!(!content.next_chunk().unwrap().is_empty());
+        // Of the same size and time.
+        let changed = fs::metadata(&path).unwrap().modified().unwrap();
+        fs::write(&other, "b\n".repeat(3 << 20)).unwrap();
+        fs::File::options().write(true).open(&other).unwrap().set_modified(changed).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert!(content.next_chunk().is_err());
+        // Nor is it opened as what was named.
+        let opened = Storage::new().unwrap().open(&found.at());
+        assert!(opened.is_err_and(|error| error.to_string().contains("is not what it was")));
     }
 
     #[test]

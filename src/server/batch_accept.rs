@@ -5,22 +5,53 @@
 use super::App;
 use super::backlog::BatchTicket;
 use super::batch_inputs::{self, first_model, model_of};
-use super::batch_runs::{self, Settings, Tariff, folder};
+use super::batch_runs::{Settings, folder};
 use super::batch_tokens::{Estimate, default_output, estimate};
 use super::batches::Input;
 use super::errors::ApiError;
 use super::models::{Offered, now};
 use super::once::{self, Claim};
-use super::{files, limits, message_batches};
+use super::prices::Price;
+use super::{batch_tries, files, limits, message_batches};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::Context as _;
 use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use tokio::task::spawn_blocking;
+
+/// What a batch's tokens cost.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Tariff {
+    /// What its model costs when it ends: an earlier version accepted it.
+    #[default]
+    Current,
+    /// Nothing.
+    Free,
+    /// These prices.
+    Prices(Price),
+}
+
+impl Tariff {
+    /// Of the model that runs it.
+    pub(super) fn of(model: &Offered) -> Self {
+        model.prices.of_batch().map_or(Self::Free, Self::Prices)
+    }
+
+    /// The prices, of a batch of this model.
+    pub(super) fn price(self, app: &App, model: &str) -> Option<Price> {
+        match self {
+            Self::Current => app.models.find(model)?.prices.of_batch(),
+            Self::Free => None,
+            Self::Prices(price) => Some(price),
+        }
+    }
+}
 
 /// Puts a batch on the disk, and has it run, unless its owner has too much in batches, or the engine too much to do.
 pub(super) async fn accept(
@@ -54,19 +85,27 @@ pub(super) async fn accept(
         let estimate = if is_read { estimate(lines()?, most, drawn)? } else { Estimate::default() };
         Ok((input, n_bytes, model, estimate))
     });
-    let (input, n_bytes, model, estimate) = put.await.context("writing the input panicked")??;
-    settings.tariff = Tariff::of(&model);
-    new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
-    new.n_tokens = if limit > 0 { estimate.most } else { 0 };
+    let put = put.await.context("writing the input panicked")?;
     // Held until it is stored, also if its caller goes away.
     let _turn = claim.clone();
-    let file = file.map(|file| StoredFile { bytes: n_bytes, ..file });
-    let stored = match enter(&model, &new, &estimate) {
-        Ok(ticket) => app.store.write(move |connection| store(connection, &new, file, claim, limit)).await?.map(|()| ticket),
-        Err(refused) => Err(refused),
+    let stored = match put {
+        Ok((input, n_bytes, model, estimate)) => {
+            settings.tariff = Tariff::of(&model);
+            new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
+            new.n_tokens = if limit > 0 { estimate.most } else { 0 };
+            let file = file.map(|file| StoredFile { bytes: n_bytes, ..file });
+            match enter(&model, &new, &estimate) {
+                Ok(ticket) => {
+                    let written = app.store.write(move |connection| store(connection, &new, file, claim, limit)).await;
+                    written.map_err(ApiError::from).and_then(|accepted| accepted.map(|()| (input, ticket)))
+                }
+                Err(refused) => Err(refused),
+            }
+        }
+        Err(error) => Err(batch_inputs::unread(error)),
     };
-    let ticket = match stored {
-        Ok(ticket) => ticket,
+    let (input, ticket) = match stored {
+        Ok(accepted) => accepted,
         Err(refused) => {
             // What is left of it is removed at the next start.
             let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(unwanted)));
@@ -77,7 +116,7 @@ pub(super) async fn accept(
     if let Some(written) = input.written.filter(|_| input.is_file) {
         written.keep();
     }
-    batch_runs::take_up(&app, id, Some(Arc::new(ticket)));
+    batch_tries::take_up(&app, id, Some(Arc::new(ticket)));
     Ok(())
 }
 

@@ -1,19 +1,23 @@
 //! How batches end: their files, counts and charge, written down at once. Invariant: what a batch ended as never changes.
 
 use super::App;
+use super::batch_accept::Tariff;
 use super::batch_runs::{Open, Settings, folder};
 use super::files::BATCH_OUTPUT;
+use super::log::say;
 use super::models::now;
 use super::{ids, message_batches};
-use crate::pipeline::hosted::{Ended, Ending};
-use crate::store::batches;
+use crate::pipeline::hosted::{self, Ended, Ending, Totals};
+use crate::store::Connection;
+use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::task::spawn_blocking;
 
-/// Ends a batch of which nothing was run, or nothing can be.
+/// Ends a batch of which nothing was run.
 pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
     let id = id.to_owned();
     app.store
@@ -34,6 +38,89 @@ pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> 
             batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
         })
         .await
+}
+
+/// Ends a batch that can't be gone on with. What was done of it could be read, stays so, and is charged.
+pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec<Value>) -> Result<()> {
+    let at = app.data.join(folder(id));
+    // Those of messages are read when all are there.
+    let is_messages = id.starts_with(message_batches::PREFIX);
+    let job = at.clone();
+    let published = spawn_blocking(move || if is_messages { Ok(Totals::default()) } else { hosted::publish_committed(&job) });
+    let totals = published.await.context("publishing results panicked")?.unwrap_or_else(|error| {
+        say(&format!("batch {id}: what it has done is lost: {error:#}"));
+        Totals::default()
+    });
+    let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
+    let write = move |connection: &Connection| {
+        let stored = batches::any(connection, &key)?.context("the batch is gone")?;
+        if !stored.is_open() {
+            return Ok(());
+        }
+        let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
+        let mut body: Value = serde_json::from_str(&stored.body)?;
+        let (state, at) = match (stored.status.as_str(), ending) {
+            ("cancelling", _) => ("cancelled", "cancelled_at"),
+            (_, Some(Ending::Rest("batch_expired", _))) => ("expired", "expired_at"),
+            _ => ("failed", "failed_at"),
+        };
+        body["errors"] = json!({"object": "list", "data": faults});
+        body["status"] = state.into();
+        body[at] = now().into();
+        let has_files = totals != Totals::default();
+        if has_files || machine_ns.load(Relaxed) > 0 {
+            charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, &machine_ns))?;
+        }
+        let file = |kind: &str| if has_files { file(&own, &key, kind, &settings) } else { Ok(unwritten(&key, kind, &settings)) };
+        let files = vec![("output_file_id", file("output")?), ("error_file_id", file("error")?)];
+        put_files(connection, (&stored, &mut body), files)?;
+        batches::update(connection, &key, (&stored.status, state), &body.to_string()).map(drop)
+    };
+    app.store.write(write).await?;
+    // What is left is removed at the next start.
+    let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(at.join("output.job"))));
+    removed.await.context("removing a journal panicked")
+}
+
+/// Charges what was done of a batch, and says so in its object.
+fn charge(
+    app: &App,
+    connection: &Connection,
+    (stored, body): (&StoredBatch, &mut Value),
+    tariff: Tariff,
+    (totals, machine_ns): (Totals, &AtomicU64),
+) -> Result<()> {
+    body["request_counts"]["completed"] = totals.n_ok.into();
+    body["request_counts"]["failed"] = totals.n_failed.into();
+    body["usage"] = json!({
+        "input_tokens": totals.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": totals.cached_tokens},
+        "output_tokens": totals.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": totals.prompt_tokens + totals.completion_tokens,
+    });
+    let model = body["model"].as_str().unwrap_or_default();
+    let price = tariff.price(app, model);
+    if let Some(cost) = app.bill_batch(connection, (&stored.id, &stored.owner, model), price, (totals, machine_ns))? {
+        body["usage"]["cost"] = cost.to_string().into();
+    }
+    Ok(())
+}
+
+/// Has a batch's files be known, under these keys of its object; those that are empty are none.
+fn put_files(connection: &Connection, (stored, body): (&StoredBatch, &mut Value), files: Vec<(&str, StoredFile)>) -> Result<()> {
+    for (key, file) in files {
+        // Results of messages are read by the batch's name alone.
+        if file.bytes == 0 || stored.id.starts_with(message_batches::PREFIX) {
+            stored_files::delete(connection, &file.id)?;
+            body[key] = Value::Null;
+        } else if body[key].is_null() || !stored_files::finish(connection, &file)? {
+            // One that was readable while the batch ran may have been deleted: it had not all of the results then.
+            body[key] = file.id.clone().into();
+            stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes down how a batch ended, with its files, all at once.
@@ -62,34 +149,11 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             body["finalizing_at"] = now().into();
             body[at] = now().into();
             body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
-            body["request_counts"]["completed"] = totals.n_ok.into();
-            body["request_counts"]["failed"] = totals.n_failed.into();
-            body["usage"] = json!({
-                "input_tokens": totals.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": totals.cached_tokens},
-                "output_tokens": totals.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": totals.prompt_tokens + totals.completion_tokens,
-            });
-            let model = body["model"].as_str().unwrap_or_default();
-            let price = tariff.price(&own, model);
-            if let Some(cost) = own.bill_batch(connection, (&id, &stored.owner, model), price, (totals, &machine_ns))? {
-                body["usage"]["cost"] = cost.to_string().into();
-            }
+            charge(&own, connection, (&stored, &mut body), tariff, (totals, &machine_ns))?;
             if let Some(not_run) = not_run {
                 body["not_run"] = not_run;
             }
-            for (key, file) in [("output_file_id", results), ("error_file_id", errors)] {
-                // Results of messages are read by the batch's name alone.
-                if file.bytes == 0 || is_messages {
-                    stored_files::delete(connection, &file.id)?;
-                    body[key] = Value::Null;
-                } else if body[key].is_null() || !stored_files::finish(connection, &file)? {
-                    // One that was readable while the batch ran may have been deleted: it had not all of the results then.
-                    body[key] = file.id.clone().into();
-                    stored_files::insert(connection, &StoredFile { owner: stored.owner.clone(), ..file })?;
-                }
-            }
+            put_files(connection, (&stored, &mut body), vec![("output_file_id", results), ("error_file_id", errors)])?;
             batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
         })
         .await

@@ -5,7 +5,7 @@ use super::App;
 use super::errors::ApiError;
 use super::models::{Models, Offered};
 use crate::format::openai::parse_object;
-use crate::pipeline::referenced::{Reference, Referenced, Refused};
+use crate::pipeline::referenced::{Reference, Referenced, Refused, refusal};
 use anyhow::{Context as _, Result};
 use axum::http::StatusCode;
 use std::fs::File;
@@ -28,6 +28,14 @@ pub(super) fn refused(param: &str, why: &Refused) -> ApiError {
     let error = ApiError::new(status, code, format!("{param}: {why}"));
     let retry_after_s = matches!(why, Refused::Unreadable(_)).then_some(5);
     ApiError { param: Some(param.to_owned()), retry_after_s, ..error }
+}
+
+/// What the caller is told whose input could not be read or put on the disk.
+pub(super) fn unread(error: anyhow::Error) -> ApiError {
+    match refusal(&error) {
+        Some(why) => refused("input_file_id", why),
+        None => error.into(),
+    }
 }
 
 /// An object is not what it was.

@@ -1,22 +1,23 @@
-//! Batches at work: each is checked, waits for a place, runs as a job on its model's engine, and ends in its files.
+//! Batches at work: each is checked, waits for a place, runs as a job on its model's engine, and ends in its files. How often that
+//! is tried is in `batch_tries`.
 //! Invariants: a batch that was accepted ends, whatever ends the process; of two that wait, the one that expires first runs
 //! first; what it ended as never changes.
 
 use super::App;
 use super::backlog::BatchTicket;
+use super::batch_accept::Tariff;
 use super::batch_ends::{conclude, fail, unwritten};
 use super::batch_inputs::{self, first_model, lines, model_of};
 use super::batch_tokens::{Estimate, estimate};
-use super::limits;
 use super::log::say;
 use super::models::{Offered, now};
 use super::places::{Place, Places};
-use super::prices::Price;
 use super::residency::Lease;
+use super::{batch_tries, limits};
 use crate::format::openai::Endpoint;
 use crate::outcome::ErrorCode;
 use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
-use crate::pipeline::referenced::{Reference, Refused};
+use crate::pipeline::referenced::{Reference, Referenced, Refused};
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
@@ -33,9 +34,8 @@ use tokio::task::spawn_blocking;
 
 /// Faults of lines that are told.
 const MAX_FAULTS: usize = 1000;
-/// Times that a batch is tried whose run ends by a fault of the disk.
-const MAX_TRIES: usize = 3;
-const FAULT_PAUSE: Duration = Duration::from_secs(5);
+/// Of one that is to end, the input is looked for no longer than that.
+const LAST_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What is kept of a batch beside its object.
 #[derive(Debug, Serialize, Deserialize)]
@@ -52,35 +52,6 @@ pub(super) struct Settings {
     /// Its input, if that lies elsewhere.
     #[serde(default)]
     pub(super) reference: Option<Reference>,
-}
-
-/// What a batch's tokens cost.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Tariff {
-    /// What its model costs when it ends: an earlier version accepted it.
-    #[default]
-    Current,
-    /// Nothing.
-    Free,
-    /// These prices.
-    Prices(Price),
-}
-
-impl Tariff {
-    /// Of the model that runs it.
-    pub(super) fn of(model: &Offered) -> Self {
-        model.prices.of_batch().map_or(Self::Free, Self::Prices)
-    }
-
-    /// The prices, of a batch of this model.
-    pub(super) fn price(self, app: &App, model: &str) -> Option<Price> {
-        match self {
-            Self::Current => app.models.find(model)?.prices.of_batch(),
-            Self::Free => None,
-            Self::Prices(price) => Some(price),
-        }
-    }
 }
 
 /// The batches that are open.
@@ -127,8 +98,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Open {
+    /// With its part of the work that is open, if it was just accepted.
+    fn new(ticket: Option<Arc<BatchTicket>>) -> Self {
+        Self { ticket: Mutex::new(ticket), ..Self::default() }
+    }
+
     /// It ends early; the first reason stays.
-    fn end(&self, ending: Ending) {
+    pub(super) fn end(&self, ending: Ending) {
         let mut control = lock(&self.control);
         control.ending.get_or_insert(ending);
         if let Some(link) = &control.link {
@@ -139,6 +115,20 @@ impl Open {
 
     pub(super) fn ending(&self) -> Option<Ending> {
         lock(&self.control).ending.clone()
+    }
+
+    /// Returns after a time, or when it is to end.
+    pub(super) async fn pause(&self, time: Duration) {
+        let (wake, woken) = oneshot::channel();
+        {
+            let mut control = lock(&self.control);
+            if control.ending.is_some() {
+                return;
+            }
+            control.wake = Some(wake);
+        }
+        // Nobody sends: it is dropped.
+        let _passed = tokio::time::timeout(time, woken).await;
     }
 
     /// Leaves its place to another, and waits for one again.
@@ -186,6 +176,21 @@ impl Batches {
         lock(&self.open).values().for_each(|open| open.end(Ending::Pause));
     }
 
+    /// Notes a batch that is taken up.
+    pub(super) fn begin(&self, id: &str, ticket: Option<Arc<BatchTicket>>) -> Arc<Open> {
+        let open = Arc::new(Open::new(ticket));
+        lock(&self.open).insert(id.to_owned(), Arc::clone(&open));
+        if self.is_closed.load(SeqCst) {
+            open.end(Ending::Pause);
+        }
+        open
+    }
+
+    /// It has ended, or is gone on with at the next start.
+    pub(super) fn finish(&self, id: &str) {
+        lock(&self.open).remove(id);
+    }
+
     /// How many there are.
     pub(super) fn n_open(&self) -> usize {
         lock(&self.open).len()
@@ -197,7 +202,7 @@ pub(super) fn cancelled() -> Ending {
     Ending::Rest("batch_cancelled", "the batch was cancelled before this request ran".into())
 }
 
-fn expired() -> Ending {
+pub(super) fn expired() -> Ending {
     Ending::Rest("batch_expired", "the batch expired before this request ran".into())
 }
 
@@ -224,41 +229,19 @@ pub(super) async fn start(app: &Arc<App>) -> Result<()> {
         }
     }
     for id in app.store.read(batches::open).await? {
-        take_up(app, id, None);
+        batch_tries::take_up(app, id, None);
     }
     Ok(())
 }
 
-/// Carries a batch to its end, beside everything else. `ticket` is its part of the work that is open, if it was just accepted.
-pub(super) fn take_up(app: &Arc<App>, id: String, ticket: Option<Arc<BatchTicket>>) {
-    let open = Arc::new(Open { ticket: Mutex::new(ticket), ..Open::default() });
-    lock(&app.batches.open).insert(id.clone(), Arc::clone(&open));
-    if app.batches.is_closed.load(SeqCst) {
-        open.end(Ending::Pause);
+/// Finds the input where it lies.
+async fn find(app: &Arc<App>, reference: Reference, open: &Open) -> Result<Result<Referenced, Refused>> {
+    let found = batch_inputs::find(app, reference);
+    if open.ending().is_none() {
+        return found.await;
     }
-    let app = Arc::clone(app);
-    tokio::spawn(async move {
-        for n_tries in 1.. {
-            match carry(&app, &id, &open).await {
-                Ok(()) => break,
-                Err(error) => {
-                    say(&format!("batch {id}: {error:#}"));
-                    // Of its input, if that can't be had any more.
-                    let code = error.downcast_ref::<Refused>().and_then(batch_inputs::final_code);
-                    if code.is_some() || n_tries == MAX_TRIES {
-                        let code = code.unwrap_or("server_error");
-                        let fault = json!({"code": code, "message": format!("{error:#}"), "param": null, "line": null});
-                        if let Err(error) = fail(&app, &id, vec![fault]).await {
-                            say(&format!("batch {id}: {error:#}"));
-                        }
-                        break;
-                    }
-                    tokio::time::sleep(FAULT_PAUSE).await;
-                }
-            }
-        }
-        lock(&app.batches.open).remove(&id);
-    });
+    let late = |_| Ok(Err(Refused::Unreadable("the store does not answer".into())));
+    tokio::time::timeout(LAST_PATIENCE, found).await.unwrap_or_else(late)
 }
 
 async fn load(app: &App, id: &str) -> Result<(StoredBatch, Value)> {
@@ -269,7 +252,7 @@ async fn load(app: &App, id: &str) -> Result<(StoredBatch, Value)> {
     Ok((stored, body))
 }
 
-async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
+pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let (stored, _) = load(app, id).await?;
     if !stored.is_open() {
         return Ok(());
@@ -278,7 +261,7 @@ async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<()> {
     let endpoint = Endpoint::parse(&settings.endpoint).context("its endpoint")?;
     let folder = app.data.join(folder(id));
     let input = match settings.reference.clone() {
-        Some(reference) => Some(batch_inputs::find(app, reference).await??),
+        Some(reference) => Some(find(app, reference, open).await??),
         None => None,
     };
     let named = spawn_blocking({

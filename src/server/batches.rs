@@ -3,10 +3,10 @@
 
 use super::App;
 use super::auth::Owner;
-use super::batch_accept;
+use super::batch_accept::{self, Tariff};
 use super::batch_bodies::{BatchBody, Head};
 use super::batch_inputs;
-use super::batch_runs::{Settings, Tariff, cancelled, folder};
+use super::batch_runs::{Settings, cancelled, folder};
 use super::errors::{ApiError, json_response};
 use super::files::Arriving;
 use super::models::now;

@@ -12,6 +12,7 @@ mod batch_inputs;
 mod batch_retry;
 pub mod batch_runs;
 mod batch_tokens;
+mod batch_tries;
 mod batches;
 mod body;
 pub mod books;

@@ -28,6 +28,8 @@ pub struct Location {
     pub(super) remote: Arc<str>,
     /// The same store where its uploads can be told by their ids.
     pub(super) uploads: Option<Uploads>,
+    /// As [`super::Object::version`]: only as long as the object is that.
+    pub(super) version: Option<Arc<str>>,
 }
 
 /// A store whose uploads have ids, by which others can break them off.
@@ -43,7 +45,7 @@ impl fmt::Debug for Uploads {
 impl Location {
     /// A place in a given store.
     pub fn new(store: Arc<dyn ObjectStore>, path: object_store::path::Path, url: impl Into<Arc<str>>) -> Self {
-        Self { store, path, url: url.into(), local: None, remote: "".into(), uploads: None }
+        Self { store, path, url: url.into(), local: None, remote: "".into(), uploads: None, version: None }
     }
 
     /// Understands plain paths (relative to the working directory; `~` is the shell's business), `file://` URLs, and those
@@ -58,7 +60,7 @@ impl Location {
                 let remote::Opened { store, uploads, path } = remote::open(scheme, text)?;
                 let scheme = if scheme == "s3a" { "s3" } else { scheme };
                 let remote = format!("{scheme}://{}", rest.split('/').next().unwrap_or_default()).into();
-                return Ok(Self { store, path, url: text.into(), local: None, remote, uploads });
+                return Ok(Self { store, path, url: text.into(), local: None, remote, uploads, version: None });
             }
             _ => PathBuf::from(text),
         };
@@ -71,7 +73,14 @@ impl Location {
             local: Some(local),
             remote: "".into(),
             uploads: None,
+            version: None,
         })
+    }
+
+    /// The same object, as long as its [version](super::Object::version) is that: another is not [opened](super::Storage::open).
+    #[must_use]
+    pub fn pinned(&self, version: &str) -> Self {
+        Self { version: Some(version.into()), ..self.clone() }
     }
 
     /// Whether another process can break off uploads to the store.
@@ -127,14 +136,14 @@ impl Location {
         let path = object_store::path::Path::parse(format!("{}/{name}", self.path))
             .with_context(|| format!("can't use the name {name:?} under {}", self.url))?;
         let local = self.local.as_ref().map(|dir| dir.join(name));
-        Ok(Self { path, url: url.into(), local, ..self.clone() })
+        Ok(Self { path, url: url.into(), local, version: None, ..self.clone() })
     }
 
     /// The place `path` of the same store.
     pub fn same_store(&self, path: &str) -> Result<Self> {
         let path = object_store::path::Path::parse(path).with_context(|| format!("can't use the path {path:?}"))?;
         let url = format!("{}/{path}", self.remote).into();
-        Ok(Self { path, url, local: None, ..self.clone() })
+        Ok(Self { path, url, local: None, version: None, ..self.clone() })
     }
 
     /// The place beside this one whose name has `extension` instead of its last one (and of a `.gz` or `.zst` behind
@@ -150,7 +159,7 @@ impl Location {
         let path = object_store::path::Path::parse(format!("{parent}{beside}")).context("a name beside a valid one")?;
         let local = self.local.as_ref().map(|local| local.with_file_name(&beside));
         let url = format!("{typed}{beside}").into();
-        Ok(Self { path, url, local, ..self.clone() })
+        Ok(Self { path, url, local, version: None, ..self.clone() })
     }
 }
 

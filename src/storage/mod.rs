@@ -23,6 +23,7 @@ use std::fs::File;
 use std::future::Future;
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -148,10 +149,19 @@ impl Storage {
         }
     }
 
-    /// Opens an object for reading. An error if there is none, with a hint if it is a directory.
+    /// Opens an object for reading. An error if there is none, with a hint if it is a directory, or if it is another
+    /// [version](Location::pinned).
     pub fn open(&self, at: &Location) -> Result<Object> {
+        let file = file_id(at);
         match self.head(at)? {
-            Some(meta) => Ok(Object { storage: self.clone(), at: at.clone(), copy: self.copies.of(at, &meta), meta }),
+            Some(meta) => {
+                ensure!(file_id(at) == file, "{} changed while it was being opened", at.url);
+                let copy = self.copies.of(at, &meta);
+                let object = Object { storage: self.clone(), at: at.clone(), meta, file, copy };
+                let is_same = at.version.as_ref().is_none_or(|version| **version == object.version());
+                ensure!(is_same, "{} is not what it was", at.url);
+                Ok(object)
+            }
             None if self.is_directory(at)? => {
                 bail!("{0} is a directory: name its files, for example {0}/*.jsonl", at.url.trim_end_matches('/'))
             }
@@ -297,6 +307,17 @@ fn sweep_staged(dir: &Path, of: impl Fn(&str) -> bool) -> Result<()> {
     Ok(())
 }
 
+/// Which file is at a place of this machine: device and inode.
+fn file_id(at: &Location) -> Option<(u64, u64)> {
+    let found = std::fs::metadata(at.local.as_ref()?).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// Whether an error is that a store on another machine can't be reached, or does not do what it is asked to.
+pub fn is_of_remote(error: &anyhow::Error) -> bool {
+    error.is::<remote::RemoteFault>()
+}
+
 /// An object open for reading. If the object is replaced or changed meanwhile, reads fail instead of mixing two
 /// versions (stores without entity tags can't tell).
 #[derive(Debug, Clone)]
@@ -304,6 +325,8 @@ pub struct Object {
     storage: Storage,
     at: Location,
     meta: ObjectMeta,
+    /// Which file it is, if it is one of this machine.
+    file: Option<(u64, u64)>,
     copy: WholeCopy,
 }
 
@@ -371,17 +394,27 @@ impl Object {
     /// As [`Object::range`], of a file: into memory that nobody has cleared before, on this thread.
     fn local_range(&self, path: &Path, range: Range<u64>) -> Result<Bytes> {
         let mut file = File::open(path)?;
-        let now = file.metadata()?;
-        ensure!(
-            now.len() == self.meta.size && DateTime::<Utc>::from(now.modified()?) == self.meta.last_modified,
-            "it changed while it was being read"
-        );
+        self.check_identity(&file)?;
         let n_bytes = range.end - range.start;
         let mut bytes = Vec::with_capacity(usize::try_from(n_bytes)?);
         file.seek(SeekFrom::Start(range.start))?;
-        file.take(n_bytes).read_to_end(&mut bytes)?;
+        file.by_ref().take(n_bytes).read_to_end(&mut bytes)?;
         ensure!(bytes.len() as u64 == n_bytes, "it ended early: it changed while it was being read");
+        self.check_identity(&file)?;
         Ok(bytes.into())
+    }
+
+    /// Whether an open file is the one that was opened, as it was. It is asked of each chunk: an input may be of more files than
+    /// a process may hold open.
+    fn check_identity(&self, file: &File) -> Result<()> {
+        let now = file.metadata()?;
+        ensure!(
+            Some((now.dev(), now.ino())) == self.file
+                && now.len() == self.meta.size
+                && DateTime::<Utc>::from(now.modified()?) == self.meta.last_modified,
+            "it changed while it was being read"
+        );
+        Ok(())
     }
 
     /// The next few megabytes from `offset`; empty at the end.

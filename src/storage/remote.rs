@@ -207,40 +207,54 @@ impl CredentialProvider for Told {
     }
 }
 
+/// What a store on another machine does not do, in words. It may get better by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct RemoteFault(String);
+
 /// An error of a store in words; for local files, as it is.
 pub(super) fn tell(error: Error) -> anyhow::Error {
-    if has::<NoCredentials>(&error).is_some() {
-        return anyhow!(
+    match words(&error) {
+        Some(words) => anyhow::Error::new(RemoteFault(words)),
+        None => anyhow::Error::new(error),
+    }
+}
+
+/// Of a store on another machine.
+fn words(error: &Error) -> Option<String> {
+    if has::<NoCredentials>(error).is_some() {
+        return Some(
             "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where a container or instance role gives them"
+                .to_owned(),
         );
     }
-    if let Some(CredentialsFailed(why)) = has(&error) {
+    if let Some(CredentialsFailed(why)) = has(error) {
         let why = has::<HttpError>(why).map_or("what gives them refuses", |http| kind(http.kind()));
-        return anyhow!(
+        return Some(format!(
             "the credentials of the container's or instance's role can't be fetched ({why}); without a role, set AWS_ACCESS_KEY_ID \
              and AWS_SECRET_ACCESS_KEY"
-        );
+        ));
     }
-    let whole = whole_text(&error);
+    let whole = whole_text(error);
     let code = between(&whole, "<Code>", "</Code>").filter(|code| code.chars().all(|c| c.is_ascii_alphanumeric()));
     let code = code.map(|code| format!(" ({code})")).unwrap_or_default();
-    let is_remote = !code.is_empty() || has::<HttpError>(&error).is_some() || whole.contains("Error performing ");
-    match &error {
-        _ if code == " (NoSuchBucket)" => anyhow!("there is no such bucket"),
+    let is_remote = !code.is_empty() || has::<HttpError>(error).is_some() || whole.contains("Error performing ");
+    Some(match error {
+        _ if code == " (NoSuchBucket)" => "there is no such bucket".to_owned(),
         // Listing gives no such error, only the answer's text.
-        _ if code == " (AccessDenied)" => anyhow!("forbidden{code}: these credentials may not do that"),
-        Error::PermissionDenied { .. } => anyhow!("forbidden{code}: these credentials may not do that"),
-        Error::Unauthenticated { .. } => anyhow!("not authorised{code}: the store does not know these credentials"),
-        Error::NotFound { .. } if is_remote => anyhow!("not found{code}"),
-        Error::Precondition { .. } if is_remote => anyhow!("it changed meanwhile{code}"),
-        _ if whole.contains("Received redirect without LOCATION") => anyhow!("the bucket is in another region: set AWS_REGION"),
-        _ if is_remote => match (has::<HttpError>(&error), between(&whole, "status code: ", ":")) {
-            (Some(http), _) => anyhow!("the store can't be reached or breaks off ({})", kind(http.kind())),
-            (None, Some(status)) => anyhow!("the store answers {status}{code}"),
-            (None, None) => anyhow!("the store's answer can't be used{code}"),
+        _ if code == " (AccessDenied)" => format!("forbidden{code}: these credentials may not do that"),
+        Error::PermissionDenied { .. } => format!("forbidden{code}: these credentials may not do that"),
+        Error::Unauthenticated { .. } => format!("not authorised{code}: the store does not know these credentials"),
+        Error::NotFound { .. } if is_remote => format!("not found{code}"),
+        Error::Precondition { .. } if is_remote => format!("it changed meanwhile{code}"),
+        _ if whole.contains("Received redirect without LOCATION") => "the bucket is in another region: set AWS_REGION".to_owned(),
+        _ if is_remote => match (has::<HttpError>(error), between(&whole, "status code: ", ":")) {
+            (Some(http), _) => format!("the store can't be reached or breaks off ({})", kind(http.kind())),
+            (None, Some(status)) => format!("the store answers {status}{code}"),
+            (None, None) => format!("the store's answer can't be used{code}"),
         },
-        _ => anyhow::Error::new(error),
-    }
+        _ => return None,
+    })
 }
 
 /// Whether the connection failed after the request was sent: to ask again is right if that changes nothing.

@@ -2,12 +2,15 @@
 //! same answers as an upload; nothing outside the allowed places; a change is noticed; deleting the name deletes nothing else.
 
 use crate::batches::{essence, line, lines};
-use crate::faults::S3;
-use crate::serving::{Answer, KEY, Server};
+use crate::faults::{Fault, S3, proxy};
+use crate::serving::{Answer, FOREVER, KEY, Server};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
 impl Server {
     fn reference(&self, uri: &str) -> Answer {
@@ -30,6 +33,10 @@ fn config(allow: &[String]) -> String {
 
 /// A server that may read these, with the environment of somebody who uses that store.
 fn server(allow: &[String], port: u16) -> Server {
+    server_with(allow, port, "")
+}
+
+fn server_with(allow: &[String], port: u16, more: &str) -> Server {
     let endpoint = format!("http://127.0.0.1:{port}");
     let env = [
         ("AWS_ACCESS_KEY_ID", "AKIATEST"),
@@ -39,7 +46,7 @@ fn server(allow: &[String], port: u16) -> Server {
         ("AWS_ALLOW_HTTP", "true"),
         ("NO_PROXY", "127.0.0.1"),
     ];
-    Server::with_env(&config(allow), &[], &env, |_| {})
+    Server::with_env(&format!("{}{more}", config(allow)), &[], &env, |_| {})
 }
 
 /// Bytes of all files under a folder.
@@ -119,7 +126,7 @@ fn nothing_outside_the_allowed_places_is_read() {
     symlink(path("secret.jsonl"), path("in/link.jsonl")).unwrap();
     let server = Server::with(&config(&[named("in/")]), &[]);
     assert_eq!(server.reference(&named("in/a.jsonl")).status, 200);
-    let outside = ["secret.jsonl", "in/../secret.jsonl", "in/%2e%2e/secret.jsonl", "in/link.jsonl", "nothing.jsonl"].map(named);
+    let outside = ["secret.jsonl", "in/../secret.jsonl", "in/%2e%2e/secret.jsonl", "nothing.jsonl"].map(named);
     for uri in outside.iter().map(String::as_str).chain(["file:///etc/passwd", "s3://bucket/a.jsonl"]) {
         let refused = server.reference(uri);
         assert_eq!(
@@ -132,6 +139,16 @@ fn nothing_outside_the_allowed_places_is_read() {
     for uri in ["http://127.0.0.1/a.jsonl", "in/a.jsonl", "", "file:///a\u{0}", &named("in"), &named("in/none.jsonl")] {
         let refused = server.reference(uri);
         assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("uri")), "{uri}: {}", refused.text);
+    }
+    // Whether there is something where a link leads out is not told.
+    symlink(root.path(), path("in/linked")).unwrap();
+    let answer = |name: &str| {
+        let refused = server.reference(&named(name));
+        (refused.status, refused.json())
+    };
+    let absent = answer("in/none.jsonl");
+    for by_link in ["in/link.jsonl", "in/linked/secret.jsonl", "in/linked/none.jsonl"] {
+        assert_eq!(answer(by_link), absent, "{by_link}");
     }
     assert_eq!(server.reference(&named("in/empty.jsonl")).json()["error"]["message"], "uri: is empty");
     let uri = named("in/a.jsonl");
@@ -182,4 +199,88 @@ fn an_object_that_changes_is_not_taken_for_what_it_was() {
     assert_eq!(server.ended(&batch["id"])["status"], "completed");
     s3.delete("a.jsonl");
     assert_eq!(server.start_batch(&file["id"]).json()["error"]["param"], "input_file_id");
+}
+
+/// Few rows at a time, and prices.
+const SLOW: &str = "[engine]\nmax_running = 4\n[prices]\nbatch = { input = 1.0, cached = 0.5, output = 2.0 }\n";
+
+/// What was done of a batch that ended too early is there, and charged.
+#[track_caller]
+fn assert_kept(server: &Server, ended: &Value) {
+    let results = server.results(&ended["output_file_id"]);
+    let n_tokens = |line: &Value| line["response"]["body"]["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!(!results.is_empty() && results.len() < 400, "{ended}");
+    assert_eq!(ended["request_counts"]["completed"], results.len());
+    assert_eq!(ended["usage"]["output_tokens"], results.values().map(n_tokens).sum::<u64>());
+    let by_batch = server.get("/v1/usage?group_by=batch").json();
+    let own = by_batch["data"].as_array().unwrap().iter().find(|group| group["batch"] == ended["id"]);
+    let own = own.unwrap_or_else(|| panic!("no bill: {by_batch}"));
+    assert_eq!((&own["charge"], &own["output_tokens"]), (&ended["usage"]["cost"], &ended["usage"]["output_tokens"]));
+    assert_ne!(own["charge"], "0");
+    let folder = server.sandbox.path("data/batches").join(ended["id"].as_str().unwrap());
+    let start = Instant::now();
+    while folder.join("output.job").exists() {
+        assert!(start.elapsed() < FOREVER, "its journal is left behind");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_was_done_before_an_object_changed_is_kept_and_charged() {
+    let s3 = S3::start();
+    let mut server = server_with(&["s3://bucket/".into()], s3.port, SLOW);
+    let content = lines(400, 1000).join("\n");
+    s3.put("a.jsonl", content.as_bytes());
+    let file = server.reference("s3://bucket/a.jsonl").json();
+    let batch = server.start_batch(&file["id"]).json();
+    server.wait_for_journal(&batch["id"]);
+    let partial = server.batch(&batch["id"])["output_file_id"].clone();
+    let seen = server.results(&partial);
+    s3.put("a.jsonl", content.replace("number 1", "number 7").as_bytes());
+    server.restart();
+    let ended = server.ended(&batch["id"]);
+    assert_eq!((&ended["status"], &ended["errors"]["data"][0]["code"]), (&json!("failed"), &json!("file_changed")), "{ended}");
+    // What was read while it ran stays what it was.
+    assert_eq!(ended["output_file_id"], partial);
+    let results = server.results(&partial);
+    assert!(seen.iter().all(|(id, line)| results[id] == *line));
+    assert_kept(&server, &ended);
+}
+
+#[test]
+fn a_store_that_is_out_is_waited_for() {
+    let (s3, is_out) = (S3::start(), Arc::new(AtomicBool::new(false)));
+    let out = Arc::clone(&is_out);
+    // Refused at once: what is tried again by itself would take minutes.
+    let (port, _) = proxy(s3.port, Box::new(move |_| if out.load(SeqCst) { Fault::Forbidden } else { Fault::None }));
+    let mut server = server_with(&["s3://bucket/".into()], port, SLOW);
+    s3.put("long.jsonl", lines(400, 1000).join("\n").as_bytes());
+    s3.put("short.jsonl", lines(60, 30).join("\n").as_bytes());
+    let [long, short] = ["long", "short"].map(|name| {
+        let file = server.reference(&format!("s3://bucket/{name}.jsonl")).json();
+        server.start_batch(&file["id"]).json()["id"].clone()
+    });
+    server.wait_for_journal(&long);
+    is_out.store(true, SeqCst);
+    server.restart();
+    // More often than a batch is tried that fails by a fault of ours.
+    let said = format!("batch {}: ", long.as_str().unwrap());
+    let start = Instant::now();
+    while server.said.lock().unwrap().matches(&said).count() < 4 {
+        assert!(start.elapsed() < FOREVER && server.batch(&long)["status"] == "in_progress", "{}", server.batch(&long));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(server.batch(&long)["status"], "in_progress");
+    // It can be cancelled meanwhile; the names of what did not run are not to be had.
+    server.post(&format!("/v1/batches/{}/cancel", long.as_str().unwrap()), Value::Null);
+    let ended = server.ended(&long);
+    assert_eq!(
+        (&ended["status"], &ended["errors"]["data"][0]["code"]),
+        (&json!("cancelled"), &json!("batch_cancelled")),
+        "{ended}"
+    );
+    assert_kept(&server, &ended);
+    is_out.store(false, SeqCst);
+    let ended = server.ended(&short);
+    assert_eq!((&ended["status"], &ended["request_counts"]["completed"]), (&json!("completed"), &json!(60)), "{ended}");
 }
