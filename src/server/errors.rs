@@ -4,10 +4,14 @@
 use super::log::say;
 use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
+use crate::store;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::time::Duration;
+
+/// Pause that is asked for when the store is busy or its disk full.
+const STORE_RETRY_S: u32 = 5;
 
 /// Whose form an answer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,11 +214,17 @@ impl From<RowError> for ApiError {
     }
 }
 
-/// A fault of ours, of which callers are told no more than that.
+/// A fault of ours, of which callers are told no more than that, and whether it may pass.
 impl From<anyhow::Error> for ApiError {
     fn from(error: anyhow::Error) -> Self {
         say(&format!("error: {error:#}"));
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, None, "the server could not read or write what it stores")
+        let message = "the server could not read or write what it stores";
+        if store::may_pass(&error) {
+            // Nothing was done.
+            let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, None, format!("{message}; try again"));
+            return Self { retry_after_s: Some(STORE_RETRY_S), ..error };
+        }
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, None, message)
     }
 }
 

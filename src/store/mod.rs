@@ -15,6 +15,7 @@ pub use rusqlite::Connection;
 use rusqlite::TransactionBehavior::Immediate;
 use rusqlite::{OpenFlags, Transaction};
 use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -131,6 +132,24 @@ pub fn look<T>(folder: &Path, work: impl FnOnce(&Connection) -> Result<T>) -> Re
     work(&connection)
 }
 
+/// The database can't be used just now.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {0} the database: {1}")]
+struct Unusable(&'static str, String);
+
+/// Whether an error is of a kind that may pass, and leaves nothing behind: the database is locked, the disk full or faulty.
+pub fn may_pass(error: &anyhow::Error) -> bool {
+    let of_database = |error: &rusqlite::Error| {
+        let code = error.sqlite_error_code();
+        code.is_some_and(|code| {
+            use rusqlite::ErrorCode::{CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, SystemIoFailure};
+            [CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, SystemIoFailure].contains(&code)
+        })
+    };
+    let of_disk = |error: &std::io::Error| matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    error.is::<Unusable>() || error.downcast_ref().is_some_and(of_database) || error.downcast_ref().is_some_and(of_disk)
+}
+
 fn ended() -> anyhow::Error {
     anyhow!("the database's thread has ended")
 }
@@ -141,9 +160,9 @@ fn send<T: Send + 'static>(
 ) -> oneshot::Receiver<Result<T>> {
     let (reply, answer) = oneshot::channel();
     let work = move |connection: Result<&Connection, String>| -> Told {
-        let done = connection.map_err(|why| anyhow!("cannot use the database: {why}")).and_then(work);
+        let done = connection.map_err(|why| Unusable("use", why).into()).and_then(work);
         Box::new(move |committed| {
-            let result = committed.map_err(|why| anyhow!("cannot write to the database: {why}")).and(done);
+            let result = committed.map_err(|why| anyhow::Error::new(Unusable("write to", why))).and(done);
             // Whoever asked may be gone; what was done is done.
             drop(reply.send(result));
         })

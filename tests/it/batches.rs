@@ -305,3 +305,23 @@ fn batches_go_on_after_kills_and_expire() {
     assert_eq!(done.len() + rest.len(), 2000);
     assert!(rest.values().all(|line| line["error"]["code"] == "batch_expired"));
 }
+
+#[test]
+fn a_batch_that_can_not_be_stored_now_is_not_half_accepted() {
+    let server = Server::start();
+    let params = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2});
+    let body = json!({"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "params": params}]});
+    let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
+    // Somebody has it, for longer than is waited for.
+    database.busy_timeout(FOREVER).unwrap();
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let refused = server.post("/v1/batches", body.clone());
+    assert_eq!((refused.status, refused.header("retry-after")), (503, "5"), "{}", refused.text);
+    assert_eq!(refused.header("x-should-retry"), "true");
+    for folder in ["data/batches", "data/files"] {
+        assert_eq!(std::fs::read_dir(server.sandbox.path(folder)).unwrap().count(), 0, "{folder}");
+    }
+    database.execute_batch("ROLLBACK").unwrap();
+    assert_eq!(server.get("/v1/batches").json()["data"], json!([]));
+    assert_eq!(server.ended(&server.post("/v1/batches", body).json()["id"])["status"], "completed");
+}
