@@ -29,8 +29,10 @@ pub struct ServeConfig {
     pub keys: Vec<KeyConfig>,
     /// What is offered, under which names.
     pub models: Vec<OfferedModel>,
-    /// What those that are loaded at a time may take together.
+    /// What those that are loaded at a time may take together of the machine's memory, and of each GPU's, if that was said.
     pub memory_bytes: u64,
+    /// Whether it was; if not, what is free on a GPU counts there.
+    pub memory_is_given: bool,
     /// Sampling parameters where a request says nothing.
     pub defaults: Params,
     /// What connections are encrypted with, if they are.
@@ -270,7 +272,7 @@ pub(super) struct ModelEntry {
     #[serde(default)]
     prices: PricesSpec,
     #[serde(default = "cpu")]
-    device: String,
+    pub(super) device: String,
     #[serde(default = "fast")]
     numerics: String,
     /// A file with another chat template than the model's own.
@@ -293,7 +295,7 @@ pub(super) enum Load {
 }
 
 impl ModelEntry {
-    fn of(weights: String) -> Self {
+    pub(super) fn of(weights: String) -> Self {
         let (windows, prices) = (all_windows(), PricesSpec::default());
         Self {
             id: None,
@@ -355,7 +357,7 @@ impl ServeConfig {
             ensure!(value > 0, "server.{name}: must be at least 1");
         }
         let (kept_percent, kept_for) = spec.trajectories.checked().context("trajectories")?;
-        let (models, memory_bytes) = models(args, &spec)?;
+        let (models, memory_bytes, memory_is_given) = models(args, &spec)?;
         Ok(Self {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
             port: args.port.unwrap_or(server.port),
@@ -364,6 +366,7 @@ impl ServeConfig {
             tls: TlsFiles::new(args, server)?,
             models,
             memory_bytes,
+            memory_is_given,
             defaults: sampling_params(&spec.sampling, false)?,
             hour_price: spec.prices.hour.map_or(Ok(0), prices::micro).context("prices.hour")?,
             currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
@@ -441,8 +444,9 @@ fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
     Ok(keys)
 }
 
-/// The models of the file and of the flags; the default model if there is none. And what they may take together.
-fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)> {
+/// The models of the file and of the flags; the default model if there is none. And what they may take together of a memory, and
+/// whether that was said.
+fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64, bool)> {
     let (flags, engine) = (&args.engine, &spec.engine);
     let mut entries = spec.model.clone();
     if let Some(weights) = &flags.model {
@@ -459,9 +463,7 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)
     };
     super::check_step(engine.budget_tokens, engine.max_running)?;
     let n_threads = n_threads(flags.threads.or(engine.threads)).context("engine.threads")?;
-    let shares = super::memory::shares(&entries, memory_bytes)?;
-    let is_first = |(i, entry): &(usize, &ModelEntry)| entries[..*i].iter().all(|earlier| !earlier.is_with(entry));
-    let n_sharing = entries.iter().enumerate().filter(is_first).count() as u64;
+    let shares = super::memory::shares(&entries, memory_bytes, memory.is_some())?;
     let offered = entries.iter().zip(shares).map(|(entry, share)| {
         if entry.windows.is_empty() {
             bail!("model.windows: {} supports no window", entry.id.as_ref().unwrap_or(&entry.weights));
@@ -479,8 +481,8 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)
             budget_tokens: engine.budget_tokens,
             max_running: engine.max_running,
             memory_bytes: share,
-            memory_is_given: memory.is_some(),
-            n_sharing,
+            memory_is_given: memory.is_some() || entries.iter().any(|other| other.is_with(entry) && other.memory.is_some()),
+            n_sharing: super::memory::n_sharing(&entries, entry),
             n_threads,
             isa: isa()?,
             kernels: super::kernel_place(&cache_folder()?),
@@ -494,5 +496,5 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64)
         let (id, windows) = (entry.id.clone(), entry.windows.clone());
         Ok(OfferedModel { id, windows, prices, model, is_loaded, idle_unload })
     });
-    Ok((offered.collect::<Result<_>>()?, memory_bytes))
+    Ok((offered.collect::<Result<_>>()?, memory_bytes, memory.is_some()))
 }

@@ -38,6 +38,8 @@ pub struct OpenModel {
     pub fingerprint: Fingerprint,
     /// How memory will be shared out.
     pub memory: MemoryPlan,
+    /// If that is a device's own memory: what the device is called, and what was free there, bytes.
+    pub device_memory: Option<(String, u64)>,
     device: AnyDevice,
 }
 
@@ -108,7 +110,7 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
         tokenizer.n_vocab(),
         spec.n_vocab
     );
-    let (device, device_fingerprint, memory) = if config.kind == EngineKind::Null {
+    let (device, device_fingerprint, memory, device_memory) = if config.kind == EngineKind::Null {
         no_device(&spec, &tokenizer, config)
     } else {
         open_device(&*file, &spec, config, &mut tell)?
@@ -120,11 +122,11 @@ pub fn open(config: &ModelConfig) -> Result<OpenModel> {
         device: device_fingerprint,
     };
     file.release();
-    Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device })
+    Ok(OpenModel { local, file, tokenizer: Arc::new(tokenizer), template, fingerprint, memory, device_memory, device })
 }
 
-/// A device, its fingerprint, and how its memory is shared out.
-type OpenDevice = (AnyDevice, String, MemoryPlan);
+/// A device, its fingerprint, how its memory is shared out, and which that is, if not the machine's.
+type OpenDevice = (AnyDevice, String, MemoryPlan, Option<(String, u64)>);
 
 /// What is in a device's place where there is none.
 fn no_device(spec: &ModelSpec, tokenizer: &Tokenizer, config: &ModelConfig) -> OpenDevice {
@@ -133,7 +135,7 @@ fn no_device(spec: &ModelSpec, tokenizer: &Tokenizer, config: &ModelConfig) -> O
     let n_blocks = runner.limits().n_blocks;
     let (max_context, max_context_reason) = (spec.max_context, "the model's context");
     let memory = MemoryPlan { n_blocks, max_context, max_context_reason, kv_token_bytes: 0, n_bytes: 0 };
-    (AnyDevice::Null(runner), "null".to_owned(), memory)
+    (AnyDevice::Null(runner), "null".to_owned(), memory, None)
 }
 
 /// The device of that name.
@@ -143,7 +145,7 @@ fn open_device(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig, tel
         "reference" => {
             let allowed = Allowed { n_bytes: config.memory_bytes, advice: HOST_ADVICE.to_owned() };
             let (fingerprint, memory) = (Reference.fingerprint(), plan_memory(&Reference, file, spec, config, &allowed)?);
-            Ok((AnyDevice::Reference(Reference), fingerprint, memory))
+            Ok((AnyDevice::Reference(Reference), fingerprint, memory, None))
         }
         "auto" => match open_cuda(0, file, spec, config, tell) {
             Ok(open) => {
@@ -183,7 +185,7 @@ fn open_cuda(
     let advice = format!("{} MiB of cuda:{ordinal} are free; choose a smaller engine.budget_tokens or model", free >> 20);
     let memory = plan_memory(&device, file, spec, config, &Allowed { n_bytes, advice })?;
     let fingerprint = device.fingerprint();
-    Ok((AnyDevice::Cuda(Box::new(device)), fingerprint, memory))
+    Ok((AnyDevice::Cuda(Box::new(device)), fingerprint, memory, Some((format!("cuda:{ordinal}"), free))))
 }
 
 /// Most bytes of weights in bfloat16 that `fast` takes. What is larger is bound by reading weights, of which the file's
@@ -207,7 +209,7 @@ fn open_cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Res
     let device = cpu(file, spec, config)?;
     let allowed = Allowed { n_bytes: config.memory_bytes, advice: HOST_ADVICE.to_owned() };
     let (fingerprint, memory) = (device.fingerprint(), plan_memory(&device, file, spec, config, &allowed)?);
-    Ok((AnyDevice::Cpu(Box::new(device)), fingerprint, memory))
+    Ok((AnyDevice::Cpu(Box::new(device)), fingerprint, memory, None))
 }
 
 /// What a model's files say.

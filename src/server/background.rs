@@ -408,8 +408,11 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     let model = Arc::clone(app.models.named(&body).map_err(|error| refuse(error.message))?);
     let id = stored.id.trim_start_matches("resp_").to_owned();
     let identity = Identity { id, created: stored.created_at, accepted_ms: 1000 * stored.created_at, seed };
-    let lease = app.models.lend_later(&model, window, identity.accepted_ago()).await;
-    let lease = lease.map_err(|absent| refuse(absent.told(&model.id).message))?;
+    let lend = async || {
+        let lease = app.models.lend_later(&model, window, identity.accepted_ago()).await;
+        lease.map_err(|absent| refuse(absent.told(&model.id).message))
+    };
+    let mut lease = Some(lend().await?);
     let mut prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await.map_err(|error| refuse(error.message))?;
     prepared.check_size().map_err(|error| refuse(error.message))?;
     // Of which nothing was told, another model may tell.
@@ -418,16 +421,18 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     }
     let owner = Owner::stored(&stored.owner);
     prepared.turn = Turn::of(&body, follows.as_deref(), true).reckoned(app, &owner, prepared.window).await;
-    let previous = stored.previous.clone();
-    let own = Own { store: true, background: true, previous, follows, window: None, is_streamed };
+    let own = Own { store: true, background: true, previous: stored.previous.clone(), follows, window: None, is_streamed };
     let (mut ticket, mut held) = app.background.taken(&stored.id);
-    let place = loop {
-        match prepared.queue() {
-            Ok(place) => break place,
-            Err(_) => tokio::time::sleep(BUSY_PAUSE).await,
+    let at = loop {
+        let lease = if let Some(lease) = lease.take() { lease } else { lend().await? };
+        if let Ok(place) = prepared.queue() {
+            break (lease, place);
         }
+        // Calls that wait for the model have the places: each would wait for the other, if it has to make room first.
+        drop(lease);
+        tokio::time::sleep(BUSY_PAUSE).await;
     };
-    let call = Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held), (lease, place));
+    let call = Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held), at);
     Ok((call, own, is_streamed))
 }
 

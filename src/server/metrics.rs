@@ -96,13 +96,17 @@ fn memory(app: &App, out: &mut String) {
             line(out, name, &format!("model={id:?}"), &of(place));
         }
     }
-    let (budget, used) = app.models.residency.memory();
+    let memories = app.models.residency.memories();
+    let budgets: Vec<_> = memories.iter().map(|&(device, budget, _)| (device, budget)).collect();
+    let used: Vec<_> = memories.iter().map(|&(device, _, used)| (device, used)).collect();
     for (name, help, bytes) in [
-        ("valar_memory_budget_bytes", "What models may take together.", budget),
-        ("valar_memory_used_bytes", "What those that are in memory take.", used),
+        ("valar_memory_budget_bytes", "What models may take together of a device's memory.", budgets),
+        ("valar_memory_used_bytes", "What those that are loaded take.", used),
     ] {
         head(out, name, "gauge", help);
-        writeln!(out, "{name} {bytes}").expect("memory takes text");
+        for (device, bytes) in bytes {
+            writeln!(out, "{name}{{device={device:?}}} {bytes}").expect("memory takes text");
+        }
     }
 }
 

@@ -59,6 +59,7 @@ impl Models {
         let mut offered: Vec<Arc<Offered>> = Vec::new();
         let mut known: Vec<(&ModelConfig, Arc<LiveModel>, Terms, Option<AtWork>)> = Vec::new();
         let (n_busy, faults) = (Arc::default(), Arc::new(Faults::new(None)));
+        let mut memories = vec![("cpu".to_owned(), config.memory_bytes)];
         let shared = Shared { defaults: &config.defaults, limits: &config.limits, n_busy: &n_busy, faults: &faults };
         for next in &config.models {
             let model = &next.model;
@@ -70,11 +71,12 @@ impl Models {
                 let names = same.iter().filter_map(|other| other.id.clone()).collect();
                 let named = || format!("model {}", next.id.as_ref().unwrap_or(&model.name));
                 let (live, open) = LiveModel::open(known.len(), model, names, &shared).with_context(named)?;
+                let memory = memory_of(&mut memories, open.device_memory.as_ref(), live.n_bytes(), config);
                 let is_loaded = same.iter().any(|other| other.is_loaded);
                 let work = is_loaded.then(|| live.put(open)).transpose().with_context(named)?;
                 // As long as any of its names wants it.
                 let idle = same.iter().map(|other| other.idle_unload).collect::<Option<Vec<_>>>();
-                let terms = Terms { bytes: live.n_bytes(), idle: idle.and_then(|times| times.into_iter().max()) };
+                let terms = Terms { bytes: live.n_bytes(), memory, idle: idle.and_then(|times| times.into_iter().max()) };
                 let live = Arc::new(live);
                 known.push((model, Arc::clone(&live), terms, work));
                 live
@@ -84,8 +86,13 @@ impl Models {
             let (windows, prices, open) = (next.windows.clone(), next.prices, Default::default());
             offered.push(Arc::new(Offered { id, windows, prices, live, created: now(), open }));
         }
+        for (memory, (_, budget)) in memories.iter_mut().enumerate() {
+            let loaded = known.iter().filter(|(_, _, terms, work)| terms.memory == memory && work.is_some());
+            // What is there has its room: each was told how much is free.
+            *budget = loaded.map(|(_, _, terms, _)| terms.bytes).sum::<u64>().max(*budget);
+        }
         let models = known.into_iter().map(|(_, live, terms, work)| (live, terms, work)).collect();
-        let residency = Residency::new(models, config.memory_bytes, config.limits.min_loaded);
+        let residency = Residency::new(models, memories, config.limits.min_loaded);
         let (windows, load_wait) = (config.limits.windows, config.limits.load_wait);
         Ok(Self { offered, residency, faults, windows, load_wait })
     }
@@ -189,6 +196,20 @@ impl Models {
     pub(super) fn place(&self, model: &Offered) -> Shown {
         self.residency.shown(model.live.number)
     }
+}
+
+/// The memory that a model of so many bytes takes: the machine's, or that of a device with so much free when it is met first, of
+/// which as much may be taken as the configuration says, or a tenth less than all.
+fn memory_of(memories: &mut Vec<(String, u64)>, device: Option<&(String, u64)>, n_bytes: u64, config: &ServeConfig) -> usize {
+    let Some((name, free)) = device else { return 0 };
+    let at = memories.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+        let budget = if config.memory_is_given { config.memory_bytes.min(*free) } else { free / 10 * 9 };
+        memories.push((name.clone(), budget));
+        memories.len() - 1
+    });
+    // A model may be told to take more than what others may take together.
+    memories[at].1 = memories[at].1.max(n_bytes);
+    at
 }
 
 fn unknown(name: &str) -> ApiError {

@@ -17,6 +17,8 @@ use tokio::task::spawn_blocking;
 /// See the module.
 pub struct Residency {
     models: Vec<Arc<LiveModel>>,
+    /// What memories are called.
+    memories: Vec<String>,
     inner: Mutex<Inner>,
     /// Rings when there may be something to decide.
     bell: Notify,
@@ -59,6 +61,8 @@ pub struct Shown {
     pub state: &'static str,
     /// What it takes when it is loaded.
     pub bytes: u64,
+    /// Of which memory: the number among [`Residency::memories`].
+    pub memory: usize,
     /// Calls, background responses and batches that use it.
     pub n_users: usize,
     /// Those that wait for it.
@@ -92,8 +96,8 @@ struct Waiting {
 /// Why there is no engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Absent {
-    /// It could not be loaded: why, and after what time that is tried again.
-    Failed(String, Duration),
+    /// It could not be loaded; after what time that is tried again.
+    Failed(Duration),
     /// It did not come in time: where it is.
     Late(&'static str),
     /// The server ends.
@@ -108,8 +112,9 @@ impl Absent {
             ApiError { retry_after_s: Some(retry_after_s), ..error }
         };
         match self {
-            Self::Failed(why, retry_in) => {
-                let message = format!("the model {model} could not be loaded: {why}");
+            // Why, the log says: it may speak of files.
+            Self::Failed(retry_in) => {
+                let message = format!("the model {model} could not be loaded; try again");
                 unavailable(message, u32::try_from(retry_in.as_secs().clamp(1, MAX_RETRY_S)).unwrap_or(1))
             }
             Self::Late(state) => {
@@ -162,10 +167,15 @@ impl Drop for Wait<'_> {
 }
 
 impl Residency {
-    /// Of these models, some at work already. They may take so much memory together; none is taken out that was not there for
-    /// `least`.
-    pub(super) fn new(models: Vec<(Arc<LiveModel>, Terms, Option<AtWork>)>, budget: u64, least: Duration) -> Arc<Self> {
-        let mut room = Room::new(budget, least, models.iter().map(|(_, terms, _)| *terms));
+    /// Of these models, some at work already. They may take so much together of each memory; none is taken out that was not there
+    /// for `least`.
+    pub(super) fn new(
+        models: Vec<(Arc<LiveModel>, Terms, Option<AtWork>)>,
+        memories: Vec<(String, u64)>,
+        least: Duration,
+    ) -> Arc<Self> {
+        let (memories, budgets) = memories.into_iter().unzip();
+        let mut room = Room::new(budgets, least, models.iter().map(|(_, terms, _)| *terms));
         let counts = |work: &Option<AtWork>| Counts { n_loads: work.is_some().into(), ..Counts::default() };
         let counts: Vec<Counts> = models.iter().map(|(.., work)| counts(work)).collect();
         for (model, _) in models.iter().enumerate().filter(|(_, (.., work))| work.is_some()) {
@@ -174,7 +184,7 @@ impl Residency {
         let (models, works) = models.into_iter().map(|(model, _, work)| (model, work.map(Arc::new))).unzip();
         let (waiting, asks) = (HashMap::new(), HashMap::new());
         let inner = Mutex::new(Inner { room, works, counts, waiting, asks, next: 0, is_closed: false });
-        Arc::new(Self { models, inner, bell: Notify::new(), began: Instant::now() })
+        Arc::new(Self { models, memories, inner, bell: Notify::new(), began: Instant::now() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -199,7 +209,7 @@ impl Residency {
             }
             let (n_failed, retry_at) = inner.room.failures(model);
             if max_failures == Some(1) && n_failed > 0 && retry_at > now {
-                return Err(inner.failed(model, retry_at.saturating_sub(now)));
+                return Err(Absent::Failed(retry_at.saturating_sub(now)));
             }
             let number = inner.next;
             inner.next += 1;
@@ -221,10 +231,17 @@ impl Residency {
                 answered => answered.ok(),
             },
         };
-        match answered {
-            Some(answer) => answer.unwrap_or(Err(Absent::Closed)),
-            None => Err(Absent::Late(self.shown(model).state)),
+        if let Some(answer) = answered {
+            return answer.unwrap_or(Err(Absent::Closed));
         }
+        let mut inner = self.lock();
+        // It may have come in this moment: then the lease goes with `granted`.
+        if inner.waiting.remove(&number).is_some() {
+            inner.room.miss(model, number, self.now());
+        }
+        drop(inner);
+        self.bell.notify_one();
+        Err(Absent::Late(self.shown(model).state))
     }
 
     /// Does what is to be done, until the server ends.
@@ -343,10 +360,11 @@ impl Residency {
         }
     }
 
-    /// What models may take together, and what they take: bytes.
-    pub fn memory(&self) -> (u64, u64) {
+    /// Of each memory its name, what models may take of it together, and what they take: bytes.
+    pub fn memories(&self) -> Vec<(&str, u64, u64)> {
         let inner = self.lock();
-        (inner.room.budget(), inner.room.used())
+        let memory = |(i, name)| (String::as_str(name), inner.room.budget(i), inner.room.used(i));
+        self.memories.iter().enumerate().map(memory).collect()
     }
 
     /// A model's place in memory.
@@ -359,7 +377,8 @@ impl Residency {
             State::Leaving => "unloading",
         };
         let (n_users, n_waiting) = inner.room.n_users(model);
-        Shown { state, bytes: inner.room.bytes(model), n_users, n_waiting, counts: inner.counts[model].clone() }
+        let (bytes, memory) = (inner.room.bytes(model), inner.room.memory(model));
+        Shown { state, bytes, memory, n_users, n_waiting, counts: inner.counts[model].clone() }
     }
 }
 
@@ -373,13 +392,9 @@ impl Inner {
         Lease { work, residency: Arc::clone(residency), model, number }
     }
 
-    fn failed(&self, model: usize, retry_in: Duration) -> Absent {
-        Absent::Failed(self.counts[model].error.clone().unwrap_or_default(), retry_in)
-    }
-
     /// Those who wait for a model that could not be loaded, and bear that no more.
     fn take_disappointed(&mut self, model: usize, now: Duration) -> Vec<(oneshot::Sender<Result<Lease, Absent>>, Absent)> {
-        let absent = self.failed(model, self.room.failures(model).1.saturating_sub(now));
+        let absent = Absent::Failed(self.room.failures(model).1.saturating_sub(now));
         for waiting in self.waiting.values_mut().filter(|waiting| waiting.model == model) {
             waiting.max_failures = waiting.max_failures.map(|left| left.saturating_sub(1));
         }

@@ -1,6 +1,7 @@
 //! Which models are in memory, and which make room: decided from numbers alone. Knows no clock (time is told), no model and
-//! no HTTP. Invariants: what is in memory, comes or goes is never over the budget; a model is taken out only when nobody uses
-//! it, and not before it was in for the least time; whoever wants a model gets it in the end, if models load and are let go of.
+//! no HTTP. Invariants: what is in a memory, comes or goes is never over its budget; a model is taken out only when nobody uses
+//! it, and not before it was in for the least time; whoever wants a model gets it in the end, if models load and are let go of,
+//! also one that waits in vain and comes again.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -10,6 +11,8 @@ use std::time::Duration;
 pub struct Terms {
     /// Weights, the memory of a step and the KV cache: bytes.
     pub bytes: u64,
+    /// The memory that takes them: the machine's, or a device's own.
+    pub memory: usize,
     /// After so much time without use it is taken out; `None`: only to make room.
     pub idle: Option<Duration>,
 }
@@ -47,10 +50,14 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Longest.
 const MAX_RETRY: Duration = Duration::from_mins(5);
 
+/// Who waited in vain is back by then, if at all.
+pub const COMES_AGAIN: Duration = Duration::from_secs(15);
+
 /// See the module. Times are since any beginning.
 #[derive(Debug)]
 pub struct Room {
-    budget: u64,
+    /// By memory.
+    budgets: Vec<u64>,
     least: Duration,
     places: Vec<Place>,
     /// When something changes by itself.
@@ -67,6 +74,8 @@ struct Place {
     idle_since: Duration,
     /// When each should have it, and its number.
     wanted: BTreeSet<(Duration, u64)>,
+    /// Who waited in vain should have had it by then, and is expected to come again until then.
+    missed: Option<(Duration, Duration)>,
     /// Loads that failed, one after the other.
     n_failed: u32,
     /// It is not tried before that.
@@ -78,16 +87,35 @@ impl Place {
         matches!(self.state, State::In | State::Yielding)
     }
 
+    /// Whether somebody who waited in vain is expected to come again.
+    fn is_missed(&self, now: Duration) -> bool {
+        self.missed.is_some_and(|(_, until)| now < until)
+    }
+
+    /// Whether it came in for somebody like that, who is not back yet.
+    fn is_reserved(&self, now: Duration) -> bool {
+        self.is_missed(now) && self.n_users == 0 && self.idle_since == self.since
+    }
+
+    /// When the first who wants it should have it, if anybody does.
+    fn due(&self, now: Duration) -> Option<Duration> {
+        let missed = self.missed.filter(|_| self.is_missed(now)).map(|(due, _)| due);
+        self.wanted.first().map(|&(due, _)| due).into_iter().chain(missed).min()
+    }
+
     /// Those who wait for it have it.
     fn grant(&mut self, actions: &mut Vec<Action>) {
+        if !self.wanted.is_empty() {
+            self.missed = None;
+        }
         self.n_users += self.wanted.len();
         actions.extend(std::mem::take(&mut self.wanted).into_iter().map(|(_, number)| Action::Grant(number)));
     }
 }
 
 impl Room {
-    /// All are out. None is taken out before it was in for `least`.
-    pub fn new(budget: u64, least: Duration, models: impl Iterator<Item = Terms>) -> Self {
+    /// Memories of these budgets; all models are out. None is taken out before it was in for `least`.
+    pub fn new(budgets: Vec<u64>, least: Duration, models: impl Iterator<Item = Terms>) -> Self {
         let zero = Duration::ZERO;
         let place = |terms| Place {
             terms,
@@ -96,10 +124,11 @@ impl Room {
             n_users: 0,
             idle_since: zero,
             wanted: BTreeSet::new(),
+            missed: None,
             n_failed: 0,
             retry_at: zero,
         };
-        Self { budget, least, places: models.map(place).collect(), wake_at: None }
+        Self { budgets, least, places: models.map(place).collect(), wake_at: None }
     }
 
     /// Where a model is.
@@ -112,14 +141,20 @@ impl Room {
         self.places[model].terms.bytes
     }
 
-    /// What models may take together.
-    pub fn budget(&self) -> u64 {
-        self.budget
+    /// The memory that a model takes.
+    pub fn memory(&self, model: usize) -> usize {
+        self.places[model].terms.memory
     }
 
-    /// What they take now.
-    pub fn used(&self) -> u64 {
-        self.places.iter().filter(|place| place.state != State::Out).map(|place| place.terms.bytes).sum()
+    /// What models may take together of a memory.
+    pub fn budget(&self, memory: usize) -> u64 {
+        self.budgets[memory]
+    }
+
+    /// What they take of it now.
+    pub fn used(&self, memory: usize) -> u64 {
+        let own = self.places.iter().filter(|place| place.terms.memory == memory && place.state != State::Out);
+        own.map(|place| place.terms.bytes).sum()
     }
 
     /// Who uses a model now, and who waits for it.
@@ -142,6 +177,7 @@ impl Room {
         let place = &mut self.places[model];
         if place.state == State::In {
             place.n_users += 1;
+            place.missed = None;
         } else {
             place.wanted.insert((due, number));
         }
@@ -151,6 +187,16 @@ impl Room {
     /// A want is given up; one that has what it wanted is not one any more.
     pub fn give_up(&mut self, model: usize, number: u64) {
         self.places[model].wanted.retain(|&(_, other)| other != number);
+    }
+
+    /// As [`Room::give_up`], of one that waited as long as it may and is told to come again. Room is made for it meanwhile: else
+    /// whoever comes between would have another model in use again each time.
+    pub fn miss(&mut self, model: usize, number: u64, now: Duration) {
+        let (place, until) = (&mut self.places[model], now + COMES_AGAIN);
+        let Some(&want) = place.wanted.iter().find(|&&(_, other)| other == number) else { return };
+        place.wanted.remove(&want);
+        let due = place.missed.filter(|(_, until)| now < *until).map_or(want.0, |(due, _)| due.min(want.0));
+        place.missed = Some((due, until));
     }
 
     /// Somebody does not use a model any more.
@@ -164,6 +210,9 @@ impl Room {
     pub fn loaded(&mut self, model: usize, now: Duration) {
         let place = &mut self.places[model];
         (place.state, place.since, place.idle_since, place.n_failed) = (State::In, now, now, 0);
+        if let Some((_, until)) = place.missed.as_mut().filter(|(_, until)| now < *until) {
+            *until = now + COMES_AGAIN;
+        }
     }
 
     /// A model could not be loaded.
@@ -187,15 +236,37 @@ impl Room {
         for place in self.places.iter_mut().filter(|place| place.state == State::In) {
             place.grant(&mut actions);
         }
-        let mut heads: Vec<(Duration, usize)> = (0..self.places.len())
-            .filter(|&model| self.places[model].state == State::Out)
-            .filter_map(|model| Some((self.places[model].wanted.first()?.0, model)))
+        for model in 0..self.places.len() {
+            if let Some((_, until)) = self.places[model].missed.filter(|_| self.places[model].is_missed(now)) {
+                self.wake_by(until);
+            }
+        }
+        let (mut claimed, mut yields) = (vec![false; self.places.len()], vec![false; self.places.len()]);
+        for memory in 0..self.budgets.len() {
+            self.make_room(memory, now, (&mut claimed, &mut yields), &mut actions);
+        }
+        self.grant_and_idle((&claimed, &yields), now, &mut actions);
+        actions
+    }
+
+    /// What is to be done for the models that are wanted in a memory, and out.
+    fn make_room(
+        &mut self,
+        memory: usize,
+        now: Duration,
+        (claimed, yields): (&mut [bool], &mut [bool]),
+        actions: &mut Vec<Action>,
+    ) {
+        let own: Vec<usize> = (0..self.places.len()).filter(|&model| self.places[model].terms.memory == memory).collect();
+        let mut heads: Vec<(Duration, usize)> = own
+            .iter()
+            .filter(|&&model| self.places[model].state == State::Out)
+            .filter_map(|&model| Some((self.places[model].due(now)?, model)))
             .collect();
         heads.sort_unstable();
-        let mut free = self.budget.saturating_sub(self.used());
-        let leaving = self.places.iter().filter(|place| place.state == State::Leaving);
+        let mut free = self.budgets[memory].saturating_sub(self.used(memory));
+        let leaving = own.iter().map(|&model| &self.places[model]).filter(|place| place.state == State::Leaving);
         let mut leaving: u64 = leaving.map(|place| place.terms.bytes).sum();
-        let (mut claimed, mut yields) = (vec![false; self.places.len()], vec![false; self.places.len()]);
         for (due, model) in heads {
             let retry_at = self.places[model].retry_at;
             if retry_at > now {
@@ -214,7 +285,7 @@ impl Room {
             if !is_due {
                 self.wake_by(due);
             }
-            match self.victims(missing, is_due, now, &claimed) {
+            match self.victims((memory, missing), is_due, now, claimed) {
                 Some(victims) => {
                     let from_victims: u64 = victims.iter().map(|&victim| self.places[victim].terms.bytes).sum();
                     let rest = bytes.saturating_sub(from_victims);
@@ -222,7 +293,7 @@ impl Room {
                     (leaving, free) = (leaving - from_leaving, free.saturating_sub(rest - from_leaving));
                     for victim in victims {
                         claimed[victim] = true;
-                        self.take(victim, now, &mut yields, &mut actions);
+                        self.take(victim, now, yields, actions);
                     }
                 }
                 // Others are on their way in: it is the next, and nobody overtakes it.
@@ -230,13 +301,11 @@ impl Room {
                 None => {}
             }
         }
-        self.grant_and_idle((&claimed, &yields), now, &mut actions);
-        actions
     }
 
-    /// Who makes room for `missing` bytes: who has been asked already, then who is idle longest; who is in use only for
+    /// Who makes room for `missing` bytes of a memory: who has been asked already, then who is idle longest; who is in use only for
     /// somebody whose time has come.
-    fn victims(&self, missing: u64, is_due: bool, now: Duration, claimed: &[bool]) -> Option<Vec<usize>> {
+    fn victims(&self, (memory, missing): (usize, u64), is_due: bool, now: Duration, claimed: &[bool]) -> Option<Vec<usize>> {
         let rank = |&model: &usize| {
             let place = &self.places[model];
             let is_early = now < place.since + self.least;
@@ -244,7 +313,8 @@ impl Room {
         };
         let fits = |&model: &usize| {
             let place = &self.places[model];
-            place.is_in() && !claimed[model] && (is_due || place.n_users == 0)
+            let is_free = place.terms.memory == memory && place.is_in() && !claimed[model];
+            is_free && !place.is_reserved(now) && (is_due || place.n_users == 0)
         };
         let mut candidates: Vec<usize> = (0..self.places.len()).filter(fits).collect();
         candidates.sort_by_key(rank);
@@ -297,7 +367,8 @@ impl Room {
                 continue;
             }
             place.grant(actions);
-            let Some(idle) = place.terms.idle.filter(|_| place.n_users == 0 && !claimed[model]) else { continue };
+            let is_idle = place.n_users == 0 && !claimed[model] && !place.is_reserved(now);
+            let Some(idle) = place.terms.idle.filter(|_| is_idle) else { continue };
             let at = (place.idle_since + idle).max(place.since + self.least);
             if at <= now {
                 place.state = State::Leaving;

@@ -68,8 +68,9 @@ impl Errors {
     }
 }
 
-/// What every engine does.
-fn engines(models: &Models) -> Vec<Value> {
+/// What every engine does; what went wrong with files in full, if the asker `sees_all`.
+fn engines(models: &Models, sees_all: bool) -> Vec<Value> {
+    let memories = models.residency.memories();
     let engines = models.distinct().into_iter().map(|first| {
         let place = models.place(first);
         let (stats, live) = (first.live.stats(), &first.live);
@@ -83,10 +84,11 @@ fn engines(models: &Models) -> Vec<Value> {
             "models": sharing.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(),
             "state": place.state,
             "memory_bytes": place.bytes,
+            "device": memories[place.memory].0,
             "users": {"working": place.n_users, "waiting": place.n_waiting},
             "loads": {
                 "loaded": place.counts.n_loads, "unloaded": place.counts.n_unloads, "failed": place.counts.n_failures,
-                "error": place.counts.error,
+                "error": if sees_all { place.counts.error } else { place.counts.error.map(|_| "it could not be loaded".into()) },
             },
             "windows": windows.collect::<Vec<_>>(),
             "sequences": {"running": stats.running, "waiting": stats.waiting},
@@ -100,13 +102,14 @@ fn engines(models: &Models) -> Vec<Value> {
 /// `GET /v1/status`
 pub(super) async fn show(State(app): State<Arc<App>>, Extension(owner): Extension<Owner>) -> Response {
     let sees_all = app.keys.sees_all(&owner);
-    let (budget, used) = app.models.residency.memory();
+    let memories = app.models.residency.memories().into_iter();
+    let memories = memories.map(|(device, budget, used)| json!({"device": device, "budget_bytes": budget, "used_bytes": used}));
     json_response(&json!({
         "object": "status",
         "version": env!("CARGO_PKG_VERSION"),
         "started_at": app.started_at,
-        "memory": {"budget_bytes": budget, "used_bytes": used},
-        "engines": engines(&app.models),
+        "memories": memories.collect::<Vec<_>>(),
+        "engines": engines(&app.models, sees_all),
         "background_responses": app.background.n_open(),
         "batches": app.batches.n_open(),
         "errors": app.errors.seen_by((!sees_all).then_some(&*owner)),

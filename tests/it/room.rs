@@ -2,12 +2,12 @@
 
 use proptest::prelude::*;
 use std::time::Duration;
-use valar::server::room::{Action, Room, State, Terms};
+use valar::server::room::{Action, COMES_AGAIN, Room, State, Terms};
 
 const LEAST: Duration = Duration::from_secs(10);
 
 fn room(budget: u64, sizes: &[u64]) -> Room {
-    Room::new(budget, LEAST, sizes.iter().map(|&bytes| Terms { bytes, idle: None }))
+    Room::new(vec![budget], LEAST, sizes.iter().map(|&bytes| Terms { bytes, memory: 0, idle: None }))
 }
 
 fn s(seconds: u64) -> Duration {
@@ -64,7 +64,7 @@ fn one_in_use_yields_to_what_is_due_and_is_wanted_again() {
 
 #[test]
 fn who_waited_for_a_model_has_it_before_it_makes_room_again() {
-    let mut room = Room::new(10, s(0), [6, 6].map(|bytes| Terms { bytes, idle: None }).into_iter());
+    let mut room = Room::new(vec![10], s(0), [6, 6].map(|bytes| Terms { bytes, memory: 0, idle: None }).into_iter());
     assert!(!room.want(0, 1, s(0)));
     assert_eq!(room.decide(s(0)), [Action::Load(0)]);
     assert!(!room.want(1, 2, s(0)), "the other one is wanted, too");
@@ -88,6 +88,72 @@ fn who_was_asked_in_vain_goes_on() {
 }
 
 #[test]
+fn who_waited_in_vain_finds_the_model_when_it_comes_again() {
+    let mut room = room(10, &[6, 6]);
+    load(&mut room, 0, s(0));
+    assert!(room.want(0, 1, s(1)));
+    assert!(!room.want(1, 2, s(20)));
+    assert_eq!(room.decide(s(20)), [Action::Ask(0)]);
+    assert!(!room.want(0, 3, s(21)), "who comes now waits");
+    // Who came first may not wait longer than the one who uses the other; the others wait on meanwhile.
+    room.miss(1, 2, s(25));
+    assert_eq!((room.decide(s(25)), room.wake_at()), (vec![], Some(s(25) + COMES_AGAIN)));
+    assert!(!room.want(1, 4, s(30)), "it comes again, and waits again in vain");
+    room.miss(1, 4, s(35));
+    room.release(0, s(36));
+    assert_eq!(room.decide(s(36)), [Action::Unload(0)]);
+    room.unloaded(0);
+    assert_eq!(room.decide(s(37)), [Action::Load(1)]);
+    room.loaded(1, s(38));
+    // The least time passes, and it is kept for who is not back yet.
+    assert_eq!((room.decide(s(49)), room.wake_at()), (vec![], Some(s(38) + COMES_AGAIN)));
+    assert!(room.want(1, 5, s(50)), "now it has the model");
+    assert_eq!(room.decide(s(50)), [Action::Ask(1)], "and then it is the others' turn");
+    room.release(1, s(51));
+    assert_eq!(room.decide(s(51)), [Action::Unload(1)]);
+}
+
+#[test]
+fn nobody_is_kept_waiting_for_who_does_not_come_again() {
+    let mut room = room(10, &[6, 6]);
+    load(&mut room, 0, s(0));
+    assert!(room.want(0, 1, s(1)));
+    assert!(!room.want(1, 2, s(20)));
+    assert_eq!(room.decide(s(20)), [Action::Ask(0)]);
+    assert!(!room.want(0, 3, s(21)));
+    room.miss(1, 2, s(25));
+    assert_eq!(room.decide(s(25)), []);
+    assert_eq!(room.decide(s(25) + COMES_AGAIN), [Action::Grant(3)]);
+    // Nor is a model that came in for it.
+    room.release(0, s(41));
+    assert!(!room.want(1, 4, s(41)), "the other is out");
+    assert_eq!(room.decide(s(41)), [Action::Ask(0)]);
+    room.miss(1, 4, s(45));
+    room.release(0, s(46));
+    assert_eq!(room.decide(s(46)), [Action::Unload(0)]);
+    assert!(!room.want(0, 5, s(46)));
+    room.unloaded(0);
+    assert_eq!(room.decide(s(47)), [Action::Load(1)]);
+    room.loaded(1, s(48));
+    assert_eq!(room.decide(s(58)), []);
+    assert_eq!(room.decide(s(48) + COMES_AGAIN), [Action::Unload(1)]);
+}
+
+#[test]
+fn memories_are_not_each_others() {
+    let terms = [(8, 0), (8, 1), (8, 1)].map(|(bytes, memory)| Terms { bytes, memory, idle: None });
+    let mut room = Room::new(vec![10, 10], LEAST, terms.into_iter());
+    load(&mut room, 0, s(0));
+    load(&mut room, 1, s(1));
+    assert_eq!([0, 1].map(|memory| (room.used(memory), room.budget(memory))), [(8, 10), (8, 10)]);
+    // What waits for the one takes nothing out of the other, and holds nobody up there.
+    assert!(!room.want(2, 2, s(20)));
+    assert_eq!(room.decide(s(20)), [Action::Unload(1)]);
+    assert!(room.want(0, 3, s(21)), "nobody needs that one's room");
+    assert_eq!((room.state(0), room.used(0), room.used(1)), (State::In, 8, 8));
+}
+
+#[test]
 fn a_load_that_failed_is_tried_again_later_and_later() {
     let mut room = room(10, &[6]);
     assert!(!room.want(0, 1, s(0)));
@@ -102,7 +168,7 @@ fn a_load_that_failed_is_tried_again_later_and_later() {
 
 #[test]
 fn what_nobody_uses_goes_after_its_time() {
-    let mut room = Room::new(10, LEAST, [Terms { bytes: 6, idle: Some(s(30)) }].into_iter());
+    let mut room = Room::new(vec![10], LEAST, [Terms { bytes: 6, memory: 0, idle: Some(s(30)) }].into_iter());
     load(&mut room, 0, s(0));
     assert!(room.want(0, 1, s(20)));
     assert_eq!((room.decide(s(40)), room.wake_at()), (vec![], None), "it is used");
@@ -144,7 +210,7 @@ impl World {
                 }
             }
         }
-        assert!(self.room.used() <= self.room.budget());
+        assert!(self.room.used(0) <= self.room.budget(0));
     }
 
     fn second(&mut self) {
