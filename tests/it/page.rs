@@ -1,7 +1,7 @@
 //! The page for people, in a real browser: Chromium without a window, driven through `ChromeDriver`. Where they are not
 //! installed (Debian's packages chromium and chromium-driver), the tests say that they were skipped.
 
-use crate::serving::{KEY, MODEL, Server};
+use crate::serving::{FOREVER, KEY, MODEL, Server};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
@@ -48,7 +48,7 @@ impl Browser {
         let port = said
             .find_map(|line| Some(line.unwrap().split_once("successfully on port ")?.1.trim_end_matches('.').to_owned()))
             .unwrap();
-        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_mins(2))).build();
+        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(FOREVER)).build();
         let (profile, base) = (tempfile::tempdir().unwrap(), format!("http://127.0.0.1:{port}/session"));
         let mut browser = Self { driver, agent: agent.into(), session: base, profile };
         let mut flags: Vec<String> = FLAGS.iter().map(|&flag| flag.to_owned()).collect();
@@ -84,7 +84,7 @@ impl Browser {
         let start = Instant::now();
         while self.run(&format!("return Boolean({condition})")) != true {
             let page = self.run("return document.body.innerText");
-            assert!(start.elapsed() < Duration::from_mins(2), "{condition} never holds: {}", page.as_str().unwrap());
+            assert!(start.elapsed() < FOREVER, "{condition} never holds: {}", page.as_str().unwrap());
             std::thread::sleep(Duration::from_millis(100));
         }
     }
@@ -299,7 +299,8 @@ fn a_file_is_run_from_the_page_and_nothing_in_it_becomes_html() {
     browser.until("/line 1/.test(document.querySelector('#results tbody').textContent)");
     browser.press("\u{e00c}");
     // One that takes long is cancelled from the page, and the queue is seen.
-    server.sandbox.write("long.jsonl", line("long", "Tell me a story.", 6000));
+    let long: Vec<String> = (0..400).map(|i| line(&format!("long-{i}"), "Tell me a story.", 6000)).collect();
+    server.sandbox.write("long.jsonl", long.join("\n"));
     browser.type_into("#file", server.sandbox.path("long.jsonl").to_str().unwrap());
     browser.click("#run-button");
     browser.until("/^[1-9]/.test(document.querySelectorAll('#engines dd')[2].textContent)");
@@ -314,6 +315,35 @@ fn a_file_is_run_from_the_page_and_nothing_in_it_becomes_html() {
     );
     assert_eq!(browser.complaints(), [""; 0]);
     server.wait_idle();
+}
+
+#[test]
+fn the_page_shows_which_models_are_loaded() {
+    let Some(browser) = Browser::open() else { return };
+    let config = |id: &str, numerics: &str, memory: u32| {
+        format!(
+            "[[model]]\nid = {id:?}\nweights = {MODEL:?}\nnumerics = {numerics:?}\nmemory = \"{memory}MiB\"\nload = \"on_demand\"\n"
+        )
+    };
+    let server = Server::with(&(config("org/first", "int8", 400) + &config("org/second", "bf16", 500)), &["--api-key", KEY]);
+    unlock(&browser, &server);
+    let rows =
+        "[...document.querySelectorAll('#models tbody tr')].map(row => [...row.cells].slice(0, 2).map(cell => cell.textContent))";
+    let is = |first: &str| format!("JSON.stringify({rows}) === '[[\"org/first\",\"{first}\"],[\"org/second\",\"unloaded\"]]'");
+    browser.until(&is("unloaded"));
+    assert_eq!(server.post("/v1/responses", json!({"model": "org/first", "input": "Hi", "max_output_tokens": 2})).status, 200);
+    browser.until(&is("loaded"));
+    let engine = &server.get("/v1/status").json()["engines"][0];
+    let mib = engine["memory_bytes"].as_f64().unwrap() / f64::from(1 << 20);
+    browser.until(&format!("document.querySelector('#models tbody tr').cells[2].textContent.startsWith('{}')", mib.floor()));
+    browser
+        .until("/^[1-9][0-9.,]* MiB of 1,024 MiB for models on cpu in use$/.test(document.getElementById('memory').textContent)");
+    for width in [1200, 380] {
+        browser.look("light", width);
+        assert_eq!(browser.run(FAULTS), json!([]));
+        browser.picture(&format!("models-{width}"));
+    }
+    assert_eq!(browser.complaints(), [""; 0]);
 }
 
 #[test]
