@@ -278,7 +278,8 @@ pub(super) async fn run(app: Arc<App>) -> ! {
     }
 }
 
-/// A call ends when it is dropped: it is told of, and a caller that breaks a stream off has what was told.
+/// A call ends when it is dropped: it is told of, and a caller that breaks a stream off has what was told. One that hangs up while
+/// it waits has had its prompt computed, and finds that in the cache when it comes again: it pays for what was drawn by then.
 impl Drop for Call {
     fn drop(&mut self) {
         let is_whole = self.flow.is_whole();
@@ -294,10 +295,15 @@ impl Drop for Call {
                 "turn_ms": log::millis(self.elapsed()),
             })
         });
-        if !self.is_streamed {
+        let usage = if self.is_streamed {
+            self.flow.told()
+        } else if self.is_waited_for && !is_whole && !self.app.is_draining() {
+            self.flow.drawn()
+        } else {
+            // Whoever runs it, or has its answer, charges it.
             return;
-        }
-        if let Some(usage) = self.flow.told() {
+        };
+        if let Some(usage) = usage {
             self.bill.close(usage, self.flow.machine_ns());
         }
         if let (Some(entry), Ok(runtime)) = (self.bill.take(), tokio::runtime::Handle::try_current()) {

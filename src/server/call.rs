@@ -42,6 +42,8 @@ pub struct Call {
     pub bill: Arc<Bill>,
     /// Whether its caller gets it as it comes.
     pub is_streamed: bool,
+    /// Whether its caller waits for all of it.
+    pub(super) is_waited_for: bool,
     pub(super) app: Arc<App>,
     /// If its request may come again.
     claim: Option<Arc<Claim>>,
@@ -86,7 +88,9 @@ impl Call {
         let mut held = prepared.hold(app, owner)?;
         let place = prepared.queue()?;
         let lease = app.models.lend(&prepared.model, prepared.window).await?;
-        Ok(Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held), (lease, place)))
+        let mut call = Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held), (lease, place));
+        call.is_waited_for = true;
+        Ok(call)
     }
 
     /// Starts prompts whose model is in memory, and which have a place there; what they may come to was taken from what their
@@ -126,6 +130,7 @@ impl Call {
             flow,
             bill,
             is_streamed: false,
+            is_waited_for: false,
             app,
             claim,
             request,

@@ -332,6 +332,14 @@ impl Flow {
         (self.n_told > 0 && !self.has_failed).then_some(Usage { completion_tokens: self.n_told as u32, ..usage })
     }
 
+    /// What was computed of it by now for a caller that waits for all of it; nothing before its first token, or if the engine
+    /// failed.
+    pub fn drawn(&mut self) -> Option<Usage> {
+        let (gained, _) = self.gained();
+        self.take(gained).ok()?;
+        self.told()
+    }
+
     /// Whether all of it has come.
     pub fn is_whole(&self) -> bool {
         self.finished.iter().all(Option::is_some)
@@ -352,11 +360,7 @@ impl Flow {
                 self.lease = None;
                 return Ok(None);
             }
-            let (gained, is_closed) = {
-                let mut pending = self.mailbox.pending.lock().unwrap_or_else(PoisonError::into_inner);
-                let gained: Vec<Gained> = pending.gained.iter_mut().filter_map(Option::take).collect();
-                (gained, pending.is_closed)
-            };
+            let (gained, is_closed) = self.gained();
             if gained.is_empty() {
                 if is_closed {
                     self.has_failed = true;
@@ -367,6 +371,13 @@ impl Flow {
             }
             return self.take(gained).map(Some);
         }
+    }
+
+    /// What the engine has left since the last time, and whether it ended.
+    fn gained(&self) -> (Vec<Gained>, bool) {
+        let mut pending = self.mailbox.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let gained = pending.gained.iter_mut().filter_map(Option::take).collect();
+        (gained, pending.is_closed)
     }
 
     /// Takes in what was gained.

@@ -2,9 +2,9 @@
 //! killed; however sums are told apart, they are the same whole.
 
 use crate::common::chat_line;
-use crate::serving::{KEY, MODEL, Server, read_until};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PRICES: &str = "[prices]
 hour = 3.6
@@ -169,29 +169,47 @@ fn every_answer_says_what_it_costs_and_the_ledger_adds_up() {
 
 #[test]
 fn a_stream_that_is_broken_off_costs_what_was_told() {
-    let server = Server::with(PRICES, &["--api-key", KEY]);
+    let server = Server::with(&format!("[engine]\nmax_running = 1\n{PRICES}"), &["--api-key", KEY]);
     let body =
         |stream: bool| json!({"model": MODEL, "prompt": "The sea", "max_tokens": 7000, "ignore_eos": true, "stream": stream});
+    let until = |is_so: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !is_so() {
+            assert!(start.elapsed() < FOREVER, "{}", server.get("/metrics").text);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let n_requests = || server.usage("")["total"]["n_requests"].as_u64().unwrap();
     let mut stream = server.open("/v1/completions", &body(true));
     read_until(&mut stream, "data: ");
+    // Nothing was computed for this one.
+    let waiting = server.open("/v1/completions", &body(false));
+    until(&|| server.metric("valar_waiting{") + server.metric("valar_queued_calls{") > 0);
+    drop(waiting);
+    until(&|| server.metric("valar_waiting{") + server.metric("valar_queued_calls{") == 0);
     drop(stream);
-    // Nothing of this one was told.
+    server.wait_idle();
+    until(&|| n_requests() > 0);
+    let first = server.usage("")["total"].clone();
+    // Who hangs up while the answer is computed has had the prompt computed, which is cached now, and some of the answer.
+    let before = server.metric("valar_generated_tokens_total{");
     let unstreamed = server.open("/v1/completions", &body(false));
-    while server.metric("valar_running{") == 0 {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until(&|| server.metric("valar_generated_tokens_total{") > before + 1);
     drop(unstreamed);
     server.wait_idle();
-    let mut total = Value::Null;
-    while total["n_requests"].as_u64().unwrap_or(0) == 0 {
-        total = server.usage("")["total"].clone();
-    }
-    assert_eq!(total["n_requests"], 1);
-    let (input, output) = (total["input_tokens"].as_i64().unwrap(), total["output_tokens"].as_i64().unwrap());
-    assert!((1..7000).contains(&output), "{total}");
-    let cached = total["cached_tokens"].as_i64().unwrap();
-    let usage = json!({"prompt_tokens": input, "completion_tokens": output, "prompt_tokens_details": {"cached_tokens": cached}});
-    assert_eq!(amount(&total["charge"]), expected(&usage, ASAP));
+    until(&|| n_requests() > 1);
+    let total = server.usage("")["total"].clone();
+    assert_eq!((&first["n_requests"], &total["n_requests"]), (&json!(1), &json!(2)));
+    let second = |key: &str| total[key].as_u64().unwrap() - first[key].as_u64().unwrap();
+    let usage = |total: &Value| {
+        let [input, cached, output] = ["input_tokens", "cached_tokens", "output_tokens"].map(|key| total[key].clone());
+        json!({"prompt_tokens": input, "completion_tokens": output, "prompt_tokens_details": {"cached_tokens": cached}})
+    };
+    assert_eq!(amount(&total["charge"]), expected(&usage(&total), ASAP));
+    assert!(second("input_tokens") == first["input_tokens"] && (1..7000).contains(&second("output_tokens")), "{first} {total}");
+    let output = first["output_tokens"].as_u64().unwrap();
+    assert!((1..7000).contains(&output), "{first}");
+    assert_eq!(amount(&first["charge"]), expected(&usage(&first), ASAP));
     // Without prices, an answer costs its share of the machine's time.
     drop(server);
     let server = Server::with("[prices]\nhour = 1.0\n", &[]);
