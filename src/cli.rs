@@ -215,7 +215,7 @@ pub struct UsageArgs {
     /// Until before then
     #[arg(long, value_name = "TIME")]
     pub until: Option<String>,
-    /// What is told apart, of day, model, window, key and batch [default: day,model,window]
+    /// What is told apart, of day, model, window, key and batch; or trajectory alone [default: day,model,window]
     #[arg(long, value_name = "NAMES")]
     pub by: Option<String>,
     /// Print one JSON object instead of a table

@@ -137,7 +137,7 @@ pub fn credit_ms(before: &Trajectory, target: Duration) -> i64 {
 }
 
 /// `GET /v1/trajectories`' answer for one.
-fn shown(found: &Trajectory) -> Value {
+pub(super) fn shown(found: &Trajectory) -> Value {
     json!({
         "id": found.id,
         "object": "trajectory",

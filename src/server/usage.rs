@@ -6,8 +6,10 @@ use super::auth::Owner;
 use super::errors::{ApiError, json_response};
 use super::paging::Pairs;
 use super::prices::{Amount, machine_amount};
+use super::trajectories;
 use crate::store;
 use crate::store::ledger::{self, By, Question, Sums};
+use crate::store::trajectories::{self as store_trajectories, Trajectory};
 use anyhow::{Context as _, Result};
 use axum::Extension;
 use axum::extract::State;
@@ -21,6 +23,11 @@ use std::sync::Arc;
 /// What is told apart where nothing is said.
 const DEFAULT_BY: [By; 3] = [By::Day, By::Model, By::Window];
 
+/// Trajectories that are told one by one; the total is of all.
+const MAX_TRAJECTORIES: usize = 1000;
+/// What asks for them, alone.
+const TRAJECTORY: &str = "trajectory";
+
 /// A part of a question that makes no sense: its name, and why.
 type Fault = (&'static str, String);
 
@@ -32,13 +39,16 @@ fn question(from: Option<&str>, until: Option<&str>, by: Option<&str>) -> Result
     };
     let by = match by {
         None => DEFAULT_BY.to_vec(),
+        Some(names) if names.split(',').any(|name| name.trim() == TRAJECTORY) => {
+            return Err(("group_by", format!("{TRAJECTORY:?} can't be combined: a conversation has many days and models")));
+        }
         Some(names) => {
             let names = names.split(',').map(str::trim).filter(|name| !name.is_empty());
             let found = names.map(|name| {
                 let known = By::ALL.iter().find(|(known, _)| *known == name).map(|(_, by)| *by);
                 known.ok_or_else(|| {
                     let all: Vec<&str> = By::ALL.iter().map(|(name, _)| *name).collect();
-                    ("group_by", format!("{name:?} is not one of {}", all.join(", ")))
+                    ("group_by", format!("{name:?} is not one of {}, or {TRAJECTORY} alone", all.join(", ")))
                 })
             });
             let found: Vec<By> = found.collect::<Result<_, _>>()?;
@@ -111,8 +121,44 @@ fn utilisation(report: &mut Value, busy: &Sums, all: &Sums) {
     }
 }
 
+/// A question, and whether it is about trajectories.
+fn asked(from: Option<&str>, until: Option<&str>, by: Option<&str>) -> Result<(Question, bool), Fault> {
+    let is_of_trajectories = by.is_some_and(|by| by.trim() == TRAJECTORY);
+    Ok((question(from, until, if is_of_trajectories { Some("") } else { by })?, is_of_trajectories))
+}
+
+/// What the conversations came to whose last turn ended in the span, the last first.
+fn trajectories_of(connection: &store::Connection, question: &Question) -> Result<Value> {
+    let (owner, span) = (question.owner.as_deref(), (question.from, question.until));
+    let (sum, n_found) = store_trajectories::sum(connection, owner, span)?;
+    let group = |found: &Trajectory| {
+        let mut group = trajectories::shown(found);
+        group["n_requests"] = found.n_turns.into();
+        group["total_tokens"] = (found.input_tokens + found.output_tokens).into();
+        group
+    };
+    let found = store_trajectories::of_span(connection, owner, span, MAX_TRAJECTORIES)?;
+    let data: Vec<Value> = found
+        .iter()
+        .map(|found| {
+            let mut group = group(found);
+            group[TRAJECTORY] = found.id.as_str().into();
+            group
+        })
+        .collect();
+    let mut total = group(&sum);
+    if let Some(total) = total.as_object_mut() {
+        total.retain(|key, _| key != "id" && key != "object");
+    }
+    total["trajectories"] = n_found.into();
+    Ok(json!({"object": "list", "data": data, "total": total, "has_more": n_found > data.len() as u64}))
+}
+
 /// Answers a question.
-fn answer(connection: &store::Connection, question: &Question) -> Result<Value> {
+fn answer(connection: &store::Connection, (question, is_of_trajectories): &(Question, bool)) -> Result<Value> {
+    if *is_of_trajectories {
+        return trajectories_of(connection, question);
+    }
     let mut report = report(&ledger::sums(connection, question)?, question);
     let whole = Question { by: vec![By::Model], ..question.clone() };
     let (mut busy, mut all) = (Sums::default(), Sums::default());
@@ -137,9 +183,10 @@ pub(super) async fn show(
     if let Some((name, _)) = query.iter().find(|(name, _)| !["start", "end", "group_by"].contains(&name.as_str())) {
         return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported; supported: start, end, group_by"));
     }
-    let question = question(get("start"), get("end"), get("group_by"));
-    let question = question.map_err(|(name, message)| ApiError::invalid_value(name, message))?;
+    let asked = asked(get("start"), get("end"), get("group_by"));
+    let (question, is_of_trajectories) = asked.map_err(|(name, message)| ApiError::invalid_value(name, message))?;
     let question = Question { owner: (!app.keys.sees_all(&owner)).then(|| owner.to_string()), ..question };
+    let question = (question, is_of_trajectories);
     app.read_meters().await?;
     let mut report = app.store.read(move |connection| answer(connection, &question)).await?;
     report["currency"] = app.books.currency.clone().into();
@@ -151,22 +198,26 @@ pub(super) async fn show(
 /// # Errors
 /// A question that makes no sense, or no database.
 pub fn print(data: &Path, (from, until): (Option<&str>, Option<&str>), by: Option<&str>, as_json: bool) -> Result<()> {
-    let question = question(from, until, by);
-    let question = question.map_err(|(name, message)| anyhow::anyhow!("{name}: {message}"))?;
+    let question = asked(from, until, by).map_err(|(name, message)| anyhow::anyhow!("{name}: {message}"))?;
     let report = store::look(data, |connection| answer(connection, &question)).context("reading the ledger")?;
     let mut out = std::io::stdout().lock();
     if as_json {
         writeln!(out, "{report:#}")?;
         return Ok(());
     }
-    let names: Vec<&str> = question.by.iter().map(|by| by.name()).collect();
-    let columns = ["n_requests", "input_tokens", "cached_tokens", "output_tokens", "charge", "machine_cost"];
+    let (question, is_of_trajectories) = question;
+    let names: Vec<&str> = if is_of_trajectories { vec![TRAJECTORY] } else { question.by.iter().map(|by| by.name()).collect() };
+    let columns: &[&str] = if is_of_trajectories {
+        &["turns", "input_tokens", "cached_tokens", "output_tokens", "charge", "turn_seconds", "wall_seconds"]
+    } else {
+        &["n_requests", "input_tokens", "cached_tokens", "output_tokens", "charge", "machine_cost"]
+    };
     let text = |value: &Value| {
         value.as_str().map_or_else(|| if value.is_null() { "-".to_owned() } else { value.to_string() }, str::to_owned)
     };
-    let mut rows = vec![names.iter().chain(&columns).map(|name| (*name).to_owned()).collect::<Vec<_>>()];
+    let mut rows = vec![names.iter().chain(columns).map(|name| (*name).to_owned()).collect::<Vec<_>>()];
     let groups = report["data"].as_array().into_iter().flatten();
-    rows.extend(groups.map(|group| names.iter().chain(&columns).map(|name| text(&group[*name])).collect()));
+    rows.extend(groups.map(|group| names.iter().chain(columns).map(|name| text(&group[*name])).collect()));
     let total = names.iter().enumerate().map(|(i, _)| if i == 0 { "total".to_owned() } else { String::new() });
     rows.push(total.chain(columns.iter().map(|name| text(&report["total"][*name]))).collect());
     let widths: Vec<usize> = (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].len()).max().unwrap_or(0)).collect();

@@ -143,6 +143,41 @@ pub fn list(connection: &Connection, owner: &str, after: Option<&str>, limit: us
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
+/// The sums over trajectories whose last turn ended in a span (unix seconds), of an owner's or of all; and how many there are. The
+/// whole has no name, and the time from the first's beginning to the last's end.
+///
+/// # Errors
+/// The database's.
+pub fn sum(connection: &Connection, owner: Option<&str>, (from, until): (u64, u64)) -> Result<(Trajectory, u64)> {
+    let sql = "SELECT '' AS id, coalesce(min(began_ms), 0) AS began_ms, coalesce(max(ended_ms), 0) AS ended_ms,
+               coalesce(sum(n_turns), 0) AS n_turns, coalesce(sum(turns_ms), 0) AS turns_ms,
+               coalesce(sum(n_standard), 0) AS n_standard, coalesce(sum(standard_ms), 0) AS standard_ms,
+               coalesce(sum(input_tokens), 0) AS input_tokens, coalesce(sum(cached_tokens), 0) AS cached_tokens,
+               coalesce(sum(output_tokens), 0) AS output_tokens, coalesce(sum(charge_millions), 0) AS charge_millions,
+               coalesce(sum(charge_rest), 0) AS charge_rest, count(*) AS n
+               FROM trajectory WHERE (?1 IS NULL OR owner = ?1) AND ended_ms >= ?2 AND ended_ms < ?3";
+    let sum = |row: &Row<'_>| Ok((Trajectory::of(row)?, row.get("n")?));
+    let span = [from, until].map(millis);
+    Ok(connection.prepare_cached(sql)?.query_row(params![owner, span[0], span[1]], sum)?)
+}
+
+/// Those trajectories, as [`list`] orders them; at most `limit`.
+///
+/// # Errors
+/// The database's.
+pub fn of_span(connection: &Connection, owner: Option<&str>, (from, until): (u64, u64), limit: usize) -> Result<Vec<Trajectory>> {
+    let sql = "SELECT * FROM trajectory WHERE (?1 IS NULL OR owner = ?1) AND ended_ms >= ?2 AND ended_ms < ?3
+               ORDER BY ended_ms DESC, id DESC, owner LIMIT ?4";
+    let mut statement = connection.prepare_cached(sql)?;
+    let rows = statement.query_map(params![owner, millis(from), millis(until), limit], Trajectory::of)?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Of a time in seconds, as far as the database's numbers go.
+fn millis(seconds: u64) -> i64 {
+    i64::try_from(seconds.saturating_mul(1000)).unwrap_or(i64::MAX)
+}
+
 /// Forgets trajectories whose last turn ended before then; how many, at most `limit`.
 ///
 /// # Errors

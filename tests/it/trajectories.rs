@@ -60,6 +60,38 @@ fn cost(value: &Value) -> f64 {
     value.as_str().unwrap_or_else(|| panic!("{value} is no amount")).parse().unwrap()
 }
 
+/// The one trajectory of our key, as usage.
+#[track_caller]
+fn assert_usage(on: &Server, shown: &Value) {
+    let usage = on.get("/v1/usage?group_by=trajectory").json();
+    let group = &usage["data"][0];
+    assert_eq!(
+        (usage["data"].as_array().unwrap().len(), &group["trajectory"], &group["n_requests"]),
+        (1, &json!("river"), &json!(3))
+    );
+    for (key, value) in shown.as_object().unwrap() {
+        assert_eq!(group[key], *value, "{key}");
+    }
+    for key in ["turns", "input_tokens", "cached_tokens", "output_tokens", "charge", "cached_share"] {
+        assert_eq!(usage["total"][key], shown[key], "{key}");
+    }
+    assert_eq!((&usage["total"]["trajectories"], &usage["has_more"]), (&json!(1), &json!(false)));
+    assert_eq!(on.get("/v1/usage?group_by=trajectory&end=2020-01-01").json()["data"], json!([]));
+    let refused = on.get("/v1/usage?group_by=trajectory,day");
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("group_by")));
+}
+
+/// With another key's of the same name.
+#[track_caller]
+fn assert_usage_of_two(on: &Server) {
+    assert_eq!(on.of_other("/v1/usage?group_by=trajectory").1["total"]["turns"], 1);
+    let printed = on.sandbox.run(&["usage", "--data", "data", "--by", "trajectory", "--json"]).stdout;
+    let printed: Value = serde_json::from_slice(&printed).unwrap();
+    assert_eq!(json!([printed["total"]["trajectories"], printed["total"]["turns"]]), json!([2, 4]), "{printed}");
+    let table = String::from_utf8(on.sandbox.run(&["usage", "--data", "data", "--by", "trajectory"]).stdout).unwrap();
+    assert!(table.lines().nth(1).unwrap().starts_with("river ") && table.contains("wall_seconds"), "{table}");
+}
+
 #[test]
 fn turns_begin_where_the_last_one_ended_with_the_answers_that_they_would_have_had() {
     let [on, off] = Server::two(PRICES);
@@ -103,6 +135,7 @@ fn turns_begin_where_the_last_one_ended_with_the_answers_that_they_would_have_ha
             && (shown["cached_share"].as_f64().unwrap() - n_cached / input).abs() < 1e-9
     );
     assert_eq!(off.get("/v1/trajectories/river").json()["turns"], 3);
+    assert_usage(&on, &shown);
 
     // Another key finds nothing of it, and can't see it.
     let body = chat(&messages[..4], json!({"metadata": {"trajectory_id": "river"}})).to_string();
@@ -110,6 +143,7 @@ fn turns_begin_where_the_last_one_ended_with_the_answers_that_they_would_have_ha
     assert_eq!((answer.status, cached(&answer.json())), (200, 0), "{}", answer.text);
     assert_eq!(on.of_other("/v1/trajectories/river").1["turns"], 1, "its own, of the same name");
     assert_eq!(on.of_other("/v1/trajectories/lake").0, 404);
+    assert_usage_of_two(&on);
     assert_eq!(on.get("/v1/trajectories").json()["data"], json!([shown]));
 
     // Nothing is in use any more; one keeps blocks, the other none.
