@@ -11,43 +11,17 @@ TTFT is the time to the first token, TPOT the time for each further one. `--roof
 import argparse
 import json
 import math
-import random
 import re
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
-WORDS = "river stone lamp winter copper garden letter engine harbour cloud orchard mirror saddle thunder paper bridge".split()
+from serving import Server, words
 
 
-def words(seed, n):
-    return " ".join(random.Random(seed).choices(WORDS, k=n))
-
-
-class Server:
-    def __init__(self, args, folder):
-        config = Path(folder, "valar.toml")
-        config.write_text(f"[server]\nmax_step_ms = {args.max_step_ms}\n")
-        command = [args.valar, "serve", "-m", args.model, "--config", str(config), "--port", "0", "--data", f"{folder}/data"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        for line in self.process.stderr:
-            if match := re.search(r"listening on (http://\S+)", line):
-                self.url = match[1]
-                return
-            sys.stderr.write(line)
-        raise SystemExit("the server did not start")
-
-    def ask(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
-        return urllib.request.urlopen(request, timeout=600)
-
-    def json(self, path, body=None):
-        with self.ask(path, body) as answer:
-            return json.load(answer)
+class Measured(Server):
+    """A server that is watched, and called as by somebody who waits."""
 
     def metrics(self):
         with self.ask("/metrics") as answer:
@@ -115,7 +89,7 @@ def main():
     args = parser.parse_args()
     idle, busy, lost = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(args, folder)
+        server = Measured(args, folder, f"[server]\nmax_step_ms = {args.max_step_ms}\n")
         try:
             model = server.json("/v1/models")["data"][0]["id"]
             server.call(model, 1, args.prompt_words, 4)  # pages are touched once

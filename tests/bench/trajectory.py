@@ -7,42 +7,10 @@ usage: trajectory.py [--valar target/release/valar] [--model NAME] [--pairs 3] [
 """
 
 import argparse
-import json
-import random
-import re
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from pathlib import Path
 
-WORDS = "river stone lamp winter copper garden letter engine harbour cloud orchard mirror saddle thunder paper bridge".split()
-
-
-def words(seed, n):
-    return " ".join(random.Random(seed).choices(WORDS, k=n))
-
-
-class Server:
-    def __init__(self, args, folder, keep_percent):
-        config = Path(folder, f"keep-{keep_percent}.toml")
-        config.write_text(f"[trajectories]\nkeep_percent = {keep_percent}\n")
-        command = [args.valar, "serve", "-m", args.model, "--config", str(config), "--port", "0",
-                   "--data", f"{folder}/data-{keep_percent}", "--memory", args.memory]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        for line in self.process.stderr:
-            if match := re.search(r"listening on (http://\S+)", line):
-                self.url = match[1]
-                return
-            sys.stderr.write(line)
-        raise SystemExit("the server did not start")
-
-    def json(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+from serving import Server, words
 
 
 def replay(server, model, args, run):
@@ -78,7 +46,8 @@ def main():
         servers = {}
         try:
             for percent in (50, 0):
-                servers[percent] = Server(args, folder, percent)
+                config = f"[trajectories]\nkeep_percent = {percent}\n"
+                servers[percent] = Server(args, folder, config, f"keep-{percent}", ["--memory", args.memory])
             model = servers[0].json("/v1/models")["data"][0]["id"]
             for server in servers.values():  # pages are touched once
                 server.json("/v1/completions", {"model": model, "prompt": words(0, 200), "max_tokens": 4})
