@@ -2,7 +2,7 @@
 //! not run can be run again.
 
 use crate::batches::{essence, lines};
-use crate::serving::{FOREVER, KEY, MODEL, Server};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -37,9 +37,15 @@ fn what_did_not_run_can_be_run_again() {
     let expected = server.results(&whole["output_file_id"]);
     let answer = server.post(&format!("/v1/batches/{}/retry", whole["id"].as_str().unwrap()), Value::Null);
     assert_eq!(answer.status, 400, "nothing failed: {}", answer.text);
+    // While these run, the batch has no place, and is not done before it is cancelled.
+    let call = json!({"model": MODEL, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 7000, "ignore_eos": true,
+                      "stream": true});
+    let mut running: Vec<_> = (0..4).map(|_| server.open("/v1/chat/completions", &call)).collect();
+    running.iter_mut().for_each(|stream| drop(read_until(stream, "\"content\":\"")));
     let first = server.batch_of(&format!("\u{feff}{}\r\n", content.join("\r\n")));
     server.act(&first["id"], "cancel");
     let first = server.ended(&first["id"]);
+    drop(running);
     let (done, rest) = (server.results(&first["output_file_id"]), server.results(&first["error_file_id"]));
     assert!(!rest.is_empty(), "{first}");
     let again = server.act(&first["id"], "retry");

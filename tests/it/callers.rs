@@ -1,8 +1,10 @@
 //! Who calls, from outside: keys that are kept as hashes, what they may ask for, and requests that come again because their
 //! caller has heard no answer: they are done once.
 
-use crate::serving::{Answer, KEY, MODEL, Server};
+use crate::serving::{Answer, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 impl Server {
     #[expect(clippy::needless_pass_by_value, reason = "so that callers can write json!(..)")]
@@ -50,7 +52,7 @@ fn a_request_that_comes_again_is_done_once() {
     assert_eq!(waited["pending"], json!([]));
     let batch: Value = serde_json::from_str(&first[7]).unwrap();
     while server.get(&format!("/v1/batches/{}", batch["id"].as_str().unwrap())).json()["status"] != "completed" {
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
     }
     let total = server.total();
     assert_eq!(total["n_requests"], requests.len());
@@ -107,13 +109,31 @@ fn of_two_at_the_same_time_the_second_waits() {
 
 #[test]
 fn of_many_at_the_same_time_some_are_turned_away() {
-    let server = Server::start();
-    let body = chat("Count.", json!({"max_tokens": 150, "temperature": 0, "ignore_eos": true}));
-    let answers = at_once(&server, 40, &body);
+    let server = Server::with("[engine]\nmax_running = 1\n", &["--api-key", KEY]);
+    // The first of them does not end before others have been turned away: these do not let it begin.
+    let long = chat("Go on.", json!({"max_tokens": 7000, "ignore_eos": true, "stream": true}));
+    let mut running = server.open("/v1/chat/completions", &long);
+    read_until(&mut running, "\"content\":\"");
+    let others: Vec<_> = (0..4).map(|_| server.open("/v1/chat/completions", &long)).collect();
+    while server.metric("valar_open_calls{") < 5 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let body = chat("Count.", json!({"max_tokens": 20, "temperature": 0, "ignore_eos": true}));
+    let (send, arrived) = channel();
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        for _ in 0..40 {
+            let (send, server, body) = (send.clone(), &server, &body);
+            scope.spawn(move || send.send(server.again("one", "/v1/chat/completions", body.clone())).unwrap());
+        }
+        let first = arrived.recv().unwrap();
+        drop((running, others));
+        std::iter::once(first).chain(arrived.iter().take(39)).collect()
+    });
     let (done, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
     assert!(!done.is_empty() && done.iter().all(|answer| answer.text == done[0].text));
     assert!(!refused.is_empty() && refused.iter().all(|answer| answer.status == 429));
-    assert_eq!(server.total()["n_requests"], 1);
+    let cost = |answer: &&Answer| answer.header("idempotent-replayed").is_empty();
+    assert_eq!(done.iter().filter(|answer| cost(answer)).count(), 1, "it is done once");
 }
 
 #[test]
@@ -200,7 +220,7 @@ fn tokens_in_batches_are_limited_and_come_back() {
         if ["completed", "failed"].contains(&batch["status"].as_str().unwrap()) {
             break batch;
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
     };
     let first = post("Hi", 300);
     assert_eq!(first.status, 200, "{}", first.text);

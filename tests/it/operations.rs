@@ -164,7 +164,7 @@ fn metrics_say_how_calls_of_each_window_fared() {
 fn a_batch_that_could_not_be_done_in_time_is_refused() {
     let server = Server::with("[engine]\nmax_running = 2\n", &["--api-key", KEY]);
     let request = |i: usize, max_tokens: usize, n: usize| {
-        let mut params = chat("Say something.", max_tokens, false);
+        let mut params = chat(&format!("Say something of {i}."), max_tokens, false);
         (params["n"], params["stream"]) = (n.into(), Value::Null);
         json!({"custom_id": format!("row-{i}"), "params": params})
     };
@@ -173,10 +173,10 @@ fn a_batch_that_could_not_be_done_in_time_is_refused() {
         server.post("/v1/batches", body)
     };
     // While this one runs others wait for the engine: then its speed is known.
-    let first = batch((0..40).map(|i| request(i, 40, 1)).collect(), "24h").json();
+    let first = batch((0..80).map(|i| request(i, 40, 1)).collect(), "24h").json();
     server.ended(&first["id"]);
-    // 80 million tokens in an hour: more than such a model has on any machine that this runs on.
-    let huge = || (0..2000).map(|i| request(i, 4000, 1024)).collect();
+    // Hundreds of millions of tokens in an hour: more than such a model has on any machine that this runs on.
+    let huge = || (0..20_000).map(|i| request(i, 4000, 1024)).collect();
     let refused = batch(huge(), "1h");
     let error = &refused.json()["error"];
     assert_eq!((refused.status, &error["code"]), (429, &json!("capacity_exceeded")), "{error}");

@@ -221,7 +221,8 @@ fn a_client_that_goes_leaves_nothing_behind() {
 
 #[test]
 fn the_first_signal_lets_calls_finish() {
-    let mut server = Server::start();
+    // However long they take.
+    let mut server = Server::with("[server]\ndrain_s = 3600\n", &["--api-key", KEY]);
     let body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Tell me a story."}], "ignore_eos": true, "max_tokens": 150, "stream": true});
     let mut stream = server.open("/v1/chat/completions", &body);
     read_until(&mut stream, "\"content\":\"");
