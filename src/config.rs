@@ -2,6 +2,7 @@
 //! users set them, the only place that reads environment variables. Every limit of the program is here or in the pipeline
 //! file, with its unit in its name.
 
+mod keys;
 mod memory;
 pub mod serve;
 

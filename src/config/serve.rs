@@ -1,5 +1,6 @@
 //! What `valar serve` is told: flags and `valar.toml` -> [`ServeConfig`], checked and immutable.
 
+use super::keys::{Common, KeyEntry, keys};
 use super::{ModelConfig, cache_folder, free_memory_bytes, hub, isa, n_threads, parse_bytes, sampling_params};
 pub use crate::cli::LogFormat;
 use crate::cli::ServeArgs;
@@ -47,6 +48,8 @@ pub struct ServeConfig {
     pub places: Places,
     /// How it says what it does.
     pub log_format: LogFormat,
+    /// Where traces go, unless the environment says.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// PEM files of a server that speaks TLS.
@@ -173,20 +176,6 @@ struct FilesSpec {
     allow: Vec<String>,
 }
 
-/// `[[key]]`
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct KeyEntry {
-    name: Option<String>,
-    key: Option<String>,
-    hash: Option<String>,
-    #[serde(default)]
-    admin: bool,
-    requests_per_minute: Option<u64>,
-    tokens_per_minute: Option<u64>,
-    batch_tokens: Option<u64>,
-}
-
 /// `[prices]`
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -227,6 +216,7 @@ struct ServerSpec {
     load_wait_s: u64,
     min_loaded_s: u64,
     log_format: LogFormat,
+    otlp_endpoint: Option<String>,
 }
 
 impl Default for ServerSpec {
@@ -257,6 +247,7 @@ impl Default for ServerSpec {
             load_wait_s: 300,
             min_loaded_s: 10,
             log_format: LogFormat::default(),
+            otlp_endpoint: None,
         }
     }
 }
@@ -362,7 +353,7 @@ impl ServeConfig {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
             port: args.port.unwrap_or(server.port),
             data: args.data.clone().unwrap_or_else(|| server.data.clone()),
-            keys: keys(args, &spec)?,
+            keys: keys(server.api_keys.iter().chain(&args.api_key), &spec.key, server.common())?,
             tls: TlsFiles::new(args, server)?,
             models,
             memory_bytes,
@@ -372,13 +363,14 @@ impl ServeConfig {
             currency: spec.prices.currency.clone().unwrap_or_else(|| "USD".into()),
             places: Places::parse(&spec.files.allow).context("files.allow")?,
             log_format: args.log_format.unwrap_or(server.log_format),
+            otlp_endpoint: server.otlp_endpoint.clone(),
             limits: ServeLimits {
                 max_body_bytes: usize::try_from(parse_bytes(&server.max_body).context("server.max_body")?)?,
                 max_file_bytes: parse_bytes(&server.max_file).context("server.max_file")?,
                 max_batch_rows: server.max_batch_rows,
                 webhook_private_addresses: server.webhook_private_addresses,
                 max_queued: server.max_queued,
-                rates: server.rates(),
+                rates: server.common().rates(),
                 max_background: server.max_background,
                 retention: Duration::from_secs(server.retention_days.saturating_mul(86_400)),
                 max_connections: server.max_connections,
@@ -398,50 +390,10 @@ impl ServeConfig {
 }
 
 impl ServerSpec {
-    fn rates(&self) -> Rates {
-        rates((self.requests_per_minute, self.tokens_per_minute), self.batch_tokens)
+    fn common(&self) -> Common {
+        let &Self { requests_per_minute, tokens_per_minute, batch_tokens, .. } = self;
+        Common { requests_per_minute, tokens_per_minute, batch_tokens }
     }
-}
-
-/// Requests and tokens a minute, and tokens in batches: as many as the key gets in a day, where nothing is said.
-fn rates((requests_per_minute, tokens_per_minute): (u64, u64), batch_tokens: Option<u64>) -> Rates {
-    let batch_tokens = batch_tokens.unwrap_or(tokens_per_minute.saturating_mul(24 * 60));
-    Rates { requests_per_minute, tokens_per_minute, batch_tokens }
-}
-
-/// The keys of the file and of the flags; of each only its hash stays.
-fn keys(args: &ServeArgs, spec: &ServeSpec) -> Result<Vec<KeyConfig>> {
-    let rates = spec.server.rates();
-    let plain = spec.server.api_keys.iter().chain(&args.api_key);
-    let plain = plain.map(|key| {
-        ensure!(!key.is_empty(), "server.api_keys: a key is empty");
-        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false })
-    });
-    let entries = spec.key.iter().map(|entry| {
-        let hash = match (&entry.key, &entry.hash) {
-            (Some(key), None) if !key.is_empty() => blake3::hash(key.as_bytes()),
-            (None, Some(hash)) => blake3::Hash::from_hex(hash).context("key.hash: is not what `valar key` prints")?,
-            _ => bail!("key: needs either key or hash"),
-        };
-        let a_minute = (
-            entry.requests_per_minute.unwrap_or(spec.server.requests_per_minute),
-            entry.tokens_per_minute.unwrap_or(spec.server.tokens_per_minute),
-        );
-        let rates = self::rates(a_minute, entry.batch_tokens.or(spec.server.batch_tokens));
-        Ok(KeyConfig { name: entry.name.clone(), hash, rates, is_admin: entry.admin })
-    });
-    let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;
-    for (i, key) in keys.iter().enumerate() {
-        ensure!(key.name.as_deref() != Some(""), "key.name: is empty; leave it out, or say whose the key is");
-        // Which of two counts, and whose usage is whose, could not be told.
-        ensure!(keys[..i].iter().all(|other| other.hash != key.hash), "key: the same key stands there twice");
-        let name = key.name.as_ref();
-        ensure!(
-            name.is_none() || keys[..i].iter().all(|other| other.name.as_ref() != name),
-            "key.name: {name:?} stands there twice"
-        );
-    }
-    Ok(keys)
 }
 
 /// The models of the file and of the flags; the default model if there is none. And what they may take together of a memory, and

@@ -5,6 +5,7 @@ use super::errors::ApiError;
 use super::ids;
 use super::limits::{Allowance, Rates};
 use super::once::Claim;
+use super::spans::Spot;
 use crate::config::serve::KeyConfig;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use std::ops::Deref;
@@ -18,17 +19,24 @@ pub(super) struct Owner {
     pub(super) claim: Option<Arc<Claim>>,
     /// The id of its request, if it has one.
     pub(super) request: Option<Arc<str>>,
+    /// Where in a trace what it asks for belongs.
+    pub(super) spot: Spot,
 }
 
 impl Owner {
     /// As it is stored.
     pub(super) fn stored(id: &str) -> Self {
-        Self { id: id.into(), claim: None, request: None }
+        Self { id: id.into(), claim: None, request: None, spot: Spot::default() }
     }
 
     /// With the id of its request.
     pub(super) fn of_request(self, id: &str) -> Self {
         Self { request: Some(id.into()), ..self }
+    }
+
+    /// As a part of a trace.
+    pub(super) fn at(self, spot: Spot) -> Self {
+        Self { spot, ..self }
     }
 
     /// With a request that may come again.

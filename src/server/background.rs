@@ -6,7 +6,7 @@ use super::App;
 use super::auth::Owner;
 use super::backlog::Ticket;
 use super::batch_tokens::Body;
-use super::books;
+use super::books::usage;
 use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
 use super::ids;
@@ -26,7 +26,7 @@ use crate::store::responses::{self, StoredEvent, StoredResponse};
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -91,6 +91,9 @@ struct Kept {
     /// The trajectory of what it follows.
     #[serde(default)]
     follows: Option<String>,
+    /// The request's place in a trace.
+    #[serde(default)]
+    trace: Option<String>,
     body: Map<String, Value>,
 }
 
@@ -165,6 +168,11 @@ impl Background {
         self.ended.send_modify(|n_ended| *n_ended += 1);
     }
 
+    /// Whether the server ends.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.load(SeqCst)
+    }
+
     /// Of these, the ones that nothing more may come of, and the rest.
     pub(super) fn closed_and_open<'i>(&self, ids: &'i [String]) -> (Vec<&'i String>, Vec<&'i String>) {
         self.with(|open| ids.iter().partition(|id| !open.contains_key(*id)))
@@ -192,15 +200,16 @@ pub(super) async fn create(
     let asked = Asked { mode: Mode::Background, window: own.window };
     // What is wrong with it is found now; what it comes to is thrown away, so that a long queue is short in memory.
     let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await?;
+    owner.spot.wants(&prepared);
     let identity = Identity::new();
     let stamp = identity.stamp(&prepared.model);
     let mut response = stamp.response_in_progress(&identity.id, prepared.echo.as_deref().unwrap_or(&Value::Null));
     own.put_on(&mut response, prepared.window);
     response["status"] = "queued".into();
     let id = format!("resp_{}", identity.id);
-    let (model, window) = (prepared.model.id.clone(), prepared.window);
+    let (model, window, trace) = (prepared.model.id.clone(), prepared.window, owner.spot.link());
     let is_streamed = own.is_streamed;
-    let kept = Kept { model: model.clone(), window, seed: ids::seed(), is_streamed, follows: own.follows, body };
+    let kept = Kept { model: model.clone(), window, seed: ids::seed(), is_streamed, follows: own.follows, trace, body };
     let new = StoredResponse {
         id: id.clone(),
         owner: owner.to_string(),
@@ -317,24 +326,25 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
             told.take_in(&events);
             if events.len() < EVENTS {
                 let told_entry = responses::told(connection, &key)?;
-                return Ok((responses::any(connection, &key)?, told, n_told(told_entry.as_deref())?));
+                let stored = responses::any(connection, &key)?.filter(StoredResponse::is_open);
+                return Ok((stored, told, n_told(told_entry.as_deref())?));
             }
         }
     });
     let (Some(stored), told, mut n_noted) = read.await? else { return Ok(()) };
-    if !stored.is_open() {
-        return Ok(());
-    }
     let response: Value = serde_json::from_str(&stored.body).context("a stored response is no JSON")?;
+    let spot = app.traces.background(&stored, app.keys.name(&stored.owner));
+    let owner = Owner::stored(&stored.owner).at(spot.clone());
     let begun = tokio::select! {
-        begun = begin(app, &stored, &response, told.has_text()) => begun,
-        () = closed(&mut bell) => return Ok(()),
+        begun = begin((app, &owner), &stored, &response, told.has_text()) => begun,
+        () = closed(&mut bell) => return spot.left_by(app),
     };
     let (call, own, is_streamed) = match begun {
         Ok(begun) => begun,
         // It runs at the next start.
         Err(_) if app.models.failed().is_some() || app.is_draining() => return Ok(()),
         Err(error) => {
+            spot.failed(error.code.as_str());
             let response = failed(response, &error);
             let last = event(told.n_events(), "response.failed", &response);
             return store_events(app, id, told.n_events(), vec![last], None).await.map(drop);
@@ -346,7 +356,7 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         let mut pending = Vec::new();
         tokio::select! {
             next = events.next() => pending.extend(next),
-            () = closed(&mut bell) => return Ok(()),
+            () = closed(&mut bell) => return spot.left_by(app),
         }
         while let Some(Some(next)) = events.next().now_or_never() {
             pending.push(next);
@@ -356,6 +366,7 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
             return Ok(());
         }
         let is_end = pending.last().is_none_or(|(name, _)| TERMINAL.contains(name));
+        pending.last().filter(|_| is_end).into_iter().for_each(|(name, _)| spot.became(name));
         let n_pending = pending.len() as u64;
         // Of one that is told again, what was told before counts until more was.
         let told = bill.told().filter(|entry| entry.output_tokens > n_noted);
@@ -369,7 +380,7 @@ async fn run(app: &Arc<App>, id: &str) -> Result<()> {
         if !is_streamed {
             tokio::select! {
                 () = tokio::time::sleep(STORE_EVERY) => {}
-                () = closed(&mut bell) => return Ok(()),
+                () = closed(&mut bell) => return spot.left_by(app),
             }
         }
     }
@@ -395,7 +406,12 @@ async fn closed(bell: &mut watch::Receiver<()>) {
 }
 
 /// Makes a call of a stored response again. An error is the response's end.
-async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_text: bool) -> Result<(Call, Own, bool), RowError> {
+async fn begin(
+    (app, owner): (&Arc<App>, &Owner),
+    stored: &StoredResponse,
+    response: &Value,
+    has_text: bool,
+) -> Result<(Call, Own, bool), RowError> {
     let refuse = |message: String| RowError::row(ErrorCode::EngineError, message);
     if stored.n_faults >= MAX_FAULTS {
         return Err(refuse(format!("the engine failed {MAX_FAULTS} times while it ran")));
@@ -419,9 +435,9 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
     if has_text && response["system_fingerprint"] != prepared.model.live.fingerprint.as_str() {
         return Err(refuse("the model is another one than when the request was accepted".into()));
     }
-    let owner = Owner::stored(&stored.owner);
-    prepared.turn = Turn::of(&body, follows.as_deref(), true).reckoned(app, &owner, prepared.window).await;
-    let own = Own { store: true, background: true, previous: stored.previous.clone(), follows, window: None, is_streamed };
+    prepared.turn = Turn::of(&body, follows.as_deref(), true).reckoned(app, owner, prepared.window).await;
+    let previous = stored.previous.clone();
+    let own = Own { store: true, background: true, previous, follows, window: None, is_streamed };
     let (mut ticket, mut held) = app.background.taken(&stored.id);
     let at = loop {
         let lease = if let Some(lease) = lease.take() { lease } else { lend().await? };
@@ -432,7 +448,7 @@ async fn begin(app: &Arc<App>, stored: &StoredResponse, response: &Value, has_te
         drop(lease);
         tokio::time::sleep(BUSY_PAUSE).await;
     };
-    let call = Call::submit_held((app, &owner), &prepared, &identity, (&mut ticket, &mut held), at);
+    let call = Call::submit_held((app, owner), &prepared, &identity, (&mut ticket, &mut held), at);
     Ok((call, own, is_streamed))
 }
 
@@ -462,6 +478,10 @@ pub(super) fn cancel(app: &App, connection: &Connection, stored: &StoredResponse
         return Ok(response);
     }
     response["status"] = "cancelled".into();
+    if stored.status == "queued" {
+        // Nobody else tells of it.
+        app.traces.background(stored, app.keys.name(&stored.owner)).became("cancelled");
+    }
     if let Some(told) = responses::told(connection, &stored.id)? {
         let entry = Entry { at: now(), ..serde_json::from_str(&told).context("what a response has told")? };
         response["usage"] = usage(&entry);
@@ -471,30 +491,4 @@ pub(super) fn cancel(app: &App, connection: &Connection, stored: &StoredResponse
     let last = event(n_events, "response.failed", &response);
     responses::update(connection, &stored.id, "cancelled", Some(&response.to_string()), &numbered(n_events, &[last]))?;
     Ok(response)
-}
-
-/// What a response that was cancelled has told, and what that costs.
-fn usage(entry: &Entry) -> Value {
-    let mut usage = json!({
-        "input_tokens": entry.input_tokens,
-        "input_tokens_details": {"cached_tokens": entry.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": entry.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": entry.input_tokens + entry.output_tokens,
-    });
-    if let Some(cost) = books::cost(entry.prices != [0; 3], entry) {
-        usage["cost"] = cost.to_string().into();
-    }
-    usage
-}
-
-/// Responses that are forgotten at a time.
-const AT_A_TIME: usize = 256;
-
-/// Forgets responses that are older than that.
-pub(super) async fn forget_old(app: &App, retention: Duration) -> Result<()> {
-    let before = now().saturating_sub(retention.as_secs());
-    // In small bites, between which others get to write.
-    while app.store.write(move |connection| responses::forget_before(connection, before, AT_A_TIME)).await? == AT_A_TIME {}
-    Ok(())
 }

@@ -20,11 +20,12 @@ use tokio::task::spawn_blocking;
 /// Ends a batch of which nothing was run.
 pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> {
     let id = id.to_owned();
-    app.store
+    let ended = app
+        .store
         .write(move |connection| {
             let stored = batches::any(connection, &id)?.context("the batch is gone")?;
             if !stored.is_open() {
-                return Ok(());
+                return Ok(None);
             }
             let mut body: Value = serde_json::from_str(&stored.body)?;
             body["errors"] = json!({"object": "list", "data": faults});
@@ -35,9 +36,19 @@ pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> 
             let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
             body["status"] = state.into();
             body[at] = now().into();
-            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+            let is_changed = batches::update(connection, &id, (&stored.status, state), &body.to_string())?;
+            Ok(is_changed.then_some((stored, body)))
         })
-        .await
+        .await?;
+    tell(app, ended);
+    Ok(())
+}
+
+/// Traces a batch that has ended so.
+fn tell(app: &App, ended: Option<(StoredBatch, Value)>) {
+    if let Some((stored, body)) = ended {
+        app.traces.batch(&stored, &body, app.keys.name(&stored.owner));
+    }
 }
 
 /// Ends a batch that can't be gone on with. What was done of it could be read, stays so, and is charged.
@@ -55,7 +66,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
         if !stored.is_open() {
-            return Ok(());
+            return Ok(None);
         }
         let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
         let mut body: Value = serde_json::from_str(&stored.body)?;
@@ -74,9 +85,10 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         let file = |kind: &str| if has_files { file(&own, &key, kind, &settings) } else { Ok(unwritten(&key, kind, &settings)) };
         let files = vec![("output_file_id", file("output")?), ("error_file_id", file("error")?)];
         put_files(connection, (&stored, &mut body), files)?;
-        batches::update(connection, &key, (&stored.status, state), &body.to_string()).map(drop)
+        let is_changed = batches::update(connection, &key, (&stored.status, state), &body.to_string())?;
+        Ok(is_changed.then_some((stored, body)))
     };
-    app.store.write(write).await?;
+    tell(app, app.store.write(write).await?);
     // What is left is removed at the next start.
     let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(at.join("output.job"))));
     removed.await.context("removing a journal panicked")
@@ -136,7 +148,8 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
     } else {
         None
     };
-    app.store
+    let ended = app
+        .store
         .write(move |connection| {
             let stored = batches::any(connection, &id)?.context("the batch is gone")?;
             let mut body: Value = serde_json::from_str(&stored.body)?;
@@ -154,9 +167,12 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
                 body["not_run"] = not_run;
             }
             put_files(connection, (&stored, &mut body), vec![("output_file_id", results), ("error_file_id", errors)])?;
-            batches::update(connection, &id, (&stored.status, state), &body.to_string()).map(drop)
+            let is_changed = batches::update(connection, &id, (&stored.status, state), &body.to_string())?;
+            Ok(is_changed.then_some((stored, body)))
         })
-        .await
+        .await?;
+    tell(app, ended);
+    Ok(())
 }
 
 /// A batch's `output` or `error` file, whoever owns it.

@@ -52,6 +52,9 @@ pub(super) struct Settings {
     /// Its input, if that lies elsewhere.
     #[serde(default)]
     pub(super) reference: Option<Reference>,
+    /// Its request's place in a trace.
+    #[serde(default)]
+    pub(super) trace: Option<String>,
 }
 
 /// The batches that are open.

@@ -175,7 +175,7 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
     let tariff = Tariff::Free;
     let (endpoint, keeps_faults) = (endpoint.path().to_owned(), is_messages);
     let reference = input.reference.as_ref().map(|(reference, _)| reference.clone());
-    let settings = Settings { endpoint, output_seconds, tariff, keeps_faults, reference };
+    let settings = Settings { endpoint, output_seconds, tariff, keeps_faults, reference, trace: owner.spot.link() };
     let expires_at = created_at + 3600 * hours;
     let status = "validating".to_owned();
     let new = StoredBatch {

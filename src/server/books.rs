@@ -19,7 +19,7 @@ use crate::store::batches;
 use crate::store::ledger::{self, Entry};
 use crate::store::trajectories;
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -190,6 +190,21 @@ pub(super) fn cost(is_priced: bool, entry: &Entry) -> Option<Amount> {
     (entry.hour_price > 0).then(|| machine_amount(i128::from(entry.machine_ns) * i128::from(entry.hour_price)))
 }
 
+/// What a response that was cancelled has told, and what that costs.
+pub(super) fn usage(entry: &Entry) -> Value {
+    let mut usage = json!({
+        "input_tokens": entry.input_tokens,
+        "input_tokens_details": {"cached_tokens": entry.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": entry.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": entry.input_tokens + entry.output_tokens,
+    });
+    if let Some(cost) = cost(entry.prices != [0; 3], entry) {
+        usage["cost"] = cost.to_string().into();
+    }
+    usage
+}
+
 impl App {
     fn entry(&self, owner: &str, model: &str, price: Option<Price>) -> Entry {
         let prices = price.map_or([0; 3], |price| [price.input, price.cached, price.output]);
@@ -257,7 +272,7 @@ impl App {
             for (id, meter) in running {
                 let machine_ns = meter.swap(0, Relaxed) as i64;
                 let Some(stored) = batches::any(connection, &id)?.filter(|_| machine_ns > 0) else { continue };
-                let body: serde_json::Value = serde_json::from_str(&stored.body)?;
+                let body: Value = serde_json::from_str(&stored.body)?;
                 let entry = app.entry(&stored.owner, body["model"].as_str().unwrap_or_default(), None);
                 let entry = Entry { at: now(), window: BATCH_WINDOW.into(), batch: id, machine_ns, ..entry };
                 app.books.add(connection, &entry)?;
@@ -295,6 +310,7 @@ impl Drop for Call {
                 "turn_ms": log::millis(self.elapsed()),
             })
         });
+        self.trace_end();
         let usage = if self.is_streamed {
             self.flow.told()
         } else if self.is_waited_for && !is_whole && !self.app.is_draining() {

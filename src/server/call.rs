@@ -13,6 +13,7 @@ use super::live::{Place, Terms};
 use super::models::{Offered, OpenCall, now, now_ms};
 use super::once::Claim;
 use super::residency::Lease;
+use super::spans::CallTrace;
 use super::trajectories::Turn;
 use super::windows::{self, Mode, Window};
 use crate::format::openai::answer::{self, Stamp};
@@ -52,6 +53,8 @@ pub struct Call {
     /// How long ago it was accepted when it began.
     accepted_ago: Duration,
     began: Instant,
+    /// What will be told of it, if it is traced.
+    pub(super) trace: Option<Box<CallTrace>>,
     /// Counts it as open.
     _open: OpenCall,
 }
@@ -70,6 +73,7 @@ impl Call {
     ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
         let mut prepared = Self::prepare(app, endpoint, body, asked).await?;
+        owner.spot.wants(&prepared);
         prepared.turn = turn.reckoned(app, owner, prepared.window).await;
         Self::submit((app, owner), &prepared, &Identity::new()).await
     }
@@ -103,6 +107,7 @@ impl Call {
         at: (Lease, Place),
     ) -> Self {
         let Prepared { model, window, prompts, echo, id_prefix, turn } = prepared;
+        let loading = at.0.loading;
         let accepted_ago = identity.accepted_ago();
         let terms = Terms {
             class: window.class(),
@@ -116,6 +121,7 @@ impl Call {
         let (model, stamp) = (Arc::clone(model), identity.stamp(model));
         let n_prompt: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let object = format!("{id_prefix}{}", identity.id);
+        let trace = CallTrace::new(&owner.spot, prepared, object.clone(), loading);
         let turn = turn.entry(&object, identity.accepted_ms, *window);
         let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64, turn), held.take()));
         let (claim, request, began) = (owner.claim.clone(), owner.request.clone(), Instant::now());
@@ -136,6 +142,7 @@ impl Call {
             request,
             accepted_ago,
             began,
+            trace,
             _open: counted,
         }
     }
@@ -181,6 +188,7 @@ impl Call {
 
     /// It is whole: closes its bill, and writes what it costs into its usage.
     pub fn close(&self, completion: &Completion, usage: &mut Value) {
+        self.trace.iter().for_each(|trace| trace.close(completion));
         if let Some(cost) = self.bill.close(completion.usage, self.flow.machine_ns()) {
             usage["cost"] = cost.to_string().into();
         }

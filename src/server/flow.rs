@@ -6,6 +6,7 @@ use super::backlog::{BatchTicket, Ticket};
 use super::live::Place;
 use super::observed::Observed;
 use super::residency::Lease;
+use super::spans::Times;
 use crate::engine::handle::Delivery;
 use crate::engine::{Finished, Progress, Scheduled, SeqLogprob};
 use crate::outcome::{Completion, ErrorCode, RowError, Usage};
@@ -40,6 +41,8 @@ pub(super) struct Mailbox {
     bell: Notify,
     /// The call's share of the machine's time.
     machine_ns: AtomicU64,
+    /// When something came of it.
+    times: Mutex<Times>,
     /// Its part of the work that is open, until all of its sequences have finished; and how many have not.
     work: Mutex<(Option<Ticket>, usize)>,
 }
@@ -54,15 +57,20 @@ impl Mailbox {
     pub(super) fn new(n_sequences: usize) -> Self {
         let gained = (0..n_sequences).map(|_| None).collect();
         let (pending, work) = (Mutex::new(Pending { gained, is_closed: false }), Mutex::new((None, n_sequences)));
-        Self { pending, bell: Notify::new(), machine_ns: AtomicU64::new(0), work }
+        Self { pending, bell: Notify::new(), machine_ns: AtomicU64::new(0), times: Mutex::default(), work }
     }
 
     fn work<T>(&self, change: impl FnOnce(&mut (Option<Ticket>, usize)) -> T) -> T {
         change(&mut self.work.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn times(&self, change: impl FnOnce(&mut Times)) {
+        change(&mut self.times.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// One of its sequences has finished.
-    fn note_finished(&self) {
+    fn note_finished(&self, now: Instant) {
+        self.times(|times| times.ended = Some(now));
         let done = self.work(|(ticket, n_open)| {
             *n_open = n_open.saturating_sub(1);
             ticket.take_if(|_| *n_open == 0)
@@ -163,12 +171,13 @@ impl Routes {
         self.with(|table| table.jobs.remove(&number));
     }
 
-    /// Hands on what came of a step that took so long.
-    pub(super) fn deliver(&self, step: Delivery<'_>, machine_ns: u64) {
+    /// Hands on what came of a step that began then and has just ended; `machine_ns` is its share of the machine's time.
+    pub(super) fn deliver(&self, step: Delivery<'_>, began: Instant, machine_ns: u64) {
+        let now = Instant::now();
         let Delivery { finished, progress, step, stats, .. } = step;
         let (mut of_jobs, finished): (Vec<Finished>, Vec<Finished>) = finished.into_iter().partition(|done| done.id >= JOB_IDS);
         self.with(|table| {
-            table.share_out(step, machine_ns);
+            table.share_out(step, began, machine_ns);
             while let Some(last) = of_jobs.last().map(|done| job_of(done.id)) {
                 // Those of one job stand together.
                 let first = of_jobs.iter().rposition(|done| job_of(done.id) != last).map_or(0, |other| other + 1);
@@ -179,12 +188,13 @@ impl Routes {
             }
             for next in progress {
                 if let Some((mailbox, sequence)) = table.routes.get(&next.id) {
+                    mailbox.times(|times| times.first_token = times.first_token.or((!next.tokens.is_empty()).then_some(now)));
                     mailbox.update(|pending| pending.note(*sequence, next));
                 }
             }
             for done in finished {
                 if let Some((mailbox, sequence)) = table.routes.remove(&done.id) {
-                    mailbox.note_finished();
+                    mailbox.note_finished(now);
                     mailbox.update(|pending| pending.of(sequence).finished = Some(done));
                 }
             }
@@ -214,7 +224,7 @@ impl Routes {
 
 impl Table {
     /// Gives everybody who had tokens in a step that part of its time; the parts are the whole.
-    fn share_out(&self, step: &[Scheduled], machine_ns: u64) {
+    fn share_out(&self, step: &[Scheduled], began: Instant, machine_ns: u64) {
         let n_tokens: usize = step.iter().map(|share| share.n_tokens).sum();
         let (mut before, mut n_before) = (0, 0);
         for share in step {
@@ -229,6 +239,7 @@ impl Table {
                 }
             } else if let Some((mailbox, _)) = self.routes.get(&share.id) {
                 mailbox.machine_ns.fetch_add(part, Relaxed);
+                mailbox.times(|times| _ = times.began.get_or_insert(began));
                 mailbox.work(|(ticket, _)| ticket.iter_mut().for_each(|ticket| ticket.spend(share.n_tokens)));
             }
         }
@@ -328,7 +339,7 @@ impl Flow {
 
     /// What was told of it, if it is whole or its caller has broken it off; nothing if the engine failed.
     pub fn told(&self) -> Option<Usage> {
-        let usage = self.metas.iter().fold(Usage::default(), |sum, meta| sum.plus(meta.usage(&[])));
+        let usage = self.prompt_usage();
         (self.n_told > 0 && !self.has_failed).then_some(Usage { completion_tokens: self.n_told as u32, ..usage })
     }
 
@@ -338,6 +349,21 @@ impl Flow {
         let (gained, _) = self.gained();
         self.take(gained).ok()?;
         self.told()
+    }
+
+    /// What its prompts come to.
+    pub(super) fn prompt_usage(&self) -> Usage {
+        self.metas.iter().fold(Usage::default(), |sum, meta| sum.plus(meta.usage(&[])))
+    }
+
+    /// Whether the engine failed, or one of its sequences can't be completed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed
+    }
+
+    /// When something came of it.
+    pub(super) fn times(&self) -> Times {
+        *self.mailbox.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether all of it has come.

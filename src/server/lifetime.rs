@@ -5,8 +5,10 @@ use super::App;
 use super::errors::{ApiError, Dialect, json_response};
 use super::http::Server;
 use super::log::say;
-use super::{background, deliveries, files, ids, once, trajectories};
+use super::models::now;
+use super::{deliveries, files, ids, once, trajectories};
 use crate::config::serve::ServeConfig;
+use crate::store::responses;
 use anyhow::{Result, bail};
 use axum::Router;
 use axum::extract::Request;
@@ -25,6 +27,8 @@ const PAUSING: Duration = Duration::from_millis(20);
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// How long the last charges may take.
 const CHARGING: Duration = Duration::from_secs(10);
+/// Responses that are forgotten at a time.
+const AT_A_TIME: usize = 256;
 
 /// What connections get while no call can be taken: the server is there, and calls come too early or too late.
 pub(super) fn away(why: fn() -> ApiError) -> Router {
@@ -102,12 +106,20 @@ async fn wait_until(is_so: impl Fn() -> bool) {
     }
 }
 
+/// Forgets responses that are older than that.
+async fn forget_responses(app: &App, retention: Duration) -> Result<()> {
+    let before = now().saturating_sub(retention.as_secs());
+    // In small bites, between which others get to write.
+    while app.store.write(move |connection| responses::forget_before(connection, before, AT_A_TIME)).await? == AT_A_TIME {}
+    Ok(())
+}
+
 /// Removes what is too old, until the server ends.
 pub(super) async fn sweep(app: Arc<App>, retention: Duration) {
     while !app.is_draining() {
         let (told, keys) = (deliveries::forget_old(&app, retention).await, once::forget_old(&app).await);
         let trajectories = trajectories::forget_old(&app, retention).await;
-        for swept in [files::expire(&app).await, background::forget_old(&app, retention).await, trajectories, told, keys] {
+        for swept in [files::expire(&app).await, forget_responses(&app, retention).await, trajectories, told, keys] {
             if let Err(error) = swept {
                 say(&format!("removing what is old: {error:#}"));
             }

@@ -28,7 +28,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 
 /// See the module.
@@ -423,7 +423,7 @@ impl Receiving {
         let n_asap = step.step.iter().filter(|share| share.class == Class::Asap).map(|share| share.n_tokens).sum();
         let has_others = step.step.iter().any(|share| share.class > Class::Asap);
         let alone = self.pace.expected(n_asap);
-        let time = self.pace.note(step.stats);
+        let (time, now) = (self.pace.note(step.stats), Instant::now());
         self.seen.note_step(
             time,
             if n_asap > 0 && has_others && !alone.is_zero() { time.saturating_sub(alone) } else { Duration::ZERO },
@@ -444,7 +444,7 @@ impl Receiving {
         self.is_busy = is_busy;
         // Engines that work at the same time share the machine.
         let machine_ns = time.as_nanos() as u64 / self.n_busy.load(Relaxed).max(1) as u64;
-        self.routes.deliver(step, machine_ns);
+        self.routes.deliver(step, now.checked_sub(time).unwrap_or(now), machine_ns);
     }
 }
 

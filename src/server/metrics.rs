@@ -254,6 +254,10 @@ pub(super) async fn show(State(app): State<Arc<App>>) -> Response {
         head(&mut out, name, "gauge", help);
         writeln!(out, "{name} {n}").expect("memory takes text");
     }
+    for (name, kind, help, n) in app.traces.counts().read() {
+        head(&mut out, name, kind, help);
+        writeln!(out, "{name} {n}").expect("memory takes text");
+    }
     head(&mut out, "valar_http_responses_total", "counter", "Answers, by hundred of their status.");
     for (i, count) in app.counters.by_status.iter().enumerate() {
         line(&mut out, "valar_http_responses_total", &format!("status=\"{}xx\"", i + 1), &count.load(Relaxed));

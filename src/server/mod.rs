@@ -48,12 +48,14 @@ pub mod response_events;
 pub mod responses;
 pub mod room;
 mod shown;
+mod spans;
 mod sse;
 mod stalled;
 mod status;
 mod stored;
 mod tls;
 mod tokens;
+mod traces;
 pub mod trajectories;
 pub mod usage;
 mod webhooks;
@@ -89,6 +91,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use traces::Traces;
 
 /// Answers at a time that have a thread of their own.
 const MAX_READERS: usize = 64;
@@ -104,6 +107,7 @@ pub struct App {
     /// Sampling parameters where a request says nothing.
     pub defaults: Params,
     counters: Counters,
+    traces: Traces,
     max_body_bytes: usize,
     body_timeout: Duration,
     /// What lasts.
@@ -148,16 +152,14 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         say_as_json();
     }
     let tls = config.tls.as_ref().map(tls::load).transpose()?;
+    let traces = Traces::new(config.otlp_endpoint.as_deref())?;
     let data = config.data.display();
     std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make the data folder {data}"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build();
     let runtime = runtime.context("cannot start the threads that serve connections")?;
     runtime.block_on(async {
         // Before the models: a port that is taken is known at once.
-        let address = (config.host.as_str(), config.port);
-        let listener = TcpListener::bind(address).await;
-        let listener = listener.with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
-        let address = listener.local_addr().context("an address that is bound is known")?.to_string();
+        let (listener, address) = listen(config).await?;
         let connections = Arc::default();
         let server =
             Arc::new(http::Server::new(lifetime::away(ApiError::loading), &config.limits, tls, Arc::clone(&connections)));
@@ -189,6 +191,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             started_at: models::now(),
             defaults: config.defaults.clone(),
             counters: Counters::default(),
+            traces,
             max_body_bytes: config.limits.max_body_bytes,
             body_timeout: config.limits.body_timeout,
             is_draining: AtomicBool::new(false),
@@ -202,7 +205,8 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         tokio::spawn(lifetime::sweep(Arc::clone(&app), config.limits.retention));
         server.serve(router(Arc::clone(&app)));
         let ended = lifetime::run(&server, Arc::clone(&app), (config, &address)).await;
-        app.read_meters().await?;
+        let ((), read) = tokio::join!(app.traces.flush(), app.read_meters());
+        read?;
         if let Some(id) = app.models.failed() {
             app.store.write(crate::store::responses::note_fault).await?;
             bail!("the engine of {id} failed");
@@ -212,6 +216,14 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
     // Threads that still prepare prompts need not be waited for.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Listens; and where.
+async fn listen(config: &ServeConfig) -> Result<(TcpListener, String)> {
+    let listener = TcpListener::bind((config.host.as_str(), config.port)).await;
+    let listener = listener.with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
+    let address = listener.local_addr().context("an address that is bound is known")?.to_string();
+    Ok((listener, address))
 }
 
 /// All routes.
@@ -301,8 +313,9 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     let path = request.uri().path();
     let dialect = Dialect::of(path, request.headers());
     let asked = Asked { method: request.method().clone(), path: path.to_owned() };
-    let allowed =
-        if UNLOCKED.contains(&path) { Ok(None) } else { app.admit(&request).map(|owner| Some(owner.of_request(&request_id))) };
+    let spot = app.traces.request(&request, &request_id);
+    let own = |owner: Owner| Some(owner.of_request(&request_id).at(spot.clone()));
+    let allowed = if UNLOCKED.contains(&path) { Ok(None) } else { app.admit(&request).map(own) };
     let allowance = app.allowance_for(&allowed, request.method(), path);
     let caller = allowed.as_ref().ok().and_then(|owner| Some(owner.as_ref()?.to_string()));
     let answered = async {
@@ -329,12 +342,14 @@ async fn front(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     }
     app.counters.count(response.status().as_u16());
     let told = log::Told { id: &request_id, method: &asked.method, path: &asked.path, began };
-    told.answered(response.status().as_u16(), caller.map(|owner| app.keys.name(&owner)).as_deref());
+    let caller = caller.map(|owner| app.keys.name(&owner));
+    told.answered(response.status().as_u16(), caller.as_deref());
+    spot.answered(response.status().as_u16(), caller.as_deref());
     if let Ok(id) = HeaderValue::try_from(request_id) {
         response.headers_mut().insert("x-request-id", id.clone());
         response.headers_mut().insert("request-id", id);
     }
-    response
+    spot.until_sent(response)
 }
 
 impl App {

@@ -135,6 +135,8 @@ const LATE_RETRY_S: u32 = 5;
 pub struct Lease {
     /// The engine.
     pub(super) work: Arc<AtWork>,
+    /// From when to when it was waited for, if it was.
+    pub(super) loading: Option<(Instant, Instant)>,
     residency: Arc<Residency>,
     model: usize,
     number: u64,
@@ -221,6 +223,7 @@ impl Residency {
             (number, granted)
         };
         self.bell.notify_one();
+        let began = Instant::now();
         let _wait = Wait(self, model, number);
         let answered = match limits {
             None => Some((&mut granted).await),
@@ -232,7 +235,10 @@ impl Residency {
             },
         };
         if let Some(answer) = answered {
-            return answer.unwrap_or(Err(Absent::Closed));
+            return answer.unwrap_or(Err(Absent::Closed)).map(|mut lease| {
+                lease.loading = Some((began, Instant::now()));
+                lease
+            });
         }
         let mut inner = self.lock();
         // It may have come in this moment: then the lease goes with `granted`.
@@ -389,7 +395,7 @@ impl Inner {
             self.asks.insert(number, (model, ask));
         }
         let work = self.works[model].clone().expect("what is in has an engine");
-        Lease { work, residency: Arc::clone(residency), model, number }
+        Lease { work, loading: None, residency: Arc::clone(residency), model, number }
     }
 
     /// Those who wait for a model that could not be loaded, and bear that no more.

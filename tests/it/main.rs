@@ -81,6 +81,7 @@ mod simulation;
 mod text;
 mod tls;
 mod tokenizers;
+mod traces;
 mod trajectories;
 mod webhooks;
 mod weights;

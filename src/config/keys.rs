@@ -1,0 +1,71 @@
+//! The keys that callers of a server may have, of the file and of the flags; of each only its hash stays.
+
+use super::serve::KeyConfig;
+use crate::server::limits::Rates;
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// `[[key]]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KeyEntry {
+    name: Option<String>,
+    key: Option<String>,
+    hash: Option<String>,
+    #[serde(default)]
+    admin: bool,
+    requests_per_minute: Option<u64>,
+    tokens_per_minute: Option<u64>,
+    batch_tokens: Option<u64>,
+}
+
+/// What keys may ask for that say nothing of their own: requests and tokens a minute, and tokens in batches.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Common {
+    pub(super) requests_per_minute: u64,
+    pub(super) tokens_per_minute: u64,
+    pub(super) batch_tokens: Option<u64>,
+}
+
+impl Common {
+    /// In batches as many as the key gets in a day, where nothing is said.
+    pub(super) fn rates(self) -> Rates {
+        let Self { requests_per_minute, tokens_per_minute, batch_tokens } = self;
+        let batch_tokens = batch_tokens.unwrap_or(tokens_per_minute.saturating_mul(24 * 60));
+        Rates { requests_per_minute, tokens_per_minute, batch_tokens }
+    }
+}
+
+/// Keys that are given as they are, and entries of the file.
+pub(super) fn keys<'k>(plain: impl Iterator<Item = &'k String>, entries: &[KeyEntry], common: Common) -> Result<Vec<KeyConfig>> {
+    let rates = common.rates();
+    let plain = plain.map(|key| {
+        ensure!(!key.is_empty(), "server.api_keys: a key is empty");
+        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false })
+    });
+    let entries = entries.iter().map(|entry| {
+        let hash = match (&entry.key, &entry.hash) {
+            (Some(key), None) if !key.is_empty() => blake3::hash(key.as_bytes()),
+            (None, Some(hash)) => blake3::Hash::from_hex(hash).context("key.hash: is not what `valar key` prints")?,
+            _ => bail!("key: needs either key or hash"),
+        };
+        let own = Common {
+            requests_per_minute: entry.requests_per_minute.unwrap_or(common.requests_per_minute),
+            tokens_per_minute: entry.tokens_per_minute.unwrap_or(common.tokens_per_minute),
+            batch_tokens: entry.batch_tokens.or(common.batch_tokens),
+        };
+        Ok(KeyConfig { name: entry.name.clone(), hash, rates: own.rates(), is_admin: entry.admin })
+    });
+    let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;
+    for (i, key) in keys.iter().enumerate() {
+        ensure!(key.name.as_deref() != Some(""), "key.name: is empty; leave it out, or say whose the key is");
+        // Which of two counts, and whose usage is whose, could not be told.
+        ensure!(keys[..i].iter().all(|other| other.hash != key.hash), "key: the same key stands there twice");
+        let name = key.name.as_ref();
+        ensure!(
+            name.is_none() || keys[..i].iter().all(|other| other.name.as_ref() != name),
+            "key.name: {name:?} stands there twice"
+        );
+    }
+    Ok(keys)
+}
