@@ -213,11 +213,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 async fn deliver(app: Arc<App>, delivery: Delivery) {
-    let answer = app.deliveries.send(&delivery).await;
+    let (answer, now) = (app.deliveries.send(&delivery).await, now());
     // Endpoints that failed together are not to be tried together.
-    let tried = judge(delivery.n_tries, &answer, now(), super::ids::seed() as f64 / (1_u64 << 53) as f64);
+    let tried = judge(delivery.n_tries, &answer, now, super::ids::seed() as f64 / (1_u64 << 53) as f64);
     let id = delivery.id.clone();
-    if let Err(error) = app.store.write(move |connection| webhooks::note(connection, &id, tried)).await {
+    if let Err(error) = app.store.write(move |connection| webhooks::note(connection, &id, tried, now)).await {
         say(&format!("webhooks: {error:#}"));
     }
     lock(&app.deliveries.busy).remove(&delivery.to.id);

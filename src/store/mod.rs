@@ -35,6 +35,7 @@ const MIGRATIONS: &[&str] = &[
     batches::TOKENS,
     files::REFERENCES,
     trajectories::TABLES,
+    webhooks::BREAKER,
 ];
 /// The database, in its folder.
 const FILE: &str = "valar.db";

@@ -35,6 +35,18 @@ pub(super) const TABLES: &str = "
     CREATE INDEX delivery_endpoint ON delivery (endpoint);
 ";
 
+/// How often an endpoint has failed since it last answered, and until when it is left alone for that.
+pub(super) const BREAKER: &str = "
+    ALTER TABLE endpoint ADD COLUMN n_failed INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE endpoint ADD COLUMN resting_until INTEGER;
+";
+
+/// An endpoint that has failed so often in a row is left alone for a while, whatever is to be told to it.
+const MAX_FAILED: u32 = 10;
+/// How long at first, and at most: seconds. It doubles with each failure.
+const REST_S: u64 = 60;
+const MAX_REST_S: u64 = 3600;
+
 /// Somebody who wants to be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -83,7 +95,7 @@ pub fn put(connection: &Connection, new: &Endpoint) -> Result<()> {
     let sql = "INSERT INTO endpoint (id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until)
                VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
                ON CONFLICT (id) DO UPDATE SET updated_at = ?4, name = ?5, url = ?6, event_types = ?7, secret = ?8,
-               old_secret = ?9, old_until = ?10, is_disabled = 0";
+               old_secret = ?9, old_until = ?10, is_disabled = 0, n_failed = 0, resting_until = NULL";
     let Endpoint { id, owner, created_at, updated_at, name, url, event_types, secret, old_secret } = new;
     let (old_secret, old_until) = old_secret.clone().unzip();
     connection.execute(sql, params![id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until])?;
@@ -151,7 +163,7 @@ pub struct Delivery {
     pub to: Endpoint,
 }
 
-/// What is due: of each endpoint the oldest, so that a slow one holds up nobody else.
+/// What is due: of each endpoint the oldest, so that a slow one holds up nobody else; nothing of those that rest.
 ///
 /// # Errors
 /// The database's.
@@ -159,7 +171,7 @@ pub fn due(connection: &Connection, now: u64, limit: usize) -> Result<Vec<Delive
     let sql = "SELECT delivery.id AS event, delivery.created_at AS happened, body, n_tries, endpoint.* FROM delivery
                JOIN endpoint ON endpoint.seq = delivery.endpoint
                WHERE delivery.seq IN (SELECT min(seq) FROM delivery WHERE next_at <= ?1 GROUP BY endpoint)
-               AND NOT is_disabled LIMIT ?2";
+               AND NOT is_disabled AND coalesce(resting_until, 0) <= ?1 LIMIT ?2";
     let mut statement = connection.prepare_cached(sql)?;
     let rows = statement.query_map(params![now, limit], |row| {
         let (id, created_at) = (row.get("event")?, row.get("happened")?);
@@ -181,11 +193,12 @@ pub enum Tried {
     Gone,
 }
 
-/// Notes what became of a try.
+/// Notes what became of a try that ended now. After many failures in a row its endpoint rests; then one message is tried, and
+/// others when that was told.
 ///
 /// # Errors
 /// The database's.
-pub fn note(connection: &Connection, id: &str, tried: Tried) -> Result<()> {
+pub fn note(connection: &Connection, id: &str, tried: Tried, now: u64) -> Result<()> {
     let (next_at, is_told) = match tried {
         Tried::Again(at) => (Some(at), false),
         Tried::Told => (None, true),
@@ -193,6 +206,17 @@ pub fn note(connection: &Connection, id: &str, tried: Tried) -> Result<()> {
     };
     let sql = "UPDATE delivery SET n_tries = n_tries + 1, next_at = ?2, is_told = ?3 WHERE id = ?1";
     connection.execute(sql, params![id, next_at, is_told])?;
+    let of_endpoint = "WHERE seq = (SELECT endpoint FROM delivery WHERE id = ?1)";
+    if tried == Tried::Told {
+        connection.execute(&format!("UPDATE endpoint SET n_failed = 0, resting_until = NULL {of_endpoint}"), [id])?;
+    } else {
+        let sql = format!("UPDATE endpoint SET n_failed = n_failed + 1 {of_endpoint} RETURNING n_failed");
+        let n_failed: u32 = connection.query_row(&sql, [id], |row| row.get(0))?;
+        if let Some(n_more) = n_failed.checked_sub(MAX_FAILED) {
+            let rest_s = (REST_S << n_more.min(6)).min(MAX_REST_S);
+            connection.execute(&format!("UPDATE endpoint SET resting_until = ?2 {of_endpoint}"), params![id, now + rest_s])?;
+        }
+    }
     if tried == Tried::Gone {
         let sql = "UPDATE endpoint SET is_disabled = 1 WHERE seq = (SELECT endpoint FROM delivery WHERE id = ?1)";
         connection.execute(sql, [id])?;
@@ -205,7 +229,7 @@ pub fn note(connection: &Connection, id: &str, tried: Tried) -> Result<()> {
 /// # Errors
 /// The database's.
 pub fn again(connection: &Connection, endpoint: &str, event: Option<&str>, now: u64) -> Result<usize> {
-    connection.execute("UPDATE endpoint SET is_disabled = 0 WHERE id = ?1", [endpoint])?;
+    connection.execute("UPDATE endpoint SET is_disabled = 0, n_failed = 0, resting_until = NULL WHERE id = ?1", [endpoint])?;
     let sql =
         "UPDATE delivery SET next_at = ?3, n_tries = 0, is_told = 0 WHERE endpoint = (SELECT seq FROM endpoint WHERE id = ?1)
                AND CASE WHEN ?2 IS NULL THEN next_at IS NULL AND NOT is_told ELSE id = ?2 END";
@@ -221,4 +245,58 @@ pub fn forget_before(connection: &Connection, created_at: u64, limit: usize) -> 
                (SELECT seq FROM delivery WHERE next_at IS NULL AND created_at < ?1 ORDER BY seq LIMIT ?2)";
     connection.execute(sql, params![created_at, limit])?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_that_goes_on_failing_is_left_alone_for_longer_and_longer() {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(TABLES).unwrap();
+        connection.execute_batch(BREAKER).unwrap();
+        let endpoint = |id: &str| Endpoint {
+            id: id.into(),
+            owner: "o".into(),
+            created_at: 0,
+            updated_at: 0,
+            name: "n".into(),
+            url: "http://example.com".into(),
+            event_types: "[\"batch.failed\"]".into(),
+            secret: "whsec_AA==".into(),
+            old_secret: None,
+        };
+        put(&connection, &endpoint("down")).unwrap();
+        put(&connection, &endpoint("up")).unwrap();
+        for i in 0..20 {
+            tell(&connection, "o", "batch.failed", &format!("batch_{i}")).unwrap();
+        }
+        // Long after all of that happened.
+        let mut now = 1 << 40;
+        let due_to = |id: &str, now: u64| due(&connection, now, 10).unwrap().into_iter().find(|next| next.to.id == id);
+        // Each message waits for its own next try, so the next one is told; the tenth failure ends that.
+        for i in 1..=MAX_FAILED {
+            let next = due_to("down", now).unwrap_or_else(|| panic!("after {i} failures"));
+            assert_eq!(next.n_tries, 0);
+            note(&connection, &next.id, Tried::Again(now + 5), now).unwrap();
+        }
+        for rest_s in [60, 120, 240, 480, 960, 1920, 3600, 3600] {
+            assert!(due_to("down", now + rest_s - 1).is_none() && due_to("up", now).is_some(), "{rest_s}");
+            now += rest_s;
+            let next = due_to("down", now).unwrap();
+            note(&connection, &next.id, Tried::Again(now + 5), now).unwrap();
+        }
+        // One that is told opens the way for the rest, and so does its owner.
+        now += MAX_REST_S;
+        let next = due_to("down", now).unwrap();
+        note(&connection, &next.id, Tried::Told, now).unwrap();
+        for _ in 0..MAX_FAILED {
+            let next = due_to("down", now).unwrap();
+            note(&connection, &next.id, Tried::Again(now), now).unwrap();
+        }
+        assert!(due_to("down", now).is_none());
+        assert_eq!(again(&connection, "down", None, now).unwrap(), 0);
+        assert!(due_to("down", now).is_some());
+    }
 }
