@@ -26,10 +26,10 @@ fn python() -> PathBuf {
 #[test]
 fn the_official_clients_find_nothing_wrong() {
     let python = python();
-    // The name that the service's documents use, for the default model; and the model with a template that knows tools.
+    // The names that the service's documents use, for the default model; and the model with a template that knows tools.
     let weights = "weights = \"SmolLM2-135M-Instruct\"";
     let template = root().join("tests/sdk/tools.jinja");
-    let named = format!("[[model]]\nid = \"moonshotai/Kimi-K2.6\"\n{weights}\n");
+    let named = ["moonshotai/Kimi-K2.6", "zai-org/GLM-5.1-FP8"].map(|id| format!("[[model]]\nid = {id:?}\n{weights}\n")).concat();
     let with_tools = format!("[[model]]\nid = \"with-tools\"\n{weights}\nchat_template = {template:?}\n");
     // Examples that set no limit would go on to the end of the context.
     let limit = "[sampling]\nmax_tokens = 400\n";
@@ -40,6 +40,6 @@ fn the_official_clients_find_nothing_wrong() {
     let output = Command::new(python).arg(script).args([&url, KEY, "moonshotai/Kimi-K2.6"]).output().unwrap();
     let (said, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{complaints}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 16, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 17, "{said}");
     server.wait_idle();
 }

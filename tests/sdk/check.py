@@ -280,6 +280,20 @@ def documents_async():
         assert "Cannot cancel" in str(error), error
 
 
+def documents_windows():
+    """The example in "Completion windows"."""
+    response = client.responses.create(
+        model="zai-org/GLM-5.1-FP8",
+        input="Explain the key ideas behind transformers.",
+        background=True,
+        metadata={
+            "completion_window": "standard"
+        }
+    )
+    assert response.completion_window == "standard" and response.metadata == {"completion_window": "standard"}, response
+    assert list(client.responses.retrieve(response.id, stream=True))[-1].response.model == "zai-org/GLM-5.1-FP8"
+
+
 def stored():
     first = client.responses.create(model=MODEL, input="My name is Ann.", temperature=0, max_output_tokens=8)
     items = [{"role": "user", "content": "What"}, {"role": "user", "content": "is my name?"}]
@@ -413,7 +427,7 @@ def webhooks():
 if __name__ == "__main__":
     for check in [
         models, chat, structured, completions, responses, open_responses_events, messages, tools, errors,
-        documents_realtime, documents_async, stored, idempotency, batches, message_batches,
+        documents_realtime, documents_async, documents_windows, stored, idempotency, batches, message_batches,
         webhooks,
     ]:
         check()
