@@ -1,7 +1,7 @@
 //! Draws or scores one token from one row of logits. Knows nothing of weights, batches or text.
 //!
 //! Invariant (exactness.md R2, R7): the result is a function of (logits, head row) alone, the same bits on every
-//! instruction set: sums run over fixed chunks of the vocabulary in a fixed tree of lanes, equal logits are ordered by
+//! instruction set: sums run over fixed pieces of the vocabulary in a fixed tree of lanes, equal logits are ordered by
 //! token id, and randomness comes from a counter keyed by (seed, choice, position).
 
 #![expect(
@@ -10,15 +10,16 @@
 )]
 #![expect(clippy::float_cmp, reason = "the largest logit is found again by its bits")]
 
+pub mod pieces;
+
 use super::batch::{Draw, HeadOut, HeadRow, Shaping, Want};
 use super::math;
 use crate::request::MAX_TOP_LOGPROBS;
+use pieces::{PIECE, log_total, pieces_of};
 
 /// Logits per partial maximum. The k largest maxima bound the k likeliest tokens from below, so only few groups are read
 /// again.
 const GROUP: usize = 64;
-/// Logits per partial sum of exponentials; part of what the bits depend on.
-const CHUNK: usize = 1024;
 /// Accumulators per partial result; part of what the bits depend on.
 const LANES: usize = 16;
 
@@ -29,8 +30,8 @@ pub struct Scratch {
     group_max: Vec<f32>,
     /// The same, reordered by selection.
     group_order: Vec<f32>,
-    /// Sum of exp((logit - max) / temperature) over each chunk, `[vocab / CHUNK]`.
-    chunk_sums: Vec<f32>,
+    /// Sum of exp((logit - max) / temperature) over each piece, `[vocab / PIECE]`.
+    piece_sums: Vec<f32>,
     /// Selected tokens as sort keys (see [`key`]), likeliest first.
     likeliest: Vec<u64>,
     /// Running sum of the selected tokens' weights.
@@ -45,7 +46,7 @@ impl Scratch {
         Self {
             group_max: Vec::with_capacity(n_vocab.div_ceil(GROUP)),
             group_order: Vec::with_capacity(n_vocab.div_ceil(GROUP)),
-            chunk_sums: Vec::with_capacity(n_vocab.div_ceil(CHUNK)),
+            piece_sums: Vec::with_capacity(n_vocab.div_ceil(PIECE)),
             likeliest: Vec::with_capacity(n_vocab),
             cumulative: Vec::with_capacity(n_vocab),
             originals: Vec::with_capacity(1024.min(n_vocab)),
@@ -67,13 +68,12 @@ pub fn draw(logits: &mut [f32], row: &HeadRow, shaping: Shaping<'_>, scratch: &m
         Want::Score { .. } => true,
         Want::Draw(draw) => draw.logprob,
     };
-    let mut log_total = f32::NAN;
+    let mut row_total = f32::NAN;
     if wants_logprob || row.n_top > 0 {
-        chunk_sums(logits, max, 1.0, &mut scratch.chunk_sums);
-        log_total = math::ln(total(&scratch.chunk_sums) as f32);
+        row_total = log_total(pieces_of(logits, &scratch.group_max), max);
         select_likeliest(logits, row.n_top.into(), scratch);
         for (entry, &key) in out.top.iter_mut().zip(&scratch.likeliest) {
-            *entry = (token_of(key), (logits[token_of(key) as usize] - max) - log_total);
+            *entry = (token_of(key), log_probability(logit_of(key), max, row_total));
             out.n_top += 1;
         }
     }
@@ -90,9 +90,14 @@ pub fn draw(logits: &mut [f32], row: &HeadRow, shaping: Shaping<'_>, scratch: &m
         }
     };
     if wants_logprob {
-        out.logprob = (own_logit.unwrap_or(logits[out.token as usize]) - max) - log_total;
+        out.logprob = log_probability(own_logit.unwrap_or(logits[out.token as usize]), max, row_total);
     }
     out
+}
+
+/// Of a logit in a row whose weights' sum has that logarithm. (The last sum makes −0 a 0, wherever it came from.)
+fn log_probability(logit: f32, max: f32, log_total: f32) -> f32 {
+    (logit - max) - log_total + 0.0
 }
 
 /// The largest logit; `None` if a logit is NaN or +infinity, or none is finite. Fills `group_max`.
@@ -150,11 +155,12 @@ fn random(logits: &[f32], max: f32, draw: &Draw, scratch: &mut Scratch) -> u32 {
         let total = accumulate(logits, max, draw.temperature, scratch);
         return invert(u, f64::from(draw.top_p) * total, scratch);
     }
-    chunk_sums(logits, max, draw.temperature, &mut scratch.chunk_sums);
+    scratch.piece_sums.clear();
+    scratch.piece_sums.extend(logits.chunks(PIECE).map(|piece| weights_sum(piece, max, draw.temperature)));
     if draw.top_p >= 1.0 {
-        return invert_whole(u, logits, max, draw.temperature, &scratch.chunk_sums);
+        return invert_whole(u, logits, max, draw.temperature, &scratch.piece_sums);
     }
-    let total = total(&scratch.chunk_sums);
+    let total = total(&scratch.piece_sums);
     let mass = f64::from(draw.top_p) * total;
     // The nucleus is usually small.
     for n_selected in [64, 512] {
@@ -199,23 +205,23 @@ fn invert(u: f64, mass: f64, scratch: &Scratch) -> u32 {
     token_of(scratch.likeliest[sums[..n_kept].partition_point(|&sum| sum <= target)])
 }
 
-/// Draws from the whole vocabulary, in order of ids: first the chunk, then the token in it.
-fn invert_whole(u: f64, logits: &[f32], max: f32, temperature: f32, chunk_sums: &[f32]) -> u32 {
-    let target = u * total(chunk_sums);
+/// Draws from the whole vocabulary, in order of ids: first the piece, then the token in it.
+fn invert_whole(u: f64, logits: &[f32], max: f32, temperature: f32, piece_sums: &[f32]) -> u32 {
+    let target = u * total(piece_sums);
     let mut sum = 0.0;
-    let mut chunk_idx = 0;
-    for (idx, &chunk_sum) in chunk_sums.iter().enumerate() {
-        if sum + f64::from(chunk_sum) > target {
-            chunk_idx = idx;
+    let mut piece_idx = 0;
+    for (idx, &piece_sum) in piece_sums.iter().enumerate() {
+        if sum + f64::from(piece_sum) > target {
+            piece_idx = idx;
             break;
         }
-        sum += f64::from(chunk_sum);
+        sum += f64::from(piece_sum);
     }
-    let first = chunk_idx * CHUNK;
-    // The chunk's sum was rounded differently from the sum below; if that sum ends a hair short of the target, the last
-    // possible token of the chunk is the one.
+    let first = piece_idx * PIECE;
+    // The piece's sum was rounded differently from the sum below; if that sum ends a hair short of the target, the last
+    // possible token of the piece is the one.
     let mut last_possible = first;
-    for (idx, &logit) in logits.iter().enumerate().skip(first).take(CHUNK) {
+    for (idx, &logit) in logits.iter().enumerate().skip(first).take(PIECE) {
         let weight = f64::from(weight(logit, max, temperature));
         sum += weight;
         if weight > 0.0 {
@@ -241,6 +247,24 @@ fn token_of(key: u64) -> u32 {
     key as u32
 }
 
+/// The logit of a sort key; 0 for −0.
+fn logit_of(key: u64) -> f32 {
+    let ascending = !((key >> 32) as u32);
+    f32::from_bits(if ascending >> 31 == 1 { ascending & !(1 << 31) } else { !ascending })
+}
+
+/// Keeps the `n` likeliest, likeliest first.
+fn keep_likeliest(keys: &mut Vec<u64>, n: usize) {
+    if n == 0 {
+        return keys.clear();
+    }
+    if n < keys.len() {
+        keys.select_nth_unstable(n - 1);
+        keys.truncate(n);
+    }
+    keys.sort_unstable();
+}
+
 /// Selects the `n` likeliest tokens, likeliest first. Needs `group_max`.
 fn select_likeliest(logits: &[f32], n: usize, scratch: &mut Scratch) {
     if n == 0 {
@@ -254,12 +278,7 @@ fn select_likeliest(logits: &[f32], n: usize, scratch: &mut Scratch) {
         bound = *scratch.group_order.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1;
     }
     collect_from(bound, logits, scratch);
-    let likeliest = &mut scratch.likeliest;
-    if n < likeliest.len() {
-        likeliest.select_nth_unstable(n - 1);
-        likeliest.truncate(n);
-    }
-    likeliest.sort_unstable();
+    keep_likeliest(&mut scratch.likeliest, n);
 }
 
 /// Selects all tokens of at least a logit, in any order. Needs `group_max`.
@@ -273,9 +292,9 @@ fn collect_from(bound: f32, logits: &[f32], scratch: &mut Scratch) {
     }
 }
 
-/// Adds the chunks' sums up, in order.
-fn total(chunk_sums: &[f32]) -> f64 {
-    chunk_sums.iter().map(|&sum| f64::from(sum)).sum()
+/// Adds the pieces' sums up, in order.
+fn total(piece_sums: &[f32]) -> f64 {
+    piece_sums.iter().map(|&sum| f64::from(sum)).sum()
 }
 
 /// The largest logit of each group; false if a logit is NaN or +infinity.
@@ -314,42 +333,65 @@ fn group_maxima_body(logits: &[f32], out: &mut Vec<f32>) -> bool {
     unusable.iter().all(|&x| x == 0)
 }
 
-/// The sum of the weights of each chunk.
-fn chunk_sums(logits: &[f32], max: f32, temperature: f32, out: &mut Vec<f32>) {
+/// The sum of a piece's weights.
+fn weights_sum(piece: &[f32], max: f32, temperature: f32) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         // SAFETY: the machine has the features that the function is compiled for.
-        return unsafe { chunk_sums_avx2(logits, max, temperature, out) };
+        return unsafe { weights_sum_avx2(piece, max, temperature) };
     }
-    chunk_sums_body(logits, max, temperature, out);
+    weights_sum_body(piece, max, temperature)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn chunk_sums_avx2(logits: &[f32], max: f32, temperature: f32, out: &mut Vec<f32>) {
-    chunk_sums_body(logits, max, temperature, out);
+fn weights_sum_avx2(piece: &[f32], max: f32, temperature: f32) -> f32 {
+    weights_sum_body(piece, max, temperature)
+}
+
+/// [`weights_sum`] at temperature 1: the same bits without the divisions.
+fn piece_sum(piece: &[f32], max: f32) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the machine has the features that the function is compiled for.
+            return unsafe { piece_sum_avx512(piece, max) };
+        }
+        // SAFETY: as above.
+        return unsafe { piece_sum_avx2(piece, max) };
+    }
+    weights_sum_body(piece, max, 1.0)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f")]
+fn piece_sum_avx512(piece: &[f32], max: f32) -> f32 {
+    weights_sum_body(piece, max, 1.0)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn piece_sum_avx2(piece: &[f32], max: f32) -> f32 {
+    weights_sum_body(piece, max, 1.0)
 }
 
 #[inline(always)]
-fn chunk_sums_body(logits: &[f32], max: f32, temperature: f32, out: &mut Vec<f32>) {
-    out.clear();
-    for chunk in logits.chunks(CHUNK) {
-        let mut sums = [0.0f32; LANES];
-        let mut take = |row: &[f32; LANES]| {
-            for lane in 0..LANES {
-                sums[lane] += weight(row[lane], max, temperature);
-            }
-        };
-        let (rows, rest) = chunk.as_chunks::<LANES>();
-        rows.iter().for_each(&mut take);
-        take(&padded(rest));
-        for width in [8, 4, 2, 1] {
-            for lane in 0..width {
-                sums[lane] += sums[lane + width];
-            }
+fn weights_sum_body(piece: &[f32], max: f32, temperature: f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let mut take = |row: &[f32; LANES]| {
+        for lane in 0..LANES {
+            sums[lane] += weight(row[lane], max, temperature);
         }
-        out.push(sums[0]);
+    };
+    let (rows, rest) = piece.as_chunks::<LANES>();
+    rows.iter().for_each(&mut take);
+    take(&padded(rest));
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
     }
+    sums[0]
 }
 
 /// The rest of a row; the lanes past its end get a logit that is never the largest and weighs exactly 0.
@@ -408,9 +450,10 @@ mod tests {
             let (mut a, mut b) = (Vec::new(), Vec::new());
             assert_eq!(group_maxima(&logits, &mut a), group_maxima_body(&logits, &mut b));
             assert_eq!(a, b, "maxima of {n}");
-            chunk_sums(&logits, 20.0, 0.7, &mut a);
-            chunk_sums_body(&logits, 20.0, 0.7, &mut b);
-            assert_eq!(a, b, "sums of {n}");
+            for piece in logits.chunks(PIECE) {
+                assert_eq!(weights_sum(piece, 20.0, 0.7).to_bits(), weights_sum_body(piece, 20.0, 0.7).to_bits(), "sum of {n}");
+                assert_eq!(piece_sum(piece, 20.0).to_bits(), weights_sum_body(piece, 20.0, 1.0).to_bits(), "sum of {n}");
+            }
         }
     }
 }

@@ -5,9 +5,9 @@ use crate::common::model_path;
 use crate::oracle;
 use half::{bf16, f16};
 use proptest::prelude::*;
-use valar::device::batch::{Batch, BatchSeq, Draw, HeadRow, Shaping, StepOutput, Want};
+use valar::device::batch::{Batch, BatchSeq};
 use valar::device::cpu::{CpuDevice, Hidden, Isa, Numerics};
-use valar::device::{Activation, Device, HeadSpec, sample};
+use valar::device::{Activation, Device};
 use valar::gguf::Gguf;
 use valar::model::ModelRunner;
 use valar::tensor::{DTYPES, DType, GROUP, Tensor};
@@ -167,13 +167,13 @@ pub(crate) fn numerics() -> impl Strategy<Value = Numerics> {
     prop::sample::select(Numerics::ALL.to_vec())
 }
 
-fn hidden(dev: &CpuDevice, values: &[f32], width: usize) -> Hidden {
+pub(crate) fn hidden(dev: &CpuDevice, values: &[f32], width: usize) -> Hidden {
     let mut hidden = dev.new_hidden(values.len() / width, width);
     hidden.values_mut().copy_from_slice(values);
     hidden
 }
 
-fn random_rows(rng: &mut Random, n: usize) -> Vec<f32> {
+pub(crate) fn random_rows(rng: &mut Random, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.float() * if rng.below(40) == 0 { 20.0 } else { 1.0 }).collect()
 }
 
@@ -396,49 +396,7 @@ fn a_nan_or_an_infinity_reaches_its_own_rows_result_and_no_other() {
     }
 }
 
-#[test]
-fn the_head_draws_from_the_normed_rows_logits() {
-    let rng = &mut Random(11);
-    let (n_vocab, k, n_tokens) = (500, 64, 150);
-    let (table, norm) = (Matrix::random(rng, DType::Q8_0, n_vocab, k), Matrix::random(rng, DType::F32, 1, k));
-    let x = random_rows(rng, n_tokens * k);
-    let mut batch = rows_batch(n_tokens);
-    let draw = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1, choice: 0, position: 0, logprob: true };
-    batch.heads = (0..n_tokens as u32)
-        .rev()
-        .filter(|t| t % 7 != 3)
-        .map(|token_idx| {
-            let draw = Draw { temperature: (token_idx % 3) as f32, position: token_idx, ..draw };
-            HeadRow::new(token_idx, Want::Draw(draw), 4)
-        })
-        .collect();
-    let mut truths = std::collections::HashMap::new();
-    for dev in Numerics::ALL.into_iter().flat_map(devices) {
-        let weight = dev.load_weight(&[table.tensor()]).unwrap();
-        let norm = dev.load_vector(&[norm.tensor()]).unwrap();
-        let (x, mut act, mut logits) = (hidden(&dev, &x, k), dev.new_act(n_tokens, k), dev.new_hidden(n_tokens, n_vocab));
-        dev.norm(&x, &norm, 1e-5, &weight, &batch, &mut act);
-        dev.linear(&act, &weight, &batch, &mut logits);
-        let mut out = StepOutput::default();
-        dev.head(&x, &norm, &weight, &HeadSpec { eps: 1e-5, soft_cap: None }, &batch, &mut out);
-        let mut scratch = sample::Scratch::new(n_vocab);
-        let want: Vec<_> = batch
-            .heads
-            .iter()
-            .map(|head| {
-                let logits = &mut logits.values_mut()[head.token_idx as usize * n_vocab..][..n_vocab];
-                sample::draw(logits, head, Shaping::default(), &mut scratch)
-            })
-            .collect();
-        // As text: an alternative that was not asked for is NaN, which equals nothing.
-        let (got, want) = (format!("{:?}", out.rows), format!("{want:?}"));
-        assert!(got == want, "{}: the head differs from norm, product and draw", dev.isa().name());
-        let truth = truths.entry(format!("{:?}", dev.numerics())).or_insert(want);
-        assert!(*truth == got, "{} {:?} differs from portable", dev.isa().name(), dev.numerics());
-    }
-}
-
-fn model_runner(numerics: Numerics, n_threads: usize) -> ModelRunner<CpuDevice> {
+pub(crate) fn model_runner(numerics: Numerics, n_threads: usize) -> ModelRunner<CpuDevice> {
     let gguf = Gguf::open(&model_path()).expect("the test model is there");
     let dev = CpuDevice::new(Isa::detect(), numerics, n_threads);
     ModelRunner::load(dev, &gguf, oracle::N_BLOCKS, oracle::STEP_TOKENS).expect("the test model loads")

@@ -37,6 +37,7 @@ mod formats;
 mod from_stores;
 mod grammar;
 mod handle;
+mod head;
 mod hostile;
 mod hub;
 mod isolation;

@@ -50,7 +50,9 @@ fn submissions(logprobs: bool) -> Vec<Submission> {
         seed: u64::from(i),
         ignore_eos: true,
         stop: vec!["never to be seen".to_owned()],
-        logprobs: logprobs.then_some(3),
+        // Every third prompt is scored, too, with and without alternatives.
+        logprobs: if logprobs || i % 3 == 1 { Some([3, 0][i as usize % 2]) } else { None },
+        score_from: (i % 3 == 1).then_some(1 + i % 4),
         ..SeqParams::default()
     };
     let submission = |i: u32| Submission {

@@ -54,6 +54,8 @@ pub(super) struct Product<'a> {
 pub(super) enum Out<'a> {
     /// To f32 values, `[n_rows, width]`.
     Values(Shared<'a, f32>, usize),
+    /// To f32 values, `[rows, width]`, of which the first is that of row and column `first`.
+    Window { values: Shared<'a, f32>, width: usize, first: (usize, usize) },
     /// To the next weight's activations.
     Act(ActWriter<'a>),
 }
@@ -66,6 +68,11 @@ impl Out<'_> {
             Self::Values(values, width) => {
                 assert!(columns.end <= *width);
                 (values.at(rows.start * width + columns.start, (rows.len() - 1) * width + columns.len()), *width)
+            }
+            Self::Window { values, width, first } => {
+                let (row, column) = (rows.start - first.0, columns.start - first.1);
+                assert!(column + columns.len() <= *width);
+                (values.at(row * width + column, (rows.len() - 1) * width + columns.len()), *width)
             }
             Self::Act(act) => act.block(rows, columns),
         }
@@ -115,6 +122,16 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
             run_tile(product.isa, &Tile { product, part, panels, rows }, scratch);
         });
     }
+}
+
+/// Computes some columns of a product for some rows, in the caller's thread. The weight is one part, not gated; columns and
+/// rows begin at whole panels and at what every kernel takes at once (tiles of 16 rows).
+pub(super) fn multiply_window(product: &Product<'_>, columns: &Range<usize>, rows: Range<usize>, scratch: &mut Scratch) {
+    let Product { act, weight, .. } = *product;
+    assert!(act.k == weight.k && !weight.gated && columns.start.is_multiple_of(PANEL) && rows.start.is_multiple_of(TILE));
+    let [part] = weight.parts.as_slice() else { unreachable!("a head's weight is one tensor") };
+    let panels = columns.start / PANEL..columns.end.div_ceil(PANEL);
+    run_tile(product.isa, &Tile { product, part, panels, rows }, scratch);
 }
 
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels

@@ -21,6 +21,7 @@ mod experts;
 mod gemm;
 mod gemm_f;
 mod gemm_q;
+mod head;
 mod isa;
 mod norm;
 mod numerics;
@@ -39,7 +40,7 @@ pub use numerics::Numerics;
 pub use quant::Act;
 pub use weights::Weight;
 
-use super::batch::{Batch, HeadOut, StepOutput};
+use super::batch::{Batch, StepOutput};
 use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes, sample};
 use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
@@ -47,11 +48,9 @@ use buffer::{Aligned, Shared, prefetch};
 use cache::{Layout, RopeTable};
 use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
+use head::HeadMemory;
 use std::cell::RefCell;
 use team::Team;
-
-/// Head rows whose logits are computed at once: bounds the memory for logits, and shares the pass over the head's weights.
-const HEAD_ROWS: usize = 64;
 
 /// A CPU.
 pub struct CpuDevice {
@@ -72,14 +71,6 @@ struct Memory {
     experts: Option<ExpertMemory>,
 }
 
-/// What `head` needs between its passes.
-struct HeadMemory {
-    /// `[HEAD_ROWS, width]`
-    act: Act,
-    /// `[HEAD_ROWS, vocab]`
-    logits: Aligned<f32>,
-}
-
 /// A worker's memory.
 #[derive(Default)]
 struct Scratch {
@@ -89,6 +80,8 @@ struct Scratch {
     sums: Aligned<f32>,
     /// A token's values.
     row: Aligned<f32>,
+    /// Some rows' logits of a piece of the vocabulary; gone while they are made.
+    logits: Option<Aligned<f32>>,
     attention: AttentionScratch,
     draw: Option<sample::Scratch>,
 }
@@ -97,14 +90,9 @@ impl Scratch {
     fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>) {
         gemm::reserve(self, sizes.max_tokens);
         self.row.reserve(sizes.width);
+        self.logits.get_or_insert_default().reserve(head::PIECE_LOGITS);
         sizes.attention.iter().for_each(|spec| self.attention.reserve(numerics, spec.head_dim));
         self.draw.get_or_insert_with(|| sample::Scratch::new(sizes.n_vocab));
-    }
-}
-
-impl HeadMemory {
-    fn new(numerics: Numerics, width: usize, n_vocab: usize) -> Self {
-        Self { act: Act::new(numerics, HEAD_ROWS, width), logits: Aligned::zeroed(HEAD_ROWS * n_vocab) }
     }
 }
 
@@ -181,7 +169,7 @@ impl Device for CpuDevice {
     /// (`dots_x86.rs`) is.
     fn fingerprint(&self) -> String {
         let own = if self.numerics == Numerics::Int8Bf16 { self.isa.own_dots() } else { "" };
-        format!("cpu kernels=2 {} tile={}{own}", self.numerics.describe(), attention::TILE_KEYS)
+        format!("cpu kernels=3 {} tile={}{own}", self.numerics.describe(), attention::TILE_KEYS)
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
@@ -223,7 +211,7 @@ impl Device for CpuDevice {
             rope_table(&mut memory.rope, spec, sizes.max_context);
             memory.items.reserve(attention::max_items(spec, sizes.max_tokens));
         }
-        memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, sizes.n_vocab));
+        memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, (sizes.n_vocab, sizes.max_seqs)));
         memory.experts = sizes.experts.map(|experts| ExpertMemory::new(self.numerics, experts, sizes.width, sizes.max_tokens));
         let numerics = self.numerics;
         self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes));
@@ -348,38 +336,10 @@ impl Device for CpuDevice {
     }
 
     fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, out: &mut StepOutput) {
-        let Self { isa, team, .. } = self;
-        let (n_vocab, width) = (weight.n, x.width);
-        let mut memory = self.memory.borrow_mut();
-        let memory = memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, width, n_vocab));
-        out.rows.clear();
-        out.rows.resize(batch.heads.len(), HeadOut::BROKEN);
-        for (heads, out) in batch.heads.chunks(HEAD_ROWS).zip(out.rows.chunks_mut(HEAD_ROWS)) {
-            let act = memory.act.writer(*isa, weight);
-            team.run_rows(heads.len(), &|scratch, rows| {
-                scratch.row.reserve(width);
-                for row in rows {
-                    let x = &x.values[heads[row].token_idx as usize * width..][..width];
-                    // Each row is in one range.
-                    norm::rms_norm(*isa, x, &norm.0, spec.eps, &mut scratch.row[..width], (&act, row));
-                }
-            });
-            let logits = Out::Values(Shared::new(&mut memory.logits), n_vocab);
-            let (act, n_rows) = (&memory.act, heads.len());
-            gemm::multiply(team, &Product { isa: *isa, act, weight, n_rows, epilogue: Epilogue::Store, out: logits });
-            let (logits, out) = (Shared::new(&mut memory.logits), Shared::new(out));
-            team.run(heads.len(), &|scratch, row| {
-                let draw = scratch.draw.get_or_insert_with(|| sample::Scratch::new(n_vocab));
-                // SAFETY: each row is one tile.
-                let logits = unsafe { logits.part(row * n_vocab, n_vocab) };
-                if let Some(cap) = spec.soft_cap {
-                    cap::soft_cap(*isa, logits, cap);
-                }
-                let result = sample::draw(logits, &heads[row], batch.shaping(&heads[row], n_vocab), draw);
-                // SAFETY: each row is one tile.
-                unsafe { out.write(row, result) };
-            });
-        }
+        let memory = &mut self.memory.borrow_mut().head;
+        let sizes = (weight.n, batch.heads.len());
+        let memory = memory.get_or_insert_with(|| HeadMemory::new(self.numerics, x.width, sizes));
+        head::run(&head::Head { isa: self.isa, team: &self.team, x, norm, weight, spec, batch }, memory, &mut out.rows);
     }
 }
 
