@@ -331,6 +331,9 @@ pub struct EngineArgs {
     /// In which numbers the CPU computes: int8, int8-bf16, bf16, exact (f32), or fast (the fastest of the first three here)
     #[arg(long)]
     pub numerics: Option<String>,
+    /// How the CPU keeps keys and values: floats (of 16 bits), or int8, which takes half of that
+    #[arg(long)]
+    pub kv: Option<String>,
     /// Memory for weights, KV cache and workspace, such as 4GiB
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
@@ -350,6 +353,7 @@ impl EngineArgs {
             text("model.name", &self.model),
             text("model.device", &self.device),
             text("model.numerics", &self.numerics),
+            text("model.kv", &self.kv),
             text("engine.memory", &self.memory),
         ];
         let kind = self.engine.map(|kind| ("engine.kind".to_owned(), Value::String(kind.as_str().to_owned())));

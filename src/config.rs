@@ -6,7 +6,7 @@ mod keys;
 mod memory;
 pub mod serve;
 
-use crate::device::cpu::{Isa, Numerics};
+use crate::device::cpu::{Isa, Kv, Numerics};
 use crate::device::cuda::KernelPlace;
 use crate::format::PartSize;
 use crate::hub::remote::Remote;
@@ -103,6 +103,8 @@ pub struct ModelConfig {
     pub device: String,
     /// In which numbers the CPU computes.
     pub numerics: String,
+    /// How the CPU keeps keys and values.
+    pub kv: String,
     /// A file with another chat template than the model's own.
     pub chat_template: Option<PathBuf>,
     /// What computes.
@@ -173,6 +175,7 @@ impl Config {
         if spec.model.numerics != "fast" {
             Numerics::named(&spec.model.numerics).context("model.numerics")?;
         }
+        Kv::named(&spec.model.kv).context("model.kv")?;
         let defaults = sampling_params(&spec.sampling, spec.is_dataset())?;
         at_least("input.max_line_bytes", spec.input.max_line_bytes, 1024)?;
         check_step(spec.engine.budget_tokens, spec.engine.max_running)?;
@@ -218,6 +221,7 @@ impl Config {
             served_names: model.served_names.clone(),
             device: model.device.clone(),
             numerics: model.numerics.clone(),
+            kv: model.kv.clone(),
             chat_template: None,
             kind: engine.kind,
             budget_tokens: engine.budget_tokens,

@@ -1,8 +1,16 @@
 //! How the models of a server share its memories: the machine's, and that of each GPU.
 
-use super::parse_bytes;
 use super::serve::{Load, ModelEntry};
+use super::{ModelConfig, parse_bytes};
 use anyhow::{Context, Result, ensure};
+use std::path::PathBuf;
+
+impl ModelConfig {
+    /// What those that are loaded once have in common.
+    pub fn weights(&self) -> (&str, &str, &str, &str, Option<&PathBuf>) {
+        (&self.name, &self.device, &self.numerics, &self.kv, self.chat_template.as_ref())
+    }
+}
 
 /// The GPU that an entry's model is for, if it is for one. `auto` may be for either: it gets a share of the machine's memory, and
 /// on a GPU one of what is free there.

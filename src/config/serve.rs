@@ -4,7 +4,7 @@ use super::keys::{Common, KeyEntry, keys};
 use super::{ModelConfig, cache_folder, free_memory_bytes, hub, isa, n_threads, parse_bytes, sampling_params};
 pub use crate::cli::LogFormat;
 use crate::cli::ServeArgs;
-use crate::device::cpu::Numerics;
+use crate::device::cpu::{Kv, Numerics};
 use crate::pipeline::referenced::Places;
 use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
@@ -102,13 +102,6 @@ pub struct OfferedModel {
     pub is_loaded: bool,
     /// After so much time without use it is unloaded; `None`: only to make room.
     pub idle_unload: Option<Duration>,
-}
-
-impl ModelConfig {
-    /// What those that are loaded once have in common.
-    pub fn weights(&self) -> (&str, &str, &str, Option<&PathBuf>) {
-        (&self.name, &self.device, &self.numerics, self.chat_template.as_ref())
-    }
 }
 
 /// What bounds the server.
@@ -266,6 +259,8 @@ pub(super) struct ModelEntry {
     pub(super) device: String,
     #[serde(default = "fast")]
     numerics: String,
+    #[serde(default = "floats")]
+    kv: String,
     /// A file with another chat template than the model's own.
     chat_template: Option<PathBuf>,
     #[serde(default)]
@@ -295,6 +290,7 @@ impl ModelEntry {
             prices,
             device: cpu(),
             numerics: fast(),
+            kv: floats(),
             chat_template: None,
             load: Load::Start,
             memory: None,
@@ -305,8 +301,8 @@ impl ModelEntry {
     /// Whether it runs on the same weights, which are loaded once.
     pub(super) fn is_with(&self, other: &Self) -> bool {
         let key = |entry: &Self| {
-            let Self { weights, device, numerics, chat_template, .. } = entry;
-            (weights.clone(), device.clone(), numerics.clone(), chat_template.clone())
+            let Self { weights, device, numerics, kv, chat_template, .. } = entry;
+            (weights.clone(), device.clone(), numerics.clone(), kv.clone(), chat_template.clone())
         };
         key(self) == key(other)
     }
@@ -318,6 +314,10 @@ fn all_windows() -> Vec<Window> {
 
 fn cpu() -> String {
     "cpu".into()
+}
+
+fn floats() -> String {
+    "floats".into()
 }
 
 fn fast() -> String {
@@ -403,7 +403,8 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64,
     let mut entries = spec.model.clone();
     if let Some(weights) = &flags.model {
         let (device, numerics) = (flags.device.clone().unwrap_or_else(cpu), flags.numerics.clone().unwrap_or_else(fast));
-        entries.insert(0, ModelEntry { device, numerics, ..ModelEntry::of(weights.clone()) });
+        let kv = flags.kv.clone().unwrap_or_else(floats);
+        entries.insert(0, ModelEntry { device, numerics, kv, ..ModelEntry::of(weights.clone()) });
     } else if entries.is_empty() {
         let weights = crate::pipeline::spec::ModelSpec::default().name;
         entries.push(ModelEntry::of(weights));
@@ -423,11 +424,13 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64,
         if entry.numerics != "fast" {
             Numerics::named(&entry.numerics).context("model.numerics")?;
         }
+        Kv::named(&entry.kv).context("model.kv")?;
         let model = ModelConfig {
             served_names: Vec::new(),
             name: entry.weights.clone(),
             device: entry.device.clone(),
             numerics: entry.numerics.clone(),
+            kv: entry.kv.clone(),
             chat_template: entry.chat_template.clone(),
             kind: flags.engine.unwrap_or(engine.kind),
             budget_tokens: engine.budget_tokens,

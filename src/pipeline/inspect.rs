@@ -3,7 +3,7 @@
 use super::load::{self, Opened};
 use super::progress::say;
 use crate::device::BLOCK_TOKENS;
-use crate::device::cpu::{CpuDevice, Isa, Numerics};
+use crate::device::cpu::{CpuDevice, Isa, Kv, Numerics};
 use crate::hub;
 use crate::hub::remote::Remote;
 use crate::model::sizing;
@@ -80,6 +80,8 @@ struct Memory {
     weights_bytes: u64,
     /// For 1000 tokens, in whole blocks.
     kv_bytes_per_1k_tokens: u64,
+    /// The same with `model.kv = "int8"`.
+    int8_kv_bytes_per_1k_tokens: u64,
 }
 
 /// Prints what a model is, as a table or as one JSON object.
@@ -100,9 +102,17 @@ pub fn show(model: &str, cache: &Path, hub: Option<&Remote>, json: bool) -> Resu
 fn describe(name: String, opened: &Opened) -> Description {
     let Opened { file, spec, tokenizer, template } = opened;
     let memory = Numerics::ALL.map(|numerics| {
-        let sizes = sizing(&CpuDevice::new(Isa::detect(), numerics, 1), spec, &**file, 1);
-        let kv_bytes_per_1k_tokens = (1000_usize.div_ceil(BLOCK_TOKENS) * sizes.kv_block_bytes) as u64;
-        (numerics.name(), Memory { weights_bytes: sizes.weights_bytes as u64, kv_bytes_per_1k_tokens })
+        let [sizes, int8] = Kv::ALL.map(|kv| {
+            let device = CpuDevice::new(Isa::detect(), numerics, 1).with_kv(kv);
+            sizing(&device, spec, &**file, 1)
+        });
+        let per_1k = |block_bytes: usize| (1000_usize.div_ceil(BLOCK_TOKENS) * block_bytes) as u64;
+        let memory = Memory {
+            weights_bytes: sizes.weights_bytes as u64,
+            kv_bytes_per_1k_tokens: per_1k(sizes.kv_block_bytes),
+            int8_kv_bytes_per_1k_tokens: per_1k(int8.kv_block_bytes),
+        };
+        (numerics.name(), memory)
     });
     let mut tensors: BTreeMap<String, TensorCount> = BTreeMap::new();
     let mut parameters = 0;
@@ -168,7 +178,8 @@ impl Description {
         line("end tokens", names(&tokenizer.end));
         for (numerics, memory) in &self.memory {
             let (weights, kv) = (mib(memory.weights_bytes), mib(memory.kv_bytes_per_1k_tokens));
-            line(&format!("memory, {numerics}"), format!("{weights} for weights, {kv} per 1k tokens of KV"));
+            let int8 = mib(memory.int8_kv_bytes_per_1k_tokens);
+            line(&format!("memory, {numerics}"), format!("{weights} for weights, {kv} per 1k tokens of KV ({int8} as int8)"));
         }
         let template = self.chat_template.as_deref().unwrap_or("none: give it raw prompts");
         for (i, text) in template.lines().take(TEMPLATE_LINES).enumerate() {

@@ -227,7 +227,7 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
     spec.prices = PriceSpec::default();
     spec.model.name.clone_from(&model.local.name);
     // What "fast" came to is in the device's fingerprint.
-    spec.model.numerics = String::new();
+    (spec.model.numerics, spec.model.kv) = (String::new(), String::new());
     let fingerprint = &model.fingerprint;
     let pipeline = toml::to_string(&spec).context("cannot write down the pipeline")?;
     // With little memory, rows can't be as long as the model allows: then that is part of what the results depend on.

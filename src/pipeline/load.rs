@@ -6,7 +6,7 @@ use super::null::NullRunner;
 use super::progress::say;
 use super::spec::EngineKind;
 use crate::config::{Config, ModelConfig};
-use crate::device::cpu::{CpuDevice, Numerics};
+use crate::device::cpu::{CpuDevice, Kv, Numerics};
 use crate::device::cuda::CudaDevice;
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
@@ -143,6 +143,7 @@ fn open_device(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig, tel
     match config.device.as_str() {
         "cpu" => open_cpu(file, spec, config),
         "reference" => {
+            ensure!(config.kv == "floats", "model.kv: \"int8\" is for the CPU; the reference device keeps f32");
             let allowed = Allowed { n_bytes: config.memory_bytes, advice: HOST_ADVICE.to_owned() };
             let (fingerprint, memory) = (Reference.fingerprint(), plan_memory(&Reference, file, spec, config, &allowed)?);
             Ok((AnyDevice::Reference(Reference), fingerprint, memory, None))
@@ -177,6 +178,7 @@ fn open_cuda(
 ) -> Result<OpenDevice> {
     let numerics = &config.numerics;
     ensure!(numerics == "fast", "model.numerics: {numerics:?} is for the CPU; CUDA computes in bfloat16");
+    ensure!(config.kv == "floats", "model.kv: \"int8\" is for the CPU; CUDA keeps bfloat16");
     let device = CudaDevice::open(ordinal, &config.kernels, tell)?;
     device.check(&spec.step_sizes(config.budget_tokens))?;
     let free = device.free_bytes()?;
@@ -196,7 +198,8 @@ const MAX_FAST_BF16_BYTES: usize = 4 << 30;
 /// memory: that must not change a result.
 fn cpu(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<CpuDevice> {
     let isa = config.isa;
-    let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads);
+    let kv = Kv::named(&config.kv)?;
+    let device = |numerics| CpuDevice::new(isa, numerics, config.n_threads).with_kv(kv);
     if config.numerics != "fast" {
         return Ok(device(Numerics::named(&config.numerics)?));
     }

@@ -206,9 +206,10 @@ pub struct ModelSpec {
     /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU if it can be used, else the CPU), or
     /// `reference` (slow, for comparison).
     pub device: String,
-    /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the first
-    /// three here.
+    /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the others.
     pub numerics: String,
+    /// How the CPU keeps keys and values: `floats` (of 16 bits) or `int8` (with a scale per token and head).
+    pub kv: String,
     /// What else rows may call the model in `body.model`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub served_names: Vec<String>,
@@ -216,8 +217,8 @@ pub struct ModelSpec {
 
 impl Default for ModelSpec {
     fn default() -> Self {
-        let name = "SmolLM2-135M-Instruct".into();
-        Self { name, device: "cpu".into(), numerics: "fast".into(), served_names: Vec::new() }
+        let [name, device, numerics, kv] = ["SmolLM2-135M-Instruct", "cpu", "fast", "floats"].map(str::to_owned);
+        Self { name, device, numerics, kv, served_names: Vec::new() }
     }
 }
 

@@ -266,6 +266,7 @@ fn the_readme_knows_the_pipeline_keys() {
         "model.name",
         "model.device",
         "model.numerics",
+        "model.kv",
         "engine.memory",
         "engine.threads",
         "engine.budget_tokens",

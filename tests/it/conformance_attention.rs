@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use valar::device::batch::{Batch, BatchSeq, BlockCopy};
-use valar::device::cpu::{Cache, CpuDevice, Isa, Numerics, Vector};
+use valar::device::cpu::{Cache, CpuDevice, Isa, Kv, Numerics, Vector};
 use valar::device::{AttentionSpec, BLOCK_TOKENS, Device, HeadNorms, QkvExtra, RopeStyle};
 use valar::tensor::DType;
 
@@ -25,6 +25,23 @@ struct Case {
     seqs: Vec<Vec<Vec<f32>>>,
     /// Consumes the attention's integers (or floats), so that a test sees both forms.
     next: Matrix,
+}
+
+/// A head as integers with one scale, and back.
+fn as_ints(head: &[f64]) -> Vec<f64> {
+    let amax = head.iter().fold(0.0f32, |max, &x| max.max((x as f32).abs()));
+    let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+    head.iter().map(|&x| f64::from((x as f32 * inverse).round_ties_even()) * f64::from(amax / 127.0)).collect()
+}
+
+/// All devices, with keys and values kept in that way.
+fn devices_with(numerics: Numerics, kv: Kv) -> impl Iterator<Item = CpuDevice> {
+    devices(numerics).into_iter().map(move |dev| dev.with_kv(kv))
+}
+
+/// All numbers that attention is computed in and kept in.
+fn all_numbers() -> impl Iterator<Item = (Numerics, Kv)> {
+    Numerics::ALL.into_iter().flat_map(|numerics| Kv::ALL.map(|kv| (numerics, kv)))
 }
 
 /// What runs at once: (sequence, positions of it) in order, and the copies before attention.
@@ -89,7 +106,7 @@ impl Case {
     }
 
     /// The rows of one position in f64: rotated q per head, and k and v per kv head as the cache keeps them.
-    fn stored(&self, numerics: Numerics, seq: usize, position: usize) -> [Vec<Vec<f64>>; 3] {
+    fn stored(&self, (numerics, kv): (Numerics, Kv), seq: usize, position: usize) -> [Vec<Vec<f64>>; 3] {
         let AttentionSpec { n_heads, n_kv_heads, rope_scale, .. } = self.spec;
         let n_pairs = self.spec.rope_freqs.len();
         let heads: Vec<Vec<f64>> = (0..n_heads + 2 * n_kv_heads).map(|head| self.finished(seq, position, head)).collect();
@@ -110,14 +127,21 @@ impl Case {
         let half = |head: Vec<f64>| head.into_iter().map(round).collect::<Vec<f64>>();
         let q = heads[..n_heads].iter().map(rotate);
         let q = q.map(|head| if numerics.has_bf16_cache() { half(head) } else { head }).collect();
-        let k = heads[n_heads..n_heads + n_kv_heads].iter().map(rotate).map(half).collect();
-        [q, k, heads[n_heads + n_kv_heads..].iter().cloned().map(half).collect()]
+        let kept = |head: Vec<f64>| match kv {
+            Kv::Floats => half(head),
+            Kv::Int8 => {
+                let head = as_ints(&head);
+                if numerics.has_bf16_cache() { half(head) } else { head }
+            }
+        };
+        let k = heads[n_heads..n_heads + n_kv_heads].iter().map(rotate).map(kept).collect();
+        [q, k, heads[n_heads + n_kv_heads..].iter().cloned().map(kept).collect()]
     }
 
     /// The attention of one sequence in f64, `[positions][n_heads · head_dim]`.
-    fn expected(&self, numerics: Numerics, seq: usize) -> Vec<Vec<f64>> {
+    fn expected(&self, numbers: (Numerics, Kv), seq: usize) -> Vec<Vec<f64>> {
         let AttentionSpec { n_heads, n_kv_heads, head_dim, scale, .. } = self.spec;
-        let stored: Vec<_> = (0..self.seqs[seq].len()).map(|position| self.stored(numerics, seq, position)).collect();
+        let stored: Vec<_> = (0..self.seqs[seq].len()).map(|position| self.stored(numbers, seq, position)).collect();
         let row = |position: usize| {
             let mut row = Vec::new();
             for head in 0..n_heads {
@@ -148,6 +172,7 @@ impl Case {
         // Garbage in every slot: none that was not written may show.
         let garbage = if dev.numerics().has_bf16_cache() { bf16::NAN.to_bits() } else { f16::NAN.to_bits() };
         cache.cells_mut().fill(garbage);
+        cache.scales_mut().fill(f32::NAN);
         let mut trace = Trace {
             values: self.seqs.iter().map(|seq| vec![Vec::new(); seq.len()]).collect(),
             products: self.seqs.iter().map(|seq| vec![Vec::new(); seq.len()]).collect(),
@@ -256,25 +281,27 @@ proptest! {
         lengths in prop::collection::vec(1usize..90, 1..4),
         long in prop::sample::select(vec![1usize, 15, 16, 17, 63, 64, 65, 128, 129, 200]),
         numerics in numerics(),
+        kv in prop::sample::select(Kv::ALL.to_vec()),
     ) {
         let rng = &mut Random(seed);
         let lengths = [&lengths[..], &[long]].concat();
         let case = Case::random(rng, heads.0, heads.1, head_dim, &lengths);
         // A machine whose dot products are its own says so in its fingerprint.
         let mut truths = BTreeMap::new();
-        for dev in devices(numerics) {
+        for dev in devices_with(numerics, kv) {
             let alone = case.run_alone(&dev);
             prop_assert!(case.run_mixed(&dev, rng) == alone, "{}: another mix, other bits", dev.isa().name());
             let same = truths.entry(dev.fingerprint()).or_insert_with(|| case.run_alone(&dev)) == &alone;
             prop_assert!(same, "{} differs from portable", dev.isa().name());
         }
         for (seq, rows) in truths.values().flat_map(|truth| truth.values.iter().enumerate()) {
-            for (position, (got, want)) in rows.iter().zip(case.expected(numerics, seq)).enumerate() {
+            for (position, (got, want)) in rows.iter().zip(case.expected((numerics, kv), seq)).enumerate() {
                 for (&got, want) in got.iter().zip(want) {
                     let got = f64::from(f32::from_bits(got));
                     // A key or value whose exact value lies between two halves may round to either; probabilities are
                     // rounded to bfloat16 too, which `expected` leaves out.
-                    let tolerance = if numerics.has_bf16_cache() { 4e-2 } else { 4e-3 };
+                    // (The steps between integers are wider.)
+                    let tolerance = if kv == Kv::Int8 { 8e-2 } else if numerics.has_bf16_cache() { 4e-2 } else { 4e-3 };
                     prop_assert!((got - want).abs() <= tolerance, "sequence {seq}, position {position}: {got}, not {want}");
                 }
             }
@@ -289,7 +316,7 @@ fn sequences_that_decode_together_have_the_bits_they_have_alone() {
     // Tokens that sequences share with the first one, in its own blocks: no tile, one, three.
     const SHARED: [usize; 3] = [0, 64, 192];
     for (seed, (group, head_dim)) in [(3, 64), (5, 64), (7, 128), (12, 80), (16, 32)].into_iter().enumerate() {
-        for (numerics, window) in Numerics::ALL.into_iter().flat_map(|numerics| [(numerics, None), (numerics, Some(100))]) {
+        for ((numerics, kv), window) in all_numbers().flat_map(|numbers| [(numbers, None), (numbers, Some(100))]) {
             let rng = &mut Random(seed as u64);
             let lengths: Vec<usize> = (0..37).map(|i| if i == 0 { 200 } else { SHARED[i / 13] + 1 + rng.below(31) }).collect();
             let mut case = Case::random(rng, 3, group, head_dim, &lengths);
@@ -309,11 +336,14 @@ fn sequences_that_decode_together_have_the_bits_they_have_alone() {
             let begin =
                 all.clone().map(|i| (i, if i == 0 { 0 } else { SHARED[i / 13] }..n(i) - 1)).filter(|(_, p)| !p.is_empty());
             let steps = [(begin.collect(), vec![]), (all.clone().map(|i| (i, n(i) - 1..n(i))).collect(), vec![])];
-            let dev = CpuDevice::new(Isa::detect(), numerics, 1);
+            let dev = CpuDevice::new(Isa::detect(), numerics, 1).with_kv(kv);
             let (together, alone) = (case.run(&dev, &tables, &steps), case.run_alone(&dev));
             for i in all {
                 let same = together.values[i][n(i) - 1] == alone.values[i][n(i) - 1];
-                assert!(same, "groups of {group} heads of {head_dim}, {numerics:?}, window {window:?}: sequence {i} differs");
+                assert!(
+                    same,
+                    "groups of {group} heads of {head_dim}, {numerics:?}, {kv:?}, window {window:?}: sequence {i} differs"
+                );
             }
         }
     }
@@ -331,7 +361,7 @@ fn a_shared_prefix_gives_the_bits_of_a_computed_one() {
         let n = case.seqs[1].len();
         let copies = vec![BlockCopy { src: 4, dst: 20, n_slots: n_slots as u32 }];
         let tables = [(0..7).collect(), vec![0, 1, 2, 3, 20, 21, 22]];
-        for dev in Numerics::ALL.into_iter().flat_map(devices) {
+        for dev in all_numbers().flat_map(|(numerics, kv)| devices_with(numerics, kv)) {
             let alone = case.run_alone(&dev);
             let same_step = vec![(vec![(0, 0..100), (1, n_shared..n)], copies.clone())];
             let later = vec![(vec![(0, 0..100)], vec![]), (vec![(1, n_shared..n)], copies.clone())];
@@ -356,11 +386,59 @@ fn attention_is_exact_to_f32_where_the_cache_rounds_nothing() {
     for x in case.seqs[0].iter_mut().flatten() {
         *x = f16::from_f32(*x).to_f32();
     }
-    let want = case.expected(Numerics::F32, 0);
+    let want = case.expected((Numerics::F32, Kv::Floats), 0);
     for dev in devices(Numerics::F32) {
         for (got, want) in case.run_alone(&dev).values[0].iter().flatten().zip(want.iter().flatten()) {
             let got = f64::from(f32::from_bits(*got));
             assert!((got - want).abs() <= 2e-5, "{}: {got}, not {want}", dev.isa().name());
+        }
+    }
+}
+
+/// The same of integers: with keys and values that are whole multiples of a scale that is a power of two, and 127 of it among
+/// them, integers hold them exactly.
+#[test]
+fn attention_is_exact_to_f32_where_integers_round_nothing() {
+    let rng = &mut Random(4);
+    let mut case = Case::random(rng, 2, 3, 64, &[150]);
+    case.spec.rope_freqs.fill(0.0);
+    case.spec.rope_scale = 1.0;
+    (case.bias, case.norms) = (None, None);
+    for row in &mut case.seqs[0] {
+        for head in row.chunks_mut(64) {
+            for x in &mut *head {
+                *x = (*x * 42.0).round() / 64.0;
+            }
+            head[rng.below(64)] = if rng.below(2) == 0 { 127.0 } else { -127.0 } / 64.0;
+        }
+    }
+    let want = case.expected((Numerics::F32, Kv::Floats), 0);
+    for dev in devices_with(Numerics::F32, Kv::Int8) {
+        for (got, want) in case.run_alone(&dev).values[0].iter().flatten().zip(want.iter().flatten()) {
+            let got = f64::from(f32::from_bits(*got));
+            assert!((got - want).abs() <= 2e-5, "{}: {got}, not {want}", dev.isa().name());
+        }
+    }
+}
+
+/// A key or value that is no number reaches those that see it, and no token before it.
+#[test]
+fn what_is_no_number_is_seen_by_those_alone_that_see_it() {
+    for (numerics, kv) in all_numbers() {
+        let rng = &mut Random(9);
+        let mut case = Case::random(rng, 2, 2, 64, &[90, 40]);
+        case.spec.window = None;
+        let dev = CpuDevice::new(Isa::detect(), numerics, 2).with_kv(kv);
+        let clean = case.run_alone(&dev);
+        // The last value of the second head of one position.
+        *case.seqs[0][70].last_mut().unwrap() = f32::NAN;
+        let broken = case.run_alone(&dev);
+        for (seq, (clean, broken)) in clean.values.iter().zip(&broken.values).enumerate() {
+            for (position, (clean, broken)) in clean.iter().zip(broken).enumerate() {
+                let sees = seq == 0 && position >= 70;
+                let has_nan = broken.iter().any(|&x| f32::from_bits(x).is_nan());
+                assert!(has_nan == sees && (sees || clean == broken), "{numerics:?} {kv:?}: sequence {seq}, position {position}");
+            }
         }
     }
 }

@@ -152,6 +152,8 @@ fn a_model_can_be_inspected() {
     for numerics in ["int8", "int8-bf16", "bf16", "exact"] {
         let memory = &found["memory"][numerics];
         assert!(memory["kv_bytes_per_1k_tokens"].as_u64().unwrap() >= 30 * 2 * 3 * 64 * 1008, "{numerics}");
+        // A byte an element, and a scale of 4 bytes for each key and value of a head.
+        assert_eq!(memory["int8_kv_bytes_per_1k_tokens"], 30 * 2 * 3 * (64 + 4) * 1008, "{numerics}");
         assert!(memory["weights_bytes"].as_u64().unwrap() >= n_bytes, "{numerics}");
     }
     let table = run(&sandbox, &["inspect", model_path().to_str().unwrap()], 0);

@@ -1,9 +1,10 @@
-//! The paged key/value cache of one layer, in IEEE halves or bfloat16, and rotary embeddings. Knows nothing of attention.
+//! The paged key/value cache of one layer, in IEEE halves, bfloat16 or integers, and rotary embeddings. Knows nothing of
+//! attention.
 //! Invariant: what a slot holds is a function of its token's k and v and its position; storing touches that slot only.
 
-use super::buffer::{Aligned, Shared};
+use super::buffer::{Aligned, Shared, prefetch};
 use super::isa::per_isa;
-use super::numerics::Numerics;
+use super::numerics::{Kv, Numerics};
 use super::simd::{LANES, Simd};
 use super::tile::TILE_K;
 use crate::device::batch::BlockCopy;
@@ -12,10 +13,25 @@ use crate::device::{AttentionSpec, BLOCK_TOKENS, RopeStyle};
 /// One layer's cache. A block is, for each key/value head, its keys, then its values. As IEEE halves: keys
 /// `[head_dim][16 slots]` (so that 16 keys are the lanes of a vector), values `[16 slots][head_dim]`. As bfloat16, both are
 /// right operands of tile products: keys `[padded head_dim / 2][16 slots][2]`, values `[8 pairs of slots][padded head_dim][2]`;
-/// a key's padding is 0.
+/// a key's padding is 0. As integers they lie as halves do, with a scale for each key and each value of a head, made of its
+/// own elements alone: x ≈ scale · q with scale = amax / 127.
 pub struct Cache {
+    /// Floats; none where there are integers.
     cells: Aligned<u16>,
+    /// −127 to 127.
+    ints: Aligned<i8>,
+    /// `[blocks][n_kv_heads]`, of each the keys' `[16 slots]`, then the values'.
+    scales: Aligned<f32>,
     pub(super) layout: Layout,
+}
+
+/// One head's keys or values in a block.
+#[derive(Clone, Copy)]
+pub(super) struct Ints<'a> {
+    /// `[head_dim][16 slots]` of keys, `[16 slots][head_dim]` of values.
+    pub(super) q: &'a [i8],
+    /// Of each slot.
+    pub(super) scales: &'a [f32; BLOCK_TOKENS],
 }
 
 /// Where things are in a cache.
@@ -27,13 +43,36 @@ pub(super) struct Layout {
     pub(super) padded: usize,
     /// Whether it holds bfloat16.
     pub(super) tiles: bool,
+    /// Whether it holds integers.
+    pub(super) ints: bool,
 }
 
 impl Layout {
-    pub(super) fn new(numerics: Numerics, spec: &AttentionSpec) -> Self {
-        let tiles = numerics.has_bf16_cache();
+    pub(super) fn new(numerics: Numerics, kv: Kv, spec: &AttentionSpec) -> Self {
+        let ints = kv == Kv::Int8;
+        let tiles = numerics.has_bf16_cache() && !ints;
         let padded = if tiles { spec.head_dim.next_multiple_of(TILE_K) } else { spec.head_dim };
-        Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim, padded, tiles }
+        Self { n_kv_heads: spec.n_kv_heads, head_dim: spec.head_dim, padded, tiles, ints }
+    }
+
+    /// Bytes of a block.
+    pub(super) fn block_bytes(self) -> usize {
+        if self.ints {
+            self.block_cells() * size_of::<i8>() + self.block_scales() * size_of::<f32>()
+        } else {
+            self.block_cells() * size_of::<u16>()
+        }
+    }
+
+    /// Scales of a block, where there are integers.
+    fn block_scales(self) -> usize {
+        2 * self.n_kv_heads * BLOCK_TOKENS
+    }
+
+    /// The scale of the first key of a head in a block; those of the values come after those of the keys.
+    #[inline(always)]
+    fn scales(self, block: u32, kv_head: usize) -> usize {
+        block as usize * self.block_scales() + 2 * kv_head * BLOCK_TOKENS
     }
 
     /// Cells of one head's keys (or values) in a block.
@@ -43,7 +82,7 @@ impl Layout {
     }
 
     /// Cells of a block.
-    pub(super) fn block_cells(self) -> usize {
+    fn block_cells(self) -> usize {
         2 * self.n_kv_heads * self.head_cells()
     }
 
@@ -73,19 +112,34 @@ impl Layout {
 }
 
 impl Cache {
-    pub(super) fn new(numerics: Numerics, spec: &AttentionSpec, n_blocks: usize) -> Self {
-        let layout = Layout::new(numerics, spec);
-        Self { cells: Aligned::zeroed(n_blocks * layout.block_cells()), layout }
+    pub(super) fn new(layout: Layout, n_blocks: usize) -> Self {
+        let n_cells = n_blocks * layout.block_cells();
+        let (n_ints, n_scales) = if layout.ints { (n_cells, n_blocks * layout.block_scales()) } else { (0, 0) };
+        let cells = Aligned::zeroed(n_cells - n_ints);
+        Self { cells, ints: Aligned::zeroed(n_ints), scales: Aligned::zeroed(n_scales), layout }
     }
 
-    /// All cells, as bits: for tests, which compare them and plant garbage in slots not yet written.
+    /// All cells, as bits (none where there are integers): for tests, which plant garbage in slots not yet written.
     pub fn cells_mut(&mut self) -> &mut [u16] {
         &mut self.cells
     }
 
-    /// What a slot of a block holds, as bits: one head's key and value. For tests.
+    /// All scales of integers: for tests, as [`Cache::cells_mut`].
+    pub fn scales_mut(&mut self) -> &mut [f32] {
+        &mut self.scales
+    }
+
+    /// What a slot of a block holds, as bits: one head's key and value, with their scales if they have any. For tests.
     pub fn slot(&self, block: u32, slot: usize, kv_head: usize) -> (Vec<u16>, Vec<u16>) {
         let Layout { head_dim, .. } = self.layout;
+        if self.layout.ints {
+            let of = |Ints { q, scales }: Ints<'_>, index: &dyn Fn(usize) -> usize| {
+                let scale = scales[slot].to_bits();
+                (0..head_dim).map(|i| q[index(i)] as u16).chain([scale as u16, (scale >> 16) as u16]).collect()
+            };
+            let key = of(self.int_keys(block, kv_head), &|i| self.layout.key(slot, i));
+            return (key, of(self.int_values(block, kv_head), &|i| self.layout.value(slot, i)));
+        }
         let (keys, values) = (self.keys(block, kv_head), self.values(block, kv_head));
         let key = (0..head_dim).map(|i| keys[self.layout.key(slot, i)]).collect();
         (key, (0..head_dim).map(|i| values[self.layout.value(slot, i)]).collect())
@@ -101,9 +155,44 @@ impl Cache {
         &self.cells[self.layout.values(block, kv_head)..][..self.layout.head_cells()]
     }
 
+    /// A head's keys in a block, as integers.
+    #[inline(always)]
+    pub(super) fn int_keys(&self, block: u32, kv_head: usize) -> Ints<'_> {
+        self.ints_at(self.layout.keys(block, kv_head), self.layout.scales(block, kv_head))
+    }
+
+    /// A head's values in a block, as integers.
+    #[inline(always)]
+    pub(super) fn int_values(&self, block: u32, kv_head: usize) -> Ints<'_> {
+        self.ints_at(self.layout.values(block, kv_head), self.layout.scales(block, kv_head) + BLOCK_TOKENS)
+    }
+
+    #[inline(always)]
+    fn ints_at(&self, first: usize, first_scale: usize) -> Ints<'_> {
+        let scales = self.scales[first_scale..].first_chunk().expect("a block has as many scales as slots");
+        Ints { q: &self.ints[first..][..self.layout.head_cells()], scales }
+    }
+
+    /// Asks for a head's keys and values in a block.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, block: u32, kv_head: usize) {
+        if self.layout.ints {
+            prefetch(self.int_keys(block, kv_head).q);
+            prefetch(self.int_values(block, kv_head).q);
+        } else {
+            prefetch(self.keys(block, kv_head));
+            prefetch(self.values(block, kv_head));
+        }
+    }
+
     /// Shared writing to slots.
     pub(super) fn writer(&mut self) -> CacheWriter<'_> {
-        CacheWriter { layout: self.layout, cells: Shared::new(&mut self.cells) }
+        CacheWriter {
+            layout: self.layout,
+            cells: Shared::new(&mut self.cells),
+            ints: Shared::new(&mut self.ints),
+            scales: Shared::new(&mut self.scales),
+        }
     }
 
     /// Copies the first slots of a block to another.
@@ -115,8 +204,20 @@ impl Cache {
             for slot in 0..copy.n_slots as usize {
                 for i in 0..layout.padded {
                     let (key, value) = (layout.key(slot, i), layout.value(slot, i));
-                    self.cells[to_keys + key] = self.cells[from_keys + key];
-                    self.cells[to_values + value] = self.cells[from_values + value];
+                    let moves = [(from_keys + key, to_keys + key), (from_values + value, to_values + value)];
+                    for (from, to) in moves {
+                        if layout.ints {
+                            self.ints[to] = self.ints[from];
+                        } else {
+                            self.cells[to] = self.cells[from];
+                        }
+                    }
+                }
+            }
+            if layout.ints {
+                let (from, to) = (layout.scales(copy.src, kv_head), layout.scales(copy.dst, kv_head));
+                for (from, to) in [(from, to), (from + BLOCK_TOKENS, to + BLOCK_TOKENS)] {
+                    self.scales.copy_within(from..from + copy.n_slots as usize, to);
                 }
             }
         }
@@ -127,6 +228,8 @@ impl Cache {
 pub(super) struct CacheWriter<'a> {
     layout: Layout,
     cells: Shared<'a, u16>,
+    ints: Shared<'a, i8>,
+    scales: Shared<'a, f32>,
 }
 
 impl CacheWriter<'_> {
@@ -137,6 +240,16 @@ impl CacheWriter<'_> {
     pub(super) unsafe fn store(&self, isa: super::Isa, (block, slot): (u32, usize), kv_head: usize, k: &[f32], v: &[f32]) {
         let layout = self.layout;
         assert!(slot < BLOCK_TOKENS && k.len() == layout.head_dim && v.len() == layout.head_dim);
+        if layout.ints {
+            let scale = layout.scales(block, kv_head) + slot;
+            // SAFETY: passed on.
+            unsafe {
+                self.store_ints(isa, k, (layout.keys(block, kv_head) + layout.key(slot, 0), BLOCK_TOKENS), scale);
+                let values = layout.values(block, kv_head) + layout.value(slot, 0);
+                self.store_ints(isa, v, (values, 1), scale + BLOCK_TOKENS);
+            }
+            return;
+        }
         let keys = self.cells.at(layout.keys(block, kv_head), layout.head_cells());
         let values = self.cells.at(layout.values(block, kv_head), layout.head_cells());
         for (k, v, i) in k.chunks(LANES).zip(v.chunks(LANES)).enumerate().map(|(i, (k, v))| (k, v, i * LANES)) {
@@ -164,6 +277,58 @@ impl CacheWriter<'_> {
             // SAFETY: as above.
             unsafe { keys.add(layout.key(slot, i)).write(0) };
         }
+    }
+}
+
+impl CacheWriter<'_> {
+    /// Stores a head's key or value as integers that lie evenly, `(first, step)`, and its scale.
+    ///
+    /// # Safety
+    /// As [`CacheWriter::store`].
+    unsafe fn store_ints(&self, isa: super::Isa, x: &[f32], (first, step): (usize, usize), scale: usize) {
+        let amax = magnitude(isa, x);
+        // Below that (and for NaN) the inverse would be no number; such a head counts as zeros (or NaN, by its scale).
+        let inverse = if amax > 1e-30 { 127.0 / amax } else { 0.0 };
+        let out = self.ints.at(first, (x.len() - 1) * step + 1);
+        for (i, x) in x.chunks(LANES).enumerate() {
+            let mut q = [0; LANES];
+            to_ints(isa, x, inverse, &mut q);
+            for (j, q) in q.into_iter().take(x.len()).enumerate() {
+                // SAFETY: elements up to the last were asserted to be there; they belong to this slot and head.
+                unsafe { out.add((i * LANES + j) * step).write(q) };
+            }
+        }
+        // SAFETY: the slot's own.
+        unsafe { self.scales.write(scale, amax / 127.0) };
+    }
+}
+
+per_isa! {
+    /// The largest magnitude; infinity or NaN if there is one.
+    fn magnitude(x: &[f32]) -> f32 = magnitude_body;
+}
+
+#[inline(always)]
+fn magnitude_body<S: Simd>(_: S, x: &[f32]) -> f32 {
+    // As integers, magnitudes order like floats, infinity above all numbers and NaN above infinity.
+    let mut most = 0;
+    for x in x {
+        most = most.max(x.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(most)
+}
+
+per_isa! {
+    /// Rounds up to 16 values, multiplied by a factor, to integers, to nearest even.
+    fn to_ints(x: &[f32], factor: f32, out: &mut [i8; LANES]) = to_ints_body;
+}
+
+#[inline(always)]
+fn to_ints_body<S: Simd>(_: S, x: &[f32], factor: f32, out: &mut [i8; LANES]) {
+    // Adding 1.5 · 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = ((x * factor + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32) as i8;
     }
 }
 

@@ -1,5 +1,5 @@
 //! The CPU device: weights repacked at load, products in the numbers asked for ([`Numerics`]), a paged cache of 16-bit
-//! floats, a team of threads. Knows nothing of models, rows or text.
+//! floats or 8-bit integers ([`Kv`]), a team of threads. Knows nothing of models, rows or text.
 //!
 //! Invariant: in the same numerics, the same bits on every instruction set, for any number of threads and any batch (each
 //! file says why for its part).
@@ -36,7 +36,7 @@ mod weights;
 
 pub use cache::Cache;
 pub use isa::Isa;
-pub use numerics::Numerics;
+pub use numerics::{Kv, Numerics};
 pub use quant::Act;
 pub use weights::Weight;
 
@@ -56,6 +56,7 @@ use team::Team;
 pub struct CpuDevice {
     isa: Isa,
     numerics: Numerics,
+    kv: Kv,
     team: Team,
     memory: RefCell<Memory>,
 }
@@ -130,7 +131,13 @@ pub struct Vector(Vec<f32>);
 impl CpuDevice {
     /// A device of `n_threads` threads (the caller's is one of them) that uses the instructions of `isa`.
     pub fn new(isa: Isa, numerics: Numerics, n_threads: usize) -> Self {
-        Self { isa, numerics, team: Team::new(n_threads), memory: RefCell::default() }
+        Self { isa, numerics, kv: Kv::default(), team: Team::new(n_threads), memory: RefCell::default() }
+    }
+
+    /// The same with keys and values kept in that way.
+    #[must_use]
+    pub fn with_kv(self, kv: Kv) -> Self {
+        Self { kv, ..self }
     }
 
     /// Threads that share an operation.
@@ -169,7 +176,7 @@ impl Device for CpuDevice {
     /// (`dots_x86.rs`) is.
     fn fingerprint(&self) -> String {
         let own = if self.numerics == Numerics::Int8Bf16 { self.isa.own_dots() } else { "" };
-        format!("cpu kernels=3 {} tile={}{own}", self.numerics.describe(), attention::TILE_KEYS)
+        format!("cpu kernels=3 {} tile={}{own}", self.numerics.describe(self.kv), attention::TILE_KEYS)
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
@@ -189,12 +196,12 @@ impl Device for CpuDevice {
     }
 
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize {
-        Layout::new(self.numerics, spec).block_cells() * size_of::<u16>()
+        Layout::new(self.numerics, self.kv, spec).block_bytes()
     }
 
     fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
         assert_eq!(spec.n_heads % spec.n_kv_heads, 0);
-        Cache::new(self.numerics, spec, n_blocks)
+        Cache::new(Layout::new(self.numerics, self.kv, spec), n_blocks)
     }
 
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {

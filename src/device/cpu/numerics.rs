@@ -40,7 +40,7 @@ impl Numerics {
         matches!(self, Self::Int8 | Self::Int8Bf16)
     }
 
-    /// Whether keys and values are bfloat16.
+    /// Whether attention takes keys and values as bfloat16.
     pub fn has_bf16_cache(self) -> bool {
         matches!(self, Self::Int8Bf16 | Self::Bf16)
     }
@@ -65,12 +65,17 @@ impl Numerics {
     }
 
     /// What the fingerprint says.
-    pub(super) fn describe(self) -> &'static str {
-        match self {
-            Self::Int8 => "act=i8/32 kv=f16",
-            Self::Int8Bf16 => "act=i8/32 kv=bf16",
-            Self::Bf16 => "act=bf16 kv=bf16",
-            Self::F32 => "act=f32 kv=f16",
+    pub(super) fn describe(self, kv: Kv) -> String {
+        let (act, own) = match self {
+            Self::Int8 => ("i8/32", "f16"),
+            Self::Int8Bf16 => ("i8/32", "bf16"),
+            Self::Bf16 => ("bf16", "bf16"),
+            Self::F32 => ("f32", "f16"),
+        };
+        match kv {
+            Kv::Floats => format!("act={act} kv={own}"),
+            // As what attention takes them.
+            Kv::Int8 => format!("act={act} kv=i8/head as {own}"),
         }
     }
 
@@ -81,6 +86,38 @@ impl Numerics {
             Self::F32 if dtype.is_quantised() => Layout::Floats(DType::F32),
             Self::Int8 | Self::Int8Bf16 if dtype.is_quantised() => Layout::Blocks(dtype),
             _ => Layout::Floats(dtype),
+        }
+    }
+}
+
+/// How keys and values are kept. Part of what the bits depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kv {
+    /// As floats of 16 bits: IEEE halves, or bfloat16 where attention computes in that.
+    #[default]
+    Floats,
+    /// As integers of 8 bits with a scale per token and head, of keys and of values.
+    Int8,
+}
+
+impl Kv {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Floats, Self::Int8];
+
+    /// By the name that pipelines use.
+    ///
+    /// # Errors
+    /// A name that is neither `floats` nor `int8`.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        let named = Self::ALL.into_iter().find(|kv| kv.name() == name);
+        named.with_context(|| format!("{name:?} is not one of floats, int8"))
+    }
+
+    /// As in [`Kv::named`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Floats => "floats",
+            Self::Int8 => "int8",
         }
     }
 }

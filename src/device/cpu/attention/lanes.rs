@@ -1,8 +1,8 @@
-//! Attention in 16 lanes of f32 over keys and values in IEEE halves. See the parent's invariant.
+//! Attention in 16 lanes of f32 over keys and values in IEEE halves or integers. See the parent's invariant.
 
 use super::super::buffer::Aligned;
 use super::super::simd::{LANES, Simd};
-use super::{Attention, AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, rescale, softmax};
+use super::{Attention, AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, rescale, softmax};
 use crate::device::{AttentionSpec, BLOCK_TOKENS};
 use std::ops::Range;
 
@@ -64,6 +64,9 @@ fn load_tile<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, scratch: &mut Scra
     let Attention { spec, cache, .. } = *rows.attention;
     let (head_dim, kv_head) = (spec.head_dim, rows.item.kv_head as usize);
     let padded = padded(head_dim);
+    if cache.layout.ints {
+        return ints::load_floats(rows, keys, &mut scratch.k, &mut scratch.v);
+    }
     for (b, &block) in keys.blocks.iter().enumerate() {
         let out = &mut scratch.k[b * BLOCK_TOKENS * head_dim..][..BLOCK_TOKENS * head_dim];
         for (out, k) in out.chunks_exact_mut(LANES).zip(cache.keys(block, kv_head).chunks_exact(LANES)) {

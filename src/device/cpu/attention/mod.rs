@@ -6,6 +6,7 @@
 //! token came in, and the thread change nothing. Masked keys enter neither score nor sum, and their values, which may
 //! never have been written, are not multiplied.
 
+mod ints;
 mod lanes;
 mod pairs;
 mod tiles;

@@ -3,7 +3,7 @@
 
 use super::super::dots::{self, COLUMNS, Left, Right, Target};
 use super::super::simd::{LANES, Simd};
-use super::tiles::{Scratch, load_values, mask_values, prefetch_next};
+use super::tiles::{Scratch, keys_of, load_keys, load_values, mask_values, prefetch_next};
 use super::{AttentionScratch, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded, rescale, softmax};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
@@ -29,11 +29,13 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
         // Decoding. With more rows a tile takes so long that its loads do not matter.
         prefetch_next(rows, keys);
     }
-    let mut all = true;
+    load_keys(s, rows, keys, &mut scratch.tiles.k);
+    // Integers are never taken as they are.
+    let mut all = !rows.attention.cache.layout.ints;
     for row in range.clone() {
         all &= rows.seen(row, keys.start).all();
     }
-    let healthy = all || load_values(rows, keys, &mut scratch.tiles.v);
+    let healthy = all || load_values(s, rows, keys, &mut scratch.tiles.v);
     for row in range.clone().step_by(GROUP) {
         let n = GROUP.min(range.end - row);
         let mut seen = [Seen::default(); GROUP];
@@ -56,11 +58,11 @@ fn fold_group<S: Simd>(
     (all, healthy): (bool, bool),
     scratch: &mut AttentionScratch,
 ) {
-    let AttentionScratch { tiles: Scratch { v, q, p, weights, masked, .. }, out, largest, sum, .. } = scratch;
+    let AttentionScratch { tiles: Scratch { k, v, q, p, weights, masked, .. }, out, largest, sum, .. } = scratch;
     let spec = rows.attention.spec;
     let width = padded(spec.head_dim);
     let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
-    scores(s, rows, &keys.blocks[..end.div_ceil(BLOCK_TOKENS)], &q[row * width..], p, seen.len());
+    scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], p, seen.len());
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
     let decay = softmax(s, spec, seen, (p, weights), state);
     let out = &mut out[row * width..][..seen.len() * width];
@@ -80,12 +82,12 @@ fn fold_group<S: Simd>(
 
 /// Scores of `n_rows` rows against the keys of some blocks, to `p`, `[n_rows][64]`. `q` begins with the first row.
 #[inline(always)]
-fn scores<S: Simd>(s: S, rows: &Rows<'_>, blocks: &[u32], q: &[u16], p: &mut [f32], n_rows: usize) {
+fn scores<S: Simd>(s: S, rows: &Rows<'_>, (blocks, k): (&[u32], &[u16]), q: &[u16], p: &mut [f32], n_rows: usize) {
     let width = padded(rows.attention.spec.head_dim);
     assert!(q.len() >= n_rows * width && p.len() >= n_rows * TILE_KEYS && blocks.len() <= TILE_BLOCKS);
     let mut keys = [std::ptr::null(); TILE_BLOCKS];
-    for (key, &block) in keys.iter_mut().zip(blocks) {
-        *key = rows.attention.cache.keys(block, rows.item.kv_head as usize).as_ptr();
+    for (b, (key, &block)) in keys.iter_mut().zip(blocks).enumerate() {
+        *key = keys_of(rows, k, b, block);
     }
     let left = Left { start: q.as_ptr(), stride: width };
     let (n, step) = (width / 2, 2 * LANES);

@@ -5,7 +5,7 @@
 use super::super::buffer::{Aligned, prefetch};
 use super::super::simd::{LANES, Simd};
 use super::super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
-use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded, rescale, softmax};
+use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, padded, rescale, softmax};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
 
@@ -15,6 +15,8 @@ const STRIDE: usize = TILE_K * size_of::<u16>();
 /// A worker's memory.
 #[derive(Default)]
 pub(super) struct Scratch {
+    /// The tile's keys where the cache has integers, `[block]` as they lie in it as bfloat16
+    pub(super) k: Aligned<u16>,
     /// The tile's values, `[pair of keys][padded head_dim][2]`
     pub(super) v: Aligned<u16>,
     /// `[ITEM_ROWS + 15][padded head_dim]`: a product reads 16 rows from any row on.
@@ -31,6 +33,7 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn reserve(&mut self, head_dim: usize) {
+        self.k.reserve(TILE_KEYS * padded(head_dim));
         self.v.reserve(TILE_KEYS * padded(head_dim));
         self.q.reserve((ITEM_ROWS + TILE - 1) * padded(head_dim));
         self.p.reserve(TILE * TILE_KEYS);
@@ -71,7 +74,8 @@ pub(super) fn load_queries<S: Simd>(s: S, rows: &Rows<'_>, scratch: &mut Scratch
 #[inline(always)]
 pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &Keys<'_>, scratch: &mut AttentionScratch) {
     prefetch_next(rows, keys);
-    let healthy = load_values(rows, keys, &mut scratch.tiles.v);
+    load_keys(s, rows, keys, &mut scratch.tiles.k);
+    let healthy = load_values(s, rows, keys, &mut scratch.tiles.v);
     for row in range.clone().step_by(TILE) {
         let n = TILE.min(range.end - row);
         let mut seen = [Seen::default(); TILE];
@@ -89,15 +93,36 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
 pub(super) fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
     let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
     for &block in keys.next.iter().take(TILE_BLOCKS) {
-        prefetch(cache.keys(block, kv_head));
-        prefetch(cache.values(block, kv_head));
+        cache.prefetch(block, kv_head);
     }
+}
+
+/// Makes a tile's keys ready, if they do not lie in the cache as they are taken.
+#[inline(always)]
+pub(super) fn load_keys<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, k: &mut [u16]) {
+    if rows.attention.cache.layout.ints {
+        ints::load_pair_keys(s, rows, keys, k);
+    }
+}
+
+/// Where the keys of a block of a tile, the `b`-th, are.
+#[inline(always)]
+pub(super) fn keys_of(rows: &Rows<'_>, k: &[u16], b: usize, block: u32) -> *const u16 {
+    let cache = rows.attention.cache;
+    if cache.layout.ints {
+        let n_cells = padded(rows.attention.spec.head_dim) * BLOCK_TOKENS;
+        return k[b * n_cells..][..n_cells].as_ptr();
+    }
+    cache.keys(block, rows.item.kv_head as usize).as_ptr()
 }
 
 /// Copies a tile's values, with zeros after those of its last key; says whether all are numbers.
 #[inline(always)]
-pub(super) fn load_values(rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
+pub(super) fn load_values<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
     let (width, cache) = (padded(rows.attention.spec.head_dim), rows.attention.cache);
+    if cache.layout.ints {
+        return ints::load_pair_values(s, rows, keys, &mut v[..TILE_KEYS * width]);
+    }
     let n_cells = keys.n.next_multiple_of(2) * width;
     let mut most = 0;
     for (b, &block) in keys.blocks.iter().enumerate() {
@@ -135,11 +160,11 @@ fn fold_group<S: Simd>(
     healthy: bool,
     scratch: &mut AttentionScratch,
 ) {
-    let AttentionScratch { tiles: Scratch { v, q, p, weights, sums, masked }, out, largest, sum, .. } = scratch;
+    let AttentionScratch { tiles: Scratch { k, v, q, p, weights, sums, masked }, out, largest, sum, .. } = scratch;
     let spec = rows.attention.spec;
     let width = padded(spec.head_dim);
     let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
-    scores(s, rows, &keys.blocks[..end.div_ceil(BLOCK_TOKENS)], &q[row * width..], p, seen.len());
+    scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], p, seen.len());
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
     let decay = softmax(s, spec, seen, (p, weights), state);
     let out = &mut out[row * width..][..seen.len() * width];
@@ -158,13 +183,15 @@ fn fold_group<S: Simd>(
 
 /// Scores of `n_rows` rows against the keys of some blocks, to `p`, `[16][64]`. `q` begins with the first row.
 #[inline(always)]
-fn scores<S: Simd>(s: S, rows: &Rows<'_>, blocks: &[u32], q: &[u16], p: &mut [f32], n_rows: usize) {
-    let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
+fn scores<S: Simd>(s: S, rows: &Rows<'_>, (blocks, k): (&[u32], &[u16]), q: &[u16], p: &mut [f32], n_rows: usize) {
     let width = padded(rows.attention.spec.head_dim);
     assert!(q.len() >= TILE * width && p.len() >= TILE * TILE_KEYS);
     let a = Tiles { start: [q.as_ptr()], stride: width * size_of::<u16>(), step: STRIDE };
     for (pair, blocks) in blocks.chunks(2).enumerate() {
-        let keys = |i: usize| cache.keys(blocks[i.min(blocks.len() - 1)], kv_head).as_ptr();
+        let keys = |i: usize| {
+            let i = i.min(blocks.len() - 1);
+            keys_of(rows, k, 2 * pair + i, blocks[i])
+        };
         let b = Tiles { start: [keys(0), keys(1)], stride: STRIDE, step: TILE_CELLS * size_of::<u16>() };
         let p = &mut p[pair * 2 * BLOCK_TOKENS..];
         let target = Target { start: p.as_mut_ptr(), stride: TILE_KEYS, n_rows, add: false };
