@@ -3,7 +3,7 @@
 mod bench;
 mod kernels;
 
-pub use bench::{BenchArgs, BenchPlanArgs, BenchWindowsArgs, MachineBench};
+pub use bench::{BenchArgs, BenchPlanArgs, BenchQualityArgs, BenchWindowsArgs, MachineBench};
 pub use kernels::KernelsAction;
 
 use crate::journal::{IfRunning, Shard, Terms};

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use valar::allocator::Allocator;
 use valar::cache::{Cache, CacheStats, PackStats, Packs};
 use valar::cli::{
-    BenchArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, LogFormat, MachineBench, PlanArgs, RunArgs,
+    BenchArgs, BenchQualityArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, LogFormat, MachineBench, PlanArgs, RunArgs,
     ServeArgs, UsageArgs,
 };
 use valar::config::serve::ServeConfig;
@@ -19,6 +19,7 @@ use valar::hub;
 use valar::journal::Apart;
 use valar::outcome::shortened;
 use valar::pipeline::bench_plan::PlanBench;
+use valar::pipeline::bench_quality::{self, Choices};
 use valar::pipeline::progress::{say, say_as_json};
 use valar::pipeline::{self, JobEnd, bench, bench_windows, explain, inspect, kernels, merge, retry, spec, status};
 use valar::server;
@@ -125,6 +126,7 @@ fn measure(args: BenchArgs) -> Result<u8> {
                 Err(error) => Ok(usage(&error)),
             }
         }
+        BenchArgs { machine: Some(MachineBench::Quality(args)), .. } => measure_quality(&args),
         BenchArgs { machine: Some(MachineBench::Plan(args)), .. } => {
             match PlanBench::new(args.overrides(), args.kv_share, args.prompts) {
                 Ok(bench) => bench.run(args.json).map(|()| 0),
@@ -142,6 +144,20 @@ fn measure(args: BenchArgs) -> Result<u8> {
             Ok(exit_code(&workload.run(args.json)?))
         }
     }
+}
+
+/// `valar bench quality`
+fn measure_quality(args: &BenchQualityArgs) -> Result<u8> {
+    let settings = Choices::named(&args.types, &args.numerics, &args.kv)
+        .and_then(|choices| Ok((choices, config::isa()?, config::n_threads(args.threads)?)));
+    let (choices, isa, n_threads) = match settings {
+        Ok(settings) => settings,
+        Err(error) => return Ok(usage(&error)),
+    };
+    let default = spec::ModelSpec::default().name;
+    let model = args.model.as_deref().unwrap_or(&default);
+    let setting = bench_quality::Setting { model, text: &args.text, n_chunks: args.chunks, isa, n_threads };
+    bench_quality::show(&setting, &choices, (&cache_folder()?, config::hub().as_ref()), args.json).map(|()| 0)
 }
 
 /// A job as typed.

@@ -23,10 +23,40 @@ pub enum MachineBench {
         #[arg(long)]
         threads: Option<usize>,
     },
+    /// Measure what element types, numerics and the form of keys and values cost in quality, on a text
+    Quality(BenchQualityArgs),
     /// Count what the order of a workload's rows is worth: tokens prefilled, beside the fewest possible
     Plan(BenchPlanArgs),
     /// Run a day of calls and batches through the scheduler, on a machine of counted time, and beside it first come, first served
     Windows(BenchWindowsArgs),
+}
+
+/// `valar bench quality`
+#[derive(Debug, Args)]
+pub struct BenchQualityArgs {
+    /// A text, or a JSON list of token ids
+    pub text: PathBuf,
+    /// A name from `valar models`, or a path
+    #[arg(short, long)]
+    pub model: Option<String>,
+    /// Chunks of 512 tokens that are taken of the text
+    #[arg(long, default_value_t = 4)]
+    pub chunks: usize,
+    /// Element types that the weights are made into, such as `F32,Q8_0,Q4_K`; `file` is as they are
+    #[arg(long, value_delimiter = ',', default_value = "file")]
+    pub types: Vec<String>,
+    /// In which numbers the CPU computes
+    #[arg(long, value_delimiter = ',', default_value = "int8,int8-bf16,bf16,exact")]
+    pub numerics: Vec<String>,
+    /// How it keeps keys and values
+    #[arg(long, value_delimiter = ',', default_value = "floats,int8")]
+    pub kv: Vec<String>,
+    /// Threads
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print a JSON object a line instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `valar bench windows`

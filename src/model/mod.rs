@@ -84,13 +84,18 @@ impl<D: Device> Model<D> {
 
     /// One step. `caches` are one per layer.
     pub fn forward(&self, dev: &D, batch: &Batch, caches: &mut [D::Cache], ws: &mut Workspace<D>, out: &mut StepOutput) {
+        self.run_layers(dev, batch, caches, ws);
+        let head = HeadSpec { eps: self.spec.norm_eps, soft_cap: self.spec.logit_cap };
+        dev.head(&ws.x, &self.norm, self.head.as_ref().unwrap_or(&self.embed), &head, batch, out);
+    }
+
+    /// A step's residual stream, to `ws.x`.
+    fn run_layers(&self, dev: &D, batch: &Batch, caches: &mut [D::Cache], ws: &mut Workspace<D>) {
         let spec = &self.spec;
         dev.embed(&self.embed, spec.embed_scale, batch, &mut ws.x);
         for ((layer, attention), cache) in self.layers.iter().zip(&spec.attention).zip(caches) {
             layer.forward(dev, spec, attention, batch, cache, ws);
         }
-        let head = HeadSpec { eps: spec.norm_eps, soft_cap: spec.logit_cap };
-        dev.head(&ws.x, &self.norm, self.head.as_ref().unwrap_or(&self.embed), &head, batch, out);
     }
 }
 
@@ -138,6 +143,21 @@ impl<D: Device> ModelRunner<D> {
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.model.spec
+    }
+
+    /// Memory for [`ModelRunner::logits`].
+    pub fn new_logits(&self) -> D::Hidden {
+        self.dev.new_hidden(self.limits.max_step_tokens, self.limits.n_vocab)
+    }
+
+    /// Runs a step and gives all logits of all its tokens, `[T, vocab]`, without a soft cap: what measurements of quality
+    /// compare, and nobody else needs.
+    pub fn logits(&mut self, batch: &Batch, out: &mut D::Hidden) {
+        let (dev, model, ws) = (&self.dev, &self.model, &mut self.workspace);
+        model.run_layers(dev, batch, &mut self.caches, ws);
+        let head = model.head.as_ref().unwrap_or(&model.embed);
+        dev.norm(&ws.x, &model.norm, model.spec.norm_eps, head, batch, &mut ws.normed);
+        dev.linear(&ws.normed, head, batch, out);
     }
 
     /// What the bits depend on besides the model's file ([`Device::fingerprint`]).

@@ -5,6 +5,7 @@ mod answer;
 mod attempts;
 pub mod bench;
 pub mod bench_plan;
+pub mod bench_quality;
 pub mod bench_windows;
 pub mod budget;
 mod calibrate;

@@ -1,6 +1,6 @@
 //! The program from outside: files, exit codes and messages.
 
-use crate::common::{Sandbox, chat_line, root};
+use crate::common::{Sandbox, chat_line, golden, root};
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fs;
@@ -254,6 +254,45 @@ fn bench_plan_counts_what_the_order_is_worth() {
     assert_eq!(outcome["prompt_tokens"], prompts.iter().map(Vec::len).sum::<usize>());
     let ratio = outcome["prefilled"].as_f64().unwrap() / nodes.len() as f64;
     assert!((1.0..=1.02).contains(&ratio), "{outcome}");
+    assert!(outcome["time_by_parts"].is_null() && (0.0..0.1).contains(&outcome["tail"].as_f64().unwrap()), "{outcome}");
+    // Groups cut in two: as one job each group's beginning is computed once, and steps are fuller.
+    for (name, rows) in [("a.jsonl", &rows[..400]), ("b.jsonl", &rows[400..])] {
+        sandbox.write(name, rows.iter().map(|&i| line(i)).collect::<Vec<_>>().join("\n"));
+    }
+    let both = sandbox.run(&["bench", "plan", "a.jsonl", "b.jsonl", "--json", "--kv-share", "0.1"]);
+    let both: Value = serde_json::from_slice(&both.stdout).unwrap();
+    assert_eq!((&both["minimum"], &both["prefilled"]), (&outcome["minimum"], &outcome["prefilled"]));
+    assert!((0.8..1.0).contains(&both["time_by_parts"].as_f64().unwrap()), "{both}");
+}
+
+/// What is lost is next to nothing in f32, a little in keys and values of 8 bits, more in activations of 8 bits.
+#[test]
+fn bench_quality_tells_what_numbers_cost() {
+    let sandbox = Sandbox::new();
+    let text = golden("ppl_sherlock_20k.ids.json");
+    let choices = ["--chunks", "1", "--numerics", "exact,int8", "--types", "file,Q8_0", "--json"];
+    let output = sandbox.run(&[&["bench", "quality", text.to_str().unwrap()][..], &choices].concat());
+    let said = String::from_utf8(output.stdout).unwrap();
+    let found: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kl = |weights: &str, numerics: &str, kv: &str| {
+        let row = found
+            .iter()
+            .find(|row| (&row["weights"], &row["numerics"], &row["kv"]) == (&json!(weights), &json!(numerics), &json!(kv)));
+        row.unwrap()["kl_mean"].as_f64().unwrap()
+    };
+    assert_eq!(found.len(), 8, "{said}");
+    assert!((0.0..1e-5).contains(&kl("file", "exact", "floats")), "{said}");
+    assert!((1e-5..1e-2).contains(&kl("file", "exact", "int8")), "{said}");
+    assert!((1e-4..2e-2).contains(&kl("file", "int8", "floats")), "{said}");
+    assert!((1e-5..1e-2).contains(&kl("Q8_0", "exact", "floats")), "{said}");
+    assert!(
+        found
+            .iter()
+            .all(|row| (row["perplexity"].as_f64().unwrap() / found[0]["perplexity"].as_f64().unwrap() - 1.0).abs() < 0.02),
+        "{said}"
+    );
+    let wrong = sandbox.expect(&["bench", "quality", text.to_str().unwrap(), "--types", "Q9"], 2);
+    assert!(wrong.contains("Q9"), "{wrong}");
 }
 
 /// Rows by the hundred thousand, each with an id to remember and an error to write: memory stays where it was.
