@@ -3,6 +3,7 @@
 
 mod abuse;
 mod architecture;
+mod assembly;
 mod background;
 mod batch_ends;
 mod batches;
