@@ -170,7 +170,9 @@ fn all_logits(
         runner.logits(&half(chunk, HALF), &mut logits);
         let mut values = logits.values().to_vec();
         if let Some(cap) = spec.logit_cap {
-            values.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            for x in &mut values {
+                *x = cap * (*x / cap).tanh();
+            }
         }
         Ok(values)
     };
