@@ -119,6 +119,9 @@ pub struct ModelConfig {
     pub memory_is_given: bool,
     /// Models that share a device's memory.
     pub n_sharing: u64,
+    /// Most tokens of a row of the job that is gone on with. Where it was the KV cache that set that limit, it stays the limit
+    /// however much memory is free now: rows end where they would have, and the job is still the same.
+    pub begun_context: Option<usize>,
     /// Threads that compute.
     pub n_threads: usize,
     /// Their instructions.
@@ -229,6 +232,7 @@ impl Config {
             memory_bytes: self.memory_bytes,
             memory_is_given: engine.memory.is_some(),
             n_sharing: 1,
+            begun_context: None,
             n_threads: self.n_threads,
             isa: self.isa,
             kernels: kernel_place(&self.cache),

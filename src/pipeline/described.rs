@@ -9,7 +9,7 @@ use super::meter::Meter;
 use super::policy::Policy;
 use super::rows::FeedTimes;
 use super::steps;
-use crate::config::Config;
+use crate::config::{Config, ModelConfig};
 use crate::grammar::Grammars;
 use crate::journal::{Manifest, Outputs};
 use crate::prepare::RowForm;
@@ -65,7 +65,8 @@ impl Described {
         // The job's parts are named when it has begun.
         let outputs = Outputs { results, parts: None, errors, passed, schema, columns: columns.fields() };
         let load_start = Instant::now();
-        let open = load::open(&config.model())?;
+        let begun_context = if config.terms.restart { None } else { job::begun_context(storage, files) };
+        let open = load::open(&ModelConfig { begun_context, ..config.model() })?;
         let grammars = Grammars::new(Arc::clone(&open.tokenizer));
         steps::check_formats(&form.rows, &grammars)?;
         let manifest = job::manifest(config, &inputs, &form.files_hash, &open)?;

@@ -256,6 +256,17 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
     })
 }
 
+/// The longest row that the job whose files these are may have; `None` if there is none. Whether it is this job is seen later.
+pub(super) fn begun_context(storage: &Storage, files: &JobFiles) -> Option<usize> {
+    let unfinished = journal::manifest_in(storage, &files.journal).ok().flatten();
+    let Some(manifest) = unfinished else {
+        // The KV cache held at least one row of any length that was allowed.
+        return report(storage, files).ok().flatten().map(|report| report.kv_tokens as usize);
+    };
+    let pipeline: toml::Table = manifest.pipeline.parse().ok()?;
+    pipeline.get("memory")?.get("max_context")?.as_integer()?.try_into().ok()
+}
+
 /// How the results of a job that has begun are cut. Two runs have parts of one name only if they write the same ones.
 pub(super) fn parts(manifest: &Manifest, size: PartSize) -> Parts {
     let Manifest { created_unix_s, replaces, retries, .. } = manifest;

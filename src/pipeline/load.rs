@@ -7,7 +7,7 @@ use super::progress::say;
 use super::spec::EngineKind;
 use crate::config::{Config, ModelConfig};
 use crate::device::cpu::{CpuDevice, Kv, Numerics};
-use crate::device::cuda::CudaDevice;
+use crate::device::cuda::{CudaDevice, driver_is_present};
 use crate::device::reference::Reference;
 use crate::device::{BLOCK_TOKENS, Device};
 use crate::engine::TokenTable;
@@ -148,40 +148,45 @@ fn open_device(file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig, tel
             let (fingerprint, memory) = (Reference.fingerprint(), plan_memory(&Reference, file, spec, config, &allowed)?);
             Ok((AnyDevice::Reference(Reference), fingerprint, memory, None))
         }
-        "auto" => match open_cuda(0, file, spec, config, tell) {
-            Ok(open) => {
+        "auto" => match find_cuda(0, spec, config, tell) {
+            Ok(device) => {
                 tell("device: cuda:0");
-                Ok(open)
+                plan_cuda(device, file, spec, config)
             }
             Err(error) => {
-                tell(&format!("device: cpu ({error:#})"));
+                let notice = format!("device: cpu ({error:#})");
+                // Where there is a GPU, it was expected to be used.
+                if driver_is_present() {
+                    say(&notice);
+                } else {
+                    tell(&notice);
+                }
                 open_cpu(file, spec, config)
             }
         },
         name => match name.strip_prefix("cuda") {
-            Some("") => open_cuda(0, file, spec, config, tell),
+            Some("") => plan_cuda(find_cuda(0, spec, config, tell)?, file, spec, config),
             Some(number) if number.strip_prefix(':').is_some_and(|n| n.parse::<usize>().is_ok()) => {
-                open_cuda(number[1..].parse()?, file, spec, config, tell)
+                plan_cuda(find_cuda(number[1..].parse()?, spec, config, tell)?, file, spec, config)
             }
             _ => bail!("model.device: {name:?} is not one of cpu, cuda, cuda:1 and so on, auto, reference"),
         },
     }
 }
 
-/// A GPU, if the model can run on it.
-fn open_cuda(
-    ordinal: usize,
-    file: &dyn ModelFile,
-    spec: &ModelSpec,
-    config: &ModelConfig,
-    tell: &mut dyn FnMut(&str),
-) -> Result<OpenDevice> {
+/// A GPU, if it has what models of this kind need.
+fn find_cuda(ordinal: usize, spec: &ModelSpec, config: &ModelConfig, tell: &mut dyn FnMut(&str)) -> Result<CudaDevice> {
     let numerics = &config.numerics;
     ensure!(numerics == "fast", "model.numerics: {numerics:?} is for the CPU; CUDA computes in bfloat16");
     ensure!(config.kv == "floats", "model.kv: \"int8\" is for the CPU; CUDA keeps bfloat16");
     let device = CudaDevice::open(ordinal, &config.kernels, tell)?;
     device.check(&spec.step_sizes(config.budget_tokens))?;
-    let free = device.free_bytes()?;
+    Ok(device)
+}
+
+/// The memory of a GPU. Too little is an error for `auto`, too: it may be others' for the moment, and the CPU gives other bits.
+fn plan_cuda(device: CudaDevice, file: &dyn ModelFile, spec: &ModelSpec, config: &ModelConfig) -> Result<OpenDevice> {
+    let (ordinal, free) = (device.facts().ordinal, device.free_bytes()?);
     // Others may want a little of what is free now; the driver itself does.
     let n_bytes = if config.memory_is_given { config.memory_bytes.min(free) } else { free / 10 * 9 / config.n_sharing };
     let advice = format!("{} MiB of cuda:{ordinal} are free; choose a smaller engine.budget_tokens or model", free >> 20);
@@ -305,6 +310,10 @@ fn plan_memory<D: Device>(
     // More than every running row at full length can't be used.
     let useful = config.max_running * spec.max_context.div_ceil(BLOCK_TOKENS);
     let n_blocks = (kv_bytes / sizes.kv_block_bytes as u64).min(useful as u64) as usize;
+    // A job that has begun goes on as it was, though more may be free by now.
+    let begun = config.begun_context.filter(|begun| (MIN_KV_TOKENS..spec.max_context).contains(begun));
+    let begun_blocks = begun.map(|begun| begun / BLOCK_TOKENS).filter(|&begun| begun <= n_blocks);
+    let n_blocks = begun_blocks.unwrap_or(n_blocks);
     let pool_tokens = n_blocks * BLOCK_TOKENS;
     if pool_tokens < MIN_KV_TOKENS {
         let need = fixed_bytes + (MIN_KV_TOKENS / BLOCK_TOKENS * sizes.kv_block_bytes) as u64;
@@ -319,6 +328,7 @@ fn plan_memory<D: Device>(
     }
     let (max_context, max_context_reason) = match spec.max_context {
         limit if limit <= pool_tokens => (limit, "the model's context"),
+        _ if begun_blocks.is_some() => (pool_tokens, "the KV cache that the job began with"),
         _ => (pool_tokens, "the KV cache; raise --memory"),
     };
     let n_bytes = fixed_bytes + (n_blocks * sizes.kv_block_bytes) as u64;

@@ -1,8 +1,8 @@
 //! A GPU that is not there, not right, too small, or fails in the middle of a job: a clear message each, and no row lost.
 
 use crate::cuda::tools;
-use crate::cuda_stage::{Family, Stage, line, text};
-use serde_json::json;
+use crate::cuda_stage::{CONTEXT, Family, Stage, line, text};
+use serde_json::{Value, json};
 use std::fs;
 
 /// Rows of which some are drawn.
@@ -90,7 +90,82 @@ fn what_is_wrong_with_a_gpu_is_said() {
     let (code, said) = stage.run("cuda", &[]);
     assert!(code == Some(1) && said.contains("/none/libnvrtc.so") && said.contains("VALAR_NVRTC"), "{said}");
     let (code, said) = stage.run("auto", &[]);
-    assert_eq!(code, Some(0), "the CPU does it then: {said}");
+    assert!(code == Some(0) && said.contains("device: cpu") && said.contains("/none/libnvrtc.so"), "{said}");
+}
+
+/// `auto` takes the CPU where no GPU can be used, and says so if there seems to be one; a GPU that is only too full is an error.
+#[test]
+fn the_cpu_takes_no_gpus_place_in_silence() {
+    let mut stage = Stage::new(Family::Llama);
+    let lines = &lines()[..1];
+    let restart = |stage: &Stage, settings: &[&str]| stage.run_anew("auto", settings, lines);
+    stage.set("STANDIN_CC", "7.5");
+    let (code, said) = restart(&stage, &[]);
+    assert!(code == Some(0) && said.contains("device: cpu") && said.contains("compute capability 7.5"), "{said}");
+    stage.set("STANDIN_CC", "");
+    let (code, said) = restart(&stage, &["model.numerics='exact'"]);
+    assert!(code == Some(0) && said.contains("device: cpu") && said.contains("CUDA computes in bfloat16"), "{said}");
+    stage.set("STANDIN_MEMORY", "8M");
+    let (code, said) = restart(&stage, &[]);
+    assert!(code == Some(1) && said.contains("not enough memory") && said.contains("of cuda:0 are free"), "{said}");
+    // No driver: there is nothing to expect.
+    stage.set("LD_LIBRARY_PATH", "/none");
+    let (code, said) = restart(&stage, &[]);
+    assert!(code == Some(0) && said.is_empty(), "{said}");
+}
+
+/// Machine code of ours has the same bits with every driver; of PTX, the driver makes it.
+#[test]
+fn a_driver_that_compiles_is_part_of_the_fingerprint() {
+    let mut stage = Stage::new(Family::Llama);
+    let lines = &lines()[..1];
+    stage.job("cuda", &[], lines);
+    let with = |stage: &Stage, version: &str| {
+        let report: Value = serde_json::from_str(&stage.sandbox.read("out.report.json")).unwrap();
+        let device = report["device"].as_str().unwrap();
+        assert!(device.starts_with("cuda compute_80 ") && device.contains(&format!(" driver={version} ")), "{device}");
+    };
+    with(&stage, "12090");
+    stage.set("STANDIN_DRIVER", "13000");
+    let (code, said) = stage.run("cuda", &[]);
+    assert!(code == Some(1) && said.contains("not this job's"), "{said}");
+    stage.job("cuda", &[], lines);
+    with(&stage, "13000");
+}
+
+/// How long rows can be, where the KV cache limits them, is as the job began: it goes on, and is known when it is done, whatever
+/// memory is free by then.
+#[test]
+fn a_job_is_the_same_with_more_memory_than_it_began_with() {
+    let (mut stage, lines) = (Stage::new(Family::Llama), lines());
+    let small = ["engine.max_running=2", "engine.checkpoint_tokens=2", "engine.budget_tokens=64", "engine.memory='11MiB'"];
+    let large = ["engine.max_running=2", "engine.checkpoint_tokens=2", "engine.budget_tokens=64", "engine.memory='32MiB'"];
+    let kv_tokens = |stage: &Stage| {
+        let report: Value = serde_json::from_str(&stage.sandbox.read("out.report.json")).unwrap();
+        report["kv_tokens"].as_u64().unwrap() as usize
+    };
+    stage.job("cuda", &small, &lines[..1]);
+    let context = kv_tokens(&stage);
+    assert!(context < CONTEXT, "the KV cache does not limit rows: it holds {context} tokens");
+    // It ends where the cache does.
+    let long = line("long", &text(context - 6, 77), &json!({"max_tokens": 50}));
+    let lines = [&lines[..], &[long]].concat();
+    let undisturbed = stage.job("cuda", &small, &lines);
+    assert_eq!(undisturbed["long"][0]["finish_reason"], "length");
+    let expected = stage.sandbox.read("out.jsonl");
+    let (code, said) = stage.run("cuda", &large);
+    assert_eq!(code, Some(0), "it is done: {said}");
+
+    fs::remove_file(stage.sandbox.path("out.jsonl")).unwrap();
+    stage.set("STANDIN_FAIL", &format!("launch:200:{LAUNCH_FAILED}"));
+    let (code, said) = stage.run_anew("cuda", &small, &lines);
+    assert_eq!(code, Some(1), "{said}");
+    stage.set("STANDIN_FAIL", "");
+    let (code, said) = stage.run("cuda", &large);
+    assert_eq!((code, &stage.sandbox.read("out.jsonl")), (Some(0), &expected), "{said}");
+    // Begun anew, it has the memory that there is.
+    stage.job("cuda", &large, &lines[..1]);
+    assert!(kv_tokens(&stage) > context);
 }
 
 /// With kernels that were compiled before, no compiler is needed; without, they are compiled once.

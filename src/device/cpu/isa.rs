@@ -120,9 +120,11 @@ impl Isa {
     /// Whether AVX-512 BF16 may be used.
     pub(super) fn has_bf16(self) -> bool {
         match self.0 {
-            // Every machine with tiles of bfloat16 has it (Sapphire Rapids on).
+            // Every processor with tiles of bfloat16 has it (Sapphire Rapids on), but what a virtual machine shows of one may not.
             #[cfg(target_arch = "x86_64")]
-            Path::Amx | Path::Avx512Bf16 => true,
+            Path::Amx => dots::rounds_as_documented(),
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Bf16 => true,
             _ => false,
         }
     }

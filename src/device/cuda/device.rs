@@ -170,8 +170,10 @@ impl CudaDevice {
 /// Everything that bits depend on besides the model.
 fn fingerprint(facts: &Facts, images: &Images) -> String {
     let (major, minor) = images.compiler;
+    // PTX is made into machine code by the driver.
+    let driver = if images.are_ptx() { format!(" driver={}", facts.driver) } else { String::new() };
     format!(
-        "cuda {} ({}) kernels={} nvrtc={major}.{minor} cublaslt={} algorithms={} kv=bf16",
+        "cuda {} ({}) kernels={} nvrtc={major}.{minor}{driver} cublaslt={} algorithms={} kv=bf16",
         images.arch,
         facts.name,
         images.hash(),

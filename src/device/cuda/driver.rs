@@ -94,7 +94,7 @@ fn words(error: DriverError) -> String {
 }
 
 /// Whether the driver's library is on this machine.
-fn driver_is_present() -> bool {
+pub fn driver_is_present() -> bool {
     // SAFETY: loads the library by its name, as any program that uses CUDA does; its initialisers have no preconditions.
     unsafe { sys::is_culib_present() }
 }
@@ -218,14 +218,17 @@ impl Gpu {
         Ok(Function { handle, shared })
     }
 
-    /// Copies bytes to the device and waits.
+    /// Copies bytes to the device and waits. On our stream: the driver's call without one returns when it has read the bytes,
+    /// which may be before they are there, and a stream like ours does not wait for it.
     pub(super) fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
         self.enter()?;
-        // SAFETY: `to` is memory of as many bytes of this device: callers take it from the arena by that number.
-        said("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(to, bytes) })
+        // SAFETY: `to` is memory of as many bytes of this device: callers take it from the arena by that number. The bytes are
+        // borrowed until the stream was waited for, below.
+        said("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, bytes, self.stream) })?;
+        self.wait()
     }
 
     /// Has the first words copied to the device; they must stay until the stream has been waited for.

@@ -81,6 +81,11 @@ impl Images {
         Ok(Some(Self { modules, arch: arch.to_owned(), compiler }))
     }
 
+    /// Whether it is the driver that makes machine code of them.
+    pub(super) fn are_ptx(&self) -> bool {
+        self.arch.starts_with("compute_")
+    }
+
     /// A hash of all sources, as they were compiled.
     pub(super) fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();

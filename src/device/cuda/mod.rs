@@ -20,7 +20,7 @@ mod work;
 
 pub use cache::{Kept, build, check_arch};
 pub use device::{Act, Cache, CudaDevice, Hidden, Vector, Weight};
-pub use driver::Facts;
+pub use driver::{Facts, driver_is_present};
 pub use images::KernelPlace;
 pub use nvrtc::{Image, Nvrtc};
 pub use sources::{ARCHS, PROGRAMS, Program};

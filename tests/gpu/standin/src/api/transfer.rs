@@ -24,7 +24,9 @@ impl Driver {
     }
 }
 
-/// To the device. Pageable memory is read now, pinned memory when it is the copy's turn.
+/// To the device. Pageable memory is read now, pinned memory when it is the copy's turn. A call that waits, waits for pinned memory
+/// alone: pageable memory has been read, and may still be on its way from where the driver has put it (CUDA's "API synchronization
+/// behavior").
 fn write(to: u64, from: Host, bytes: usize, stream: Handle, wait: bool) -> Done {
     if bytes == 0 {
         return in_context(|driver, device| driver.stream(stream, device).map(|_| ()));
@@ -36,14 +38,15 @@ fn write(to: u64, from: Host, bytes: usize, stream: Handle, wait: bool) -> Done 
             return Err(INVALID_VALUE);
         }
         driver.tally.add("bytes to the device", bytes as u64);
-        if driver.is_pinned(from.0, bytes) {
+        let is_pinned = driver.is_pinned(from.0, bytes);
+        if is_pinned {
             driver.push(stream, Op::WritePinned { to, from, bytes })?;
         } else {
             driver.pageable(stream, "a copy from")?;
             driver.push(stream, Op::Write { to, bytes: from.copy_in(bytes).into() })?;
         }
         let full = driver.devices[device].staged > STAGING;
-        Ok((wait || full).then(|| driver.all_of(stream)))
+        Ok((wait && is_pinned || full).then(|| driver.all_of(stream)))
     })?;
     goal.map_or(Ok(()), run::until)
 }

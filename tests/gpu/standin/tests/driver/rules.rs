@@ -28,6 +28,21 @@ fn pageable_memory_is_read_at_the_call_and_pinned_memory_later() {
     });
 }
 
+/// A copy without a stream returns when it has read pageable memory; a stream that does not block sees it when somebody has waited.
+#[test]
+fn a_copy_without_a_stream_is_not_before_one_that_does_not_block() {
+    alone(&[], || {
+        let gpu = Gpu::new();
+        let at = gpu.floats(&[1.0; 4]);
+        gpu.sync().unwrap();
+        // SAFETY: there is room for as many.
+        unsafe { result::memcpy_htod_sync(at, &[2f32; 4]) }.unwrap();
+        assert_eq!(gpu.read::<f32>(at, 4).unwrap(), [1.0; 4]);
+        result::ctx::synchronize().unwrap();
+        assert_eq!(gpu.read::<f32>(at, 4).unwrap(), [2.0; 4]);
+    });
+}
+
 type Forbidden<'a> = Box<dyn FnMut() -> u32 + 'a>;
 
 /// What is not allowed during a capture ends it.
