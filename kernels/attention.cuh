@@ -31,6 +31,12 @@ struct Item {
 // The fold goes on from the state that stands in the part of the first segment.
 #define RESUMES 2u
 
+// An item in registers: otherwise it would be read again after every copy, for all the compiler knows.
+DEVICE Item load_item(const Item* from) {
+    uint4 first = load16(from), second = load16(reinterpret_cast<const uint4*>(from) + 1);
+    return {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+}
+
 struct Attention {
     const u16 *q, *keys, *values;
     u16* out;
@@ -84,15 +90,18 @@ template <int D> struct Tile {
     static const u32 BYTES = TILE * STRIDE;
 };
 
-// Starts copying the keys (or values) of a tile. Slots past key_end and unmapped blocks become zeros.
+// Starts copying the keys (or values) of a tile. Slots past key_end and unmapped blocks become zeros. A warp reads the tile's four
+// entries of the table once; pieces of a tile are a multiple of 32, so its lanes are together in every round.
 template <int D, int THREADS>
 DEVICE void copy_tile(const Attention& a, const Item& item, const u16* cells, u32 key_start, u32 to) {
     const u32 pieces = D / 8;
+    u32 mine = key_start + threadIdx.x % (TILE / BLOCK_TOKENS) * BLOCK_TOKENS;
+    u32 entry = mine < item.key_end ? a.tables[item.table_start + mine / BLOCK_TOKENS] : UNMAPPED;
 #pragma unroll 4
     for (u32 i = opaque(threadIdx.x); i < TILE * pieces; i += THREADS) {
         u32 slot = i / pieces, piece = i % pieces, key = key_start + slot;
-        u32 block = key < item.key_end ? a.tables[item.table_start + key / BLOCK_TOKENS] : UNMAPPED;
-        bool there = block != UNMAPPED;
+        u32 block = __shfl_sync(0xffffffffu, entry, slot / BLOCK_TOKENS);
+        bool there = key < item.key_end && block != UNMAPPED;
         u64 at = (((u64)(there ? block : 0) * a.n_kv_heads + item.kv_head) * BLOCK_TOKENS + key % BLOCK_TOKENS) * D;
         copy16_async(to + slot * Tile<D>::STRIDE + piece * 16, cells + (there ? at + piece * 8 : 0), there);
     }

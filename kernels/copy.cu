@@ -2,7 +2,8 @@
 //
 // keys, values: [n_blocks][n_kv_heads][16][D] bfloat16. copies [n]{src, dst, n_slots} u32.
 // Grid: (n_kv_heads, 2) blocks of 256 threads; y is keys or values. A thread copies the same 16-byte pieces of a slot in every
-// copy, so a copy that reads what an earlier one wrote finds it there. Reads and writes 2 bytes per element.
+// copy, so a copy that reads what an earlier one wrote finds it there. Reads and writes 2 bytes per element. From the caches: a sector for
+// each warp and word of the list.
 #include "prims.cuh"
 
 struct BlockCopy {

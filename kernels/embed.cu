@@ -1,21 +1,21 @@
 // Rows by their numbers. embed_bf16: x[t] = scale · table[ids[t]]; gather_rows: out[r] = x[rows[r]], f32.
 //
 // ids [T] u32, table [V][H] bfloat16, x [T][H] f32. H is a multiple of 8; ids are under V.
-// Grid: T blocks of 128 threads. Reads 2 and writes 4 bytes per element of x; one multiplication each.
+// Grid: T blocks of 128 threads. Reads 2 and writes 4 bytes per element of x; each of a block's warps reads its number (a sector). One
+// multiplication per element.
 // gather_rows: rows [R] u32, x [T][H] f32, out [R][H] f32. H is a multiple of 4. Grid: R blocks of 128 threads. Reads and writes
-// 4 bytes per element.
+// 4 bytes per element, and numbers as above.
 #include "prims.cuh"
 
 extern "C" __global__ void __launch_bounds__(128) embed_bf16(
     const u32* __restrict__ ids, const u16* __restrict__ table, float* __restrict__ x, u32 width, float scale) {
     const u16* row = table + (u64)ids[blockIdx.x] * width;
     float* out = x + (u64)blockIdx.x * width;
-    for (u32 i = threadIdx.x * 8; i < width; i += 128 * 8) {
-        float v[8];
-        unpack8(load16(row + i), v);
-        float4* to = reinterpret_cast<float4*>(out + i);
-        to[0] = make_float4(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale);
-        to[1] = make_float4(v[4] * scale, v[5] * scale, v[6] * scale, v[7] * scale);
+    // Four elements a lane, so that a warp's store is of whole sectors.
+    for (u32 i = threadIdx.x * 4; i < width; i += 128 * 4) {
+        uint2 raw = *reinterpret_cast<const uint2*>(row + i);
+        *reinterpret_cast<float4*>(out + i) = make_float4(
+            bf16_low(raw.x) * scale, bf16_high(raw.x) * scale, bf16_low(raw.y) * scale, bf16_high(raw.y) * scale);
     }
 }
 

@@ -2,7 +2,8 @@
 //
 // gate_up [T][2F] bfloat16: a token's F gates, then its F ups. out [T][F] bfloat16. F is a multiple of 8.
 //   gate_silu: f(x) = x / (1 + e^-x);  gate_gelu: f(x) = x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
-// Grid: (T, ceil(F / 2048)) blocks of 256 threads, 8 elements each. Reads 4 and writes 2 bytes per element; about 10 operations.
+// Grid: (T, ceil(F / 2048)) blocks of 256 threads, 8 elements each. Reads 4 and writes 2 bytes per element;
+// 6.5 operations (silu) or 13.5 (gelu).
 #include "prims.cuh"
 
 DEVICE float silu(float x) { return x * reciprocal_approx(1.0f + exp2_approx(-x * LOG2_E)); }

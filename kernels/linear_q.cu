@@ -7,12 +7,15 @@
 // its row and column alone, so TILES is the caller's choice.
 //
 // Packed by whoever loads them, with K up to a multiple of 64 and N up to one of 64, padded with scale 0 and minimum 0:
-//   q [N / 16][K / 64][32 lanes][32 values], 16 or 32 bytes of a lane: value 8 s + 4 c + j of lane 4 g + t is q of column 8 c + g,
-//     element 16 s + 2 t + {0, 1, 8, 9}[j] of k; 4-bit values (0 to 15) are 2 in a byte, the low one first; 8-bit ones are signed.
+//   q [N / 16][K / 64][B / 4 pieces][32 lanes][16 bytes], a lane's pieces one after the other: value 8 s + 4 c + j of lane 4 g + t is q of
+//     column 8 c + g, element 16 s + 2 t + {0, 1, 8, 9}[j] of k; 4-bit values (0 to 15) are 2 in a byte, the low one first; 8-bit ones
+//     are signed.
 //   scales [N / 16][K / 32][16 columns]{scale, minimum} f32.
 // GGUF: Q4_0 is scale d, minimum −8 d; Q4_1 and Q4_K as they are; others as 8-bit integers. GPTQ and AWQ: scale s, minimum −s ·
 // zero, repeated over their groups. Elements of k in an order of their own (GPTQ's act-order) are x's to gather.
-// Reads (B / 8 + 1/4) bytes per weight for each 16 · TILES rows, 2 per element of x for each 64 columns; 2 M N K operations.
+// Reads (B / 8 + 1/4) bytes per weight for each 16 · TILES rows, 2 per element of x for each 64 columns (from the caches, but for the
+// first); writes 2 or 4 per result (4 read, if added to). Operations, for whole blocks of rows: 2 M N K of tensor cores; 2.5 per weight
+// and block of rows, 0.5 or 1 per result. No bank conflicts.
 #include "prims.cuh"
 
 #define K_STEP 64
@@ -38,9 +41,9 @@ template <int BITS> struct Step {
 
 template <int BITS> DEVICE void load_step(Step<BITS>& step, const u8* q, const float2* scales, u32 panel, u32 k_steps, u32 s) {
     u32 lane = threadIdx.x % 32, g = lane / 4;
-    const u8* from = q + (((u64)panel * k_steps + s) * 32 + lane) * (16 * Packed<BITS>::WORDS);
+    const u8* from = q + ((u64)panel * k_steps + s) * (512 * Packed<BITS>::WORDS) + lane * 16;
 #pragma unroll
-    for (int i = 0; i < Packed<BITS>::WORDS; i++) step.q.words[i] = load16_once(from + 16 * i);
+    for (int i = 0; i < Packed<BITS>::WORDS; i++) step.q.words[i] = load16_once(from + 512 * i);
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -93,19 +96,28 @@ DEVICE void multiply_step(float (&acc)[TILES][2][4], const Step<BITS>& step, u32
     }
 }
 
-template <bool ADD> DEVICE void store2(void* out, u64 at, u32 column, u32 n, float low, float high) {
+// Four columns of a row, side by side.
+template <bool ADD> DEVICE void store4(void* out, u64 row, u32 column, u32 n, const float (&v)[4]) {
+    bool whole = n % 4 == 0 && column < n;
     if (ADD) {
-        float* to = (float*)out + at + column;
-        if (column < n) to[0] += low;
-        if (column + 1 < n) to[1] += high;
-    } else {
-        u16* to = (u16*)out + at + column;
-        u32 pair = to_bf16x2(low, high);
-        if (column + 1 < n && n % 2 == 0) {
-            *reinterpret_cast<u32*>(to) = pair;
+        float* to = (float*)out + row + column;
+        if (whole) {
+            float4 old = *reinterpret_cast<float4*>(to);
+            *reinterpret_cast<float4*>(to) = make_float4(old.x + v[0], old.y + v[1], old.z + v[2], old.w + v[3]);
         } else {
-            if (column < n) to[0] = (u16)pair;
-            if (column + 1 < n) to[1] = (u16)(pair >> 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (column + i < n) to[i] += v[i];
+        }
+    } else {
+        u16* to = (u16*)out + row + column;
+        uint2 words = make_uint2(to_bf16x2(v[0], v[1]), to_bf16x2(v[2], v[3]));
+        if (whole) {
+            *reinterpret_cast<uint2*>(to) = words;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (column + i < n) to[i] = (u16)((i < 2 ? words.x : words.y) >> i % 2 * 16);
         }
     }
 }
@@ -139,11 +151,18 @@ DEVICE void linear(const u16* x, const u8* q, const float2* scales, void* out, c
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            u32 row = first_row + tile * 16 + g + 8 * i;
-            if (row >= sizes.m) continue;
+            // Neighbours trade pairs, so that each has four columns side by side and a warp stores whole sectors.
+            bool odd = t % 2 != 0;
+            float v[4];
 #pragma unroll
-            for (int c = 0; c < 2; c++)
-                store2<ADD>(out, (u64)row * sizes.n, panel * 16 + 8 * c + 2 * t, sizes.n, acc[tile][c][2 * i], acc[tile][c][2 * i + 1]);
+            for (int j = 0; j < 2; j++) {
+                float low = acc[tile][0][2 * i + j], high = acc[tile][1][2 * i + j];
+                float got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+                v[j] = odd ? got : low;
+                v[2 + j] = odd ? high : got;
+            }
+            u32 row = first_row + tile * 16 + g + 8 * i;
+            if (row < sizes.m) store4<ADD>(out, (u64)row * sizes.n, panel * 16 + t % 2 * 8 + t / 2 * 4, sizes.n, v);
         }
 }
 

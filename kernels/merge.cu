@@ -1,7 +1,8 @@
 // Merges the parts of rows whose keys were cut into segments, from left to right: out = Σ part · 2^(largest − M) / Σ sums.
 //
 // merge_parts: grid (T, ceil(Hq / 4)) blocks of 128 threads, a warp per row, head size D. A token whose part_starts is UNMAPPED
-// has its output already. Reads 4 D + 8 bytes per part, writes 2 D per row; 3 D operations per part.
+// has its output already. Reads 4 D bytes per part, writes 2 D per row. From the caches: a sector for the state of each part, two per row.
+// Operations: 2 D per part, and 7 for each lane.
 #include "attention.cuh"
 
 #define MAX_DIM 256

@@ -8,7 +8,8 @@
 // `_int8` with scale = max|value| / 448 (from sm_89 on).
 // Grid: T blocks of 256 threads. H is a multiple of 4, at most 256 · 4 · ROUNDS; the name ends in ROUNDS, which the caller
 // chooses by H alone (more rounds than needed give the same bits). A row stays in registers: each value is read once.
-// Bytes per element: 4 (x) + 2 (y) read, 4 (x, if y) + 2 or 1 (out) written. About 6 operations per element.
+// Bytes per element: 4 (x) + 2 (y) read, 4 (x, if y) + 2 or 1 (out) written; a scale is a sector per row. From the caches: 4 per element
+// (weights). Operations: 4 to 8 per element, and 17 for each thread (a sum over the block). No bank conflicts.
 #include "prims.cuh"
 
 #define THREADS 256

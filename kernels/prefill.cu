@@ -7,7 +7,10 @@
 // totals [gridDim.x][rows][D] f32, total_states [gridDim.x][128]{largest, sum}: where a block merges
 // segments; what is there before is not read.
 // Dynamic shared memory: 2 tiles of 64 · (2 D + 16) bytes, for D = 256 as much as one of them more for queries.
-// Operations: 4 D per row and key. Reads 4 D bytes per key and item, 2 D per row; writes 2 D per row.
+// Reads 4 D bytes per key and item, 2 D per row; writes 2 D per row, or 4 D + 8 to parts. From the caches, for each warp: two sectors of
+// tables per tile, and 4 for the item and positions; and 4 D + 8 per row, twice, for each segment that is merged. Operations, always for
+// all rows and whole tiles: 4 D per row and key of tensor cores (6 D for D = 256, where two warps have the same scores), 6 of others.
+// Bank conflicts: as in decode.cu.
 #include "attention.cuh"
 
 #define WARPS 8
@@ -213,7 +216,7 @@ template <int D> DEVICE void attend(const Attention& a, const Item& item, float*
 
 template <int D>
 DEVICE void prefill(const Attention& a, const Item* items, u32 n_items, float* totals, float2* total_states) {
-    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) attend<D>(a, items[i], totals, total_states);
+    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) attend<D>(a, load_item(items + i), totals, total_states);
 }
 
 #define PREFILL(D)                                                                                                         \

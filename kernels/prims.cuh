@@ -4,6 +4,8 @@
 // - Programs are compiled with -fmad=false: a product and a sum are fused only where the source says fmaf, so that two
 //   kernels that say the same thing compute the same bits.
 // - bfloat16 is stored as its 16 bits and rounded to nearest, ties to even.
+// - What a file's head says of bytes, operations and bank conflicts is what src/device/cuda/costs.rs has as functions, to which tests hold
+//   the kernels. Bytes are of whole sectors of 32; "from the caches" is what was asked for before, or is asked for by everybody.
 // - A pointer to values that are read 16 bytes at a time must be aligned to 16 bytes; so must be the rows it leads to.
 #pragma once
 

@@ -2,8 +2,10 @@
 //
 // sample: grid: one block of 512 threads per row. logits [rows][V] f32 (changed in place: capped and edited); rows
 // [rows] of Want; edits and masks as in src/device/batch.rs; kept: as many f32 as edits; out [rows] of Drawn. V is at most 2^18.
-// Passes over a row: 1 (greedy), 2 (with log-probabilities), and 4 for each of top-n, top-k, top-p and the draw: 4 bytes and
-// some 25 operations per logit and pass.
+// Passes over a row: 1 (greedy); 1 (log-probabilities); 6 for top-n, 6 for top-k, 5 for top-p; 4 for a draw, 6 for one after any of
+// top-k, top-p and min-p. Each asks for 4 bytes per logit (from the caches, after the first); and each warp for 8 to 14 words of what is
+// wanted. An exponential is 21 operations, which the first pass of a search takes of every logit that is kept, later ones of fewer.
+// Bank conflicts: of atomic additions to digits that share a bank, which depends on the logits: a pass for 8 logits and search at most.
 //
 // The same steps as src/device/sample.rs, which says what they mean. Weights e^((x - max) / temperature) are its f32 bits,
 // but sums are of weights in units of 2^-44, as integers: exact, so that the order in which threads add does not matter. A
@@ -140,7 +142,9 @@ DEVICE u64 descend(const Logits& l, Shared& shared, u64 target, int first_digit,
             // A lane adds up 64 digits; then the lane whose share holds the target looks at its own.
             const u32 share = DIGITS / 32;
             u64 mine = 0;
-            for (u32 i = 0; i < share; i++) mine += shared.sums[threadIdx.x * share + i];
+            // Each begins at another digit: banks differ.
+#pragma unroll 4
+            for (u32 i = 0; i < share; i++) mine += shared.sums[threadIdx.x * share + (i + threadIdx.x) % share];
             u64 start = before;
             for (u32 lane = 0; lane < 32; lane++) {
                 u64 theirs = (u64)__shfl_sync(0xffffffffu, (u32)(mine >> 32), lane) << 32 |

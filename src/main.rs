@@ -21,7 +21,7 @@ use valar::outcome::shortened;
 use valar::pipeline::bench_plan::PlanBench;
 use valar::pipeline::bench_quality::{self, Choices};
 use valar::pipeline::progress::{say, say_as_json};
-use valar::pipeline::{self, JobEnd, bench, bench_windows, explain, inspect, kernels, merge, retry, spec, status};
+use valar::pipeline::{self, JobEnd, bench, bench_windows, explain, inspect, kernels, merge, modelled, retry, spec, status};
 use valar::server;
 use valar::server::prices::Price;
 
@@ -118,7 +118,17 @@ fn measure(args: BenchArgs) -> Result<u8> {
                 Err(error) => Ok(usage(&error)),
             }
         }
-        BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads }), .. } => {
+        BenchArgs { machine: Some(MachineBench::Kernels { device, model_only, json, .. }), .. }
+            if device != "cpu" || model_only =>
+        {
+            match (&*device, model_only) {
+                ("cuda", true) => modelled::show(json).map(|()| 0),
+                ("cuda", false) => Ok(usage(&anyhow!("--device cuda: its kernels are only modelled here; say --model-only"))),
+                (_, true) => Ok(usage(&anyhow!("--model-only is for --device cuda"))),
+                _ => Ok(usage(&anyhow!("--device: {device:?} is not one of cpu, cuda"))),
+            }
+        }
+        BenchArgs { machine: Some(MachineBench::Kernels { numerics, threads, .. }), .. } => {
             let numerics = numerics.filter(|name| name != "fast").map(|name| Numerics::named(&name)).transpose();
             let settings = numerics.context("--numerics").and_then(|n| Ok((config::isa()?, n, config::n_threads(threads)?)));
             match settings {

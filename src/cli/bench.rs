@@ -22,6 +22,15 @@ pub enum MachineBench {
         /// Threads
         #[arg(long)]
         threads: Option<usize>,
+        /// `cpu`, or `cuda`, for which there is only a model (`--model-only`)
+        #[arg(long, default_value = "cpu")]
+        device: String,
+        /// Measure nothing: what CUDA kernels move and compute, against published peaks of GPUs; models of 1B, 8B and 70B parameters
+        #[arg(long)]
+        model_only: bool,
+        /// Print one JSON object instead of a table (with --model-only)
+        #[arg(long, requires = "model_only")]
+        json: bool,
     },
     /// Measure what element types, numerics and the form of keys and values cost in quality, on a text
     Quality(BenchQualityArgs),

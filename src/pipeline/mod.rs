@@ -28,6 +28,7 @@ pub mod kernels;
 pub mod load;
 pub mod merge;
 pub mod meter;
+pub mod modelled;
 mod null;
 pub mod policy;
 pub mod progress;

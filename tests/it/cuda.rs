@@ -177,7 +177,8 @@ fn needs(kernel: &str, arch: &str, resources: &Resources) {
         _ if kernel.starts_with("quant_rows") => &[],
         _ if kernel.starts_with("linear_q") => &[0, 1, 2, 3],
         _ if kernel.starts_with("add_norm") => &[3, 4],
-        "finish_qkv" | "copy_blocks" | "embed_bf16" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
+        "embed_bf16" => &[4],
+        "finish_qkv" | "copy_blocks" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
         _ => &[3],
     };
     for &i in wanted {

@@ -4,42 +4,43 @@
 use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module};
 use half::bf16;
 use ptx::{Arg, Module};
+use std::sync::Arc;
 
 const TILE: u32 = 64;
-const SEGMENT: u32 = 1024;
-const TO_PARTS: u32 = 1;
-const RESUMES: u32 = 2;
-const KV_HEADS: u32 = 2;
+pub(crate) const SEGMENT: u32 = 1024;
+pub(crate) const TO_PARTS: u32 = 1;
+pub(crate) const RESUMES: u32 = 2;
+pub(crate) const KV_HEADS: u32 = 2;
 /// Outputs are rounded to bfloat16 (2^-9 of 1), as are weights of values between -1 and 1.
 const TOLERANCE: f64 = 0.01;
 
 /// A sequence: tokens of this step, tokens before them, and blocks that it shares with the first sequence.
 #[derive(Clone, Copy)]
-struct Seq {
-    n: u32,
-    first: u32,
-    shared: u32,
+pub(crate) struct Seq {
+    pub(crate) n: u32,
+    pub(crate) first: u32,
+    pub(crate) shared: u32,
 }
 
-const fn seq(n: u32, first: u32) -> Seq {
+pub(crate) const fn seq(n: u32, first: u32) -> Seq {
     Seq { n, first, shared: 0 }
 }
 
 /// A piece of work, as attention.cuh has it.
-struct Item {
-    kv_head: u32,
-    token_start: u32,
-    row_start: u32,
-    n_rows: u32,
-    table_start: u32,
-    key_begin: u32,
-    key_end: u32,
-    flags: u32,
+pub(crate) struct Item {
+    pub(crate) kv_head: u32,
+    pub(crate) token_start: u32,
+    pub(crate) row_start: u32,
+    pub(crate) n_rows: u32,
+    pub(crate) table_start: u32,
+    pub(crate) key_begin: u32,
+    pub(crate) key_end: u32,
+    pub(crate) flags: u32,
 }
 
 /// One layer in one step.
-struct Layer {
-    dim: u32,
+pub(crate) struct Layer {
+    pub(crate) dim: u32,
     group: u32,
     window: u32,
     cap: f32,
@@ -57,7 +58,7 @@ struct Layer {
 
 impl Layer {
     /// Blocks in reverse order; slots that no token has hold NaN; a table ends with an entry that maps to nothing.
-    fn new(dim: u32, group: u32, window: u32, cap: f32, seqs: &[Seq]) -> Self {
+    pub(crate) fn new(dim: u32, group: u32, window: u32, cap: f32, seqs: &[Seq]) -> Self {
         let mut noise = Noise(dim + group);
         let (mut starts, mut positions, mut tables) = (Vec::new(), Vec::new(), Vec::<u32>::new());
         let n_blocks: u32 = seqs.iter().map(|s| (s.first + s.n).div_ceil(16) - s.shared).sum();
@@ -135,7 +136,7 @@ impl Layer {
     }
 
     /// Everything by prefill.
-    fn prefill_items(&self, most: u32) -> Vec<Item> {
+    pub(crate) fn prefill_items(&self, most: u32) -> Vec<Item> {
         let mut items = Vec::new();
         for (s, row_start, n_rows) in self.pieces(most) {
             let position = |row: u32| self.seqs[s].first + row / self.group;
@@ -157,7 +158,7 @@ impl Layer {
     }
 
     /// What decode has to do from key `from` on: an item per segment.
-    fn decode_items(&self, from: u32) -> Vec<Item> {
+    pub(crate) fn decode_items(&self, from: u32) -> Vec<Item> {
         let mut items = Vec::new();
         for whole in self.prefill_items(16) {
             let mut key_begin = whole.key_begin.max(from);
@@ -172,7 +173,7 @@ impl Layer {
     }
 
     /// The prefix that all sequences, of one token each, share: one item per head and segment.
-    fn prefix_items(&self, n_keys: u32) -> Vec<Item> {
+    pub(crate) fn prefix_items(&self, n_keys: u32) -> Vec<Item> {
         let n_rows = self.positions.len() as u32 * self.group;
         let segments = (0..n_keys).step_by(SEGMENT as usize);
         let item = |kv_head, key_begin: u32| Item {
@@ -190,19 +191,23 @@ impl Layer {
 }
 
 /// A layer in the machine's memory.
-struct Loaded<'a> {
+pub(crate) struct Loaded<'a> {
     layer: &'a Layer,
-    machine: Machine,
+    pub(crate) machine: Machine,
     out: u64,
     attention: Vec<u8>,
-    prefill: Module,
-    decode: Module,
-    merge: Module,
+    prefill: Arc<Module>,
+    decode: Arc<Module>,
+    merge: Arc<Module>,
 }
 
 impl<'a> Loaded<'a> {
     fn new(layer: &'a Layer) -> Self {
-        let mut m = Machine::new();
+        Self::on(Machine::new(), layer)
+    }
+
+    /// On that machine, of which nothing was used yet.
+    pub(crate) fn on(mut m: Machine, layer: &'a Layer) -> Self {
         let n_heads = KV_HEADS * layer.group;
         let (mut part_starts, mut n_parts) = (Vec::new(), 0u32);
         for &position in &layer.positions {
@@ -242,7 +247,7 @@ impl<'a> Loaded<'a> {
         self.machine.u32s(&fields)
     }
 
-    fn prefill(&mut self, items: &[Item], n_blocks: u32) {
+    pub(crate) fn prefill(&mut self, items: &[Item], n_blocks: u32) {
         let dim = self.layer.dim;
         let tile = 64 * (2 * dim as usize + 16);
         let rows = if dim == 256 { 64 } else { 128 };
@@ -255,7 +260,7 @@ impl<'a> Loaded<'a> {
         self.machine.run(&self.prefill, &format!("prefill_{dim}"), ((n_blocks, 1), 256, shared), &args);
     }
 
-    fn decode(&mut self, items: &[Item]) {
+    pub(crate) fn decode(&mut self, items: &[Item]) {
         let dim = self.layer.dim;
         let row = 2 * dim as usize + 16;
         let at = self.items(items);
@@ -264,13 +269,13 @@ impl<'a> Loaded<'a> {
         self.machine.run(&self.decode, &format!("decode_{dim}"), ((items.len() as u32, 1), 128, shared), &args);
     }
 
-    fn merge(&mut self) {
+    pub(crate) fn merge(&mut self) {
         let grid = (self.layer.positions.len() as u32, (KV_HEADS * self.layer.group).div_ceil(4));
         let args = [Arg::Bytes(self.attention.clone()), Arg::U32(self.layer.dim)];
         self.machine.run(&self.merge, "merge_parts", (grid, 128, 0), &args);
     }
 
-    fn out(&mut self) -> Vec<bf16> {
+    pub(crate) fn out(&mut self) -> Vec<bf16> {
         self.machine.read_bf16s(self.out, self.layer.q.len())
     }
 }

@@ -134,13 +134,6 @@ fn a_row_has_the_same_bits_on_a_gpu_however_the_job_runs() {
     check("in another order of blocks and warps", &stage.job("cuda", &[], &lines));
 }
 
-/// The least memory that the program says it needs, in MiB.
-fn least_memory(stage: &Stage, settings: &[&str], lines: &[String]) -> u64 {
-    let (_, said) = stage.run_anew("cuda", &[settings, &["engine.memory='1MiB'"]].concat(), lines);
-    let words = said.split("at least ").nth(1).unwrap_or_else(|| panic!("{said}"));
-    words.split(' ').next().unwrap().parse().unwrap()
-}
-
 /// More rows than the KV cache holds at a time: they wait, and get blocks that others have left.
 #[test]
 fn rows_in_little_memory_keep_their_bits() {
@@ -151,7 +144,7 @@ fn rows_in_little_memory_keep_their_bits() {
     let lines: Vec<String> = (0..16).map(row).collect();
     let expected = stage.job("cuda", &["engine.max_running=4"], &lines);
     let settings = ["engine.budget_tokens=64", "engine.max_running=16"];
-    let memory = format!("engine.memory='{}MiB'", least_memory(&stage, &settings, &lines));
+    let memory = format!("engine.memory='{}MiB'", stage.least_memory(&settings, &lines));
     let found = stage.job("cuda", &[&settings[..], &[&memory]].concat(), &lines);
     let report: Value = serde_json::from_str(&stage.sandbox.read("out.report.json")).unwrap();
     assert!(report["kv_tokens"].as_u64().unwrap() < 16 * 100, "all fit: {report}");

@@ -147,14 +147,16 @@ fn a_job_is_the_same_with_more_memory_than_it_began_with() {
     stage.job("cuda", &small, &lines[..1]);
     let context = kv_tokens(&stage);
     assert!(context < CONTEXT, "the KV cache does not limit rows: it holds {context} tokens");
-    // It ends where the cache does.
-    let long = line("long", &text(context - 6, 77), &json!({"max_tokens": 50}));
-    let lines = [&lines[..], &[long]].concat();
-    let undisturbed = stage.job("cuda", &small, &lines);
-    assert_eq!(undisturbed["long"][0]["finish_reason"], "length");
-    let expected = stage.sandbox.read("out.jsonl");
+    // A row that is too long, but would not be with more memory: an error, and one it stays.
+    let long = line("long", &text(context, 77), &json!({"max_tokens": 8}));
+    let lines = [&[long], &lines[..]].concat();
+    let outputs = |stage: &Stage| ["out.jsonl", "out.errors.jsonl"].map(|name| stage.sandbox.read(name));
+    let (code, said) = stage.run_anew("cuda", &small, &lines);
+    assert_eq!(code, Some(3), "{said}");
+    let expected = outputs(&stage);
+    assert!(expected[1].contains("\"long\"") && expected[1].contains(&context.to_string()), "{}", expected[1]);
     let (code, said) = stage.run("cuda", &large);
-    assert_eq!(code, Some(0), "it is done: {said}");
+    assert_eq!((code, &outputs(&stage)), (Some(3), &expected), "it is done: {said}");
 
     fs::remove_file(stage.sandbox.path("out.jsonl")).unwrap();
     stage.set("STANDIN_FAIL", &format!("launch:200:{LAUNCH_FAILED}"));
@@ -162,9 +164,9 @@ fn a_job_is_the_same_with_more_memory_than_it_began_with() {
     assert_eq!(code, Some(1), "{said}");
     stage.set("STANDIN_FAIL", "");
     let (code, said) = stage.run("cuda", &large);
-    assert_eq!((code, &stage.sandbox.read("out.jsonl")), (Some(0), &expected), "{said}");
+    assert_eq!((code, &outputs(&stage)), (Some(3), &expected), "{said}");
     // Begun anew, it has the memory that there is.
-    stage.job("cuda", &large, &lines[..1]);
+    stage.job("cuda", &large, &lines[1..2]);
     assert!(kv_tokens(&stage) > context);
 }
 

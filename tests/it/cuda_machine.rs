@@ -2,9 +2,11 @@
 
 use crate::cuda::tools;
 use half::bf16;
-use ptx::{Arg, Gpu, Module, Options};
+use ptx::{Arg, Counters, Gpu, Module, Options};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use valar::device::cuda::{Nvrtc, PROGRAMS, build};
 
 /// A table entry or slot that maps to nothing.
@@ -13,10 +15,18 @@ pub(crate) const UNMAPPED: u32 = u32::MAX;
 /// A machine.
 pub(crate) struct Machine {
     gpu: Gpu,
+    /// Of the last launch.
+    pub(crate) counters: Counters,
 }
 
-/// The PTX of a program.
-pub(crate) fn module(name: &str) -> Module {
+/// The PTX of a program, read once by the tests of a process.
+pub(crate) fn module(name: &str) -> Arc<Module> {
+    static READ: Mutex<BTreeMap<String, Arc<Module>>> = Mutex::new(BTreeMap::new());
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    read.entry(name.to_owned()).or_insert_with(|| Arc::new(parsed(name))).clone()
+}
+
+fn parsed(name: &str) -> Module {
     let nvrtc = Nvrtc::open(Some(&tools().nvrtc)).unwrap();
     let program = PROGRAMS.iter().find(|program| program.name == name).unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-ptx");
@@ -31,7 +41,12 @@ pub(crate) fn bytes<const N: usize>(values: impl IntoIterator<Item = [u8; N]>) -
 
 impl Machine {
     pub(crate) fn new() -> Self {
-        Self { gpu: Gpu::new(Options::default()) }
+        Self::seeded(0)
+    }
+
+    /// One whose blocks and warps take turns in the order that is drawn from this number.
+    pub(crate) fn seeded(seed: u64) -> Self {
+        Self { gpu: Gpu::new(Options { seed, ..Options::default() }), counters: Counters::default() }
     }
 
     /// Memory that holds these bytes, and at least 16.
@@ -72,8 +87,9 @@ impl Machine {
 
     /// Runs a kernel; a fault of any kind fails the test.
     pub(crate) fn run(&mut self, module: &Module, kernel: &str, (grid, block, shared): Launch, args: &[Arg]) {
-        if let Err(fault) = self.gpu.launch(module, kernel, grid, block, shared, args) {
-            panic!("{kernel}: {fault}");
+        match self.gpu.launch(module, kernel, grid, block, shared, args) {
+            Ok(counters) => self.counters = counters,
+            Err(fault) => panic!("{kernel}: {fault}"),
         }
     }
 }

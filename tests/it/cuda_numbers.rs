@@ -311,12 +311,12 @@ fn packed(bits: usize, (n, k): (usize, usize), q: &[i32], scales: &[(f32, f32)])
         let within = column % 16;
         let lane = 4 * (row % 8) + within % 8 / 2;
         let value = 8 * (column % 64 / 16) + 4 * (row % 16 / 8) + within % 2 + within / 8 * 2;
-        let at = ((row / 16 * (k_padded / 64) + column / 64) * 32 + lane) * 32 + value;
+        let step = row / 16 * (k_padded / 64) + column / 64;
         let integer = q[row * k + column] as u8;
         if bits == 4 {
-            out[at / 2] |= integer << (at % 2 * 4);
+            out[(step * 32 + lane) * 16 + value / 2] |= integer << (value % 2 * 4);
         } else {
-            out[at] = integer;
+            out[((step * 2 + value / 16) * 32 + lane) * 16 + value % 16] = integer;
         }
         let group = (row / 16 * (k_padded / 32) + column / 32) * 16 + row % 16;
         let (scale, minimum) = scales[row * k.div_ceil(32) + column / 32];

@@ -201,7 +201,14 @@ impl Stage {
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
-    /// The same; the choices of its rows.
+    /// The least memory that the program says it needs, in MiB.
+    pub(crate) fn least_memory(&self, settings: &[&str], lines: &[String]) -> u64 {
+        let (_, said) = self.run_anew("cuda", &[settings, &["engine.memory='1MiB'"]].concat(), lines);
+        let words = said.split("at least ").nth(1).unwrap_or_else(|| panic!("{said}"));
+        words.split(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// A job of these lines from its beginning, with that device; the choices of its rows.
     pub(crate) fn job(&self, device: &str, settings: &[&str], lines: &[String]) -> BTreeMap<String, Value> {
         let (code, said) = self.run_anew(device, settings, lines);
         assert_eq!(code, Some(0), "{said}");

@@ -23,6 +23,8 @@ mod cuda;
 mod cuda_attention;
 mod cuda_device;
 mod cuda_faults;
+mod cuda_kill;
+mod cuda_laws;
 mod cuda_machine;
 mod cuda_numbers;
 mod cuda_stage;

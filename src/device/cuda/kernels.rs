@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 /// Sizes of heads that attention has kernels for.
 pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 /// What a norm's kernel is called by: rounds of 1024 elements.
-const ROUNDS: [usize; 4] = [1, 4, 8, 16];
+pub(super) const ROUNDS: [usize; 4] = [1, 4, 8, 16];
 /// Rows of a block of `linear_q`, in tiles of 16.
 const TILES: [usize; 2] = [1, 4];
 
@@ -106,9 +106,15 @@ impl Kernels {
     /// A quantised linear layer over so many rows, whose results are added to f32 or stored as bfloat16, and how many rows a block
     /// has. The bits do not depend on it.
     pub(super) fn linear_q(&self, bits: usize, adds: bool, n_rows: usize) -> (Function, usize) {
-        let wide = usize::from(n_rows > 16 * TILES[0]);
-        (self.linear_q[usize::from(bits == 8)][usize::from(adds)][wide], 16 * TILES[wide])
+        let tiles = tiles(n_rows);
+        let wide = usize::from(tiles != TILES[0]);
+        (self.linear_q[usize::from(bits == 8)][usize::from(adds)][wide], 16 * tiles)
     }
+}
+
+/// Tiles of 16 rows that a block of `linear_q` has, for so many rows.
+pub(super) fn tiles(n_rows: usize) -> usize {
+    if n_rows > 16 * TILES[0] { TILES[1] } else { TILES[0] }
 }
 
 fn rounds(width: usize) -> Option<usize> {

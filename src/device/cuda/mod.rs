@@ -5,11 +5,13 @@
 
 mod blas;
 mod cache;
+pub mod costs;
 mod device;
 mod driver;
 mod images;
 mod kernels;
 mod memory;
+pub mod modelled;
 mod nvrtc;
 mod operations;
 mod sources;

@@ -12,6 +12,8 @@ use rayon::prelude::*;
 
 /// Rows of a panel: what a warp multiplies with.
 const PANEL: usize = 16;
+/// Bytes that a lane loads at once.
+const PIECE: usize = 16;
 /// Packed weights have multiples of so many rows and elements of a row.
 const PAD: usize = 64;
 
@@ -149,12 +151,9 @@ fn put_group(panel: &mut [u8], bits: usize, row: usize, group: usize, values: &G
         let within = column % 16;
         let lane = 4 * (row % 8) + within % 8 / 2;
         let place = 8 * (column % PAD / 16) + 4 * (row / 8) + within % 2 + within / 8 * 2;
-        let at = (column / PAD * 32 + lane) * 32 + place;
-        if bits == 4 {
-            panel[at / 2] |= (value as u8) << (at % 2 * 4);
-        } else {
-            panel[at] = value as u8;
-        }
+        let byte = place * bits / 8;
+        let at = (column / PAD * (bits / 4) + byte / PIECE) * 32 * PIECE + lane * PIECE + byte % PIECE;
+        panel[at] |= (value as u8) << (if bits == 4 { place % 2 * 4 } else { 0 });
     }
 }
 
@@ -182,8 +181,12 @@ mod tests {
         // Value 8 s + 4 c + j of lane 4 g + t: column 8 c + g, element 16 s + 2 t + {0, 1, 8, 9}[j].
         let (g, c, t) = (column % 8, column / 8, e % 8 / 2);
         let j = [0, 1, 8, 9].iter().position(|at| at + 2 * t == e).unwrap();
-        let at = ((panel * (k_padded / 64) + k / 64) * 32 + 4 * g + t) * 32 + 8 * (k % 64 / 16) + 4 * c + j;
-        let integer = if bits == 4 { f32::from(q[at / 2] >> (at % 2 * 4) & 15) } else { f32::from(q[at].cast_signed()) };
+        let (step, lane, value) = (panel * (k_padded / 64) + k / 64, 4 * g + t, 8 * (k % 64 / 16) + 4 * c + j);
+        let integer = if bits == 4 {
+            f32::from(q[(step * 32 + lane) * 16 + value / 2] >> (value % 2 * 4) & 15)
+        } else {
+            f32::from(q[((step * 2 + value / 16) * 32 + lane) * 16 + value % 16].cast_signed())
+        };
         let at = ((panel * (k_padded / 32) + k / 32) * 16 + column) * 8;
         let float = |at: usize| f32::from_le_bytes(*scales[at..].first_chunk().unwrap());
         integer * float(at) + float(at + 4)

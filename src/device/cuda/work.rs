@@ -15,9 +15,9 @@ const DECODE_ROWS: u32 = 16;
 const MIN_SHARED_TILES: u32 = 2;
 const BLOCKS_OF_TILE: u32 = TILE / BLOCK_TOKENS as u32;
 /// The states of an item's rows go to parts, which are merged later.
-const TO_PARTS: u32 = 1;
+pub(super) const TO_PARTS: u32 = 1;
 /// An item goes on from the state that stands in a part.
-const RESUMES: u32 = 2;
+pub(super) const RESUMES: u32 = 2;
 
 /// Words of an [`Item`].
 pub(super) const ITEM_WORDS: usize = 8;
