@@ -1,7 +1,8 @@
-//! kill -9 of a job on a GPU: it ends with the bytes of an undisturbed one. On the stand-in for NVIDIA's libraries.
+//! What interrupts a job on a GPU: kill -9 at any moment, and rows that lose their KV blocks to others and begin again. Neither
+//! changes a byte. On the stand-in for NVIDIA's libraries.
 
 use crate::cuda_stage::{Family, Stage, line, text};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use std::process::Stdio;
 
@@ -44,4 +45,26 @@ fn a_killed_job_on_a_gpu_ends_with_the_bytes_of_an_undisturbed_one() {
     assert!(kills[0], "it has ended before it could be killed");
     let (code, said) = stage.run("cuda", &SETTINGS);
     assert_eq!((code, &stage.sandbox.read("out.jsonl")), (Some(0), &undisturbed), "{said}");
+}
+
+/// The first rows answer in one token; those that follow are taken to do so, too, and many begin. They go on to their limit, which
+/// the KV cache does not hold: some are preempted, and computed again.
+#[test]
+fn preempted_rows_on_a_gpu_keep_their_bits() {
+    let stage = Stage::new(Family::Llama);
+    // It never ends by itself, but nobody can know that.
+    let row = |i: u32, max_tokens: u32| {
+        let extra = json!({
+            "max_tokens": max_tokens, "ignore_eos": false, "logit_bias": {"2": -100}, "temperature": 0.8, "seed": i, "logprobs": 1,
+        });
+        line(&format!("row-{i:02}"), &text(40 + i as usize, i), &extra)
+    };
+    let lines: Vec<String> = (0..26).map(|i| row(i, if i < 12 { 1 } else { 75 })).collect();
+    let expected = stage.job("cuda", &["engine.max_running=3"], &lines);
+    let settings = ["engine.budget_tokens=64", "engine.max_running=16", "job.window_rows=12"];
+    let memory = format!("engine.memory='{}MiB'", stage.least_memory(&settings, &lines));
+    let found = stage.job("cuda", &[&settings[..], &[&memory]].concat(), &lines);
+    let report: Value = serde_json::from_str(&stage.sandbox.read("out.report.json")).unwrap();
+    assert!(report["tokens"]["recomputed"].as_u64().unwrap() > 0, "nobody was preempted: {report}");
+    assert_eq!(found, expected);
 }
