@@ -119,8 +119,7 @@ pub struct ModelConfig {
     pub memory_is_given: bool,
     /// Models that share a device's memory.
     pub n_sharing: u64,
-    /// Most tokens of a row of the job that is gone on with. Where it was the KV cache that set that limit, it stays the limit
-    /// however much memory is free now: rows end where they would have, and the job is still the same.
+    /// Most tokens of a row of the job that is gone on with: where the KV cache set that limit, it stays, whatever is free now.
     pub begun_context: Option<usize>,
     /// Threads that compute.
     pub n_threads: usize,
@@ -184,8 +183,7 @@ impl Config {
         check_step(spec.engine.budget_tokens, spec.engine.max_running)?;
         at_least("job.window_rows", spec.job.window_rows, 1)?;
         at_least("job.window_bytes", spec.job.window_bytes, 1024)?;
-        let prices = &spec.prices;
-        for (name, price) in [("input", prices.input), ("output", prices.output), ("hour", prices.hour)] {
+        for (name, price) in [("input", spec.prices.input), ("output", spec.prices.output), ("hour", spec.prices.hour)] {
             if price.is_some_and(|price| !price.is_finite() || price < 0.0) {
                 bail!("prices.{name}: must be a number of at least 0");
             }

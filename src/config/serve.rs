@@ -449,8 +449,7 @@ fn models(args: &ServeArgs, spec: &ServeSpec) -> Result<(Vec<OfferedModel>, u64,
         let prices = entry.prices.or(spec.prices.tokens()).checked().context("prices")?;
         let (is_loaded, idle_s) = (entry.load == Load::Start, entry.idle_unload_s);
         let idle_unload = (idle_s > 0).then(|| Duration::from_secs(idle_s));
-        let (id, windows) = (entry.id.clone(), entry.windows.clone());
-        Ok(OfferedModel { id, windows, prices, model, is_loaded, idle_unload })
+        Ok(OfferedModel { id: entry.id.clone(), windows: entry.windows.clone(), prices, model, is_loaded, idle_unload })
     });
     Ok((offered.collect::<Result<_>>()?, memory_bytes, memory.is_some()))
 }
