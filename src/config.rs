@@ -4,6 +4,7 @@
 
 mod keys;
 mod memory;
+mod prompts;
 pub mod serve;
 
 use crate::device::cpu::{Isa, Kv, Numerics};
@@ -12,7 +13,7 @@ use crate::format::PartSize;
 use crate::hub::remote::Remote;
 use crate::journal::{Shard, Terms};
 use crate::pipeline::budget::Budget;
-use crate::pipeline::spec::{EngineKind, FormatSpec, PartsSpec, PipelineSpec, PromptSpec, RepetitionSpec, SamplingSpec};
+use crate::pipeline::spec::{EngineKind, PartsSpec, PipelineSpec, RepetitionSpec, SamplingSpec};
 use crate::request::{MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Params, Repetition};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::path::{Path, PathBuf};
@@ -165,7 +166,7 @@ impl Config {
         if spec.input.files.is_empty() {
             bail!("input.files: at least one file is needed");
         }
-        check_prompts(&spec)?;
+        prompts::check_prompts(&spec)?;
         if let Some(columns) = &spec.output.columns {
             if !spec.is_dataset() {
                 bail!("output.columns: request rows have no columns to keep; give a [prompt]");
@@ -271,69 +272,6 @@ fn check_step(budget_tokens: usize, max_running: usize) -> Result<()> {
     for (name, value, min) in [("budget_tokens", budget_tokens, 16), ("max_running", max_running, 1)] {
         if !(min..=MAX_STEP).contains(&value) {
             bail!("engine.{name}: {value} is outside {min} to {MAX_STEP}");
-        }
-    }
-    Ok(())
-}
-
-fn check_prompts(spec: &PipelineSpec) -> Result<()> {
-    if spec.prompt.is_some() && !spec.step.is_empty() {
-        bail!("prompt and step: give one of them");
-    }
-    if let Some(prompt) = &spec.prompt {
-        check_prompt(prompt).context("prompt")?;
-    }
-    for (i, step) in spec.step.iter().enumerate() {
-        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        if step.name.is_empty() || !step.name.chars().all(is_name) || step.name.starts_with(|c: char| c.is_ascii_digit()) {
-            bail!("step.name: {:?} is no name (letters, digits and _, not a digit first)", step.name);
-        }
-        if spec.step[..i].iter().any(|other| other.name == step.name) {
-            bail!("step.name: {:?} is used twice", step.name);
-        }
-        check_prompt(&step.prompt).with_context(|| format!("step {}", step.name))?;
-        sampling_params(&step.sampling.over(&spec.sampling), true).with_context(|| format!("step {}", step.name))?;
-    }
-    Ok(())
-}
-
-fn check_prompt(prompt: &PromptSpec) -> Result<()> {
-    let forms = [
-        prompt.text.is_some(),
-        prompt.user.is_some(),
-        !prompt.messages.is_empty(),
-        prompt.messages_column.is_some(),
-        prompt.tokens.is_some(),
-    ];
-    let takes_system = prompt.user.is_some() || prompt.messages_column.is_some();
-    if forms.iter().filter(|&&given| given).count() != 1 || (prompt.system.is_some() && !takes_system) {
-        bail!("give one of text, user or messages_column (with an optional system), messages, or tokens");
-    }
-    if let Some(m) = prompt.messages.iter().find(|m| !["system", "user", "assistant"].contains(&m.role.as_str())) {
-        bail!("messages: role {:?} is not one of system, user, assistant", m.role);
-    }
-    if let Some(few_shot) = &prompt.few_shot {
-        if prompt.text.is_some() || prompt.tokens.is_some() {
-            bail!("few_shot: needs a chat; with text, write the examples into it");
-        }
-        if few_shot.user.is_none() && prompt.user.is_none() {
-            bail!("few_shot.user: is required where the prompt has no user");
-        }
-    }
-    if prompt.tokens.is_some() && (prompt.prefill.is_some() || prompt.continuation.is_some()) {
-        bail!("tokens: can't be combined with prefill or continuation");
-    }
-    if prompt.prefill.is_some() && prompt.continuation.is_some() {
-        bail!("prefill and continuation: give one of them");
-    }
-    if let Some(format) = &prompt.format {
-        let FormatSpec { json_schema, json_object, regex, grammar, choices } = format;
-        let forms = [json_schema.is_some(), *json_object, regex.is_some(), grammar.is_some(), choices.is_some()];
-        if forms.iter().filter(|&&given| given).count() != 1 {
-            bail!("format: give one of json_schema, json_object, regex, grammar, choices");
-        }
-        if prompt.continuation.is_some() || prompt.prefill.is_some() {
-            bail!("format: can't be combined with prefill or continuation");
         }
     }
     Ok(())

@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use valar::allocator::Allocator;
 use valar::cache::{Cache, CacheStats, PackStats, Packs};
 use valar::cli::{
-    BenchArgs, BenchQualityArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, LogFormat, MachineBench, PlanArgs, RunArgs,
-    ServeArgs, UsageArgs,
+    BenchArgs, BenchQualityArgs, CacheAction, Cli, Command, DEFAULT_CACHE_SIZE, KernelsAction, LogFormat, MachineBench, PlanArgs,
+    RunArgs, ServeArgs, UsageArgs,
 };
 use valar::config::serve::ServeConfig;
 use valar::config::{self, Config, ReusePlace, cache_folder};

@@ -203,8 +203,7 @@ pub enum PartsSpec {
 pub struct ModelSpec {
     /// A catalogue name (`valar models`) or a path to a GGUF file.
     pub name: String,
-    /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU if it can be used, else the CPU), or
-    /// `reference` (slow, for comparison).
+    /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU that can be used, else the CPU), `reference`.
     pub device: String,
     /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the others.
     pub numerics: String,
@@ -307,10 +306,7 @@ pub enum EngineKind {
 impl EngineKind {
     /// As written in a pipeline.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Model => "model",
-            Self::Null => "null",
-        }
+        if self == Self::Model { "model" } else { "null" }
     }
 
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it")]
