@@ -152,6 +152,6 @@ fn a_container_asks_for_its_credentials() {
     assert!(said.contains("the credentials of the container's or instance's role can't be fetched"), "{said}");
     assert!(!said.contains("another-token"), "{said}");
     run("hidden-token", 0);
-    assert!(server.get("out.jsonl").starts_with(b"{\"q\":\"one\""));
+    assert!(String::from_utf8(server.get("out.jsonl")).unwrap().contains("\"one\""));
     assert!(seen.lock().unwrap().iter().all(|lines| lines[0] == "get /role http/1.1"));
 }
