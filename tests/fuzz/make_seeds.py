@@ -48,6 +48,8 @@ def requests():
     seed("template", "bad-loop", "{% for i in range(100000) %}{% for j in range(100000) %}{% set x = j %}{% endfor %}{% endfor %}")
     # Chains of operators are compiled by recursion: the stack ran over.
     seed("template", "bad-chain", "{{ 1" + 30_000 * "+1" + " }}")
+    # The compiler tried at each operator whether all under it was constant: time by the square of the length.
+    seed("template", "bad-square", "{{ 1" + 6_000 * "+1" + "+n" + 10_000 * "+1" + " }}")
     # Filled up to ten thousand million items.
     seed("template", "bad-batch", "{{ [1]|batch(10000000000, 1)|list }}")
     seed("template", "plain", "Say {{ text }} {{ text[0:2] }} {% if n > 2 %}x{% endif %}")
