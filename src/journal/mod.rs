@@ -32,7 +32,7 @@ pub use lease::IfRunning;
 pub use manifest::{Input, Manifest, Shard};
 pub use overview::{Asked, Life, Overview, ask_to_stop, lease_in, manifest_in, overview};
 pub use row_set::RowSet;
-pub use segment::{Checkpoint, Place, Record, SegmentId};
+pub use segment::{Checkpoint, Place, Record, SegmentId, is_damaged};
 pub use segment_index::Noted;
 pub use start::{forget_start, shared_start};
 

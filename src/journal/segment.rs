@@ -148,6 +148,11 @@ pub struct Place {
 #[error("{0}")]
 pub(super) struct Damaged(String);
 
+/// Whether something failed since a segment is not what was sealed, which no other try would mend.
+pub fn is_damaged(error: &anyhow::Error) -> bool {
+    error.is::<Damaged>()
+}
+
 /// The last line of a segment.
 #[derive(Debug, Serialize, Deserialize)]
 struct Seal {

@@ -260,6 +260,9 @@ pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<
     if !stored.is_open() {
         return Ok(());
     }
+    if stored.status == "cancelling" {
+        open.end(cancelled());
+    }
     let settings: Settings = serde_json::from_str(&stored.settings).context("its settings")?;
     let endpoint = Endpoint::parse(&settings.endpoint).context("its endpoint")?;
     let folder = app.data.join(folder(id));

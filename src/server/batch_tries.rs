@@ -10,7 +10,7 @@ use super::log::say;
 use super::models::now;
 use crate::pipeline::hosted::Ending;
 use crate::pipeline::referenced::{is_outage, refusal};
-use crate::store::batches;
+use crate::store::{batches, may_pass};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,7 +40,7 @@ async fn see_through(app: &Arc<App>, id: &str, open: &Arc<Open>) {
         if open.ending() == Some(Ending::Pause) {
             return;
         }
-        let is_out = is_outage(&error);
+        let is_out = is_outage(&error) || may_pass(&error);
         (n_tries, n_outages) = if is_out { (n_tries, n_outages + 1) } else { (n_tries + 1, 0) };
         let code = match (refusal(&error).and_then(batch_inputs::final_code), open.ending()) {
             (Some(code), _) => Some(code),
@@ -56,7 +56,10 @@ async fn see_through(app: &Arc<App>, id: &str, open: &Arc<Open>) {
             // Nothing else is to be done with it.
             while let Err(error) = break_off(app, id, open, vec![fault.clone()]).await {
                 say(&format!("batch {id}: {error:#}"));
-                tokio::time::sleep(FAULT_PAUSE).await;
+                if open.ending() == Some(Ending::Pause) {
+                    return;
+                }
+                open.pause(FAULT_PAUSE).await;
             }
             return;
         }

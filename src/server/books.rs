@@ -294,7 +294,8 @@ pub(super) async fn run(app: Arc<App>) -> ! {
 }
 
 /// A call ends when it is dropped: it is told of, and a caller that breaks a stream off has what was told. One that hangs up while
-/// it waits has had its prompt computed, and finds that in the cache when it comes again: it pays for what was drawn by then.
+/// it waits has had its prompt computed, and finds that in the cache when it comes again: it pays for what was drawn by then. Not
+/// with an idempotency key: then it comes again with that, and is charged once.
 impl Drop for Call {
     fn drop(&mut self) {
         let is_whole = self.flow.is_whole();
@@ -313,7 +314,7 @@ impl Drop for Call {
         self.trace_end();
         let usage = if self.is_streamed {
             self.flow.told()
-        } else if self.is_waited_for && !is_whole && !self.app.is_draining() {
+        } else if self.is_waited_for && !is_whole && self.claim.is_none() && !self.app.is_draining() {
             self.flow.drawn()
         } else {
             // Whoever runs it, or has its answer, charges it.

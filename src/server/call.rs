@@ -47,7 +47,7 @@ pub struct Call {
     pub(super) is_waited_for: bool,
     pub(super) app: Arc<App>,
     /// If its request may come again.
-    claim: Option<Arc<Claim>>,
+    pub(super) claim: Option<Arc<Claim>>,
     /// The id of its request, if it has one.
     pub(super) request: Option<Arc<str>>,
     /// How long ago it was accepted when it began.

@@ -267,6 +267,8 @@ pub struct Flow {
     seen: (Arc<Observed>, Class),
     /// Tokens that were told, once for each of the choices that have them: as they are charged when the answer is whole.
     n_told: u64,
+    /// By prompt: whether anything came of it.
+    has_begun: Vec<bool>,
     has_failed: bool,
     /// Its engine stays where it is until all of it has finished, or was cancelled.
     lease: Option<Lease>,
@@ -285,7 +287,7 @@ impl Flow {
         seen: (Arc<Observed>, Class),
     ) -> Self {
         let finished = sequences.iter().map(|_| None).collect();
-        let (place, submitted) = (Some(place), Instant::now());
+        let (place, submitted, has_begun) = (Some(place), Instant::now(), vec![false; metas.len()]);
         Self {
             metas,
             sequences,
@@ -298,6 +300,7 @@ impl Flow {
             first_token: None,
             seen,
             n_told: 0,
+            has_begun,
             has_failed: false,
             lease: Some(lease),
         }
@@ -339,7 +342,8 @@ impl Flow {
 
     /// What was told of it, if it is whole or its caller has broken it off; nothing if the engine failed.
     pub fn told(&self) -> Option<Usage> {
-        let usage = self.prompt_usage();
+        let begun = self.metas.iter().zip(&self.has_begun).filter(|&(_, &has_begun)| has_begun);
+        let usage = begun.fold(Usage::default(), |sum, (meta, _)| sum.plus(meta.usage(&[])));
         (self.n_told > 0 && !self.has_failed).then_some(Usage { completion_tokens: self.n_told as u32, ..usage })
     }
 
@@ -418,6 +422,7 @@ impl Flow {
         for next in &mut gained {
             self.n_told += (next.n_tokens * self.choices_of(next.sequence).len()) as u64;
             let prompt = self.sequences[next.sequence].1;
+            self.has_begun[prompt] = true;
             // A prompt counts once, and so does what its first sequence found in the cache.
             if self.sequences[..next.sequence].iter().all(|&(_, other)| other != prompt) {
                 self.metas[prompt].cached_tokens = self.metas[prompt].cached_tokens.max(next.cached_tokens);

@@ -32,8 +32,6 @@ use std::time::{Duration, Instant, SystemTime};
 const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 /// Methods that are told by name.
 const METHODS: [Method; 6] = [Method::GET, Method::POST, Method::DELETE, Method::HEAD, Method::OPTIONS, Method::PUT];
-/// Most characters of a path that are told.
-const MAX_PATH: usize = 200;
 /// Longest header that is taken from callers, in bytes: as much of a state as must be handed on.
 const MAX_HEADER: usize = 512;
 const TRACEPARENT: &str = "traceparent";
@@ -84,6 +82,7 @@ impl Spot {
     }
 
     /// A background response's run ends before it does: somebody has ended it, or the server ends, and runs it at its next start.
+    #[expect(clippy::unnecessary_wraps, reason = "the run ends with it")]
     pub(super) fn left_by(&self, app: &App) -> Result<()> {
         self.became(if app.background.is_closed() { "in_progress" } else { "cancelled" });
         Ok(())
@@ -177,12 +176,10 @@ impl Traces {
         let Some(tracer) = self.tracer().filter(|_| !PROBES.contains(&path)) else { return Spot::default() };
         let caller = TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(request.headers()));
         let method = METHODS.iter().find(|method| *method == request.method()).map_or("_OTHER", Method::as_str);
-        let mut attributes = vec![
-            KeyValue::new("http.request.method", method.to_owned()),
-            KeyValue::new("url.path", path.chars().take(MAX_PATH).collect::<String>()),
-            KeyValue::new("valar.request.id", id.to_owned()),
-        ];
+        let mut attributes =
+            vec![KeyValue::new("http.request.method", method.to_owned()), KeyValue::new("valar.request.id", id.to_owned())];
         let mut name = method.to_owned();
+        // Paths themselves may hold names that callers chose.
         if let Some(route) = request.extensions().get::<MatchedPath>() {
             name = format!("{method} {}", route.as_str());
             attributes.push(KeyValue::new("http.route", route.as_str().to_owned()));

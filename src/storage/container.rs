@@ -77,7 +77,9 @@ impl Container {
         );
         let token = value("AWS_CONTAINER_AUTHORIZATION_TOKEN").map(|token| HeaderValue::from_str(&token));
         let mut token = token.transpose().map_err(|_| anyhow!("AWS_CONTAINER_AUTHORIZATION_TOKEN can't be sent as a header"))?;
-        token.iter_mut().for_each(|token| token.set_sensitive(true));
+        if let Some(token) = &mut token {
+            token.set_sensitive(true);
+        }
         let client = reqwest::Client::builder().timeout(LIMIT).no_proxy().build().context("cannot ask for credentials")?;
         Ok(Some(Self { client, url, token, known: Mutex::default() }))
     }
@@ -120,7 +122,11 @@ impl CredentialProvider for Container {
         }
         match fetched {
             Ok(found) => Ok(Arc::clone(&known.insert(found).0)),
-            Err(error) => Err(Error::Generic { store: "S3", source: error.into() }),
+            Err(error) => match &*known {
+                // Those that are known last a while yet.
+                Some((credential, stale)) if Instant::now() < *stale + MARGIN => Ok(Arc::clone(credential)),
+                _ => Err(Error::Generic { store: "S3", source: error.into() }),
+            },
         }
     }
 }

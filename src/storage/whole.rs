@@ -1,8 +1,8 @@
 //! Objects of web servers that give no parts of a file: fetched as a whole when a part is first asked for, into a temporary
-//! file that has no name. It stays as long as the storage, for whoever opens the object again: a job reads each input a few
-//! times.
+//! file that has no name. The last few stay as long as the storage, for whoever opens the object again: a job reads each input a
+//! few times.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::ops::Range;
@@ -20,9 +20,12 @@ use super::{Location, Object, PAUSES, broke_off};
 /// The whole content of an object, once it was fetched.
 pub(super) type WholeCopy = Arc<Mutex<Option<File>>>;
 
-/// The copies of a storage, by the objects' places and what tells their versions.
+/// The last copies of a storage, by the objects' places and what tells their versions.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Copies(Arc<Mutex<HashMap<String, WholeCopy>>>);
+pub(super) struct Copies(Arc<Mutex<VecDeque<(String, WholeCopy)>>>);
+
+/// Copies that are kept: each is an open file, and may be as large as an input.
+const MAX_COPIES: usize = 8;
 
 impl Copies {
     /// Where the copy of an object is or will be; of a store that gives parts, where none will be.
@@ -33,7 +36,13 @@ impl Copies {
         let ObjectMeta { e_tag, last_modified, size, .. } = meta;
         let version = format!("{} {} {last_modified} {size} {e_tag:?}", at.remote, at.path);
         let mut copies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(copies.entry(version).or_default())
+        let kept = copies.iter().position(|(other, _)| *other == version).and_then(|i| copies.remove(i));
+        let (version, copy) = kept.unwrap_or_else(|| (version, WholeCopy::default()));
+        copies.push_back((version, Arc::clone(&copy)));
+        if copies.len() > MAX_COPIES {
+            copies.pop_front();
+        }
+        copy
     }
 }
 

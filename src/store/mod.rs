@@ -148,7 +148,10 @@ pub fn may_pass(error: &anyhow::Error) -> bool {
         })
     };
     let of_disk = |error: &std::io::Error| matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    error.is::<Unusable>() || error.downcast_ref().is_some_and(of_database) || error.downcast_ref().is_some_and(of_disk)
+    let may = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<Unusable>() || cause.downcast_ref().is_some_and(of_database) || cause.downcast_ref().is_some_and(of_disk)
+    };
+    error.is::<Unusable>() || error.downcast_ref().is_some_and(of_database) || error.chain().any(may)
 }
 
 fn ended() -> anyhow::Error {

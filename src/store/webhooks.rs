@@ -211,8 +211,9 @@ pub fn note(connection: &Connection, id: &str, tried: Tried, now: u64) -> Result
         connection.execute(&format!("UPDATE endpoint SET n_failed = 0, resting_until = NULL {of_endpoint}"), [id])?;
     } else {
         let sql = format!("UPDATE endpoint SET n_failed = n_failed + 1 {of_endpoint} RETURNING n_failed");
-        let n_failed: u32 = connection.query_row(&sql, [id], |row| row.get(0))?;
-        if let Some(n_more) = n_failed.checked_sub(MAX_FAILED) {
+        // The endpoint may have been deleted meanwhile.
+        let n_failed: Option<u32> = connection.query_row(&sql, [id], |row| row.get(0)).optional()?;
+        if let Some(n_more) = n_failed.and_then(|n_failed| n_failed.checked_sub(MAX_FAILED)) {
             let rest_s = (REST_S << n_more.min(6)).min(MAX_REST_S);
             connection.execute(&format!("UPDATE endpoint SET resting_until = ?2 {of_endpoint}"), params![id, now + rest_s])?;
         }

@@ -41,7 +41,9 @@ fn what_did_not_run_can_be_run_again() {
     let call = json!({"model": MODEL, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 7000, "ignore_eos": true,
                       "stream": true});
     let mut running: Vec<_> = (0..4).map(|_| server.open("/v1/chat/completions", &call)).collect();
-    running.iter_mut().for_each(|stream| drop(read_until(stream, "\"content\":\"")));
+    for stream in &mut running {
+        drop(read_until(stream, "\"content\":\""));
+    }
     let first = server.batch_of(&format!("\u{feff}{}\r\n", content.join("\r\n")));
     server.act(&first["id"], "cancel");
     let first = server.ended(&first["id"]);

@@ -218,7 +218,9 @@ fn a_call_is_told_of_from_its_callers_trace_to_its_tokens() {
             assert_told(&call, &json!({"gen_ai.usage.input_tokens": answer.json()["usage"]["prompt_tokens"]}));
         }
         let parts = collector.below(&call, &["queue", "prefill", "decode"]);
-        parts.iter().for_each(|part| assert_within(&call, part));
+        for part in &parts {
+            assert_within(&call, part);
+        }
         let [queue, prefill, decode] = &parts[..] else { unreachable!() };
         assert_eq!(queue.end_time_unix_nano, prefill.start_time_unix_nano);
         assert_eq!(prefill.end_time_unix_nano, decode.start_time_unix_nano);
