@@ -303,7 +303,7 @@ pub struct RunArgs {
     /// Progress and all that is said, on standard error: for people (text), or an object a line with its numbers (json)
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// Seconds between lines of progress where standard error is no terminal; 0: whenever something changes
+    /// Seconds between lines of progress where standard error is no terminal; 0: at every look
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
     pub progress_every: Duration,
 }

@@ -79,7 +79,7 @@ impl<D: Device> Model<D> {
         let embed = dev.load_table(&file.tensor("token_embd.weight")?)?;
         let norm = dev.load_vector(&[file.tensor("output_norm.weight")?])?;
         file.release();
-        Ok(Self { embed, layers, norm, head, spec })
+        Ok(Self { spec, embed, layers, norm, head })
     }
 
     /// One step. `caches` are one per layer.

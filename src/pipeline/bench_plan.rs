@@ -89,8 +89,9 @@ impl PlanBench {
         }
         let (sequences, prompt_tokens) = (rows.len(), rows.iter().map(|row| row.prompt.len() as u64).sum());
         let kv_tokens = self.kv_tokens(&rows);
-        let counted = self.counted(&rows, kv_tokens, &tokenizer)?;
-        let time_by_parts = self.parts_time(kv_tokens)?.map(|parts| super::report::ratio(counted.time, parts));
+        let counted_kv = self.share(rows.iter().map(counted::n_held).sum());
+        let counted = self.counted(&rows, counted_kv, &tokenizer)?;
+        let time_by_parts = self.parts_time(counted_kv)?.map(|parts| super::report::ratio(counted.time, parts));
         let stats = self.engine_counts(rows, kv_tokens, &tokenizer)?;
         let prefilled = stats.prefill_tokens + stats.recomputed_tokens;
         let outcome = Outcome {
@@ -119,7 +120,12 @@ impl PlanBench {
     fn kv_tokens(&self, rows: &[Submission]) -> usize {
         // With no model behind it a row gets a token and an end, unless it must go on.
         let n_held = |row: &Submission| row.prompt.len() + if row.params.ignore_eos { row.params.max_tokens as usize } else { 1 };
-        (rows.iter().map(n_held).sum::<usize>() as f64 * self.kv_share).ceil() as usize
+        self.share(rows.iter().map(n_held).sum())
+    }
+
+    /// The share of so many tokens that there is memory for.
+    fn share(&self, n_tokens: usize) -> usize {
+        (n_tokens as f64 * self.kv_share).ceil() as usize
     }
 
     /// Rows in counted time, in steps as a job's.

@@ -258,8 +258,13 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
 
 /// The longest row that the job whose files these are may have; `None` if there is none. Whether it is this job is seen later.
 pub(super) fn begun_context(storage: &Storage, files: &JobFiles) -> Option<usize> {
-    let unfinished = journal::manifest_in(storage, &files.journal).ok().flatten();
-    let Some(manifest) = unfinished else {
+    let of_dir = |dir: &Location| journal::manifest_in(storage, dir).ok().flatten();
+    // Shards must agree, and a merge with them: with whichever has begun.
+    let of_shards = || {
+        let shards = files.shards(storage).unwrap_or_default();
+        shards.iter().find_map(|&shard| of_dir(&files.of_shard(shard).ok()?.journal))
+    };
+    let Some(manifest) = of_dir(&files.journal).or_else(of_shards) else {
         // The KV cache held at least one row of any length that was allowed.
         return report(storage, files).ok().flatten().map(|report| report.kv_tokens as usize);
     };

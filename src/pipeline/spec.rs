@@ -205,7 +205,7 @@ pub struct ModelSpec {
     pub name: String,
     /// `cpu`, `cuda` or `cuda:1` and so on (an NVIDIA GPU), `auto` (the first GPU that can be used, else the CPU), `reference`.
     pub device: String,
-    /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the others.
+    /// In which numbers the CPU computes: `int8`, `int8-bf16`, `bf16`, `exact` (f32), or `fast`, the fastest of the first three.
     pub numerics: String,
     /// How the CPU keeps keys and values: `floats` (of 16 bits) or `int8` (with a scale per token and head).
     pub kv: String,

@@ -76,7 +76,7 @@ fn functions(program: &Path) -> Option<HashMap<String, Vec<(u64, u64)>>> {
             found.entry(name.to_owned()).or_default().push((start, end?));
         }
     }
-    Some(found)
+    (!found.is_empty()).then_some(found) // one without names has nothing to look at
 }
 
 fn instructions(program: &Path, (start, end): (u64, u64)) -> Option<Vec<Instruction>> {

@@ -1,8 +1,6 @@
 //! The head of the CPU device against norm, product and draw one after the other: the same bits on every path, for rows of all
 //! kinds in any mix; and what scoring a long prompt takes of memory.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests panic on purpose and print what they measured")]
-
 use crate::common::Sandbox;
 use crate::conformance::{Matrix, Random, devices, hidden, random_rows, rows_batch};
 use serde_json::{Value, json};

@@ -84,9 +84,11 @@ pub(super) fn run(head: &Head<'_>, memory: &mut HeadMemory, out: &mut Vec<HeadOu
     out.resize(heads.len(), HeadOut::BROKEN);
     let mut order = std::mem::take(&mut memory.order);
     order.clear();
-    order.extend((0..heads.len() as u32).filter(|&i| Wish::of(&heads[i as usize]).is_some()));
+    // A few rows share one pass over the weight, cut as finely as threads wish, whatever they want: both ways give the same bits.
+    let is_in_pieces = |i: u32| heads.len() > DRAWN_ROWS && Wish::of(&heads[i as usize]).is_some();
+    order.extend((0..heads.len() as u32).filter(|&i| is_in_pieces(i)));
     let n_in_pieces = order.len();
-    order.extend((0..heads.len() as u32).filter(|&i| Wish::of(&heads[i as usize]).is_none()));
+    order.extend((0..heads.len() as u32).filter(|&i| !is_in_pieces(i)));
     let out = Shared::new(out);
     for rows in order[..n_in_pieces].chunks(PASS_ROWS) {
         in_pieces(head, memory, rows, &out);

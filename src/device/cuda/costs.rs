@@ -297,6 +297,7 @@ pub fn product((m, n, k): (u64, u64, u64), out_bytes: u64) -> Cost {
 
 /// What is asked of `sample`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a part that is asked for or not")]
 pub struct Asked {
     /// A log-probability, or the likeliest tokens with theirs.
     pub logprob: bool,

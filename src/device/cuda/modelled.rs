@@ -204,6 +204,7 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
     }
     add("gate_silu".to_owned(), layers, both, costs::gate(Activation::Silu, rows, ffn_width));
     add("gather_rows".to_owned(), 1, both, costs::gather(drawn, width));
+    add("add_norm_bf16".to_owned(), 1, both, costs::add_norm(drawn, width, false, 2));
     add("cuBLASLt, head".to_owned(), 1, both, costs::product((drawn, vocab, width), 4));
     add("sample".to_owned(), 1, both, costs::sample(drawn, vocab, Asked { drawn: true, ..Asked::default() }));
     all

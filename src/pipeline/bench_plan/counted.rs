@@ -45,12 +45,25 @@ impl Runner for Noting {
     }
 }
 
-/// Runs rows in their order, each to as many tokens as it may have.
+/// Tokens that a row is counted with at most: one that may go on to the end of the context hardly does.
+const MAX_TOKENS: u32 = 256;
+
+/// Tokens that a row gets.
+fn n_drawn(row: &Submission) -> u32 {
+    row.params.max_tokens.min(MAX_TOKENS)
+}
+
+/// Tokens that there must be memory for when a row ends.
+pub(super) fn n_held(row: &Submission) -> usize {
+    row.prompt.len() + n_drawn(row) as usize
+}
+
+/// Runs rows in their order, each to as many tokens as it may have, or [`MAX_TOKENS`].
 ///
 /// # Errors
 /// The engine's.
 pub(super) fn run(rows: &[Submission], size: Size, n_vocab: usize, tokens: &Arc<dyn TokenTable>) -> Result<Counted> {
-    let max_context = rows.iter().map(|row| row.prompt.len() + row.params.max_tokens as usize).max().unwrap_or(1);
+    let max_context = rows.iter().map(n_held).max().unwrap_or(1);
     let runner = NullRunner::new(n_vocab, max_context, size.max_running, None).with_kv_tokens(size.kv_tokens);
     let config = EngineConfig { budget_tokens: size.budget_tokens, ..EngineConfig::for_runner(&runner.limits()) };
     let steps = Arc::default();
@@ -59,7 +72,7 @@ pub(super) fn run(rows: &[Submission], size: Size, n_vocab: usize, tokens: &Arc<
     let mut finished = Vec::new();
     for row in rows {
         let mut row = row.clone();
-        row.params.ignore_eos = true;
+        (row.params.ignore_eos, row.params.max_tokens) = (true, n_drawn(&row));
         while let Err(refused) = engine.submit(row) {
             row = refused;
             engine.step(&mut finished)?;

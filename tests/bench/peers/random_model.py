@@ -15,11 +15,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-# width, layers, query heads, key/value heads, feed-forward width; the 1B and 3B use their embedding as the head
+# width, layers, query heads, key/value heads, feed-forward width, whether the embedding is the head, too
 SHAPES = {
-    "1b": (2048, 16, 32, 8, 8192),
-    "3b": (3072, 28, 24, 8, 8192),
-    "8b": (4096, 32, 32, 8, 14336),
+    "1b": (2048, 16, 32, 8, 8192, True),
+    "3b": (3072, 28, 24, 8, 8192, True),
+    "8b": (4096, 32, 32, 8, 14336, False),
 }
 DEVIATION = 0.02
 BLOCK = 32  # elements that share a scale, in Q4_0 and Q8_0
@@ -38,8 +38,9 @@ def matrix(random, rows, columns, kind):
     return blocks.reshape(rows, -1)
 
 
-def shapes(width, layers, heads, kv_heads, wide, vocab):
+def shapes(shape, vocab):
     """Name and shape of each tensor; a norm's has one number."""
+    width, layers, heads, kv_heads, wide, is_tied = shape
     head = width // heads
     yield "token_embd", (vocab, width)
     for layer in range(layers):
@@ -54,6 +55,8 @@ def shapes(width, layers, heads, kv_heads, wide, vocab):
         yield part + "ffn_up", (wide, width)
         yield part + "ffn_down", (width, wide)
     yield "output_norm", (width,)
+    if not is_tied:
+        yield "output", (vocab, width)
 
 
 def main():
@@ -65,7 +68,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kind = Type[options.type]
-    width, layers, heads, kv_heads, wide = SHAPES[options.shape]
+    width, layers, heads, kv_heads, wide, _ = SHAPES[options.shape]
     base = GGUFReader(options.base)
     facts = {key: field for key, field in base.fields.items() if key.startswith("tokenizer.")}
     vocab = len(facts["tokenizer.ggml.tokens"].data)
@@ -88,7 +91,7 @@ def main():
     writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(vocab)
 
-    tensors = [(name + ".weight", shape) for name, shape in shapes(width, layers, heads, kv_heads, wide, vocab)]
+    tensors = [(name + ".weight", shape) for name, shape in shapes(SHAPES[options.shape], vocab)]
     sizes = {Type.BF16: (1, 2), Type.Q4_0: (BLOCK, 18), Type.Q8_0: (BLOCK, 34)}
     per_block, n_bytes = sizes[kind]
     for name, shape in tensors:
