@@ -174,14 +174,21 @@ pub fn committed(folder: &Path) -> Result<Option<Committed>> {
     journal::committed(&Storage::new()?, &files.journal)
 }
 
-/// Publishes the results and errors that a job in a folder has committed, for it will not be gone on with; what they came to.
+/// Publishes the results and errors that a job in a folder has committed, for it will not be gone on with; what they came to,
+/// or how the journal is damaged, which no other try would mend.
 ///
 /// # Errors
 /// The disk's.
-pub fn publish_committed(folder: &Path) -> Result<Totals> {
-    let files = JobFiles::of(&folder.join("output.jsonl").to_string_lossy(), false)?;
-    let found = journal::committed(&Storage::new()?, &files.journal)?;
-    found.map_or(Ok(Totals::default()), |found| found.publish(&files.results, &files.errors))
+pub fn publish_committed(folder: &Path) -> Result<Result<Totals>> {
+    let publish = || {
+        let files = JobFiles::of(&folder.join("output.jsonl").to_string_lossy(), false)?;
+        let found = journal::committed(&Storage::new()?, &files.journal)?;
+        found.map_or(Ok(Totals::default()), |found| found.publish(&files.results, &files.errors))
+    };
+    match publish() {
+        Err(error) if journal::is_damaged(&error) => Ok(Err(error)),
+        published => published.map(Ok),
+    }
 }
 
 impl HostedJob {

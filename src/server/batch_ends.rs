@@ -7,7 +7,6 @@ use super::files::BATCH_OUTPUT;
 use super::log::say;
 use super::models::now;
 use super::{ids, message_batches};
-use crate::journal::is_damaged;
 use crate::pipeline::hosted::{self, Ended, Ending, Totals};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
@@ -58,16 +57,13 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
     // Those of messages are read when all are there.
     let is_messages = id.starts_with(message_batches::PREFIX);
     let job = at.clone();
-    let published = spawn_blocking(move || if is_messages { Ok(Totals::default()) } else { hosted::publish_committed(&job) });
-    let totals = match published.await.context("publishing results panicked")? {
-        // A disk that is full, say, is not for ever: what was done stays where it is until it can be published.
-        Err(error) if !is_damaged(&error) => return Err(error.context("publishing what it has done")),
-        Err(error) => {
-            say(&format!("batch {id}: what it has done is lost: {error:#}"));
-            Totals::default()
-        }
-        Ok(totals) => totals,
-    };
+    let publish = move || if is_messages { Ok(Ok(Totals::default())) } else { hosted::publish_committed(&job) };
+    let published = spawn_blocking(publish).await.context("publishing results panicked")?;
+    // A disk that is full, say, is not for ever: what was done stays where it is until it can be published.
+    let totals = published.context("publishing what it has done")?.unwrap_or_else(|damage| {
+        say(&format!("batch {id}: what it has done is lost: {damage:#}"));
+        Totals::default()
+    });
     let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
