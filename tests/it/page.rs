@@ -335,7 +335,7 @@ fn the_page_shows_which_models_are_loaded() {
     browser.until(&is("loaded"));
     let engine = &server.get("/v1/status").json()["engines"][0];
     let mib = engine["memory_bytes"].as_f64().unwrap() / f64::from(1 << 20);
-    browser.until(&format!("document.querySelector('#models tbody tr').cells[2].textContent.startsWith('{}')", mib.floor()));
+    browser.until(&format!("document.querySelector('#models tbody tr').cells[2].textContent.startsWith('{}')", mib.round()));
     browser
         .until("/^[1-9][0-9.,]* MiB of 1,024 MiB for models on cpu in use$/.test(document.getElementById('memory').textContent)");
     for width in [1200, 380] {

@@ -202,7 +202,13 @@ fn an_object_that_changes_is_not_taken_for_what_it_was() {
 }
 
 /// Few rows at a time, and prices.
-const SLOW: &str = "[engine]\nmax_running = 4\n[prices]\nbatch = { input = 1.0, cached = 0.5, output = 2.0 }\n";
+const SLOW: &str = "[engine]
+max_running = 4
+[prices]
+asap = { input = 4.0, cached = 2.0, output = 8.0 }
+standard = { input = 2.0, cached = 1.0, output = 4.0 }
+batch = { input = 1.0, cached = 0.5, output = 2.0 }
+";
 
 /// What was done of a batch that ended too early is there, and charged.
 #[track_caller]
