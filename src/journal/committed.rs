@@ -21,8 +21,6 @@ pub struct Committed {
     job: String,
     /// The segments, each with the number of its results.
     segments: Vec<(SegmentId, u64)>,
-    /// Errors of earlier epochs than this do not count.
-    errors_from: u32,
 }
 
 /// Those of the job that is under way in a directory; `None` if none is.
@@ -40,13 +38,7 @@ pub fn committed(storage: &Storage, at: &Location) -> Result<Option<Committed>> 
             segments.push((id, rows - failed));
         }
     }
-    Ok(Some(Committed {
-        storage: storage.clone(),
-        at: at.clone(),
-        job: manifest.job_fingerprint,
-        segments,
-        errors_from: lease.errors_from,
-    }))
+    Ok(Some(Committed { storage: storage.clone(), at: at.clone(), job: manifest.job_fingerprint, segments }))
 }
 
 impl Committed {
@@ -109,7 +101,7 @@ impl Committed {
             for entry in segment::entries(&verified)? {
                 let segment::Entry { line: Line::Record(record), bytes } = entry? else { continue };
                 // A row's first outcome counts.
-                if (record.ok || id.epoch >= self.errors_from) && rows.insert(record.row) {
+                if rows.insert(record.row) {
                     writeln!(files[usize::from(!record.ok)], "{}", record.line)?;
                     totals.add(&Noted::new(&record, bytes));
                 }

@@ -160,18 +160,7 @@ impl PlanBench {
             NullRunner::new(tokenizer.n_vocab(), max_context, self.config.spec.engine.max_running, end).with_kv_tokens(kv_tokens);
         let limits = runner.limits();
         let mut engine = Engine::new(EngineConfig::for_runner(&limits), Box::new(runner), Arc::clone(tokenizer) as _)?;
-        let mut finished = Vec::new();
-        for mut row in rows {
-            while let Err(refused) = engine.submit(row) {
-                row = refused;
-                engine.step(&mut finished)?;
-                finished.clear();
-            }
-        }
-        while engine.has_work() {
-            engine.step(&mut finished)?;
-            finished.clear();
-        }
+        counted::run_through(&mut engine, rows)?;
         Ok(*engine.stats())
     }
 }

@@ -253,7 +253,7 @@ const STACK_BYTES: (usize, usize) = (16 << 20, 1 << 10);
 const MAX_FILTER_COUNT: usize = 100_000;
 
 /// Longest text that a template may make; far more than any model's context holds.
-const MAX_TEXT_BYTES: usize = 256 << 20;
+const MAX_TEXT_BYTES: usize = 128 << 20;
 
 /// Most memory that a template may take while it makes that text: one that doubles a text needs few steps.
 const MAX_MEMORY: usize = 1 << 30;

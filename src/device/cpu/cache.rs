@@ -5,6 +5,7 @@
 use super::buffer::{Aligned, Shared, prefetch};
 use super::isa::per_isa;
 use super::numerics::{Kv, Numerics};
+use super::quant;
 use super::simd::{LANES, Simd};
 use super::tile::TILE_K;
 use crate::device::batch::BlockCopy;
@@ -287,8 +288,7 @@ impl CacheWriter<'_> {
     /// As [`CacheWriter::store`].
     unsafe fn store_ints(&self, isa: super::Isa, x: &[f32], (first, step): (usize, usize), scale: usize) {
         let amax = magnitude(isa, x);
-        // Below that (and for NaN) the inverse would be no number; such a head counts as zeros (or NaN, by its scale).
-        let inverse = if amax > 1e-30 { 127.0 / amax } else { 0.0 };
+        let inverse = quant::inverse(amax);
         let out = self.ints.at(first, (x.len() - 1) * step + 1);
         for (i, x) in x.chunks(LANES).enumerate() {
             let mut q = [0; LANES];
@@ -310,12 +310,7 @@ per_isa! {
 
 #[inline(always)]
 fn magnitude_body<S: Simd>(_: S, x: &[f32]) -> f32 {
-    // As integers, magnitudes order like floats, infinity above all numbers and NaN above infinity.
-    let mut most = 0;
-    for x in x {
-        most = most.max(x.to_bits() & 0x7fff_ffff);
-    }
-    f32::from_bits(most)
+    quant::magnitude(x)
 }
 
 per_isa! {
@@ -325,10 +320,8 @@ per_isa! {
 
 #[inline(always)]
 fn to_ints_body<S: Simd>(_: S, x: &[f32], factor: f32, out: &mut [i8; LANES]) {
-    // Adding 1.5 · 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-    const SHIFT: f32 = 12_582_912.0;
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = ((x * factor + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32) as i8;
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = quant::to_int(x, factor);
     }
 }
 

@@ -281,6 +281,28 @@ fn round<S: Simd>(s: S, mut x: &[f32], mut start: usize, row: &TileRow<'_>) {
     }
 }
 
+/// The largest magnitude; infinity or NaN if there is one.
+#[inline(always)]
+pub(super) fn magnitude(x: &[f32]) -> f32 {
+    // As integers, magnitudes order like floats, infinity above all numbers and NaN above infinity.
+    f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)))
+}
+
+/// What values are multiplied by, whose largest magnitude that is.
+#[inline(always)]
+pub(super) fn inverse(amax: f32) -> f32 {
+    // Below that (and for NaN) it would be no number; such values count as zeros (or NaN, by their scale).
+    if amax > 1e-30 { 127.0 / amax } else { 0.0 }
+}
+
+/// A value as an integer, rounded to nearest even.
+#[inline(always)]
+pub(super) fn to_int(x: f32, inverse: f32) -> i8 {
+    // Adding 1.5 · 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    ((x * inverse + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32) as i8
+}
+
 per_isa! {
     /// Quantises whole blocks of 32: scale = amax / 127, q = x · (127 / amax) rounded to nearest even. A block with a
     /// NaN or an infinity gets a scale that is none, so that what is computed from it is NaN and not a plausible number.
@@ -289,20 +311,15 @@ per_isa! {
 
 #[inline(always)]
 fn quantise_body<S: Simd>(_: S, x: &[f32], out: &mut Integers<&mut [i8], &mut [f32], &mut [i32]>) {
-    // Adding 1.5 · 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-    const SHIFT: f32 = 12_582_912.0;
     let blocks = x.chunks_exact(BLOCK).zip(out.q.chunks_exact_mut(BLOCK));
     let scales = out.scale.iter_mut().zip(out.scaled_sum.iter_mut()).zip(out.sum.iter_mut()).zip(out.first_sum.iter_mut());
     for ((x, q), (((scale, scaled_sum), sum), first_sum)) in blocks.zip(scales) {
-        // As integers, magnitudes order like floats, infinity above all numbers and NaN above infinity.
-        let amax = f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)));
-        // Below that (and for NaN) the inverse would be no number; such a block counts as zeros (or NaN, by its scale).
-        let inverse = if amax > 1e-30 { 127.0 / amax } else { 0.0 };
+        let amax = magnitude(x);
+        let inverse = inverse(amax);
         let mut total = 0;
-        for (q, x) in q.iter_mut().zip(x) {
-            let rounded = ((x * inverse + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32);
-            *q = rounded as i8;
-            total += i32::from(rounded as i8);
+        for (q, &x) in q.iter_mut().zip(x) {
+            *q = to_int(x, inverse);
+            total += i32::from(*q);
         }
         *scale = amax / 127.0;
         *sum = total;

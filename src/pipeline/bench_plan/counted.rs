@@ -69,10 +69,22 @@ pub(super) fn run(rows: &[Submission], size: Size, n_vocab: usize, tokens: &Arc<
     let steps = Arc::default();
     let runner = Noting { runner, steps: Arc::clone(&steps) };
     let mut engine = Engine::new(config, Box::new(runner), Arc::clone(tokens))?;
-    let mut finished = Vec::new();
-    for row in rows {
-        let mut row = row.clone();
+    let to_the_end = rows.iter().cloned().map(|mut row| {
         (row.params.ignore_eos, row.params.max_tokens) = (true, n_drawn(&row));
+        row
+    });
+    run_through(&mut engine, to_the_end)?;
+    let steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(counted(&steps))
+}
+
+/// Submits rows in their order, as the engine takes them, and runs it until all have finished.
+///
+/// # Errors
+/// The engine's.
+pub(super) fn run_through(engine: &mut Engine, rows: impl IntoIterator<Item = Submission>) -> Result<()> {
+    let mut finished = Vec::new();
+    for mut row in rows {
         while let Err(refused) = engine.submit(row) {
             row = refused;
             engine.step(&mut finished)?;
@@ -83,8 +95,7 @@ pub(super) fn run(rows: &[Submission], size: Size, n_vocab: usize, tokens: &Arc<
         engine.step(&mut finished)?;
         finished.clear();
     }
-    let steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(counted(&steps))
+    Ok(())
 }
 
 fn counted(steps: &[u32]) -> Counted {
