@@ -4,6 +4,7 @@ use super::serve::KeyConfig;
 use crate::server::limits::Rates;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use std::ops::RangeInclusive;
 
 /// `[[key]]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -14,10 +15,19 @@ pub(super) struct KeyEntry {
     hash: Option<String>,
     #[serde(default)]
     admin: bool,
+    #[serde(default = "one")]
+    weight: u32,
     requests_per_minute: Option<u64>,
     tokens_per_minute: Option<u64>,
     batch_tokens: Option<u64>,
 }
+
+fn one() -> u32 {
+    1
+}
+
+/// What keys may weigh.
+const WEIGHTS: RangeInclusive<u32> = 1..=1000;
 
 /// What keys may ask for that say nothing of their own: requests and tokens a minute, and tokens in batches.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +51,7 @@ pub(super) fn keys<'k>(plain: impl Iterator<Item = &'k String>, entries: &[KeyEn
     let rates = common.rates();
     let plain = plain.map(|key| {
         ensure!(!key.is_empty(), "server.api_keys: a key is empty");
-        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false })
+        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false, weight: 1 })
     });
     let entries = entries.iter().map(|entry| {
         let hash = match (&entry.key, &entry.hash) {
@@ -49,12 +59,13 @@ pub(super) fn keys<'k>(plain: impl Iterator<Item = &'k String>, entries: &[KeyEn
             (None, Some(hash)) => blake3::Hash::from_hex(hash).context("key.hash: is not what `valar key` prints")?,
             _ => bail!("key: needs either key or hash"),
         };
+        ensure!(WEIGHTS.contains(&entry.weight), "key.weight: must be {} to {}", WEIGHTS.start(), WEIGHTS.end());
         let own = Common {
             requests_per_minute: entry.requests_per_minute.unwrap_or(common.requests_per_minute),
             tokens_per_minute: entry.tokens_per_minute.unwrap_or(common.tokens_per_minute),
             batch_tokens: entry.batch_tokens.or(common.batch_tokens),
         };
-        Ok(KeyConfig { name: entry.name.clone(), hash, rates: own.rates(), is_admin: entry.admin })
+        Ok(KeyConfig { name: entry.name.clone(), hash, rates: own.rates(), is_admin: entry.admin, weight: entry.weight })
     });
     let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;
     for (i, key) in keys.iter().enumerate() {

@@ -67,6 +67,7 @@ struct Known {
     owner: String,
     name: String,
     is_admin: bool,
+    weight: u32,
     allowance: Arc<Allowance>,
 }
 
@@ -78,7 +79,7 @@ impl Keys {
             let owner = ids::derived("valar owner of stored objects 1", key.hash.as_bytes());
             let name = key.name.clone().unwrap_or_else(|| format!("key-{}", owner.get(..8).unwrap_or(&owner)));
             let allowance = Arc::new(Allowance::new(key.rates));
-            Known { hash: key.hash, owner, name, is_admin: key.is_admin, allowance }
+            Known { hash: key.hash, owner, name, is_admin: key.is_admin, weight: key.weight, allowance }
         });
         Self { known: known.collect(), shared: Arc::new(Allowance::new(rates)) }
     }
@@ -95,6 +96,11 @@ impl Keys {
     /// What an owner may ask for; `None` of a key that is not taken any more.
     pub(super) fn allowance(&self, owner: &str) -> Option<&Arc<Allowance>> {
         if self.known.is_empty() { Some(&self.shared) } else { self.find(owner).map(|known| &known.allowance) }
+    }
+
+    /// How many turns an owner has for each of one with weight 1.
+    pub(super) fn weight(&self, owner: &str) -> u32 {
+        self.find(owner).map_or(1, |known| known.weight)
     }
 
     /// Whether an owner sees what others have used.

@@ -9,6 +9,7 @@ use super::batch_tokens::Body;
 use super::books::usage;
 use super::call::{Asked, Call, Identity};
 use super::errors::ApiError;
+use super::fair::Line;
 use super::ids;
 use super::limits::Held;
 use super::log::say;
@@ -32,7 +33,6 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Semaphore, watch};
 
 /// How often what nobody watches is stored.
@@ -52,7 +52,8 @@ pub struct Background {
     open: Mutex<HashMap<String, Open>>,
     /// Counts those that ended.
     ended: watch::Sender<u64>,
-    queues: HashMap<(String, Window), UnboundedSender<String>>,
+    /// What waits to be run, of each model and window.
+    queues: HashMap<(String, Window), Arc<Line>>,
     max_open: usize,
     is_closed: AtomicBool,
 }
@@ -73,13 +74,6 @@ impl Open {
     }
 }
 
-/// What waits to be run, of a model and a window.
-pub(super) struct Queue {
-    ids: UnboundedReceiver<String>,
-    /// How many run at a time.
-    n_running: usize,
-}
-
 /// What is kept of a request to run it, perhaps again.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
@@ -98,18 +92,12 @@ struct Kept {
 }
 
 impl Background {
-    /// At most so many may be open; `n_running` of a model and a window run at a time.
-    pub(super) fn new(models: &Models, max_open: usize, n_running: usize) -> (Self, Vec<Queue>) {
-        let (mut queues, mut receivers) = (HashMap::new(), Vec::new());
-        for model in models.all() {
-            for window in &model.windows {
-                let (sender, ids) = unbounded_channel();
-                queues.insert((model.id.clone(), *window), sender);
-                receivers.push(Queue { ids, n_running });
-            }
-        }
+    /// At most so many may be open.
+    pub(super) fn new(models: &Models, max_open: usize) -> Self {
+        let places = models.all().iter().flat_map(|model| model.windows.iter().map(|window| (model.id.clone(), *window)));
+        let queues = places.map(|place| (place, Arc::default())).collect();
         let (open, ended) = (Mutex::default(), watch::Sender::new(0));
-        (Self { open, ended, queues, max_open, is_closed: AtomicBool::new(false) }, receivers)
+        Self { open, ended, queues, max_open, is_closed: AtomicBool::new(false) }
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, Open>) -> T) -> T {
@@ -132,12 +120,11 @@ impl Background {
         self.with(|open| open.get_mut(id).map_or((None, None), |open| (open.ticket.take(), open.held.take())))
     }
 
-    fn enqueue(&self, id: String, model: &str, window: Window) {
+    fn enqueue(&self, id: String, (owner, weight): (&str, u32), model: &str, window: Window) {
         // Of a model that is not offered any more: whoever takes it up finds that out.
-        let queue = self.queues.get(&(model.to_owned(), window)).or_else(|| self.queues.values().next());
-        if let Some(queue) = queue {
-            // Refused only when the server ends; it is in the store.
-            drop(queue.send(id));
+        let line = self.queues.get(&(model.to_owned(), window)).or_else(|| self.queues.values().next());
+        if let Some(line) = line {
+            line.push(owner, weight, id);
         }
     }
 
@@ -229,7 +216,7 @@ pub(super) async fn create(
         return Err(ApiError::busy());
     }
     // A caller who goes away now must not leave a response behind that is stored and never run.
-    let app = Arc::clone(app);
+    let (app, owner) = (Arc::clone(app), new.owner.clone());
     let accepted = tokio::spawn(async move {
         // Whoever sends the same key again waits until it is stored.
         let _turn = claim.clone();
@@ -241,7 +228,7 @@ pub(super) async fn create(
             responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
         });
         match stored.await {
-            Ok(()) => app.background.enqueue(id.clone(), &model, window),
+            Ok(()) => app.background.enqueue(id.clone(), (&owner, app.keys.weight(&owner)), &model, window),
             Err(error) => {
                 app.background.close(&id);
                 return Err(error);
@@ -256,11 +243,11 @@ fn numbered(from: u64, events: &[Event]) -> Vec<StoredEvent> {
     (from..).zip(events).map(|(number, (name, data))| (number, (*name).to_owned(), data.to_string())).collect()
 }
 
-/// Takes up what the store holds, and runs what comes.
-pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
+/// Takes up what the store holds, and runs what comes: so many of a model and a window at a time.
+pub(super) async fn start(app: &Arc<App>, n_running: usize) -> Result<()> {
     let open = app.store.read(|connection| {
         let mut open = Vec::new();
-        responses::open(connection, &mut |id, request| {
+        responses::open(connection, &mut |id, owner, request| {
             #[derive(Deserialize)]
             struct Where {
                 model: String,
@@ -269,11 +256,11 @@ pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
                 body: Body,
             }
             let place = serde_json::from_str::<Where>(request).ok();
-            open.push((id, place.map(|at| (at.model, at.window, at.body.asked(request.len())))));
+            open.push((id, owner, place.map(|at| (at.model, at.window, at.body.asked(request.len())))));
         })?;
         Ok(open)
     });
-    for (id, place) in open.await? {
+    for (id, owner, place) in open.await? {
         let (model, window, ticket) = match place {
             Some((model, window, asked)) => {
                 let ticket = app.models.find(&model).map(|model| model.live.count_in(window.class(), asked));
@@ -282,13 +269,15 @@ pub(super) async fn start(app: &Arc<App>, queues: Vec<Queue>) -> Result<()> {
             None => (String::new(), Window::Standard, None),
         };
         app.background.with(|open| open.insert(id.clone(), Open::new(None, ticket)));
-        app.background.enqueue(id, &model, window);
+        app.background.enqueue(id, (&owner, app.keys.weight(&owner)), &model, window);
     }
-    for Queue { mut ids, n_running } in queues {
-        let app = Arc::clone(app);
+    for line in app.background.queues.values() {
+        let (app, line) = (Arc::clone(app), Arc::clone(line));
         let places = Arc::new(Semaphore::new(n_running));
         tokio::spawn(async move {
-            while let (Some(id), Ok(place)) = (ids.recv().await, Arc::clone(&places).acquire_owned().await) {
+            // Whose turn it is, is found out when there is a place.
+            while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+                let id = line.next().await;
                 let end = Closing { app: Arc::clone(&app), id };
                 tokio::spawn(async move {
                     while let Err(error) = run(&end.app, &end.id).await {

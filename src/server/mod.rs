@@ -22,6 +22,7 @@ mod completions;
 mod conversation;
 pub mod deliveries;
 pub mod errors;
+mod fair;
 mod file_references;
 mod files;
 pub mod flow;
@@ -168,7 +169,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
         let store = Store::open(&config.data)?;
         let models = Models::load(config)?;
         let n_running = 2 * config.models.iter().map(|offered| offered.model.max_running).max().unwrap_or(1);
-        let (background, queues) = Background::new(&models, config.limits.max_background, n_running);
+        let background = Background::new(&models, config.limits.max_background);
         let app = Arc::new(App {
             models,
             store,
@@ -197,7 +198,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             is_draining: AtomicBool::new(false),
         });
         files::sweep(&app).await?;
-        background::start(&app, queues).await?;
+        background::start(&app, n_running).await?;
         batch_runs::start(&app).await?;
         tokio::spawn(Arc::clone(&app.models.residency).run());
         tokio::spawn(deliveries::run(Arc::clone(&app)));

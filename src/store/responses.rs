@@ -144,17 +144,17 @@ pub fn list(
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Background responses that are open, oldest first: id, request.
+/// Background responses that are open, oldest first: id, owner, request.
 ///
 /// # Errors
 /// The database's.
-pub fn open(connection: &Connection, each: &mut dyn FnMut(String, &str)) -> Result<()> {
-    let sql = "SELECT id, request FROM response WHERE status IN ('queued', 'in_progress') ORDER BY seq";
+pub fn open(connection: &Connection, each: &mut dyn FnMut(String, String, &str)) -> Result<()> {
+    let sql = "SELECT id, owner, request FROM response WHERE status IN ('queued', 'in_progress') ORDER BY seq";
     let mut statement = connection.prepare(sql)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        let request: Option<String> = row.get(1)?;
-        each(row.get(0)?, &request.unwrap_or_default());
+        let request: Option<String> = row.get(2)?;
+        each(row.get(0)?, row.get(1)?, &request.unwrap_or_default());
     }
     Ok(())
 }

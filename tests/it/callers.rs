@@ -240,3 +240,55 @@ fn tokens_in_batches_are_limited_and_come_back() {
     let long = ended(&post(&"7,".repeat(350), 1).json());
     assert_eq!(json!([long["status"], long["errors"]["data"][0]["code"]]), json!(["failed", "token_limit_exceeded"]), "{long}");
 }
+
+/// Whose background responses ended, in that order.
+fn turns(server: &Server) -> Vec<String> {
+    let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
+    let mut ended = database.prepare("SELECT key FROM ledger WHERE window = 'standard' ORDER BY seq").unwrap();
+    let keys = ended.query_map([], |row| row.get(0)).unwrap();
+    keys.collect::<rusqlite::Result<_>>().unwrap()
+}
+
+#[test]
+fn keys_take_turns_in_the_background() {
+    const MANY: usize = 12;
+    const FEW: usize = 6;
+    // One has a place in the engine, and another waits there.
+    let config = format!(
+        "[engine]\nmax_running = 1\n[[key]]\nname = \"ours\"\nkey = {KEY:?}\n\
+         [[key]]\nname = \"many\"\nkey = \"many\"\n[[key]]\nname = \"few\"\nkey = \"few\"\nweight = 3\n"
+    );
+    let mut server = Server::with(&config, &[]);
+    let post = |server: &Server, key: &str, path: &str, body: &Value| {
+        server.send("POST", path, &[("x-api-key", key)], body.to_string()).json()
+    };
+    let mut n_before = 0;
+    for is_killed in [false, true] {
+        // Nothing of them begins while this has the place.
+        let long = chat("Go on.", json!({"max_tokens": 7000, "ignore_eos": true, "stream": true}));
+        let mut running = server.open("/v1/chat/completions", &long);
+        read_until(&mut running, "\"content\":\"");
+        let body = json!({"model": MODEL, "input": "Hi", "background": true, "max_output_tokens": 1, "ignore_eos": true});
+        let sent = |key: &str, n: usize| -> Vec<Value> {
+            (0..n).map(|_| post(&server, key, "/v1/responses", &body)["id"].clone()).collect()
+        };
+        let sent = [("many", sent("many", MANY)), ("few", sent("few", FEW))];
+        if is_killed {
+            server.restart();
+        }
+        drop(running);
+        for (key, ids) in sent {
+            let mut left = json!(ids);
+            while left != json!([]) {
+                left = post(&server, key, "/v1/responses/wait", &json!({"ids": left}))["pending"].clone();
+            }
+        }
+        let ended = turns(&server).split_off(n_before);
+        n_before += ended.len();
+        assert_eq!(ended.len(), MANY + FEW, "an order is all that is changed: {ended:?}");
+        // Two of the first key may have gone before the second one came; then three of four turns are that one's. With equal
+        // weights its last would be the thirteenth, and in the order of arrival the last of all.
+        let last = 1 + ended.iter().rposition(|key| key == "few").unwrap();
+        assert!(last <= 11, "one key's calls had to wait for another's: {ended:?}");
+    }
+}

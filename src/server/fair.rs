@@ -1,0 +1,152 @@
+//! Whose turn it is among those that wait. Knows nothing of who they are or what they wait for. Invariants: of owners that
+//! wait all the time, each gets turns in proportion to its weight, whatever the others have waiting; what is an owner's keeps its
+//! order; who had nothing waiting has saved no turns.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+use tokio::sync::Notify;
+
+/// What a turn takes of an owner's time, if its weight is 1.
+const TURN: u64 = 1 << 32;
+
+/// Whose turn it is. Pure.
+#[derive(Debug)]
+struct Fair<T> {
+    /// Every owner that ever waited: there are as many as there are keys.
+    owners: HashMap<String, Waiting<T>>,
+    /// The time of the last turn: it passes by turns alone.
+    now: u64,
+    n_pushed: u64,
+}
+
+#[derive(Debug)]
+struct Waiting<T> {
+    /// With their numbers, in the order in which they came.
+    items: VecDeque<(u64, T)>,
+    /// The time of its next turn.
+    next: u64,
+    weight: u32,
+}
+
+impl<T> Default for Fair<T> {
+    fn default() -> Self {
+        Self { owners: HashMap::new(), now: 0, n_pushed: 0 }
+    }
+}
+
+impl<T> Fair<T> {
+    /// One more waits, behind what its owner has waiting. The weight is at least 1.
+    fn push(&mut self, owner: &str, weight: u32, item: T) {
+        let number = self.n_pushed;
+        self.n_pushed += 1;
+        let now = self.now;
+        if let Some(own) = self.owners.get_mut(owner) {
+            if own.items.is_empty() {
+                own.next = own.next.max(now);
+            }
+            own.items.push_back((number, item));
+        } else {
+            let own = Waiting { items: VecDeque::from([(number, item)]), next: now, weight };
+            self.owners.insert(owner.to_owned(), own);
+        }
+    }
+
+    /// The one whose turn it is: of those whose time it is, the one that came first.
+    fn pop(&mut self) -> Option<T> {
+        let waiting = self.owners.values_mut().filter(|own| !own.items.is_empty());
+        let own = waiting.min_by_key(|own| (own.next, own.items.front().map(|(number, _)| *number)))?;
+        self.now = own.next;
+        own.next += TURN / u64::from(own.weight.max(1));
+        own.items.pop_front().map(|(_, item)| item)
+    }
+}
+
+/// Ids that wait to be taken, one after the other.
+#[derive(Default)]
+pub(super) struct Line {
+    ids: Mutex<Fair<String>>,
+    bell: Notify,
+}
+
+impl Line {
+    fn with<T>(&self, work: impl FnOnce(&mut Fair<String>) -> T) -> T {
+        work(&mut self.ids.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// One more waits, behind what its owner has waiting. The weight is at least 1.
+    pub(super) fn push(&self, owner: &str, weight: u32, id: String) {
+        self.with(|ids| ids.push(owner, weight, id));
+        self.bell.notify_one();
+    }
+
+    /// The one whose turn it is; waits for one. Asked for by one task alone.
+    pub(super) async fn next(&self) -> String {
+        loop {
+            if let Some(id) = self.with(Fair::pop) {
+                return id;
+            }
+            self.bell.notified().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn turns_are_by_weight_and_one_owner_waits_in_order() {
+        let mut fair = Fair::default();
+        (0..100).for_each(|i| fair.push("a", 1, ("a", i)));
+        (0..100).for_each(|i| fair.push("b", 3, ("b", i)));
+        let first: Vec<(&str, i32)> = (0..40).filter_map(|_| fair.pop()).collect();
+        assert_eq!(first.iter().filter(|(owner, _)| *owner == "b").count(), 30, "{first:?}");
+        for name in ["a", "b"] {
+            let own: Vec<i32> = first.iter().filter(|(owner, _)| *owner == name).map(|(_, i)| *i).collect();
+            assert!(own.is_sorted(), "{own:?}");
+        }
+        // One that comes now is served soon, and gets no turns for the time before.
+        (0..100).for_each(|i| fair.push("c", 1, ("c", i)));
+        let then: Vec<&str> = (0..10).filter_map(|_| fair.pop()).map(|(owner, _)| owner).collect();
+        assert_eq!(then.iter().filter(|owner| **owner == "c").count(), 2, "{then:?}");
+        let alone: Vec<(&str, i32)> = std::iter::from_fn(|| fair.pop()).collect();
+        assert_eq!((alone.len(), fair.pop()), (300 - 50, None));
+    }
+
+    proptest! {
+        #[test]
+        fn everything_has_its_turn_once_and_no_owner_falls_behind(
+            weights in prop::collection::vec(1_u32..5, 1..5),
+            steps in prop::collection::vec((0_usize..5, prop::bool::weighted(0.6)), 1..200),
+        ) {
+            let (mut fair, mut n_waiting) = (Fair::default(), vec![0_usize; weights.len()]);
+            let (mut n_pushed, mut given) = (0, Vec::new());
+            // Turns since all owners began to wait.
+            let mut turns = vec![0_u32; weights.len()];
+            for (owner, is_push) in steps {
+                let owner = owner % weights.len();
+                if is_push {
+                    fair.push(&owner.to_string(), weights[owner], (owner, n_pushed));
+                    n_waiting[owner] += 1;
+                    n_pushed += 1;
+                } else if let Some((owner, number)) = fair.pop() {
+                    given.push(number);
+                    n_waiting[owner] -= 1;
+                    turns[owner] += 1;
+                }
+                if n_waiting.contains(&0) {
+                    turns.fill(0);
+                }
+                // Of two that wait, neither is ahead by more than a turn of each.
+                for (a, b) in (0..weights.len()).flat_map(|a| (0..a).map(move |b| (a, b))) {
+                    let [a, b] = [a, b].map(|i| f64::from(turns[i]) / f64::from(weights[i]));
+                    prop_assert!((a - b).abs() <= 2.0 + 1e-6, "{turns:?} {weights:?}");
+                }
+            }
+            given.extend(std::iter::from_fn(|| fair.pop()).map(|(_, number)| number));
+            given.sort_unstable();
+            prop_assert_eq!(given, (0..n_pushed).collect::<Vec<_>>());
+        }
+    }
+}
