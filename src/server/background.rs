@@ -8,6 +8,7 @@ use super::backlog::Ticket;
 use super::batch_tokens::Body;
 use super::books::usage;
 use super::call::{Asked, Call, Identity};
+use super::completion_webhook;
 use super::errors::ApiError;
 use super::fair::Line;
 use super::ids;
@@ -18,11 +19,12 @@ use super::once;
 use super::response_events::{Event, TERMINAL, Told, event, events, failed};
 use super::responses::Own;
 use super::trajectories::Turn;
-use super::windows::{Mode, Window};
+use super::windows::{self, Mode, Window};
 use crate::format::openai::Endpoint;
 use crate::outcome::{ErrorCode, RowError};
 use crate::store::Connection;
 use crate::store::ledger::Entry;
+use crate::store::one_off;
 use crate::store::responses::{self, StoredEvent, StoredResponse};
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
@@ -187,6 +189,7 @@ pub(super) async fn create(
     let asked = Asked { mode: Mode::Background, window: own.window };
     // What is wrong with it is found now; what it comes to is thrown away, so that a long queue is short in memory.
     let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await?;
+    let receiver = completion_webhook::asked(app, owner, windows::metadata(&body)?, asked.mode)?;
     owner.spot.wants(&prepared);
     let identity = Identity::new();
     let stamp = identity.stamp(&prepared.model);
@@ -222,6 +225,9 @@ pub(super) async fn create(
         let _turn = claim.clone();
         let stored = app.store.write(move |connection| {
             responses::insert(connection, &new)?;
+            if let Some(receiver) = receiver {
+                one_off::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?;
+            }
             if let Some((claim, kind)) = claim {
                 claim.keep(connection, kind, &new.id)?;
             }

@@ -16,6 +16,7 @@ use super::{batch_tries, files, limits, message_batches};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
+use crate::store::one_off::{self, Receiver};
 use anyhow::Context as _;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -58,7 +59,7 @@ pub(super) async fn accept(
     app: Arc<App>,
     (mut new, mut settings): (StoredBatch, Settings),
     mut input: Input,
-    claim: Option<Arc<Claim>>,
+    (claim, receiver): (Option<Arc<Claim>>, Option<Receiver>),
 ) -> Result<(), ApiError> {
     let (id, at) = (new.id.clone(), app.data.join(folder(&new.id)));
     let file = (input.is_file && input.written.is_some()).then(|| StoredFile {
@@ -96,7 +97,8 @@ pub(super) async fn accept(
             let file = file.map(|file| StoredFile { bytes: n_bytes, ..file });
             match enter(&model, &new, &estimate) {
                 Ok(ticket) => {
-                    let written = app.store.write(move |connection| store(connection, &new, file, claim, limit)).await;
+                    let written =
+                        app.store.write(move |connection| store(connection, &new, file, (claim, receiver), limit)).await;
                     written.map_err(ApiError::from).and_then(|accepted| accepted.map(|()| (input, ticket)))
                 }
                 Err(refused) => Err(refused),
@@ -131,7 +133,7 @@ fn store(
     connection: &Connection,
     new: &StoredBatch,
     file: Option<StoredFile>,
-    claim: Option<Arc<Claim>>,
+    (claim, receiver): (Option<Arc<Claim>>, Option<Receiver>),
     limit: u64,
 ) -> anyhow::Result<Result<(), ApiError>> {
     let used = if limit > 0 { batches::held_tokens(connection, &new.owner, &new.id)? } else { 0 };
@@ -145,6 +147,9 @@ fn store(
     if let Some(claim) = claim {
         let is_messages = new.id.starts_with(message_batches::PREFIX);
         claim.keep(connection, if is_messages { once::MESSAGE_BATCH } else { once::BATCH }, &new.id)?;
+    }
+    if let Some(receiver) = receiver {
+        one_off::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?;
     }
     batches::insert(connection, new).map(Ok)
 }

@@ -7,11 +7,13 @@ use super::batch_accept::{self, Tariff};
 use super::batch_bodies::{BatchBody, Head};
 use super::batch_inputs;
 use super::batch_runs::{Settings, cancelled, folder};
+use super::completion_webhook;
 use super::errors::{ApiError, json_response};
 use super::files::Arriving;
 use super::models::now;
 use super::paging::{Page, Pairs};
 use super::stored::listed;
+use super::windows::Mode;
 use super::{files, ids, message_batches, windows};
 use crate::format::openai::{Endpoint, kind};
 use crate::pipeline::referenced::{Reference, Referenced};
@@ -108,6 +110,7 @@ pub(super) async fn create(
     };
     let hours = hours(text(&body, "completion_window")?)?;
     let metadata = windows::metadata(&body)?.cloned();
+    completion_webhook::asked(&app, &owner, metadata.as_ref(), Mode::Background)?;
     if let Some(asked) = windows::asked(metadata.as_ref()) {
         app.models.check_window(asked)?;
     }
@@ -160,6 +163,7 @@ pub(super) fn check_room(app: &App) -> Result<(), ApiError> {
 pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
     check_room(&app)?;
     let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, n_requests } = wanted;
+    let receiver = completion_webhook::asked(&app, owner, metadata.as_object(), Mode::Background)?;
     let is_messages = endpoint == Endpoint::Messages;
     let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
     let object = json!({
@@ -189,7 +193,7 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         n_tokens: 0,
     };
     // A caller who goes away now must not leave a batch behind that is stored and never run.
-    tokio::spawn(batch_accept::accept(app, (new, settings), input, owner.claim.clone()))
+    tokio::spawn(batch_accept::accept(app, (new, settings), input, (owner.claim.clone(), receiver)))
         .await
         .context("accepting a batch panicked")??;
     Ok(object)

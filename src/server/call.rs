@@ -5,6 +5,7 @@ use super::App;
 use super::auth::Owner;
 use super::backlog::Ticket;
 use super::books::Bill;
+use super::completion_webhook;
 use super::errors::ApiError;
 use super::flow::Flow;
 use super::ids;
@@ -72,6 +73,7 @@ impl Call {
         turn: Turn,
     ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
+        completion_webhook::asked(app, owner, windows::metadata(body)?, asked.mode)?;
         let mut prepared = Self::prepare(app, endpoint, body, asked).await?;
         owner.spot.wants(&prepared);
         prepared.turn = turn.reckoned(app, owner, prepared.window).await;

@@ -3,6 +3,7 @@
 //! configuration does not allow; one that does not answer holds up nobody else.
 
 use super::App;
+use super::completion_webhook::bearer;
 use super::log::say;
 use super::models::now;
 use crate::store::webhooks::{self, Delivery, Tried};
@@ -11,7 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
 use reqwest::redirect::Policy;
 use sha2::Sha256;
 use std::collections::HashSet;
@@ -139,7 +140,7 @@ impl Deliveries {
         let secrets = std::iter::once(&delivery.to.secret).chain(old);
         let signatures: Vec<String> =
             secrets.map(|secret| sign(secret, &delivery.id, timestamp, &delivery.body)).collect::<Result<_>>()?;
-        let request = self
+        let mut request = self
             .client
             .post(url)
             .header(CONTENT_TYPE, "application/json")
@@ -147,6 +148,9 @@ impl Deliveries {
             .header("webhook-timestamp", timestamp)
             .header("webhook-signature", signatures.join(" "))
             .body(delivery.body.clone());
+        if let Some(token) = delivery.to.token.as_deref().and_then(bearer) {
+            request = request.header(AUTHORIZATION, token);
+        }
         let response = request.send().await?;
         let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         Ok((response.status().as_u16(), retry_after))

@@ -18,6 +18,7 @@ mod body;
 pub mod books;
 pub mod call;
 mod chat;
+mod completion_webhook;
 mod completions;
 mod conversation;
 pub mod deliveries;

@@ -4,6 +4,7 @@
 use super::App;
 use super::auth::Owner;
 use super::body::{JsonObject, MaybeObject};
+use super::completion_webhook;
 use super::deliveries::new_secret;
 use super::errors::{ApiError, json_response};
 use super::ids;
@@ -123,6 +124,7 @@ pub(super) async fn create(
         event_types: event_types(&body)?.ok_or_else(|| ApiError::missing("event_types"))?,
         secret: new_secret(),
         old_secret: None,
+        token: None,
     };
     let answer = with_secret(&endpoint)?;
     let stored = app.store.write(move |connection| {
@@ -190,7 +192,8 @@ pub(super) async fn delete(
     Ok(json_response(&json!({"id": id, "object": "webhook_endpoint.deleted", "deleted": true})))
 }
 
-/// `POST /v1/webhook_endpoints/{id}/rotate_secret`
+/// `POST /v1/webhook_endpoints/{id}/rotate_secret`; of `completion`: the secret of all receivers that responses and batches name for
+/// themselves.
 pub(super) async fn rotate_secret(
     State(app): State<Arc<App>>,
     Extension(owner): Extension<Owner>,
@@ -204,10 +207,14 @@ pub(super) async fn rotate_secret(
         Some(Value::Bool(keeps)) => *keeps,
         Some(other) => return Err(ApiError::invalid_type(field, "true or false", other)),
     };
+    let old_until = keeps.then(|| now() + OLD_SECRET_S);
+    if path.as_ref().is_ok_and(|Path(id)| id == completion_webhook::ID) {
+        return completion_webhook::rotate(&app, &owner, old_until).await;
+    }
     let mut endpoint = find(&app, &owner, path).await?;
     let old = std::mem::replace(&mut endpoint.secret, new_secret());
     endpoint.updated_at = now();
-    endpoint.old_secret = keeps.then(|| (old, now() + OLD_SECRET_S));
+    endpoint.old_secret = old_until.map(|until| (old, until));
     let answer = with_secret(&endpoint)?;
     app.store.write(move |connection| webhooks::put(connection, &endpoint)).await?;
     Ok(json_response(&answer))

@@ -1,7 +1,7 @@
 //! Batches: what they are and how far they are; not their rows, which are files and journals. Invariant: a batch that is
 //! terminal never changes again.
 
-use super::{Connection, webhooks};
+use super::{Connection, one_off, webhooks};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -178,6 +178,7 @@ pub fn update(connection: &Connection, id: &str, (from, to): (&str, &str), body:
     let Some(owner) = owner else { return Ok(false) };
     if !OPEN.contains(&to) {
         webhooks::tell(connection, &owner, &format!("batch.{to}"), id)?;
+        one_off::tell(connection, id)?;
     }
     Ok(true)
 }

@@ -6,6 +6,7 @@ pub mod answers;
 pub mod batches;
 pub mod files;
 pub mod ledger;
+pub mod one_off;
 pub mod responses;
 pub mod trajectories;
 pub mod webhooks;
@@ -36,6 +37,7 @@ const MIGRATIONS: &[&str] = &[
     files::REFERENCES,
     trajectories::TABLES,
     webhooks::BREAKER,
+    one_off::TABLES,
 ];
 /// The database, in its folder.
 const FILE: &str = "valar.db";

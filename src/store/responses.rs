@@ -1,7 +1,7 @@
 //! Stored responses and the events of background ones. Invariants: a response that is terminal never changes again, but
 //! that it may be deleted; events have numbers without gaps, and the last is written with the terminal state.
 
-use super::{Connection, webhooks};
+use super::{Connection, one_off, webhooks};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -193,6 +193,7 @@ pub fn update(connection: &Connection, id: &str, status: &str, body: Option<&str
     if !OPEN.contains(&status) {
         connection.prepare_cached("DELETE FROM told WHERE response = ?1")?.execute([seq])?;
         webhooks::tell(connection, &owner, &format!("response.{status}"), id)?;
+        one_off::tell(connection, id)?;
     }
     let mut insert = connection.prepare_cached("INSERT INTO event VALUES (?1, ?2, ?3, ?4)")?;
     for (number, name, data) in events {
@@ -251,11 +252,12 @@ pub fn next_event(connection: &Connection, id: &str) -> Result<u64> {
     Ok(connection.prepare_cached(sql)?.query_row([id], |row| row.get(0))?)
 }
 
-/// Deletes a response's content; its name stays known.
+/// Deletes a response's content, also where it is to be told; its name stays known.
 ///
 /// # Errors
 /// The database's.
 pub fn delete(connection: &Connection, id: &str) -> Result<()> {
+    one_off::forget(connection, id)?;
     connection.execute("DELETE FROM event WHERE response = (SELECT seq FROM response WHERE id = ?1)", [id])?;
     let sql = "UPDATE response SET status = ?2, input = '[]', body = '', request = NULL, previous = NULL WHERE id = ?1";
     connection.execute(sql, [id, DELETED])?;

@@ -1,7 +1,7 @@
 //! Webhook endpoints, and the outbox of what is to be told to them. Invariant: what a state's change has to tell is written
 //! with the change; it is taken out when it was told, or given up.
 
-use super::Connection;
+use super::{Connection, one_off};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -68,6 +68,8 @@ pub struct Endpoint {
     pub secret: String,
     /// The one before, and until when it is used too.
     pub old_secret: Option<(String, u64)>,
+    /// What is sent along, as a bearer's; of those alone that a response or batch names for itself.
+    pub token: Option<String>,
 }
 
 impl Endpoint {
@@ -83,6 +85,7 @@ impl Endpoint {
             event_types: row.get("event_types")?,
             secret: row.get("secret")?,
             old_secret: old.0.zip(old.1),
+            token: row.get("token")?,
         })
     }
 }
@@ -96,7 +99,7 @@ pub fn put(connection: &Connection, new: &Endpoint) -> Result<()> {
                VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
                ON CONFLICT (id) DO UPDATE SET updated_at = ?4, name = ?5, url = ?6, event_types = ?7, secret = ?8,
                old_secret = ?9, old_until = ?10, is_disabled = 0, n_failed = 0, resting_until = NULL";
-    let Endpoint { id, owner, created_at, updated_at, name, url, event_types, secret, old_secret } = new;
+    let Endpoint { id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, .. } = new;
     let (old_secret, old_until) = old_secret.clone().unzip();
     connection.execute(sql, params![id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until])?;
     Ok(())
@@ -107,7 +110,7 @@ pub fn put(connection: &Connection, new: &Endpoint) -> Result<()> {
 /// # Errors
 /// The database's.
 pub fn get(connection: &Connection, owner: &str, id: &str) -> Result<Option<Endpoint>> {
-    let sql = "SELECT * FROM endpoint WHERE id = ?1 AND owner = ?2";
+    let sql = "SELECT * FROM endpoint WHERE id = ?1 AND owner = ?2 AND NOT is_one_off";
     Ok(connection.prepare_cached(sql)?.query_row([id, owner], Endpoint::of).optional()?)
 }
 
@@ -116,7 +119,7 @@ pub fn get(connection: &Connection, owner: &str, id: &str) -> Result<Option<Endp
 /// # Errors
 /// The database's.
 pub fn list(connection: &Connection, owner: &str, after: Option<&str>, limit: usize) -> Result<Vec<Endpoint>> {
-    let sql = "SELECT * FROM endpoint WHERE owner = ?1
+    let sql = "SELECT * FROM endpoint WHERE owner = ?1 AND NOT is_one_off
                AND (?2 IS NULL OR seq < (SELECT seq FROM endpoint WHERE id = ?2 AND owner = ?1)) ORDER BY seq DESC LIMIT ?3";
     let mut statement = connection.prepare_cached(sql)?;
     let rows = statement.query_map(params![owner, after, limit], Endpoint::of)?;
@@ -222,6 +225,9 @@ pub fn note(connection: &Connection, id: &str, tried: Tried, now: u64) -> Result
         let sql = "UPDATE endpoint SET is_disabled = 1 WHERE seq = (SELECT endpoint FROM delivery WHERE id = ?1)";
         connection.execute(sql, [id])?;
     }
+    if next_at.is_none() {
+        one_off::settle(connection, id, tried == Tried::Gone)?;
+    }
     Ok(())
 }
 
@@ -245,7 +251,7 @@ pub fn forget_before(connection: &Connection, created_at: u64, limit: usize) -> 
     let sql = "DELETE FROM delivery WHERE seq IN
                (SELECT seq FROM delivery WHERE next_at IS NULL AND created_at < ?1 ORDER BY seq LIMIT ?2)";
     connection.execute(sql, params![created_at, limit])?;
-    Ok(())
+    one_off::sweep(connection)
 }
 
 #[cfg(test)]
@@ -257,6 +263,7 @@ mod tests {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(TABLES).unwrap();
         connection.execute_batch(BREAKER).unwrap();
+        connection.execute_batch(one_off::TABLES).unwrap();
         let endpoint = |id: &str| Endpoint {
             id: id.into(),
             owner: "o".into(),
@@ -267,6 +274,7 @@ mod tests {
             event_types: "[\"batch.failed\"]".into(),
             secret: "whsec_AA==".into(),
             old_secret: None,
+            token: None,
         };
         put(&connection, &endpoint("down")).unwrap();
         put(&connection, &endpoint("up")).unwrap();
