@@ -470,6 +470,7 @@ impl Collector {
             total: self.total_rows,
             failed: totals.n_failed,
             resumed: self.counts.resumed,
+            totals,
             prefill_tokens: stats.prefill_tokens,
             decode_tokens: stats.generated_tokens,
             cache_hits: stats.shared_tokens,

@@ -281,7 +281,7 @@ impl HostedJob {
     }
 
     /// Runs the job, or goes on with it, until every row has its outcome, or until it is halted: then `ending` says what
-    /// becomes of the rest. `None` if it is to be gone on with. `progress` is told of rows completed and failed.
+    /// becomes of the rest. `None` if it is to be gone on with. `progress` is told what is done, with that of earlier runs.
     ///
     /// # Errors
     /// The disk's, or the engine's.
@@ -290,7 +290,7 @@ impl HostedJob {
         seat: &Seat,
         inbox: Inbox,
         ending: &dyn Fn() -> Option<Ending>,
-        progress: impl FnMut(u64, u64) + Send + 'static,
+        progress: impl FnMut(Totals) + Send + 'static,
     ) -> Result<Option<Ended>> {
         let storage = Storage::new()?;
         let files = self.files()?;
@@ -390,7 +390,7 @@ impl HostedJob {
         inbox: Inbox,
         (journal, index, reader): (Journal, Arc<JobIndex>, WindowReader),
         (manifest, n_rows): (&Manifest, u64),
-        mut progress: impl FnMut(u64, u64) + Send + 'static,
+        mut progress: impl FnMut(Totals) + Send + 'static,
     ) -> Result<Journal> {
         let engine = seat.engine.as_ref().context("a job that is to be ended would have to run")?;
         let stamp = self.stamp(manifest);
@@ -401,7 +401,7 @@ impl HostedJob {
             columns: ResultColumns::of(&RowForm::Requests, ""),
             kept_columns: None,
         };
-        let told = Progress::Told(Box::new(move |snapshot| progress(snapshot.done - snapshot.failed, snapshot.failed)));
+        let told = Progress::Told(Box::new(move |snapshot| progress(snapshot.totals)));
         let stop = Arc::new(AtomicBool::new(false));
         let (window_finished, finished_windows) = channel();
         let (step_tasks, _no_steps) = channel();

@@ -1,6 +1,7 @@
 //! What a person sees while a job runs: a live line on a terminal, a plain line every few seconds elsewhere, nothing
 //! when quiet. Knows nothing of how the numbers come about.
 
+use crate::journal::Totals;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value, json};
 use std::io::{IsTerminal, Write};
@@ -24,6 +25,8 @@ pub(super) struct Snapshot {
     pub(super) failed: u64,
     /// Rows an earlier run had finished (they say nothing about speed).
     pub(super) resumed: u64,
+    /// What the rows with an outcome come to, those of earlier runs too.
+    pub(super) totals: Totals,
     /// Prompt tokens computed.
     pub(super) prefill_tokens: u64,
     /// Tokens generated.

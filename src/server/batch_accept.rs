@@ -95,7 +95,7 @@ pub(super) async fn accept(
             new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
             new.n_tokens = if limit > 0 { estimate.most } else { 0 };
             let file = file.map(|file| StoredFile { bytes: n_bytes, ..file });
-            match enter(&model, &new, &estimate) {
+            match enter(&model, &new, &settings, &estimate) {
                 Ok(ticket) => {
                     let written =
                         app.store.write(move |connection| store(connection, &new, file, (claim, receiver), limit)).await;
@@ -122,8 +122,11 @@ pub(super) async fn accept(
     Ok(())
 }
 
-/// Counts it in as work to be done, if that can be done by its end.
-fn enter(model: &Offered, new: &StoredBatch, estimate: &Estimate) -> Result<BatchTicket, ApiError> {
+/// Counts it in as work to be done, if that can be done by its end, and what it costs can be known if it may only cost so much.
+fn enter(model: &Offered, new: &StoredBatch, settings: &Settings, estimate: &Estimate) -> Result<BatchTicket, ApiError> {
+    if settings.max_cost.is_some() && matches!(settings.tariff, Tariff::Free) {
+        return Err(ApiError::invalid_value("max_cost", format!("model {} has no prices", model.id)));
+    }
     let ticket = model.live.backlog().enter_batch(estimate.likely, now(), new.expires_at);
     ticket.map_err(|too_long| ApiError::late_batch(too_long, new.expires_at.saturating_sub(now())))
 }

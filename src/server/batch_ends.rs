@@ -2,7 +2,8 @@
 
 use super::App;
 use super::batch_accept::Tariff;
-use super::batch_runs::{Open, Settings, folder};
+use super::batch_open::{OVER_COST, Open};
+use super::batch_runs::{Settings, folder};
 use super::files::BATCH_OUTPUT;
 use super::log::say;
 use super::models::now;
@@ -158,8 +159,14 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             let (state, at) = match (stored.status.as_str(), &ending) {
                 ("cancelling", _) => ("cancelled", "cancelled_at"),
                 (_, Some(Ending::Rest("batch_expired", _))) if !is_whole => ("expired", "expired_at"),
+                (_, Some(Ending::Rest(OVER_COST, message))) if !is_whole => {
+                    let fault = json!({"code": OVER_COST, "message": message, "param": "max_cost", "line": null});
+                    body["errors"] = json!({"object": "list", "data": [fault]});
+                    ("cancelled", "cancelled_at")
+                }
                 _ => ("completed", "completed_at"),
             };
+            body["completed_with_errors"] = (state == "completed" && totals.n_failed > 0).into();
             body["status"] = state.into();
             body["finalizing_at"] = now().into();
             body[at] = now().into();

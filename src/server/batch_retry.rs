@@ -61,6 +61,7 @@ pub(super) async fn create(
         label: body["label"].clone(),
         retry_of: Some(old.id),
         output_seconds: settings.output_seconds,
+        max_cost: settings.max_cost,
         n_requests: 0,
     };
     Ok(json_response(&batches::open(app, &owner, wanted).await?))

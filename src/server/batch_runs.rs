@@ -8,28 +8,27 @@ use super::backlog::BatchTicket;
 use super::batch_accept::Tariff;
 use super::batch_ends::{conclude, fail, unwritten};
 use super::batch_inputs::{self, first_model, lines, model_of};
+use super::batch_open::{CostLimit, Open};
 use super::batch_tokens::{Estimate, estimate};
 use super::log::say;
 use super::models::{Offered, now};
-use super::places::{Place, Places};
+use super::places::Place;
+use super::prices::Amount;
 use super::residency::Lease;
 use super::{batch_tries, limits};
 use crate::format::openai::Endpoint;
 use crate::outcome::ErrorCode;
-use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox, Link};
+use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox};
 use crate::pipeline::referenced::{Reference, Referenced, Refused};
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 
 /// Faults of lines that are told.
@@ -46,6 +45,9 @@ pub(super) struct Settings {
     /// What its tokens cost, as it was when it was accepted.
     #[serde(default)]
     pub(super) tariff: Tariff,
+    /// What it may cost, in millionths of the currency.
+    #[serde(default)]
+    pub(super) max_cost: Option<u64>,
     /// Requests that can't be run are errors among its results; without that, one of them ends it.
     #[serde(default)]
     pub(super) keeps_faults: bool,
@@ -57,146 +59,11 @@ pub(super) struct Settings {
     pub(super) trace: Option<String>,
 }
 
-/// The batches that are open.
-pub struct Batches {
-    open: Mutex<HashMap<String, Arc<Open>>>,
-    places: Places,
-    /// For whoever checks lines.
-    checking: Semaphore,
-    is_closed: AtomicBool,
-}
-
-impl Default for Batches {
-    fn default() -> Self {
-        let (open, places) = (Mutex::default(), Places::default());
-        Self { open, places, checking: Semaphore::new(1), is_closed: AtomicBool::new(false) }
-    }
-}
-
-/// A batch that is open.
-#[derive(Default)]
-pub(super) struct Open {
-    /// (completed, failed) of its rows.
-    counts: Mutex<(u64, u64)>,
-    /// Its share of the machine's time that is in no book yet.
-    pub(super) machine_ns: Arc<AtomicU64>,
-    /// Its part of the work that is open.
-    ticket: Mutex<Option<Arc<BatchTicket>>>,
-    control: Mutex<Control>,
-}
-
-#[derive(Default)]
-struct Control {
-    ending: Option<Ending>,
-    /// To its job, while it runs.
-    link: Option<Link>,
-    /// To its wait for a place and an engine.
-    wake: Option<oneshot::Sender<()>>,
-    /// Whether another should have its place.
-    must_leave: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Open {
-    /// With its part of the work that is open, if it was just accepted.
-    fn new(ticket: Option<Arc<BatchTicket>>) -> Self {
-        Self { ticket: Mutex::new(ticket), ..Self::default() }
-    }
-
-    /// It ends early; the first reason stays.
-    pub(super) fn end(&self, ending: Ending) {
-        let mut control = lock(&self.control);
-        control.ending.get_or_insert(ending);
-        if let Some(link) = &control.link {
-            link.halt();
-        }
-        drop(control.wake.take());
-    }
-
-    pub(super) fn ending(&self) -> Option<Ending> {
-        lock(&self.control).ending.clone()
-    }
-
-    /// Returns after a time, or when it is to end.
-    pub(super) async fn pause(&self, time: Duration) {
-        let (wake, woken) = oneshot::channel();
-        {
-            let mut control = lock(&self.control);
-            if control.ending.is_some() {
-                return;
-            }
-            control.wake = Some(wake);
-        }
-        // Nobody sends: it is dropped.
-        let _passed = tokio::time::timeout(time, woken).await;
-    }
-
-    /// Leaves its place to another, and waits for one again.
-    fn leave(&self) {
-        let mut control = lock(&self.control);
-        control.must_leave = true;
-        if let Some(link) = &control.link {
-            link.halt();
-        }
-        drop(control.wake.take());
-    }
-
-    /// Why its job stops here, if it does.
-    fn stop(&self) -> Option<Ending> {
-        let control = lock(&self.control);
-        control.ending.clone().or_else(|| control.must_leave.then_some(Ending::Pause))
-    }
-}
-
-impl Batches {
-    fn open(&self, id: &str) -> Option<Arc<Open>> {
-        lock(&self.open).get(id).cloned()
-    }
-
-    /// (completed, failed) of an open batch's rows.
-    pub(super) fn counts(&self, id: &str) -> Option<(u64, u64)> {
-        self.open(id).map(|open| *lock(&open.counts))
-    }
-
-    /// What the open ones have taken of the machine's time, that is in no book yet.
-    pub(super) fn meters(&self) -> Vec<(String, Arc<AtomicU64>)> {
-        lock(&self.open).iter().map(|(id, open)| (id.clone(), Arc::clone(&open.machine_ns))).collect()
-    }
-
-    /// Ends a batch early.
-    pub(super) fn end(&self, id: &str, ending: Ending) {
-        if let Some(open) = self.open(id) {
-            open.end(ending);
-        }
-    }
-
-    /// The server ends: all are gone on with at the next start.
-    pub(super) fn pause_all(&self) {
-        self.is_closed.store(true, SeqCst);
-        lock(&self.open).values().for_each(|open| open.end(Ending::Pause));
-    }
-
-    /// Notes a batch that is taken up.
-    pub(super) fn begin(&self, id: &str, ticket: Option<Arc<BatchTicket>>) -> Arc<Open> {
-        let open = Arc::new(Open::new(ticket));
-        lock(&self.open).insert(id.to_owned(), Arc::clone(&open));
-        if self.is_closed.load(SeqCst) {
-            open.end(Ending::Pause);
-        }
-        open
-    }
-
-    /// It has ended, or is gone on with at the next start.
-    pub(super) fn finish(&self, id: &str) {
-        lock(&self.open).remove(id);
-    }
-
-    /// How many there are.
-    pub(super) fn n_open(&self) -> usize {
-        lock(&self.open).len()
+impl Settings {
+    /// What a batch of this model may cost; `None`: as much as it comes to.
+    fn cost_limit(&self, app: &App, model: &str) -> Option<CostLimit> {
+        let (most, price) = self.max_cost.zip(self.tariff.price(app, model))?;
+        Some(CostLimit { price, most: Amount::of_micro(most) })
     }
 }
 
@@ -296,15 +163,14 @@ pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<
     // What an earlier run has done is known before it goes on.
     let own = job.clone();
     match spawn_blocking(move || own.done()).await.context("looking at the journal panicked")? {
-        Ok(counts) => *lock(&open.counts) = counts,
+        Ok(counts) => open.note_counts(counts),
         Err(error) => say(&format!("batch {id}: {error:#}")),
     }
-    if lock(&open.ticket).is_none() {
-        let counts = *lock(&open.counts);
-        let ticket = count_in(&job, &model, counts, stored.expires_at).await?;
-        *lock(&open.ticket) = Some(Arc::new(ticket));
+    if open.ticket().is_none() {
+        open.count_as(count_in(&job, &model, open.counts(), stored.expires_at).await?);
     }
-    let ended = wait_and_run(app, &stored, open, job, &model).await;
+    let limit = settings.cost_limit(app, &model.id);
+    let ended = wait_and_run(app, &stored, open, job, (&model, limit)).await;
     timer.abort();
     if let Some(ended) = ended? {
         conclude(app, id, open, &settings, &ended).await?;
@@ -406,7 +272,7 @@ async fn wait_and_run(
     stored: &StoredBatch,
     open: &Arc<Open>,
     job: HostedJob,
-    model: &Arc<Offered>,
+    (model, limit): (&Arc<Offered>, Option<CostLimit>),
 ) -> Result<Option<Ended>> {
     loop {
         let (place, lease) = wait(app, stored, open, model).await;
@@ -416,13 +282,14 @@ async fn wait_and_run(
         }
         if lease.is_none() && ending.is_none() {
             // Another has its place.
-            lock(&open.control).must_leave = false;
+            open.take_leave();
             continue;
         }
         let (job, model, own, expires_at) = (job.clone(), Arc::clone(model), Arc::clone(open), stored.expires_at);
-        let ran = spawn_blocking(move || run(&job, &model, lease, &own, expires_at)).await.context("the batch panicked")?;
+        let ran =
+            spawn_blocking(move || run(&job, (&model, limit), lease, &own, expires_at)).await.context("the batch panicked")?;
         drop(place);
-        let must_leave = std::mem::take(&mut lock(&open.control).must_leave);
+        let must_leave = open.take_leave();
         if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
             return ran;
         }
@@ -436,14 +303,7 @@ async fn wait<'a>(
     open: &Arc<Open>,
     model: &'a Offered,
 ) -> (Option<Place<'a>>, Option<Lease>) {
-    let (wake, mut woken) = oneshot::channel();
-    {
-        let mut control = lock(&open.control);
-        if control.ending.is_some() {
-            return (None, None);
-        }
-        control.wake = Some(wake);
-    }
+    let Some(mut woken) = open.wake() else { return (None, None) };
     let key = (stored.expires_at, stored.id.clone());
     let asked = Arc::clone(open);
     let rung = app.batches.places.enter(&model.id, key.clone(), Box::new(move || asked.leave()));
@@ -463,21 +323,19 @@ async fn wait<'a>(
 }
 
 /// Without a lease it is only ended.
-fn run(job: &HostedJob, model: &Offered, lease: Option<Lease>, open: &Arc<Open>, expires_at: u64) -> Result<Option<Ended>> {
+fn run(
+    job: &HostedJob,
+    (model, limit): (&Offered, Option<CostLimit>),
+    lease: Option<Lease>,
+    open: &Arc<Open>,
+    expires_at: u64,
+) -> Result<Option<Ended>> {
     let (link, inbox) = Inbox::new();
     let [left, window] = [now(), job.created_unix_s].map(|from| Duration::from_secs(expires_at.saturating_sub(from)));
-    let ticket = lock(&open.ticket).clone();
-    let at = model.live.seat(lease, &link, (&open.machine_ns, ticket), (left, window));
-    {
-        let mut control = lock(&open.control);
-        if control.ending.is_some() || control.must_leave {
-            link.halt();
-        }
-        control.link = Some(link);
-    }
+    let at = model.live.seat(lease, &link, (&open.machine_ns, open.ticket()), (left, window));
+    open.begin_run(link);
     let told = Arc::clone(open);
-    let progress = move |completed, failed| *lock(&told.counts) = (completed, failed);
-    let ran = job.run(&at.seat, inbox, &|| open.stop(), progress);
-    lock(&open.control).link = None;
+    let ran = job.run(&at.seat, inbox, &|| open.stop(), move |totals| told.note(totals, limit));
+    open.end_run();
     ran
 }

@@ -12,9 +12,10 @@ use super::errors::{ApiError, json_response};
 use super::files::Arriving;
 use super::models::now;
 use super::paging::{Page, Pairs};
+use super::prices::Amount;
 use super::stored::listed;
 use super::windows::Mode;
-use super::{files, ids, message_batches, windows};
+use super::{files, ids, message_batches, prices, windows};
 use crate::format::openai::{Endpoint, kind};
 use crate::pipeline::referenced::{Reference, Referenced};
 use crate::store::Connection;
@@ -83,6 +84,8 @@ pub(super) struct Wanted {
     pub(super) retry_of: Option<String>,
     /// How long its files are kept.
     pub(super) output_seconds: Option<u64>,
+    /// What it may cost, in millionths of the currency.
+    pub(super) max_cost: Option<u64>,
     /// How many requests it has, where that is told before they are looked at.
     pub(super) n_requests: usize,
 }
@@ -96,7 +99,8 @@ pub(super) async fn create(
     Extension(owner): Extension<Owner>,
     content: BatchBody,
 ) -> Result<Response, ApiError> {
-    const KNOWN: [&str; 6] = ["input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "label"];
+    const KNOWN: [&str; 7] =
+        ["input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "label", "max_cost"];
     let Head { fields: body, has_requests } = content.head().await?;
     if let Some((name, _)) = body.iter().find(|(name, value)| !KNOWN.contains(&name.as_str()) && !value.is_null()) {
         return Err(ApiError::field("unsupported_parameter", name.clone(), "is not supported"));
@@ -114,7 +118,7 @@ pub(super) async fn create(
     if let Some(asked) = windows::asked(metadata.as_ref()) {
         app.models.check_window(asked)?;
     }
-    let output_seconds = output_seconds(&body)?;
+    let (output_seconds, max_cost) = (output_seconds(&body)?, max_cost(&body)?);
     let input = match (text(&body, "input_file_id")?, has_requests) {
         (Some(_), true) => return Err(ApiError::invalid_value("requests", "can't be combined with input_file_id")),
         (None, false) => return Err(ApiError::missing("input_file_id")),
@@ -149,6 +153,7 @@ pub(super) async fn create(
         label: text(&body, "label")?.into(),
         retry_of: None,
         output_seconds,
+        max_cost,
         n_requests: 0,
     };
     Ok(json_response(&open(app, &owner, wanted).await?))
@@ -162,7 +167,7 @@ pub(super) fn check_room(app: &App) -> Result<(), ApiError> {
 /// Accepts a batch; its object.
 pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
     check_room(&app)?;
-    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, n_requests } = wanted;
+    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, max_cost, n_requests } = wanted;
     let receiver = completion_webhook::asked(&app, owner, metadata.as_object(), Mode::Background)?;
     let is_messages = endpoint == Endpoint::Messages;
     let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
@@ -174,12 +179,12 @@ pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result
         "in_progress_at": null, "finalizing_at": null, "completed_at": null, "failed_at": null, "expired_at": null,
         "cancelling_at": null, "cancelled_at": null, "output_file_id": null, "error_file_id": null, "errors": null,
         "request_counts": {"total": n_requests, "completed": 0, "failed": 0},
-        "metadata": metadata, "label": label, "retry_of": retry_of, "model": null, "usage": null,
+        "metadata": metadata, "label": label, "max_cost": max_cost.map(|most| Amount::of_micro(most).to_string()), "retry_of": retry_of, "model": null, "usage": null,
     });
     let tariff = Tariff::Free;
     let (endpoint, keeps_faults) = (endpoint.path().to_owned(), is_messages);
     let reference = input.reference.as_ref().map(|(reference, _)| reference.clone());
-    let settings = Settings { endpoint, output_seconds, tariff, keeps_faults, reference, trace: owner.spot.link() };
+    let settings = Settings { endpoint, output_seconds, tariff, max_cost, keeps_faults, reference, trace: owner.spot.link() };
     let expires_at = created_at + 3600 * hours;
     let status = "validating".to_owned();
     let new = StoredBatch {
@@ -233,6 +238,20 @@ fn output_seconds(body: &Map<String, Value>) -> Result<Option<u64>, ApiError> {
     seconds.ok_or_else(fault).map(Some)
 }
 
+/// `max_cost`: an amount of the currency that prices are in, a number or a text, as amounts are in answers.
+fn max_cost(body: &Map<String, Value>) -> Result<Option<u64>, ApiError> {
+    let field = "max_cost";
+    let amount = match body.get(field) {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Number(amount)) => amount.as_f64(),
+        Some(Value::String(amount)) => amount.parse().ok(),
+        Some(other) => return Err(ApiError::invalid_type(field, "an amount", other)),
+    };
+    let found = amount.and_then(|amount| prices::micro(amount).ok()).filter(|&micro| micro > 0);
+    let fault = || ApiError::invalid_value(field, "must be an amount over 0, of at most six decimals");
+    found.ok_or_else(fault).map(Some)
+}
+
 /// The line of a request that stands in the body: `{custom_id, params}`.
 fn inline(endpoint: Endpoint) -> impl FnMut(usize, &Value) -> Result<String, ApiError> {
     let mut used = HashSet::new();
@@ -280,6 +299,10 @@ fn shown(app: &App, stored: &StoredBatch) -> Result<Value, ApiError> {
     if let Some((completed, failed)) = app.batches.counts(&stored.id).filter(|_| body["usage"].is_null()) {
         body["request_counts"]["completed"] = completed.into();
         body["request_counts"]["failed"] = failed.into();
+        let settings: Settings = serde_json::from_str(&stored.settings).map_err(anyhow::Error::from)?;
+        let price = settings.tariff.price(app, body["model"].as_str().unwrap_or_default());
+        let n_rows = body["request_counts"]["total"].as_u64().unwrap_or_default();
+        body["progress"] = app.batches.progress(&stored.id, n_rows, price).into();
     }
     Ok(body)
 }

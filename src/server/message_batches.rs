@@ -80,6 +80,7 @@ async fn create(
         label: Value::Null,
         retry_of: None,
         output_seconds: None,
+        max_cost: None,
         n_requests,
     };
     let object = batches::open(app, &owner, wanted).await?;

@@ -33,6 +33,13 @@ pub struct Price {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Amount(pub i128);
 
+impl Amount {
+    /// So many millionths of the currency.
+    pub fn of_micro(value: u64) -> Self {
+        Self(i128::from(value) * i128::from(MILLION))
+    }
+}
+
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unit = u128::from(MILLION * MILLION);
@@ -44,7 +51,7 @@ impl fmt::Display for Amount {
 
 /// A price as it is shown.
 fn shown(price: u64) -> String {
-    Amount(i128::from(price) * i128::from(MILLION)).to_string()
+    Amount::of_micro(price).to_string()
 }
 
 impl Price {

@@ -2,8 +2,9 @@
 //! killed; however sums are told apart, they are the same whole.
 
 use crate::common::chat_line;
-use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
+use crate::serving::{Answer, FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 const PRICES: &str = "[prices]
@@ -373,4 +374,87 @@ fn amounts_that_one_number_does_not_hold_are_told_whole() {
     let printed = server.sandbox.run(&["usage", "--data", "data", "--by", "model", "--json", "--until", "2000-01-01"]).stdout;
     let printed: Value = serde_json::from_slice(&printed).unwrap();
     assert_eq!(printed["data"][0]["charge"], "199999999.99999999998", "{printed}");
+}
+
+impl Server {
+    fn long_batch(&self, n: usize, max_cost: Value) -> Answer {
+        let params = |i: usize| {
+            let messages = json!([{"role": "user", "content": format!("Number {i}?")}]);
+            json!({"model": MODEL, "messages": messages, "max_tokens": 40, "ignore_eos": true})
+        };
+        let requests: Vec<Value> = (0..n).map(|i| json!({"custom_id": format!("r{i}"), "params": params(i)})).collect();
+        self.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests, "max_cost": max_cost}))
+    }
+
+    fn lines(&self, file: &Value) -> Vec<Value> {
+        let text = self.get(&format!("/v1/files/{}/content", file.as_str().unwrap())).text;
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+#[test]
+fn a_batch_ends_when_it_has_cost_what_it_may() {
+    const N: usize = 500;
+    let server = Server::with(&format!("[engine]\nmax_running = 2\n{PRICES}"), &["--api-key", KEY]);
+    // The answer of each alone is 30 millionths.
+    let made = server.long_batch(N, json!(0.0005)).json();
+    assert_eq!(made["max_cost"], "0.0005", "{made}");
+    let ended = server.end_of_batch(made["id"].as_str().unwrap());
+    assert_eq!((&ended["status"], &ended["errors"]["data"][0]["code"]), (&json!("cancelled"), &json!("max_cost_reached")));
+    let usage = &ended["usage"];
+    let each = amount(&usage["cost"]) / i128::from(ended["request_counts"]["completed"].as_i64().unwrap());
+    assert_eq!(amount(&usage["cost"]), expected(usage, BATCH), "{ended}");
+    // What ended with the one that reached it is charged too, and no more was begun.
+    let most = amount(&json!("0.0005"));
+    assert!(amount(&usage["cost"]) >= most, "it ended too soon: {ended}");
+    assert_eq!(server.usage("batch")["total"]["charge"], usage["cost"]);
+    let (done, rest) = (server.lines(&ended["output_file_id"]), server.lines(&ended["error_file_id"]));
+    assert!(!rest.is_empty(), "all were run, at {each} each");
+    assert!(rest.iter().all(|line| line["error"]["code"] == "max_cost_reached" && line["response"].is_null()), "{rest:?}");
+    let ids: BTreeSet<&str> = done.iter().chain(&rest).map(|line| line["custom_id"].as_str().unwrap()).collect();
+    assert_eq!((ids.len(), done.len() + rest.len()), (N, N), "each request ended once");
+    // The rest may cost as much again.
+    let again = server.post(&format!("/v1/batches/{}/retry", ended["id"].as_str().unwrap()), Value::Null).json();
+    assert_eq!((&again["max_cost"], &again["status"]), (&ended["max_cost"], &json!("validating")), "{again}");
+    let again = server.end_of_batch(again["id"].as_str().unwrap());
+    assert_eq!(again["request_counts"]["total"], rest.len(), "{again}");
+    assert!(again["usage"]["output_tokens"].as_u64() > Some(0), "{again}");
+    // One that costs less than it may is as any other.
+    let cheap = server.long_batch(2, json!("1.5")).json();
+    let cheap = server.end_of_batch(cheap["id"].as_str().unwrap());
+    let told = json!([cheap["status"], cheap["errors"], cheap["completed_with_errors"], cheap["max_cost"], cheap["progress"]]);
+    assert_eq!(told, json!(["completed", null, false, "1.5", null]), "{cheap}");
+    for wrong in [json!(0), json!(-1), json!("free"), json!(1e-9), json!(1e30), json!(true)] {
+        let answer = server.long_batch(1, wrong);
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("max_cost")), "{}", answer.text);
+    }
+    let free = Server::start();
+    let answer = free.long_batch(1, json!(1));
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("max_cost")), "{}", answer.text);
+    assert_eq!(free.get("/v1/batches").json()["data"], json!([]));
+}
+
+#[test]
+fn a_batch_tells_how_far_it_is() {
+    let server = Server::with(&format!("[engine]\nmax_running = 2\n{PRICES}"), &["--api-key", KEY]);
+    // It would take long, and is ended when it has told enough.
+    let made = server.long_batch(3000, Value::Null).json();
+    let id = made["id"].as_str().unwrap();
+    let batch = loop {
+        let batch = server.get(&format!("/v1/batches/{id}")).json();
+        if batch["progress"]["tokens_done"].as_i64() > Some(0) {
+            break batch;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let (progress, counts) = (&batch["progress"], &batch["request_counts"]);
+    let n_tokens = i128::from(progress["tokens_done"].as_i64().unwrap());
+    assert!(n_tokens >= 40 * i128::from(counts["completed"].as_i64().unwrap().max(1)), "{batch}");
+    assert!(progress["eta_s"].as_u64() > Some(0), "{batch}");
+    let [_, cached, output] = BATCH;
+    let cost = amount(&progress["cost"]);
+    assert!(n_tokens * cached < cost && cost < n_tokens * output, "{batch}");
+    server.post(&format!("/v1/batches/{id}/cancel"), Value::Null);
+    let ended = server.end_of_batch(id);
+    assert!(ended["progress"].is_null() && amount(&ended["usage"]["cost"]) >= cost, "{ended}");
 }
