@@ -107,7 +107,7 @@ pub struct OfferedModel {
 }
 
 /// What bounds the server.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ServeLimits {
     /// Longest JSON body.
     pub max_body_bytes: usize,

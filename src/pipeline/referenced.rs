@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::io::{BufRead, Read};
+use std::fs::File;
+use std::io::{self, BufRead, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -198,10 +199,23 @@ fn unreadable(error: anyhow::Error) -> Refused {
 }
 
 fn open_by(storage: &Storage, at: &Location) -> Result<Object, Refused> {
+    if let Some(path) = &at.local {
+        // What it says of itself can be seen by those, too, who may not read it.
+        File::open(path).map_err(|error| unreadable_file(&error))?;
+    }
     if !storage.exists(at).map_err(unreadable)? {
         return Err(Refused::Missing);
     }
     storage.open(at).map_err(unreadable)
+}
+
+/// Why a file of this machine can't be opened. One that may not be read is not waited for: its permissions are somebody's decision.
+fn unreadable_file(error: &io::Error) -> Refused {
+    match error.kind() {
+        ErrorKind::NotFound => Refused::Missing,
+        ErrorKind::PermissionDenied => Refused::Invalid("is a file that this server may not read".into()),
+        _ => Refused::Unreadable(error.to_string()),
+    }
 }
 
 impl Referenced {
@@ -294,6 +308,14 @@ mod tests {
 
     fn places(texts: &[&str]) -> Places {
         Places::parse(&texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn a_file_that_may_not_be_read_is_not_waited_for() {
+        let refused = |kind: ErrorKind| unreadable_file(&io::Error::from(kind));
+        assert!(matches!(refused(ErrorKind::PermissionDenied), Refused::Invalid(why) if why.contains("may not read")));
+        assert_eq!(refused(ErrorKind::NotFound), Refused::Missing);
+        assert!(matches!(refused(ErrorKind::Other), Refused::Unreadable(_)), "what may pass is waited for");
     }
 
     #[test]

@@ -19,6 +19,19 @@ const OLD_SHARE: f64 = 0.2;
 /// Batches are accepted whose forecast is so much longer than their window: some rows end sooner than others of their kind.
 const BATCH_RELAXATION: f64 = 1.25;
 
+/// Those who are turned away are asked to come back one after the other, as their work could be done: within so much time after there
+/// is room for the first, for clients do not wait for long, and not all of them come.
+const SPREAD: Duration = Duration::from_mins(1);
+
+/// A window holds no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full {
+    /// How long what is asked for would wait.
+    pub wait: Duration,
+    /// When there will be room for it, after those who were turned away before.
+    pub again_in: Duration,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Backlog {
@@ -45,6 +58,8 @@ struct State {
     full_at: Duration,
     /// Tokens that completions of calls and of batches have; 0: not known.
     drawn: [f64; 2],
+    /// By class: when there will be room for one more than have been turned away.
+    room_at: [Duration; Class::ALL.len()],
 }
 
 fn learn(old: &mut f64, new: f64) {
@@ -75,7 +90,8 @@ impl Backlog {
     /// Tokens of a class that are open, those that will probably be drawn among them.
     pub fn open_tokens(&self, class: Class) -> f64 {
         self.with(|state| match class {
-            Class::Batch => state.batches.values().sum(),
+            // Of no batch it would be a negative zero.
+            Class::Batch => state.batches.values().fold(0.0, |sum, tokens| sum + tokens),
             Class::Asap | Class::Standard => state.open[class as usize],
         })
     }
@@ -89,26 +105,29 @@ impl Backlog {
     /// Counts a call in; `sequences` are the prompt tokens and the most drawn ones of each.
     ///
     /// # Errors
-    /// It would wait longer than `ceiling`: how long.
+    /// It would wait longer than `ceiling`.
     pub fn enter(
         self: &Arc<Self>,
         class: Class,
         sequences: impl Iterator<Item = (usize, u32)>,
         ceiling: Option<Duration>,
-    ) -> Result<Ticket, Duration> {
+    ) -> Result<Ticket, Full> {
         let at = self.since.elapsed();
         self.with(|state| {
-            let wait = state.wait(class, at);
-            if ceiling.is_some_and(|ceiling| wait > ceiling) {
-                return Err(wait);
+            let (wait, n_tokens) = (state.wait(class, at), state.n_tokens(sequences));
+            match ceiling.filter(|&ceiling| wait > ceiling) {
+                Some(ceiling) => Err(Full { wait, again_in: state.turn_away(class, n_tokens, (at, wait - ceiling)) }),
+                None => Ok(state.add_call(self, class, n_tokens)),
             }
-            Ok(state.add_call(self, class, sequences))
         })
     }
 
     /// As [`Backlog::enter`], of a call that was accepted before.
     pub fn count_in(self: &Arc<Self>, class: Class, sequence: (usize, u32)) -> Ticket {
-        self.with(|state| state.add_call(self, class, std::iter::once(sequence)))
+        self.with(|state| {
+            let n_tokens = state.n_tokens(std::iter::once(sequence));
+            state.add_call(self, class, n_tokens)
+        })
     }
 
     /// Counts a batch of so many tokens in, which expires then (unix seconds).
@@ -178,9 +197,23 @@ impl State {
         Duration::try_from_secs_f64(most_s.max(0.0)).unwrap_or(Duration::MAX)
     }
 
-    fn add_call(&mut self, backlog: &Arc<Backlog>, class: Class, sequences: impl Iterator<Item = (usize, u32)>) -> Ticket {
+    /// Tokens that a call will probably come to.
+    fn n_tokens(&self, sequences: impl Iterator<Item = (usize, u32)>) -> f64 {
         let drawn = self.expected(false);
-        let n_tokens = sequences.map(|(n_prompt, most)| n_prompt as f64 + drawn.min(f64::from(most))).sum();
+        sequences.map(|(n_prompt, most)| n_prompt as f64 + drawn.min(f64::from(most))).sum()
+    }
+
+    /// When a call of so many tokens, which would wait `too_long` at `at`, should come again.
+    fn turn_away(&mut self, class: Class, n_tokens: f64, (at, too_long): (Duration, Duration)) -> Duration {
+        let own = Duration::try_from_secs_f64(n_tokens * self.token_s()).unwrap_or(SPREAD);
+        let first = at.saturating_add(too_long);
+        let room_at = &mut self.room_at[class as usize];
+        let again_at = (*room_at).clamp(first, first.saturating_add(SPREAD));
+        *room_at = again_at.saturating_add(own);
+        again_at - at
+    }
+
+    fn add_call(&mut self, backlog: &Arc<Backlog>, class: Class, n_tokens: f64) -> Ticket {
         self.open[class as usize] += n_tokens;
         Ticket { backlog: Arc::clone(backlog), class, n_tokens }
     }
@@ -250,7 +283,7 @@ mod tests {
 
     const CEILING: Option<Duration> = Some(Duration::from_secs(10));
 
-    fn enter(backlog: &Arc<Backlog>, class: Class, n_tokens: usize) -> Result<Ticket, Duration> {
+    fn enter(backlog: &Arc<Backlog>, class: Class, n_tokens: usize) -> Result<Ticket, Full> {
         backlog.enter(class, [(n_tokens, 0)].into_iter(), CEILING)
     }
 
@@ -259,7 +292,7 @@ mod tests {
         let backlog = Arc::new(Backlog::default());
         let first = enter(&backlog, Class::Standard, 1_000_000).expect("the speed is not known");
         backlog.note_full_step(Duration::from_millis(100), 100);
-        assert_eq!(enter(&backlog, Class::Standard, 1).unwrap_err().as_secs(), 1000);
+        assert_eq!(enter(&backlog, Class::Standard, 1).unwrap_err().wait.as_secs(), 1000);
         drop(enter(&backlog, Class::Asap, 1).expect("what is before standard does not wait for it"));
         let mut first = first;
         first.spend(999_990);
@@ -269,6 +302,26 @@ mod tests {
         assert_eq!(held.len(), 11, "ten seconds of work, and the one after which that is passed");
         drop(held);
         assert_eq!(backlog.wait(Class::Batch), Duration::ZERO);
+        assert!(backlog.open_tokens(Class::Batch).is_sign_positive());
+    }
+
+    #[test]
+    fn those_who_are_turned_away_come_back_one_after_the_other() {
+        let mut state = State { open: [0.0, 50.0, 0.0], ..State::default() };
+        let at = Duration::from_secs;
+        // A token a second: 50 s of work, and 10 s are allowed.
+        state.note_full_step(at(100), at(1), 1);
+        assert_eq!(state.wait(Class::Standard, at(100)), at(50));
+        let mut turn_away = |n_tokens: f64, now: u64, too_long: u64| {
+            state.turn_away(Class::Standard, n_tokens, (at(now), at(too_long))).as_secs()
+        };
+        assert_eq!([turn_away(5.0, 100, 40), turn_away(20.0, 100, 40), turn_away(1.0, 100, 40)], [40, 45, 65]);
+        // Five seconds later, that many tokens later.
+        assert_eq!(turn_away(100.0, 105, 35), 61);
+        // Nobody is asked to wait for everybody.
+        assert_eq!([turn_away(1.0, 105, 35), turn_away(1.0, 105, 35)], [95, 95]);
+        // Those who did not come are not waited for.
+        assert_eq!(turn_away(1.0, 300, 3), 3);
     }
 
     #[test]

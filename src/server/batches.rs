@@ -14,7 +14,7 @@ use super::models::now;
 use super::paging::{Page, Pairs};
 use super::prices::Amount;
 use super::stored::listed;
-use super::windows::Mode;
+use super::windows::{Mode, Table};
 use super::{files, ids, message_batches, prices, windows};
 use crate::format::openai::{Endpoint, kind};
 use crate::pipeline::referenced::{Reference, Referenced};
@@ -112,7 +112,7 @@ pub(super) async fn create(
             ApiError::invalid_value("endpoint", message)
         })?,
     };
-    let hours = hours(text(&body, "completion_window")?)?;
+    let hours = hours(text(&body, "completion_window")?, &app.windows)?;
     let metadata = windows::metadata(&body)?.cloned();
     completion_webhook::asked(&app, &owner, metadata.as_ref(), Mode::Background)?;
     if let Some(asked) = windows::asked(metadata.as_ref()) {
@@ -213,8 +213,8 @@ fn text<'b>(body: &'b Map<String, Value>, key: &str) -> Result<Option<&'b str>, 
 }
 
 /// `24h`, and other numbers of hours; the names of windows stand for 24.
-fn hours(window: Option<&str>) -> Result<u64, ApiError> {
-    let Some(window) = window.filter(|window| !["asap", "standard"].contains(window)) else { return Ok(DEFAULT_HOURS) };
+fn hours(window: Option<&str>, windows: &Table) -> Result<u64, ApiError> {
+    let Some(window) = window.filter(|window| windows.named(window).is_none()) else { return Ok(DEFAULT_HOURS) };
     let hours = window.strip_suffix('h').and_then(|hours| hours.parse().ok()).filter(|hours| (1..=MAX_HOURS).contains(hours));
     hours.ok_or_else(|| {
         let message = format!("{window:?} is not one of 24h, another number of hours up to {MAX_HOURS}h, asap, standard");

@@ -172,8 +172,7 @@ impl Call {
         let model = Arc::clone(app.models.named(body)?);
         let metadata = windows::metadata(body)?;
         let window = asked.window.map(Window::as_str).or_else(|| windows::asked(metadata));
-        let supported = app.windows.open_to(asked.mode, &model.windows);
-        let window = windows::resolve(window, asked.mode, &model.id, &supported)?;
+        let window = app.windows.resolve(window, asked.mode, &model.id, &model.windows)?;
         let (mut request, echo) = parse_body(0, endpoint, body, &app.defaults)?;
         // The name is the server's matter, not the weights'.
         request.model = None;
@@ -251,8 +250,8 @@ impl Prepared {
     /// Its window can't hold it now.
     pub(super) fn admit(&self, app: &App) -> Result<Ticket, ApiError> {
         let class = self.window.class();
-        self.model.live.admit(&self.prompts, class).map_err(|wait| {
-            ApiError::over_capacity(self.window.as_str(), wait, app.windows.of(class).ceiling.unwrap_or_default())
+        self.model.live.admit(&self.prompts, class).map_err(|full| {
+            ApiError::over_capacity(self.window.as_str(), full, app.windows.of(class).ceiling.unwrap_or_default())
         })
     }
 }

@@ -1,6 +1,7 @@
 //! Errors on the wire, in the form of the dialect that was spoken to: `OpenAI`'s everywhere, Anthropic's under
 //! `/v1/messages`. Invariant: every answer that is no success is one of these, whatever went wrong.
 
+use super::backlog::Full;
 use super::log::say;
 use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
@@ -92,13 +93,14 @@ impl ApiError {
     }
 
     /// So much is before it that it would be done too late: it may come again when its window can hold it.
-    pub fn over_capacity(window: &str, wait: Duration, ceiling: Duration) -> Self {
-        let (wait_s, ceiling_s) = (wait.as_secs(), ceiling.as_secs());
+    pub fn over_capacity(window: &str, full: Full, ceiling: Duration) -> Self {
+        let (wait_s, ceiling_s) = (full.wait.as_secs(), ceiling.as_secs());
         let message =
             format!("the work before this request takes about {wait_s} s, and window {window} allows {ceiling_s} s; try again");
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, Some("capacity_exceeded"), message);
-        let too_long = wait.saturating_sub(ceiling).as_secs().saturating_add(1);
-        Self { retry_after_s: Some(u32::try_from(too_long).unwrap_or(u32::MAX)), ..error }
+        // The next whole second.
+        let again_s = full.again_in.as_secs().saturating_add(1);
+        Self { retry_after_s: Some(u32::try_from(again_s).unwrap_or(u32::MAX)), ..error }
     }
 
     /// By the forecast a batch would end so much after its window, or make another end late.

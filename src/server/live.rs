@@ -3,7 +3,7 @@
 //! a call is answered by exactly the tokens that `valar run` gives the same request; a caller that goes away leaves nothing
 //! behind; memory held for a caller that reads slowly is bounded by its answer; what is loaded again has the same bits.
 
-use super::backlog::{Backlog, BatchTicket, Ticket};
+use super::backlog::{Backlog, BatchTicket, Full, Ticket};
 use super::flow::{Cancel, Flow, Mailbox, Routes, first_id, is_of_job};
 use super::observed::Observed;
 use super::pace::Pace;
@@ -166,7 +166,7 @@ impl LiveModel {
             n_queued: Default::default(),
             max_queued: limits.max_queued,
             backlog: Arc::default(),
-            windows: limits.windows,
+            windows: limits.windows.clone(),
             kept_percent: limits.kept_percent,
             preparing: Semaphore::new(config.n_threads),
             next_id: AtomicU64::new(0),
@@ -260,8 +260,8 @@ impl LiveModel {
     /// Counts a call in, if it can be done in its window.
     ///
     /// # Errors
-    /// How long it would wait, if that is too long.
-    pub fn admit(&self, prompts: &[Prompt], class: Class) -> Result<Ticket, Duration> {
+    /// It would wait too long.
+    pub fn admit(&self, prompts: &[Prompt], class: Class) -> Result<Ticket, Full> {
         let sequences = prompts.iter().flat_map(|prompt| {
             let own = (prompt.tokens.len(), prompt.max_tokens);
             std::iter::repeat_n(own, n_computed(prompt))

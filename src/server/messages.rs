@@ -68,7 +68,7 @@ async fn prepare(
     let model = Arc::clone(app.models.named(body)?);
     let header = headers.get("x-completion-window").and_then(|value| value.to_str().ok());
     let asked = header.or(windows::asked(windows::metadata(body)?));
-    let window = windows::resolve(asked, Mode::Foreground, &model.id, &model.windows)?;
+    let window = app.windows.resolve(asked, Mode::Foreground, &model.id, &model.windows)?;
     let request = parse_messages(body, &app.defaults, needs_max_tokens)?;
     let prompts = model.live.prepare(request, Endpoint::ChatCompletions).await;
     let prompts = prompts.map_err(|error| too_long(error, body))?;

@@ -183,7 +183,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             max_file_bytes: config.limits.max_file_bytes,
             places: config.places.clone(),
             max_batch_rows: config.limits.max_batch_rows,
-            windows: config.limits.windows,
+            windows: config.limits.windows.clone(),
             kept_for: config.limits.kept_for,
             keys: Keys::new(&config.keys, config.limits.rates),
             once: Once::default(),
@@ -243,6 +243,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/embeddings", post(models::embed))
         .route("/v1/responses", post(responses::create).get(stored::list))
         .route("/v1/responses/wait", post(stored::wait))
         .route("/v1/responses/input_tokens", post(responses::input_tokens))

@@ -2,12 +2,13 @@
 //! with equal weights are in memory once, or not at all.
 
 use super::App;
+use super::body::JsonObject;
 use super::errors::{ApiError, json_response};
 use super::live::{AtWork, Faults, LiveModel, Shared};
 use super::prices::Prices;
 use super::residency::{Absent, Lease, Residency, Shown, Wanted};
 use super::room::Terms;
-use super::windows::{self, Mode, Table, Window};
+use super::windows::{Mode, Table, Window};
 use crate::config::ModelConfig;
 use crate::config::serve::{OfferedModel, ServeConfig};
 use crate::window::AIM;
@@ -93,7 +94,7 @@ impl Models {
         }
         let models = known.into_iter().map(|(_, live, terms, work)| (live, terms, work)).collect();
         let residency = Residency::new(models, memories, config.limits.min_loaded);
-        let (windows, load_wait) = (config.limits.windows, config.limits.load_wait);
+        let (windows, load_wait) = (config.limits.windows.clone(), config.limits.load_wait);
         Ok(Self { offered, residency, faults, windows, load_wait })
     }
 
@@ -172,7 +173,7 @@ impl Models {
         let supports = |window: &&Window| self.offered.iter().any(|model| model.windows.contains(window));
         let supported: Vec<Window> = Window::ALL.iter().filter(supports).copied().collect();
         let names: Vec<&str> = self.offered.iter().map(|model| model.id.as_str()).collect();
-        windows::resolve(Some(asked), Mode::Background, &names.join(", "), &supported).map(drop)
+        self.windows.resolve(Some(asked), Mode::Background, &names.join(", "), &supported).map(drop)
     }
 
     /// One of each whose weights are others than those of all before it.
@@ -210,6 +211,13 @@ fn memory_of(memories: &mut Vec<(String, u64)>, device: Option<&(String, u64)>, 
     // A model may be told to take more than what others may take together.
     memories[at].1 = memories[at].1.max(n_bytes);
     at
+}
+
+/// `POST /v1/embeddings`: no model here computes them.
+pub(super) async fn embed(State(app): State<Arc<App>>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
+    let model = app.models.named(&body)?;
+    let message = format!("model {} has no embeddings: it completes chats and texts", model.id);
+    Err(ApiError { param: Some("model".into()), ..ApiError::new(StatusCode::BAD_REQUEST, Some("unsupported_value"), message) })
 }
 
 fn unknown(name: &str) -> ApiError {

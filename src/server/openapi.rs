@@ -39,6 +39,7 @@ const OPERATIONS: &[Operation] = &[
     ("get", "/v1/models/{id}", "Retrieve a model", "", Nothing, Json("Model")),
     ("post", "/v1/chat/completions", "Complete a chat", "", Json("ChatRequest"), Events("Chat")),
     ("post", "/v1/completions", "Complete a text", "", Json("CompletionRequest"), Events("Completion")),
+    ("post", "/v1/embeddings", "Refused: models here have no embeddings", "", Json("EmbeddingRequest"), Nothing),
     ("post", "/v1/responses", "Create a response", "", Json("ResponseRequest"), Events("Response")),
     ("get", "/v1/responses", "List responses", "after limit newest_first status", Nothing, Json("ResponseList")),
     ("post", "/v1/responses/wait", "Wait until one of several responses has ended", "", Json("WaitRequest"), Json("Waited")),

@@ -7,6 +7,7 @@ use crate::window::{AIM, Class, STANDARD_TARGET_S};
 use anyhow::{Result as Checked, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How much time a call gives.
@@ -56,9 +57,10 @@ pub struct Terms {
 }
 
 /// `[windows.NAME]` of `valar.toml`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TermsSpec {
+    aliases: Vec<String>,
     target_s: Option<u64>,
     ceiling_s: Option<u64>,
     background_only: Option<bool>,
@@ -67,7 +69,7 @@ pub struct TermsSpec {
 }
 
 /// `[windows]` of `valar.toml`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WindowsSpec {
     asap: TermsSpec,
@@ -75,9 +77,12 @@ pub struct WindowsSpec {
     batch: TermsSpec,
 }
 
-/// The terms of each class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Table([Terms; Class::ALL.len()]);
+/// The terms of each class, and what else windows are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    terms: [Terms; Class::ALL.len()],
+    aliases: Arc<[(String, Window)]>,
+}
 
 /// Floors of all classes together: what is above goes by urgency alone.
 const MAX_FLOORS: u8 = 50;
@@ -89,29 +94,30 @@ const MAX_S: u64 = 30 * 86_400;
 impl Default for Table {
     fn default() -> Self {
         let (seconds, background_only) = (|s| Some(Duration::from_secs(s)), false);
-        Self([
+        let terms = [
             Terms { target: None, ceiling: seconds(60), background_only, share_floor: 0, reserve: 5 },
             Terms { target: seconds(STANDARD_TARGET_S), ceiling: seconds(1800), background_only, share_floor: 10, reserve: 0 },
             // A batch says itself how much time it has.
             Terms { target: None, ceiling: None, background_only, share_floor: 2, reserve: 0 },
-        ])
+        ];
+        Self { terms, aliases: Arc::default() }
     }
 }
 
 impl Table {
     /// Of a class.
     pub fn of(&self, class: Class) -> &Terms {
-        &self.0[class as usize]
+        &self.terms[class as usize]
     }
 
     /// By class, in percent.
     pub fn share_floors(&self) -> [u8; Class::ALL.len()] {
-        self.0.map(|terms| terms.share_floor)
+        self.terms.map(|terms| terms.share_floor)
     }
 
     /// By class: the mean time that a call should take.
     pub fn targets(&self) -> [Option<Duration>; Class::ALL.len()] {
-        self.0.map(|terms| terms.target)
+        self.terms.map(|terms| terms.target)
     }
 
     /// Percent of everything that is kept free for asap.
@@ -119,10 +125,35 @@ impl Table {
         self.of(Class::Asap).reserve
     }
 
-    /// The windows of these that a call of that mode may ask for.
-    pub fn open_to(&self, mode: Mode, supported: &[Window]) -> Vec<Window> {
-        let is_open = |window: &&Window| mode == Mode::Background || !self.of(window.class()).background_only;
-        supported.iter().filter(is_open).copied().collect()
+    /// The window that is called so.
+    pub fn named(&self, name: &str) -> Option<Window> {
+        let alias = || self.aliases.iter().find(|(alias, _)| alias == name).map(|(_, window)| *window);
+        Window::ALL.into_iter().find(|window| window.as_str() == name).or_else(alias)
+    }
+
+    /// The window of a call: what `asked` says, or what its mode means where it says nothing; of those that the model supports, and
+    /// that a call of that mode may ask for.
+    ///
+    /// # Errors
+    /// It is none of these; the message lists them.
+    pub fn resolve(&self, asked: Option<&str>, mode: Mode, model: &str, supported: &[Window]) -> Result<Window, ApiError> {
+        let is_open = |window: &Window| mode == Mode::Background || !self.of(window.class()).background_only;
+        let supported: Vec<Window> = supported.iter().copied().filter(is_open).collect();
+        let refuse = |message: String| ApiError::new(axum::http::StatusCode::BAD_REQUEST, Some("unsupported_value"), message);
+        let Some(asked) = asked else {
+            let default = if mode == Mode::Foreground { Window::Asap } else { Window::Standard };
+            let default = supported.iter().copied().find(|window| *window == default).or(supported.first().copied());
+            return default.ok_or_else(|| {
+                refuse(format!("model {model} is for background responses only; supported windows of other calls: none"))
+            });
+        };
+        self.named(asked).filter(|window| supported.contains(window)).ok_or_else(|| {
+            let own = supported.iter().map(|window| window.as_str());
+            let others = self.aliases.iter().filter(|(_, window)| supported.contains(window)).map(|(alias, _)| alias.as_str());
+            let names = own.chain(others).collect::<Vec<_>>().join(", ");
+            let message = format!("completion_window {asked:?} is not supported by model {model}; supported: {names}");
+            ApiError { param: Some("metadata.completion_window".into()), ..refuse(message) }
+        })
     }
 
     /// When a call that was accepted so long ago should be done. What the turns before it were early by is `credit_ms`: then it has
@@ -144,9 +175,8 @@ impl WindowsSpec {
     /// What makes no sense, by its name.
     pub fn checked(&self) -> Checked<Table> {
         let mut table = Table::default();
-        for ((name, spec), terms) in
-            [("asap", self.asap), ("standard", self.standard), ("batch", self.batch)].into_iter().zip(&mut table.0)
-        {
+        let specs = [("asap", &self.asap), ("standard", &self.standard), ("batch", &self.batch)];
+        for ((name, spec), terms) in specs.into_iter().zip(&mut table.terms) {
             let seconds = |value: Option<u64>, default| value.map(Duration::from_secs).or(default);
             terms.target = seconds(spec.target_s, terms.target);
             terms.ceiling = seconds(spec.ceiling_s, terms.ceiling);
@@ -162,7 +192,7 @@ impl WindowsSpec {
             ensure!(terms.ceiling >= terms.target || terms.ceiling.is_none(), "{name}.ceiling_s: is less than its target_s");
             let is_batch = name == "batch";
             ensure!(
-                !is_batch || spec == TermsSpec { share_floor: spec.share_floor, ..TermsSpec::default() },
+                !is_batch || *spec == TermsSpec { share_floor: spec.share_floor, ..TermsSpec::default() },
                 "batch: has a share_floor and nothing else: its deadlines are the batches' own"
             );
             ensure!(
@@ -172,7 +202,22 @@ impl WindowsSpec {
         }
         let floors: u32 = table.share_floors().iter().map(|&floor| u32::from(floor)).sum();
         ensure!(floors <= u32::from(MAX_FLOORS), "share_floor: {floors} percent in all, over {MAX_FLOORS}");
+        table.aliases = self.aliases()?;
         Ok(table)
+    }
+
+    fn aliases(&self) -> Checked<Arc<[(String, Window)]>> {
+        let mut found: Vec<(String, Window)> = Vec::new();
+        for (window, spec) in [(Window::Asap, &self.asap), (Window::Standard, &self.standard)] {
+            for alias in &spec.aliases {
+                let n_chars = alias.chars().count();
+                ensure!((1..=MAX_KEY_CHARS).contains(&n_chars), "aliases: {alias:?} has not 1 to {MAX_KEY_CHARS} characters");
+                let is_used = found.iter().any(|(other, _)| other == alias) || Table::default().named(alias).is_some();
+                ensure!(!is_used, "aliases: {alias:?} is another window's name, or stands there twice");
+                found.push((alias.clone(), window));
+            }
+        }
+        Ok(found.into())
     }
 }
 
@@ -220,30 +265,6 @@ pub fn metadata(body: &Map<String, Value>) -> Result<Option<&Map<String, Value>>
         }
     }
     Ok(Some(pairs))
-}
-
-/// The window of a call: what `asked` says, or what its mode means where it says nothing.
-///
-/// # Errors
-/// A window that the model does not support; the message lists those that it does.
-pub fn resolve(asked: Option<&str>, mode: Mode, model: &str, supported: &[Window]) -> Result<Window, ApiError> {
-    let Some(asked) = asked else {
-        let default = if mode == Mode::Foreground { Window::Asap } else { Window::Standard };
-        let default = supported.iter().copied().find(|window| *window == default).or(supported.first().copied());
-        return default.ok_or_else(|| {
-            let message = format!("model {model} is for background responses only; supported windows of other calls: none");
-            ApiError::new(axum::http::StatusCode::BAD_REQUEST, Some("unsupported_value"), message)
-        });
-    };
-    let found = supported.iter().copied().find(|window| window.as_str() == asked);
-    found.ok_or_else(|| {
-        let names: Vec<&str> = supported.iter().map(|window| window.as_str()).collect();
-        let message = format!("completion_window {asked:?} is not supported by model {model}; supported: {}", names.join(", "));
-        ApiError {
-            param: Some("metadata.completion_window".into()),
-            ..ApiError::new(axum::http::StatusCode::BAD_REQUEST, Some("unsupported_value"), message)
-        }
-    })
 }
 
 /// `metadata.completion_window`, if it is there.

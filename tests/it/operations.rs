@@ -158,6 +158,7 @@ fn metrics_say_how_calls_of_each_window_fared() {
     assert!(one("valar_engine_busy_seconds_total") > 0.0 && one("valar_asap_interference_seconds_total") >= 0.0);
     assert_eq!(samples("valar_class_preemptions_total").len(), 3);
     assert!(samples("valar_backlog_tokens").iter().all(|(_, tokens)| *tokens < 1.0), "{text}");
+    assert!(!text.lines().any(|line| line.ends_with(" -0")), "{text}");
 }
 
 #[test]

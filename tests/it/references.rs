@@ -6,7 +6,7 @@ use crate::faults::{Fault, S3, proxy};
 use crate::serving::{Answer, FOREVER, KEY, Server};
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -289,4 +289,24 @@ fn a_store_that_is_out_is_waited_for() {
     is_out.store(false, SeqCst);
     let ended = server.ended(&short);
     assert_eq!((&ended["status"], &ended["request_counts"]["completed"]), (&json!("completed"), &json!(60)), "{ended}");
+}
+
+#[test]
+fn a_file_that_the_server_may_not_read_is_its_callers_mistake() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.jsonl");
+    fs::write(&path, lines(2, 2).join("\n")).unwrap();
+    let server = server(&[format!("file://{}/", folder.path().display())], 9);
+    let uri = format!("file://{}", path.display());
+    let made = server.reference(&uri).json();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    if fs::read(&path).is_ok() {
+        eprintln!("skipped: who runs this may read everything");
+        return;
+    }
+    for (refused, param) in [(server.reference(&uri), "uri"), (server.start_batch(&made["id"]), "input_file_id")] {
+        let error = &refused.json()["error"];
+        assert_eq!((refused.status, &error["param"]), (400, &json!(param)), "{}", refused.text);
+        assert!(error["message"].as_str().unwrap().contains("may not read"), "{error}");
+    }
 }

@@ -148,3 +148,13 @@ fn the_tokenizer_can_be_asked() {
     let counted = server.post("/v1/responses/input_tokens", asked.clone()).json();
     assert_eq!(counted["input_tokens"], server.post("/v1/responses", asked).json()["usage"]["input_tokens"]);
 }
+
+#[test]
+fn there_are_no_embeddings() {
+    let server = Server::start();
+    let answer = server.post("/v1/embeddings", json!({"model": MODEL, "input": "Hi", "encoding_format": "base64"}));
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status, &error["param"]), (400, &json!("model")), "{}", answer.text);
+    assert!(error["message"].as_str().unwrap().contains("has no embeddings"), "{error}");
+    assert_eq!(server.post("/v1/embeddings", json!({"model": "nobody", "input": "Hi"})).status, 404);
+}
