@@ -55,16 +55,14 @@ fn tell(app: &App, ended: Option<(StoredBatch, Value)>) {
 /// Ends a batch that can't be gone on with. What was done of it could be read, stays so, and is charged.
 pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec<Value>) -> Result<()> {
     let at = app.data.join(folder(id));
-    // Those of messages are read when all are there.
-    let is_messages = id.starts_with(message_batches::PREFIX);
     let job = at.clone();
-    let publish = move || if is_messages { Ok(Ok(Totals::default())) } else { hosted::publish_committed(&job) };
-    let published = spawn_blocking(publish).await.context("publishing results panicked")?;
+    let published = spawn_blocking(move || hosted::publish_committed(&job)).await.context("publishing results panicked")?;
     // A disk that is full, say, is not for ever: what was done stays where it is until it can be published.
     let totals = published.context("publishing what it has done")?.unwrap_or_else(|damage| {
         say(&format!("batch {id}: what it has done is lost: {damage:#}"));
         Totals::default()
     });
+    let not_run = not_run(app, id).await?;
     let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
@@ -84,6 +82,9 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         let has_files = totals != Totals::default();
         if has_files || machine_ns.load(Relaxed) > 0 {
             charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, &machine_ns))?;
+        }
+        if let Some(not_run) = not_run {
+            body["not_run"] = not_run;
         }
         let file = |kind: &str| if has_files { file(&own, &key, kind, &settings) } else { Ok(unwritten(&key, kind, &settings)) };
         let files = vec![("output_file_id", file("output")?), ("error_file_id", file("error")?)];
@@ -143,14 +144,8 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
     let tariff = settings.tariff;
     let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let (results, errors) = (file(app, id, "output", settings)?, file(app, id, "error", settings)?);
+    let not_run = not_run(app, id).await?;
     let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
-    let is_messages = id.starts_with(message_batches::PREFIX);
-    let not_run = if is_messages {
-        let path = app.data.join(&errors.path);
-        Some(spawn_blocking(move || message_batches::not_run(&path)).await.context("reading the errors panicked")??)
-    } else {
-        None
-    };
     let ended = app
         .store
         .write(move |connection| {
@@ -182,6 +177,16 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
         .await?;
     tell(app, ended);
     Ok(())
+}
+
+/// Of a batch of messages, how many of its errors are requests that did not run, by why.
+async fn not_run(app: &App, id: &str) -> Result<Option<Value>> {
+    if !id.starts_with(message_batches::PREFIX) {
+        return Ok(None);
+    }
+    let path = app.data.join(folder(id)).join("output.errors.jsonl");
+    let counted = spawn_blocking(move || message_batches::not_run(&path)).await.context("reading the errors panicked")?;
+    counted.map(Some)
 }
 
 /// A batch's `output` or `error` file, whoever owns it.

@@ -127,11 +127,16 @@ fn shown(body: &Value, counts: Option<(u64, u64)>) -> Value {
     let count = |pointer: &str| body.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
     let total = count("/request_counts/total");
     let (succeeded, failed) = counts.unwrap_or((count("/request_counts/completed"), count("/request_counts/failed")));
-    let [mut canceled, expired] = ["/not_run/batch_cancelled", "/not_run/batch_expired"].map(count);
+    let [mut canceled, mut expired] = ["/not_run/batch_cancelled", "/not_run/batch_expired"].map(count);
     let mut errored = failed.saturating_sub(canceled + expired);
-    // One that ended before it began has no lines.
+    // Of one that broke off, the rest have no lines.
     if ended.is_some() && succeeded + failed < total {
-        *(if status == "cancelled" { &mut canceled } else { &mut errored }) += total - succeeded - failed;
+        let rest = match status {
+            "cancelled" => &mut canceled,
+            "expired" => &mut expired,
+            _ => &mut errored,
+        };
+        *rest += total - succeeded - failed;
     }
     let processing = total.saturating_sub(succeeded + errored + canceled + expired);
     json!({
@@ -284,19 +289,28 @@ async fn results(State(app): State<Arc<App>>, Extension(owner): Extension<Owner>
 
 /// Sends the results of a batch that has ended; ends early if nobody takes them.
 fn send_results(at: &Path, stored: &StoredBatch, to: &mpsc::Sender<std::io::Result<Bytes>>) -> Result<()> {
-    // One that ended before it began has its requests alone.
-    let never_began = !at.join("output.jsonl").exists() && !at.join("output.errors.jsonl").exists();
     let body: Value = serde_json::from_str(&stored.body)?;
-    let why = body["errors"]["data"][0]["message"].as_str().unwrap_or("the batch failed");
-    let names: &[&str] = if never_began { &["input.jsonl"] } else { &["output.jsonl", "output.errors.jsonl"] };
-    let mut piece = Vec::new();
-    for name in names {
+    let [total, completed, failed] =
+        ["total", "completed", "failed"].map(|key| body["request_counts"][key].as_u64().unwrap_or(0));
+    // Of one that broke off, the rest stand in its input alone.
+    let (has_lines, is_whole) = (completed + failed > 0, completed + failed >= total);
+    let rest = match stored.status.as_str() {
+        "cancelled" => json!({"type": "canceled"}),
+        "expired" => json!({"type": "expired"}),
+        _ => errored("api_error", body["errors"]["data"][0]["message"].as_str().unwrap_or("the batch failed"), &Value::Null),
+    };
+    let (mut piece, mut told) = (Vec::new(), HashSet::new());
+    for (name, is_read) in [("output.jsonl", has_lines), ("output.errors.jsonl", has_lines), ("input.jsonl", !is_whole)] {
+        if !is_read {
+            continue;
+        }
         for line in lines(&at.join(name))? {
             let line: Value = serde_json::from_str(&line?).with_context(|| format!("a line of {name} is no JSON"))?;
-            let result = match (never_began, stored.status.as_str()) {
-                (true, "cancelled") => json!({"type": "canceled"}),
-                (true, _) => errored("api_error", why, &Value::Null),
-                (false, _) => result(&line),
+            let is_new = is_whole || told.insert(line["custom_id"].as_str().unwrap_or_default().to_owned());
+            let result = match (name, is_new) {
+                ("input.jsonl", false) => continue,
+                ("input.jsonl", true) => rest.clone(),
+                _ => result(&line),
             };
             serde_json::to_writer(&mut piece, &json!({"custom_id": line["custom_id"], "result": result}))?;
             piece.push(b'\n');

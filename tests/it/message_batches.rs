@@ -1,5 +1,6 @@
 //! `/v1/messages/batches` from outside: each request has the answer that `/v1/messages` gives it, or its error, exactly once.
 
+use crate::references::SLOW;
 use crate::serving::{Answer, FOREVER, KEY, MODEL, Server};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -204,4 +205,45 @@ fn all_requests_are_counted_however_many_are_faulty() {
     let ended = server.ended_messages(&server.message_batch(&requests), n);
     let counts = json!({"processing": 0, "succeeded": 1, "errored": n - 1, "canceled": 0, "expired": 0});
     assert_eq!(ended["request_counts"], counts);
+}
+
+#[test]
+fn what_was_done_before_a_batch_of_messages_broke_off_is_kept_and_charged() {
+    let mut server = Server::with(SLOW, &["--api-key", KEY]);
+    let ids: Vec<String> = (0..200).map(|i| format!("r{i}")).collect();
+    let requests: Vec<(&str, Value)> = ids.iter().map(|id| (id.as_str(), params(&format!("Number {id}?"), 90))).collect();
+    for (kind, change) in [
+        ("canceled", "UPDATE batch SET status = 'cancelling' WHERE id = ?1"),
+        ("expired", "UPDATE batch SET expires_at = created_at + 1 WHERE id = ?1"),
+        ("errored", "UPDATE batch SET status = status WHERE id = ?1"),
+    ] {
+        let made = server.message_batch(&requests);
+        let id = made["id"].as_str().unwrap();
+        server.wait_for_journal(&made["id"]);
+        drop(server.child.kill());
+        server.child.wait().unwrap();
+        let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
+        assert_eq!(database.execute(change, [id]).unwrap(), 1);
+        drop(database);
+        // With an input that is another one, the job can't be gone on with.
+        let input = format!("data/batches/{id}/input.jsonl");
+        let text = server.sandbox.read(&input);
+        assert!(text.contains("Number r199?"));
+        server.sandbox.write(&input, text.replace("Number r199?", "Number x199?"));
+        server.restart();
+        let ended = server.ended_messages(&made, 200);
+        let counts = &ended["request_counts"];
+        let n_done = counts["succeeded"].as_u64().unwrap();
+        assert!(n_done > 0 && counts[kind] == 200 - n_done, "{kind}: {ended}");
+        let results = server.message_results(&ended);
+        let done: Vec<&Value> = results.values().filter(|result| result["type"] == "succeeded").collect();
+        let n_others = results.values().filter(|result| result["type"] == kind).count();
+        assert_eq!((done.len() as u64, n_others as u64), (n_done, 200 - n_done), "{kind}");
+        let n_tokens: u64 = done.iter().map(|result| result["message"]["usage"]["output_tokens"].as_u64().unwrap()).sum();
+        let usage = server.get("/v1/usage?group_by=batch").json();
+        let own = usage["data"].as_array().unwrap().iter().find(|group| group["batch"] == id);
+        let own = own.unwrap_or_else(|| panic!("no bill: {usage}"));
+        assert_eq!((&own["n_requests"], &own["output_tokens"]), (&json!(n_done), &json!(n_tokens)), "{kind}");
+        assert_ne!(own["charge"], "0");
+    }
 }

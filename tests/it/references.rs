@@ -202,7 +202,7 @@ fn an_object_that_changes_is_not_taken_for_what_it_was() {
 }
 
 /// Few rows at a time, and prices.
-const SLOW: &str = "[engine]
+pub(crate) const SLOW: &str = "[engine]
 max_running = 4
 [prices]
 asap = { input = 4.0, cached = 2.0, output = 8.0 }
