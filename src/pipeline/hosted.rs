@@ -2,6 +2,9 @@
 //! rows, plan and journal as `valar run` has: the same bits, and what was committed stays whatever ends the process.
 //! Invariant: of a job that has ended, every row stands in exactly one of its files, once.
 
+mod begun;
+
+use self::begun::Begun;
 use super::answer::Answers;
 use super::budget::Budget;
 use super::collect::{Collector, End, Event};
@@ -18,7 +21,7 @@ use crate::engine::{Due, EngineStats, Finished};
 use crate::format::openai::answer::Stamp;
 use crate::format::openai::{Endpoint, PlainLines, parse_object};
 use crate::format::{self, Limits, RawRow, Source};
-use crate::journal::{self, Input, Journal, Manifest, Outputs, Record, Terms};
+use crate::journal::{self, Journal, Manifest, Outputs, Record, Terms};
 pub use crate::journal::{Committed, Totals};
 use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::sequences::n_computed;
@@ -37,8 +40,6 @@ const WINDOW_ROWS: usize = 8192;
 const WINDOW_BYTES: usize = 16 << 20;
 /// Most completions of a row.
 const MAX_ROW_SEQUENCES: usize = 1024;
-/// What is said of rows that another model would have to go on with.
-const MODEL_CHANGED: &str = "the model, or how it computes, changed before this request ran";
 /// Longest line.
 const MAX_LINE_BYTES: usize = 16 << 20;
 
@@ -296,8 +297,8 @@ impl HostedJob {
         let files = self.files()?;
         self.check_input()?;
         let found = format::inspect(&storage, &self.input_at()?)?;
-        let (manifest, other) = Self::began_as(&storage, &files, self.manifest(seat, &found))?;
-        let ending = || if other { Some(Ending::Rest("model_changed", MODEL_CHANGED.into())) } else { ending() };
+        let Begun { manifest, preparer, end } = self.began_as(&storage, &files, seat, &found)?;
+        let ending = || end.clone().or_else(ending);
         let (manifest, journal, index) = match job::begin(&storage, &files, manifest, (None, &Terms::default(), false))? {
             Begin::Work(manifest, journal, index) => (manifest, *journal, Arc::new(*index)),
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
@@ -308,7 +309,7 @@ impl HostedJob {
         let mut journal = if is_done || ending().is_some() {
             journal
         } else {
-            let mut reader = self.reader(&storage, &seat.preparer, &index)?;
+            let mut reader = self.reader(&storage, &preparer, &index)?;
             reader.skip_done(&journal)?;
             self.work(seat, inbox, (journal, index, reader), (&manifest, found.n_rows), progress)?
         };
@@ -326,52 +327,6 @@ impl HostedJob {
         let outputs = Outputs { results, parts: None, errors, passed: None, schema: None, columns: Vec::new() };
         journal::finalise(&mut journal, &outputs, found.n_rows)?;
         Ok(Some(Ended { totals: journal.totals(), is_whole, journal }))
-    }
-
-    /// The manifest that the job is gone on with: an earlier run's, if there was one. True if that was another model's: then what
-    /// it has done stays, and nothing is added to it.
-    fn began_as(storage: &Storage, files: &JobFiles, now: Manifest) -> Result<(Manifest, bool)> {
-        let Some(earlier) = journal::overview(storage, &files.journal)? else { return Ok((now, false)) };
-        let earlier = earlier.manifest;
-        let is_same = |input: &Input, other: &Input| input.blake3 == other.blake3 && input.n_rows == other.n_rows;
-        let same_inputs = earlier.inputs.len() == 1 && is_same(&earlier.inputs[0], &now.inputs[0]);
-        if earlier.pipeline != now.pipeline || !same_inputs {
-            // It is refused in words.
-            return Ok((now, false));
-        }
-        let is_other = earlier.model_fingerprint != now.model_fingerprint;
-        Ok((earlier, is_other))
-    }
-
-    /// What makes it this job.
-    fn manifest(&self, seat: &Seat, found: &format::Inspection) -> Manifest {
-        let pipeline = toml::Table::from_iter([
-            ("batch".to_owned(), toml::Value::from(self.name.clone())),
-            ("endpoint".to_owned(), self.endpoint.path().into()),
-        ]);
-        let pipeline = pipeline.to_string();
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(pipeline.as_bytes()).update(seat.fingerprint.as_bytes()).update(found.blake3.as_bytes());
-        Manifest {
-            format_version: Manifest::FORMAT_VERSION,
-            valar_version: env!("CARGO_PKG_VERSION").to_owned(),
-            job_fingerprint: hasher.finalize().to_hex()[..32].to_owned(),
-            created_unix_s: self.created_unix_s,
-            job_seed: 0,
-            model_fingerprint: seat.fingerprint.clone(),
-            pipeline,
-            inputs: vec![Input {
-                // Its folder may be called otherwise at another start.
-                url: "input.jsonl".to_owned(),
-                n_bytes: found.n_bytes,
-                blake3: found.blake3.clone(),
-                n_rows: found.n_rows,
-            }],
-            rows: 0..found.n_rows,
-            replaces: None,
-            retries: None,
-            versions: Vec::new(),
-        }
     }
 
     fn stamp(&self, manifest: &Manifest) -> Stamp {

@@ -268,6 +268,11 @@ pub(super) fn begun_context(storage: &Storage, files: &JobFiles) -> Option<usize
         // The KV cache held at least one row of any length that was allowed.
         return report(storage, files).ok().flatten().map(|report| report.kv_tokens as usize);
     };
+    context_of(&manifest)
+}
+
+/// The longest row that a job may have, if its manifest says so.
+pub(super) fn context_of(manifest: &Manifest) -> Option<usize> {
     let pipeline: toml::Table = manifest.pipeline.parse().ok()?;
     pipeline.get("memory")?.get("max_context")?.as_integer()?.try_into().ok()
 }

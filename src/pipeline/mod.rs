@@ -182,7 +182,7 @@ fn preparer(
         form,
         tokenizer,
         template,
-        grammars,
+        grammars: Arc::new(grammars),
         model,
         result_columns: columns.names(),
         kept_columns: config.spec.output.columns.clone(),

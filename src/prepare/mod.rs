@@ -93,7 +93,7 @@ pub struct Preparer {
     /// The model's chat template.
     pub template: ChatTemplate,
     /// Compiles formats that rows ask for.
-    pub grammars: Grammars,
+    pub grammars: Arc<Grammars>,
     /// Names that rows may call the model by.
     pub model: crate::hub::LocalModel,
     /// Names of the columns that dataset rows are given; a row may not have them already.
@@ -109,6 +109,23 @@ pub struct Preparer {
 }
 
 impl Preparer {
+    /// The same for requests, within a smaller context.
+    #[must_use]
+    pub fn within(&self, max_context: usize, max_context_reason: &'static str) -> Self {
+        Self {
+            form: RowForm::Requests,
+            tokenizer: Arc::clone(&self.tokenizer),
+            template: self.template.clone(),
+            grammars: Arc::clone(&self.grammars),
+            model: self.model.clone(),
+            result_columns: Vec::new(),
+            kept_columns: None,
+            defaults: self.defaults.clone(),
+            max_context,
+            max_context_reason,
+        }
+    }
+
     /// Prepares one row from its text, a JSON object. A panic in a template or a parser is the row's error, not the
     /// job's end.
     pub fn prepare(&self, row_idx: u64, text: &str) -> Prepared {

@@ -141,7 +141,7 @@ impl LiveModel {
         model.names.extend(names);
         let preparer = Preparer {
             form: RowForm::Requests,
-            grammars: Grammars::new(Arc::clone(&tokenizer)),
+            grammars: Arc::new(Grammars::new(Arc::clone(&tokenizer))),
             tokenizer,
             template: open.template.clone(),
             model,

@@ -1,10 +1,10 @@
 //! How batches end that something comes between: another batch that expires sooner, another model, a cancel; and that what did
 //! not run can be run again.
 
-use crate::batches::{essence, lines};
+use crate::batches::{essence, line, lines};
 use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 impl Server {
@@ -105,6 +105,64 @@ fn what_was_done_stays_when_the_model_changes() {
     assert_eq!(ended["request_counts"], json!({"total": n, "completed": done.len(), "failed": rest.len()}));
     // They can be run by the model that there is now.
     assert_eq!(server.act(&ended["id"], "retry")["status"], "validating");
+}
+
+#[test]
+fn a_batch_keeps_the_context_that_it_began_with() {
+    // As many rows as this machine does not do before it is halted.
+    assert!((0..6).any(|i| is_kept_within_its_context(5 << i)), "batches were always done before the restart");
+}
+
+/// Halts batches of so many rows and goes on with them where there is more or less memory; false if one was done before that.
+fn is_kept_within_its_context(n: usize) -> bool {
+    let config = |memory: &str| {
+        let model = format!("id = {MODEL:?}\nweights = {MODEL:?}\nnumerics = \"int8\"\nmemory = {memory:?}");
+        format!("[[model]]\n{model}\n[engine]\nmax_running = 4\n")
+    };
+    let limit = |server: &Server| server.get("/v1/models").json()["data"][0]["max_model_len"].as_u64().unwrap();
+    // Each goes on to the end of the context.
+    let extra = || json!({"max_tokens": null, "ignore_eos": true});
+    let content: Vec<String> =
+        (0..n).map(|i| line(&format!("row-{i}"), &format!("Tell me about the number {i}."), extra())).collect();
+    let begin = |server: &Server| {
+        let (id, start) = (server.batch_of(&content.join("\n"))["id"].clone(), Instant::now());
+        while server.batch(&id)["request_counts"]["completed"] == 0 {
+            assert!(start.elapsed() < FOREVER, "{}", server.batch(&id));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        id
+    };
+    let lengths = |results: &BTreeMap<String, Value>| -> BTreeSet<u64> {
+        results.values().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_u64().unwrap()).collect()
+    };
+    let mut server = Server::with(&config("132MiB"), &["--api-key", KEY]);
+    let small = limit(&server);
+    let first = begin(&server);
+    server.sandbox.write("valar.toml", config("134MiB"));
+    server.restart();
+    let large = limit(&server);
+    assert!(large > small);
+    if server.batch(&first)["request_counts"]["completed"].as_u64() == Some(n as u64) {
+        return false;
+    }
+    let ended = server.ended(&first);
+    assert_eq!(ended["request_counts"], json!({"total": n, "completed": n, "failed": 0}), "{ended}");
+    assert_eq!(lengths(&server.results(&ended["output_file_id"])), BTreeSet::from([small]));
+    // Where there is less, it says so.
+    let second = begin(&server);
+    server.sandbox.write("valar.toml", config("132MiB"));
+    server.restart();
+    assert_eq!(limit(&server), small);
+    let ended = server.ended(&second);
+    let (done, rest) = (server.results(&ended["output_file_id"]), server.results(&ended["error_file_id"]));
+    assert_eq!((&ended["status"], done.len() + rest.len()), (&json!("completed"), n));
+    assert!(lengths(&done).iter().all(|length| *length == large), "{:?}", lengths(&done));
+    for line in rest.values() {
+        assert_eq!(line["error"]["code"], "context_changed");
+        let message = line["error"]["message"].as_str().unwrap();
+        assert!(message.contains(&format!("context of {large} tokens")) && message.contains(&small.to_string()), "{message}");
+    }
+    !rest.is_empty()
 }
 
 #[test]
