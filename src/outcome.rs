@@ -22,12 +22,42 @@ pub struct Choice {
     /// The generated text, without the stop string or the end token (the latter is kept under `ignore_eos`); after the
     /// prompt's own text if that was asked for. Empty if there are only tool calls.
     pub text: String,
+    /// What the model thought before that, where its text tells; `None` too where thoughts are left in the text.
+    pub thought: Option<Thought>,
     /// Functions that the model calls.
     pub tool_calls: Vec<ToolCall>,
     /// Why generation ended.
     pub finish_reason: FinishReason,
     /// One entry per token of the text, if asked for.
     pub logprobs: Option<Vec<TokenLogprob>>,
+}
+
+impl Choice {
+    /// Its thoughts; empty if there are none.
+    pub fn thoughts(&self) -> &str {
+        self.thought.as_ref().map_or("", |thought| &thought.text)
+    }
+
+    /// How many of its tokens are thoughts and their marks.
+    pub fn n_thought(&self) -> u32 {
+        self.thought.as_ref().map_or(0, |thought| thought.n_tokens)
+    }
+}
+
+impl Completion {
+    /// How many of its tokens are thoughts and their marks.
+    pub fn n_thought(&self) -> u32 {
+        self.choices.iter().map(Choice::n_thought).sum()
+    }
+}
+
+/// What a model thinks before it answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thought {
+    /// Without its marks; may be empty.
+    pub text: String,
+    /// Tokens of it and its marks.
+    pub n_tokens: u32,
 }
 
 /// A function that the model calls.

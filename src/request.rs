@@ -51,6 +51,8 @@ pub struct Message {
     pub role: String,
     /// The text of the turn; may be empty for an assistant's turn that only calls tools.
     pub content: String,
+    /// What an assistant thought before it said that, without marks; for templates that repeat it.
+    pub thought: Option<String>,
     /// The speaker's name, for templates that use one.
     pub name: Option<String>,
     /// The calls of an assistant's turn, as templates see them: `{"id", "type": "function", "function": {"name", "arguments"}}`

@@ -94,7 +94,7 @@ pub fn message(id: &str, model: &str, completion: &Completion, stop: Option<&str
     message["content"] = blocks(&completion.choices[0], id).into();
     message["stop_reason"] = stop_reason(&completion.choices[0], stop).into();
     message["stop_sequence"] = stop.into();
-    message["usage"] = usage(completion.usage);
+    message["usage"] = usage(completion.usage, completion.n_thought());
     message
 }
 
@@ -108,7 +108,7 @@ pub fn empty_message(id: &str, model: &str, begun: Usage) -> Value {
         "content": [],
         "stop_reason": null,
         "stop_sequence": null,
-        "usage": usage(begun),
+        "usage": usage(begun, 0),
     })
 }
 
@@ -122,23 +122,26 @@ pub fn stop_reason(choice: &Choice, stop: Option<&str>) -> &'static str {
     }
 }
 
-/// Input leaves out what was cached.
-pub fn usage(usage: Usage) -> Value {
+/// Input leaves out what was cached; `n_thought` tokens of the output are thoughts.
+pub fn usage(usage: Usage, n_thought: u32) -> Value {
     json!({
         "input_tokens": usage.prompt_tokens.saturating_sub(usage.cached_tokens),
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"thinking_tokens": 0},
+        "output_tokens_details": {"thinking_tokens": n_thought},
         "service_tier": "standard",
     })
 }
 
-/// A completion's text and calls.
+/// A completion's thoughts, text and calls.
 pub fn blocks(choice: &Choice, id: &str) -> Vec<Value> {
     let mut blocks = Vec::new();
-    if !choice.text.is_empty() || choice.tool_calls.is_empty() {
+    if !choice.thoughts().is_empty() {
+        blocks.push(json!({"type": "thinking", "thinking": choice.thoughts(), "signature": ""}));
+    }
+    if !choice.text.is_empty() || (choice.tool_calls.is_empty() && blocks.is_empty()) {
         blocks.push(json!({"type": "text", "text": choice.text, "citations": null}));
     }
     blocks.extend(choice.tool_calls.iter().enumerate().map(|(k, call)| {
@@ -315,7 +318,7 @@ fn parse_turns(body: &Map<String, Value>) -> Result<Vec<Message>, RowError> {
                 return Err(wrong_type(&format!("{path}.content"), "a string or an array of blocks", other));
             }
         }
-        turns.is_new = true;
+        (turns.is_new, turns.thought) = (true, None);
     }
     Ok(turns.messages)
 }
@@ -327,6 +330,8 @@ struct Turns {
     calls: HashSet<String>,
     /// Whether what comes is of another message than what came.
     is_new: bool,
+    /// What was thought before what comes.
+    thought: Option<String>,
 }
 
 impl Turns {
@@ -336,7 +341,10 @@ impl Turns {
             self.messages.push(Message { role: role.to_owned(), ..Message::default() });
             self.is_new = false;
         }
-        self.messages.last_mut().expect("there is one now")
+        let thought = self.thought.take().filter(|_| role == "assistant");
+        let turn = self.messages.last_mut().expect("there is one now");
+        turn.thought = turn.thought.take().or(thought);
+        turn
     }
 
     fn add_text(&mut self, role: &str, text: &str) {
@@ -353,7 +361,8 @@ impl Turns {
         let object = block.as_object().ok_or_else(|| wrong_type(path, "an object", block))?;
         match (required_str(object, "type", path)?, role) {
             ("text", _) => self.add_text(role, required_str(object, "text", path)?),
-            ("thinking" | "redacted_thinking", "assistant") => {}
+            ("thinking", "assistant") => self.thought = string(object, "thinking", path)?.filter(|text| !text.is_empty()),
+            ("redacted_thinking", "assistant") => {}
             ("tool_use", "assistant") => {
                 let id = required_str(object, "id", path)?;
                 let input = match object.get("input") {

@@ -356,13 +356,16 @@ fn add_content(content: &mut Vec<u8>, prompts: &[Prompt], origin: &Origin, has_s
         Origin::Dataset { .. } => {}
     }
     for prompt in prompts {
-        let Prompt { step, tokens, params, max_tokens, score_from, call_format, one_call, .. } = prompt;
+        let Prompt { step, tokens, params, max_tokens, score_from, call_format, one_call, thinking, grammar: _ } = prompt;
         for number in [*step as u64, tokens.len() as u64, u64::from(*max_tokens), u64::from(score_from.unwrap_or(0))] {
             content.extend_from_slice(&number.to_le_bytes());
         }
         add_params(content, params);
         let calls = call_format.is_some() || *one_call;
         content.push(u8::from(calls));
+        if let Some(thinking) = thinking {
+            write!(content, "{thinking:?}").expect("memory takes text");
+        }
         if calls {
             write!(content, "{call_format:?}/{one_call}").expect("memory takes text");
         }

@@ -13,6 +13,7 @@ use crate::grammar::Grammars;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{AnswerFormat, Input, Message, Params, Request, ToolChoice, Truncate};
 use crate::text::template::ChatTemplate;
+use crate::text::thinking::ThinkFormat;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use serde_json::Value;
@@ -67,6 +68,8 @@ pub struct Prompt {
     pub call_format: Option<CallFormat>,
     /// Of several calls only the first is kept.
     pub one_call: bool,
+    /// How thoughts are written before the answer, if they are told apart.
+    pub thinking: Option<ThinkFormat>,
 }
 
 impl Prompt {
@@ -107,6 +110,9 @@ pub struct Preparer {
     /// What sets that limit, for messages ("the model's context", "the KV memory").
     pub max_context_reason: &'static str,
 }
+
+/// Tokens at a prompt's end that an open mark of thoughts, and the blanks after it, would be within.
+const PROMPT_END: usize = 16;
 
 impl Preparer {
     /// The same for requests, within a smaller context.
@@ -241,6 +247,7 @@ impl Preparer {
             _ if max_tokens == 0 => Some(tokens.len() as u32),
             _ => None,
         };
+        let thinking = self.think_format(input, &tokens, (request.chat.continue_final, grammar.is_some()));
         let params = Params { format, ..params.clone() };
         Ok(Prompt {
             step: 0,
@@ -251,7 +258,25 @@ impl Preparer {
             score_from,
             call_format,
             one_call: request.chat.one_call,
+            thinking,
         })
+    }
+
+    /// How thoughts are told apart in what follows a prompt: of chats with models whose template knows thoughts and whose
+    /// tokenizer shows their marks. Where the answer must have a format, it has that from its beginning on.
+    fn think_format(&self, input: &Input, tokens: &[u32], (continues, has_format): (bool, bool)) -> Option<ThinkFormat> {
+        let Input::Messages(messages) = input else { return None };
+        let shows = || !self.tokenizer.encode(ThinkFormat::CLOSE).iter().any(|&id| self.tokenizer.is_special(id));
+        if !(matches!(self.form, RowForm::Requests) && self.template.thinks() && shows()) {
+            return None;
+        }
+        if has_format {
+            return Some(ThinkFormat::Marked);
+        }
+        let begun = messages.last().filter(|_| continues).map(|last| last.content.as_str());
+        let end = &tokens[tokens.len().saturating_sub(PROMPT_END)..];
+        let end: Vec<u8> = end.iter().flat_map(|&id| self.tokenizer.token_bytes(id)).copied().collect();
+        Some(ThinkFormat::after(&String::from_utf8_lossy(&end), begun))
     }
 
     fn format_field(&self) -> &'static str {

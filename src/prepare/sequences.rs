@@ -5,8 +5,9 @@
 use super::Prompt;
 use crate::engine::sampling::SeqParams;
 use crate::engine::{Due, Finished, SeqLogprob, Submission};
-use crate::outcome::{Choice, FinishReason, TokenLogprob, Usage};
+use crate::outcome::{Choice, FinishReason, Thought, TokenLogprob, Usage};
 use crate::request::MAX_CHOICES;
+use crate::text::thinking::{self, ThinkFormat};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use crate::window::Class;
@@ -39,6 +40,8 @@ pub struct PromptMeta {
     /// As [`Prompt::call_format`].
     pub call_format: Option<CallFormat>,
     one_call: bool,
+    /// As [`Prompt::thinking`].
+    pub thinking: Option<ThinkFormat>,
     /// Whether the answer begins with the prompt.
     pub echo: bool,
     /// The prompt's tokens from this one on are scored.
@@ -76,6 +79,7 @@ impl PromptMeta {
             logprobs: prompt.params.logprobs.is_some(),
             call_format: prompt.call_format,
             one_call: prompt.one_call,
+            thinking: prompt.thinking,
             echo: prompt.params.echo,
             score_from: prompt.score_from.map(|first| first as usize),
             tokens: prompt.params.echo.then(|| Arc::clone(&prompt.tokens)),
@@ -141,7 +145,7 @@ impl PromptMeta {
 
     /// Whether its one completion's text is all of its answer.
     pub fn is_plain(&self) -> bool {
-        self.n_choices == 1 && !self.logprobs && !self.echo && self.call_format.is_none()
+        self.n_choices == 1 && !self.logprobs && !self.echo && self.call_format.is_none() && self.thinking.is_none()
     }
 
     /// Its usage, given its completions.
@@ -175,7 +179,13 @@ impl PromptMeta {
     fn choice(&self, finished: &Finished, tokenizer: &Tokenizer) -> Choice {
         let mut text = finished.text.clone();
         let mut finish_reason = finished.finish_reason;
-        let mut tool_calls = Vec::new();
+        let (mut tool_calls, mut thought) = (Vec::new(), None);
+        if let Some(format) = self.thinking {
+            let (found, answer) = format.parse(&text);
+            let n_tokens = || n_thought(finished.tokens.iter().copied(), tokenizer) as u32;
+            thought = found.map(|text| Thought { text, n_tokens: n_tokens() });
+            text = answer;
+        }
         if let Some(format) = self.call_format {
             (text, tool_calls) = format.parse(&text);
             tool_calls.truncate(if self.one_call { 1 } else { usize::MAX });
@@ -189,8 +199,15 @@ impl PromptMeta {
             entries.extend(finished.logprobs.iter().map(|entry| token_logprob(entry, tokenizer)));
             entries
         });
-        Choice { text, tool_calls, finish_reason, logprobs }
+        Choice { text, thought, tool_calls, finish_reason, logprobs }
     }
+}
+
+/// How many of a completion's tokens are its thoughts and their marks, if it begins with thoughts.
+pub fn n_thought(tokens: impl Iterator<Item = u32>, tokenizer: &Tokenizer) -> usize {
+    // What is special is not in the text.
+    let bytes = |id| if tokenizer.is_special(id) { &[][..] } else { tokenizer.token_bytes(id) };
+    thinking::n_thought(tokens.map(bytes))
 }
 
 /// An entry with its tokens' bytes.

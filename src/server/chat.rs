@@ -13,6 +13,7 @@ use crate::format::openai::Endpoint;
 use crate::format::openai::answer::{self, Stamp};
 use crate::outcome::{Choice, RowError};
 use crate::prepare::sequences::token_logprob;
+use crate::text::thinking::Split;
 use async_stream::stream;
 use axum::Extension;
 use axum::extract::State;
@@ -68,13 +69,21 @@ impl Head {
         self.chunk(&json!([choice]), &Value::Null)
     }
 
+    /// More of a choice; nothing if that is nothing.
+    fn more(&self, index: usize, more: &Split, mut logprobs: Value) -> String {
+        let mut events = String::new();
+        if !more.thought.is_empty() {
+            events += &self.choice(index, &json!({"reasoning_content": more.thought}), &logprobs.take(), None);
+        }
+        if !more.answer.is_empty() || !logprobs.is_null() {
+            events += &self.choice(index, &json!({"content": more.answer}), &logprobs, None);
+        }
+        events
+    }
+
     /// What is left of a choice when all have finished.
     fn end(&self, index: usize, choice: &Choice, shown: &Shown) -> String {
-        let mut events = String::new();
-        let rest = shown.rest(&choice.text);
-        if !rest.is_empty() {
-            events += &self.choice(index, &json!({"content": rest}), &Value::Null, None);
-        }
+        let mut events = self.more(index, &shown.rest(choice), Value::Null);
         for (k, call) in choice.tool_calls.iter().enumerate() {
             let id = answer::call_id(index, k, self.id.rsplit('-').next().unwrap_or_default());
             let function = json!({"name": call.name, "arguments": ""});
@@ -92,8 +101,7 @@ fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
         call.is_streamed = true;
         let head = Head { id: format!("chatcmpl-{}", call.id), stamp: call.stamp.clone(), include_usage };
         let n_choices: usize = call.flow.prompts().iter().map(|prompt| prompt.n_choices).sum();
-        let format = call.flow.prompts()[0].call_format;
-        let mut shown: Vec<Shown> = (0..n_choices).map(|_| Shown::new(format)).collect();
+        let mut shown: Vec<Shown> = (0..n_choices).map(|_| Shown::new(&call.flow.prompts()[0])).collect();
         for index in 0..n_choices {
             yield head.choice(index, &json!({"role": "assistant", "content": ""}), &Value::Null, None);
         }
@@ -111,9 +119,9 @@ fn events(mut call: Call, include_usage: bool) -> impl Stream<Item = String> {
                 let entries: Vec<Value> = entries.collect();
                 let logprobs = if entries.is_empty() { Value::Null } else { json!({"content": entries, "refusal": null}) };
                 for index in call.flow.choices_of(next.sequence) {
-                    let text = shown[index].push(&next.text);
-                    if !text.is_empty() || !logprobs.is_null() {
-                        yield head.choice(index, &json!({"content": text}), &logprobs, None);
+                    let events = head.more(index, &shown[index].push(&next.text), logprobs.clone());
+                    if !events.is_empty() {
+                        yield events;
                     }
                 }
             }

@@ -13,8 +13,9 @@ use super::trajectories::Turn;
 use super::windows::{self, Mode};
 use crate::format::anthropic::{blocks, empty_message, message, parse_messages, stop_reason, usage};
 use crate::format::openai::Endpoint;
-use crate::outcome::{Completion, ErrorCode, FinishReason, RowError, Usage};
+use crate::outcome::{Choice, Completion, ErrorCode, FinishReason, RowError, Usage};
 use crate::prepare::sequences::stop_of;
+use crate::text::thinking::Split;
 use async_stream::stream;
 use axum::Extension;
 use axum::extract::State;
@@ -117,16 +118,75 @@ fn block_stop(index: usize) -> String {
     event(json!({"type": "", "index": index}), "content_block_stop")
 }
 
+/// The blocks of a message that comes.
+#[derive(Default)]
+struct Blocks {
+    has_thought: bool,
+    /// Whether its thoughts have ended.
+    is_thought: bool,
+    has_text: bool,
+}
+
+impl Blocks {
+    /// More text; nothing if that is nothing.
+    fn more(&mut self, more: &Split) -> String {
+        let mut events = String::new();
+        if !more.thought.is_empty() {
+            if !std::mem::replace(&mut self.has_thought, true) {
+                events += &block_start(0, &json!({"type": "thinking", "thinking": "", "signature": ""}));
+            }
+            events += &block_delta(0, &json!({"type": "thinking_delta", "thinking": more.thought}));
+        }
+        if !more.answer.is_empty() {
+            events += &self.open_text();
+            events += &block_delta(usize::from(self.has_thought), &json!({"type": "text_delta", "text": more.answer}));
+        }
+        events
+    }
+
+    fn open_text(&mut self) -> String {
+        if std::mem::replace(&mut self.has_text, true) {
+            return String::new();
+        }
+        let start = block_start(usize::from(self.has_thought), &json!({"type": "text", "text": "", "citations": null}));
+        self.end_thought() + &start
+    }
+
+    fn end_thought(&mut self) -> String {
+        let is_open = self.has_thought && !std::mem::replace(&mut self.is_thought, true);
+        if is_open { block_stop(0) } else { String::new() }
+    }
+
+    /// What is left of them when the message is whole.
+    fn end(&mut self, choice: &Choice, rest: &Split, id: &str) -> String {
+        let mut events = self.more(rest);
+        for (index, block) in blocks(choice, id).iter().enumerate() {
+            match block["type"].as_str() {
+                Some("thinking") => {
+                    events += &self.end_thought();
+                    continue;
+                }
+                Some("text") => events += &self.open_text(),
+                _ => {
+                    let start = json!({"type": "tool_use", "id": block["id"], "name": block["name"], "input": {}});
+                    events += &block_start(index, &start);
+                    let input = json!({"type": "input_json_delta", "partial_json": block["input"].to_string()});
+                    events += &block_delta(index, &input);
+                }
+            }
+            events += &block_stop(index);
+        }
+        events
+    }
+}
+
 fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
     stream! {
         call.is_streamed = true;
         let tokenizer = Arc::clone(&call.model.live.preparer.tokenizer);
         yield event(json!({"type": "", "message": begun(&call)}), "message_start");
         yield event(json!({"type": ""}), "ping");
-        let text_start = || block_start(0, &json!({"type": "text", "text": "", "citations": null}));
-        let text_delta = |text: &str| block_delta(0, &json!({"type": "text_delta", "text": text}));
-        let mut shown = Shown::new(call.flow.prompts()[0].call_format);
-        let mut is_open = false;
+        let (mut shown, mut told) = (Shown::new(&call.flow.prompts()[0]), Blocks::default());
         loop {
             let gained = match call.flow.next().await {
                 Ok(Some(gained)) => gained,
@@ -137,36 +197,17 @@ fn events(mut call: Call, stops: Vec<String>) -> impl Stream<Item = String> {
                     return;
                 }
             };
-            let text: String = gained.iter().map(|next| shown.push(&next.text)).collect();
-            if !text.is_empty() {
-                if !is_open {
-                    is_open = true;
-                    yield text_start();
-                }
-                yield text_delta(&text);
+            let events: String = gained.iter().map(|next| told.more(&shown.push(&next.text))).collect();
+            if !events.is_empty() {
+                yield events;
             }
         }
         let completion = call.flow.completion(&tokenizer);
         let choice = &completion.choices[0];
-        for (index, block) in blocks(choice, &call.id).iter().enumerate() {
-            if block["type"] == "text" {
-                if !is_open {
-                    yield text_start();
-                }
-                let rest = shown.rest(&choice.text);
-                if !rest.is_empty() {
-                    yield text_delta(rest);
-                }
-            } else {
-                let start = json!({"type": "tool_use", "id": block["id"], "name": block["name"], "input": {}});
-                yield block_start(index, &start);
-                yield block_delta(index, &json!({"type": "input_json_delta", "partial_json": block["input"].to_string()}));
-            }
-            yield block_stop(index);
-        }
+        yield told.end(choice, &shown.rest(choice), &call.id);
         let stop = stop(&call, &completion, &stops);
         let delta = json!({"stop_reason": stop_reason(choice, stop.as_deref()), "stop_sequence": stop});
-        let mut usage = usage(completion.usage);
+        let mut usage = usage(completion.usage, completion.n_thought());
         call.close(&completion, &mut usage);
         call.settle(None).await;
         yield event(json!({"type": "", "delta": delta, "usage": usage}), "message_delta");

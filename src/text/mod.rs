@@ -3,5 +3,6 @@
 
 pub mod hf;
 pub mod template;
+pub mod thinking;
 pub mod tokenizer;
 pub mod tool_calls;

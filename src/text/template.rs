@@ -7,6 +7,7 @@ use crate::allocator;
 use crate::gguf::Gguf;
 use crate::outcome::{ErrorCode, RowError};
 use crate::request::{ChatOptions, Message, ToolChoice};
+use crate::text::thinking::ThinkFormat;
 use crate::text::tool_calls::CallFormat;
 use anyhow::{Context, Result, anyhow, ensure};
 use minijinja::machinery::{Token, tokenize};
@@ -26,6 +27,7 @@ pub struct ChatTemplate {
     environment: Result<Environment<'static>, String>,
     source: Option<String>,
     call_format: Option<CallFormat>,
+    thinks: bool,
     /// The special tokens it may name.
     specials: BTreeMap<String, String>,
     hash: String,
@@ -64,7 +66,7 @@ impl ChatTemplate {
     fn from_source(source: Option<&str>, specials: &BTreeMap<&str, &str>) -> Self {
         let none = || {
             let environment = Err("the model has no chat template: give it raw prompts".to_owned());
-            Self { environment, source: None, call_format: None, specials: owned(specials), hash: hash(&[]) }
+            Self { environment, source: None, call_format: None, thinks: false, specials: owned(specials), hash: hash(&[]) }
         };
         source.map_or_else(none, |source| Self::new(source, specials))
     }
@@ -86,6 +88,7 @@ impl ChatTemplate {
             environment,
             source: Some(source.to_owned()),
             call_format: CallFormat::of_template(source),
+            thinks: ThinkFormat::is_taught(source),
             specials: owned(specials),
             hash: hash(&parts),
         }
@@ -111,6 +114,11 @@ impl ChatTemplate {
     /// How the model writes function calls; `None` if its template does not teach it.
     pub fn call_format(&self) -> Option<CallFormat> {
         self.call_format
+    }
+
+    /// Whether it knows thoughts, in the form that [`ThinkFormat`] has.
+    pub fn thinks(&self) -> bool {
+        self.thinks
     }
 
     /// Renders a chat, with the assistant's turn opened at the end, or its last turn left open.
@@ -369,11 +377,14 @@ impl io::Write for Written {
 }
 
 fn message_value(message: &Message) -> Value {
-    let Message { role, content, name, tool_calls, tool_call_id } = message;
+    let Message { role, content, thought, name, tool_calls, tool_call_id } = message;
     // What a message has not is no key of it: templates ask `message.name is defined`.
     let mut shown: Map<String, serde_json::Value> = Map::new();
     shown.insert("role".into(), role.as_str().into());
     shown.insert("content".into(), content.as_str().into());
+    if let Some(thought) = thought {
+        shown.insert("reasoning_content".into(), thought.as_str().into());
+    }
     if let Some(name) = name {
         shown.insert("name".into(), name.as_str().into());
     }

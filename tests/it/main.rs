@@ -83,6 +83,7 @@ mod serving;
 mod shards;
 mod simulation;
 mod text;
+mod thinking;
 mod tls;
 mod tokenizers;
 mod traces;

@@ -123,8 +123,12 @@ impl Stamp {
                 .logprobs
                 .as_ref()
                 .map(|tokens| json!({"content": tokens.iter().map(chat_logprob).collect::<Vec<_>>(), "refusal": null}));
-            let content = if choice.text.is_empty() && !choice.tool_calls.is_empty() { None } else { Some(&choice.text) };
+            let has_others = !choice.tool_calls.is_empty() || !choice.thoughts().is_empty();
+            let content = if choice.text.is_empty() && has_others { None } else { Some(&choice.text) };
             let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+            if !choice.thoughts().is_empty() {
+                message["reasoning_content"] = choice.thoughts().into();
+            }
             if !choice.tool_calls.is_empty() {
                 let calls = choice.tool_calls.iter().enumerate().map(|(k, call)| {
                     let function = json!({"name": call.name, "arguments": call.arguments});
@@ -170,8 +174,13 @@ impl Stamp {
         let is_whole = !matches!(choice.finish_reason, FinishReason::Length | FinishReason::Repetition);
         let status = if is_whole { "completed" } else { "incomplete" };
         let mut output = Vec::new();
-        if !choice.text.is_empty() || choice.tool_calls.is_empty() {
-            let logprobs: Vec<_> = choice.logprobs.iter().flatten().map(chat_logprob).collect();
+        if !choice.thoughts().is_empty() {
+            let is_open = choice.text.is_empty() && choice.tool_calls.is_empty();
+            output.push(reasoning_item(id, choice.thoughts(), if is_open { status } else { "completed" }));
+        }
+        if !choice.text.is_empty() || (choice.tool_calls.is_empty() && output.is_empty()) {
+            let of_text = choice.logprobs.iter().flatten().skip(choice.n_thought() as usize);
+            let logprobs: Vec<_> = of_text.map(chat_logprob).collect();
             let part = json!({"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs});
             output.push(
                 json!({"type": "message", "id": format!("msg_{id}"), "role": "assistant", "status": status, "content": [part]}),
@@ -191,7 +200,7 @@ impl Stamp {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": completion.n_thought()},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         });
         Self::add_seed(&mut body, completion);
@@ -271,11 +280,16 @@ pub fn usage(completion: &Completion) -> Value {
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": completion.n_thought()},
     })
 }
 
-/// Faults of ours are 500, everything else is the row's.
+/// A response's item of what the model thought.
+pub fn reasoning_item(id: &str, thought: &str, status: &str) -> Value {
+    let part = json!({"type": "reasoning_text", "text": thought});
+    json!({"type": "reasoning", "id": format!("rs_{id}"), "summary": [], "content": [part], "status": status})
+}
+
 /// Adds what was computed before a row failed to the object that tells of its error.
 pub fn add_tried(body: &mut Value, error: &RowError) {
     let Some(tried) = &error.tried else { return };
@@ -286,6 +300,7 @@ pub fn add_tried(body: &mut Value, error: &RowError) {
     body["system_fingerprint"] = tried.system_fingerprint.as_str().into();
 }
 
+/// Faults of ours are 500, everything else is the row's.
 fn status_code(error: &RowError) -> u16 {
     match error.code {
         crate::outcome::ErrorCode::EngineError | crate::outcome::ErrorCode::CheckFailed => 500,

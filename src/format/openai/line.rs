@@ -51,11 +51,13 @@ impl PlainLines {
     }
 
     /// Appends the line of a completed row; false, and nothing appended, for one that only [`Stamp::output_line`] can
-    /// write: with several completions, log-probabilities or tool calls, or a response object.
+    /// write: with several completions, log-probabilities, thoughts or tool calls, or a response object.
     pub fn push(&self, line: &mut String, row_idx: u64, custom_id: &str, endpoint: Endpoint, completion: &Completion) -> bool {
         // All fields by name: whoever adds one must say here what becomes of it.
         let Completion { choices, usage, seed } = completion;
-        let [Choice { text, tool_calls, finish_reason, logprobs: None }] = choices.as_slice() else { return false };
+        let [Choice { text, thought: None, tool_calls, finish_reason, logprobs: None }] = choices.as_slice() else {
+            return false;
+        };
         let is_plain = tool_calls.is_empty() && Self::writes(endpoint);
         if is_plain {
             self.push_text(line, (row_idx, custom_id, endpoint), (text, *finish_reason), *usage, *seed);
@@ -159,7 +161,7 @@ mod tests {
                 system_fingerprint: "fp_0\u{7f}".into(),
             };
             let finish_reason = if stop { FinishReason::Stop } else { FinishReason::Length };
-            let choice = Choice { text, tool_calls: Vec::new(), finish_reason, logprobs: None };
+            let choice = Choice { text, thought: None, tool_calls: Vec::new(), finish_reason, logprobs: None };
             let usage = Usage { prompt_tokens, completion_tokens, cached_tokens };
             let completion = Completion { choices: vec![choice.clone()], usage, seed };
             let endpoint = if chat { Endpoint::ChatCompletions } else { Endpoint::Completions };
@@ -172,6 +174,9 @@ mod tests {
             prop_assert_eq!(plain(&completion), Some(slow));
             let with_logprobs = Completion { choices: vec![Choice { logprobs: Some(vec![]), ..choice }], ..completion };
             prop_assert_eq!(plain(&with_logprobs), None);
+            let thought = Some(crate::outcome::Thought { text: String::new(), n_tokens: 2 });
+            let with_thought = Completion { choices: vec![Choice { thought, ..with_logprobs.choices[0].clone() }], ..with_logprobs };
+            prop_assert_eq!(plain(&with_thought), None);
         }
     }
 }

@@ -51,7 +51,8 @@ fn parse_message(path: &str, item: &Value) -> Result<Message, RowError> {
         content => parse_content(&content_path, content)?,
     };
     let tool_call_id = string(object, "tool_call_id", path)?;
-    Ok(Message { role: role.to_owned(), content, name: string(object, "name", path)?, tool_calls, tool_call_id })
+    let thought = string(object, "reasoning_content", path)?;
+    Ok(Message { role: role.to_owned(), content, thought, name: string(object, "name", path)?, tool_calls, tool_call_id })
 }
 
 pub(super) fn check_role(role: &str, path: &str) -> Result<(), RowError> {

@@ -166,21 +166,23 @@ fn parse_input(body: &Map<String, Value>, messages: &mut Vec<Message>) -> Result
             Err(RowError::field(ErrorCode::InvalidValue, path, "must hold at least one item"))
         }
         Some(Value::Array(items)) => {
-            items.iter().enumerate().try_for_each(|(i, item)| parse_item(&format!("{path}[{i}]"), item, messages))
+            let mut thought = None;
+            items.iter().enumerate().try_for_each(|(i, item)| parse_item(&format!("{path}[{i}]"), item, (messages, &mut thought)))
         }
         Some(other) => Err(wrong_type(path, "a string or an array of items", other)),
     }
 }
 
-/// One item; what a response's `output` holds is taken back as it stands.
-fn parse_item(path: &str, item: &Value, messages: &mut Vec<Message>) -> Result<(), RowError> {
+/// One item; what a response's `output` holds is taken back as it stands. `thought` is what was thought before it.
+fn parse_item(path: &str, item: &Value, (messages, thought): (&mut Vec<Message>, &mut Option<String>)) -> Result<(), RowError> {
     let object = item.as_object().ok_or_else(|| wrong_type(path, "an object", item))?;
     match object.get("type").and_then(Value::as_str).unwrap_or("message") {
         "message" => {
             let role = required_str(object, "role", path)?;
             check_role(role, path)?;
             let content = parse_content(&format!("{path}.content"), object.get("content").unwrap_or(&Value::Null))?;
-            messages.push(Message { role: role.to_owned(), content, ..Message::default() });
+            let thought = thought.take().filter(|_| role == "assistant");
+            messages.push(Message { role: role.to_owned(), content, thought, ..Message::default() });
         }
         "function_call" => {
             let name = required_str(object, "name", path)?;
@@ -188,16 +190,28 @@ fn parse_item(path: &str, item: &Value, messages: &mut Vec<Message>) -> Result<(
             let call = call_value(Some(required_str(object, "call_id", path)?), name, &arguments);
             // Calls of one turn stand side by side.
             match messages.last_mut().filter(|last| last.role == "assistant") {
-                Some(turn) => turn.tool_calls.push(call),
-                None => messages.push(Message { role: "assistant".into(), tool_calls: vec![call], ..Message::default() }),
+                Some(turn) => {
+                    turn.tool_calls.push(call);
+                    turn.thought = turn.thought.take().or_else(|| thought.take());
+                }
+                None => {
+                    let (role, thought) = ("assistant".into(), thought.take());
+                    messages.push(Message { role, thought, tool_calls: vec![call], ..Message::default() });
+                }
             }
         }
         "function_call_output" => {
             let content = parse_content(&format!("{path}.output"), object.get("output").unwrap_or(&Value::Null))?;
             let tool_call_id = Some(required_str(object, "call_id", path)?.to_owned());
             messages.push(Message { role: "tool".into(), content, tool_call_id, ..Message::default() });
+            *thought = None;
         }
-        "reasoning" => {}
+        "reasoning" => *thought = parse_thought(object, path)?,
+        "item_reference" => {
+            required_str(object, "id", path)?;
+            let message = "items of other responses can't be referred to here";
+            return Err(RowError::field(ErrorCode::UnsupportedParameter, format!("{path}.type"), message));
+        }
         other => {
             let message =
                 format!("{other:?} is not supported; supported: message, function_call, function_call_output, reasoning");
@@ -205,4 +219,22 @@ fn parse_item(path: &str, item: &Value, messages: &mut Vec<Message>) -> Result<(
         }
     }
     Ok(())
+}
+
+/// The text of a reasoning item; a summary is not what was thought.
+fn parse_thought(object: &Map<String, Value>, path: &str) -> Result<Option<String>, RowError> {
+    let path = format!("{path}.content");
+    match object.get("content") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Array(parts)) => {
+            let texts = parts.iter().enumerate().map(|(i, part)| {
+                let path = format!("{path}[{i}]");
+                let part = part.as_object().ok_or_else(|| wrong_type(&path, "an object", part))?;
+                required_str(part, "text", &path)
+            });
+            let text = texts.collect::<Result<String, _>>()?;
+            Ok((!text.is_empty()).then_some(text))
+        }
+        Some(other) => Err(wrong_type(&path, "an array of parts", other)),
+    }
 }

@@ -265,6 +265,7 @@ mod tests {
             score_from: None,
             call_format: None,
             one_call: false,
+            thinking: None,
         }
     }
 
