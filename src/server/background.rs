@@ -182,7 +182,7 @@ impl Background {
 pub(super) async fn create(
     app: &Arc<App>,
     owner: &Owner,
-    own: Own,
+    (own, identity): (Own, Identity),
     body: Map<String, Value>,
     items: Vec<Value>,
 ) -> Result<String, ApiError> {
@@ -191,7 +191,6 @@ pub(super) async fn create(
     let prepared = Call::prepare(app, Endpoint::Responses, &body, asked).await?;
     let receiver = completion_webhook::asked(app, owner, windows::metadata(&body)?, asked.mode)?;
     owner.spot.wants(&prepared);
-    let identity = Identity::new();
     let stamp = identity.stamp(&prepared.model);
     let mut response = stamp.response_in_progress(&identity.id, prepared.echo.as_deref().unwrap_or(&Value::Null));
     own.put_on(&mut response, prepared.window);

@@ -72,12 +72,26 @@ impl Call {
         body: &Map<String, Value>,
         turn: Turn,
     ) -> Result<Self, ApiError> {
+        Self::start_as(app, owner, endpoint, body, (turn, &Identity::new())).await
+    }
+
+    /// As [`Call::start`], with that identity.
+    ///
+    /// # Errors
+    /// What is wrong with it, or that too many calls wait.
+    pub(super) async fn start_as(
+        app: &Arc<App>,
+        owner: &Owner,
+        endpoint: Endpoint,
+        body: &Map<String, Value>,
+        (turn, identity): (Turn, &Identity),
+    ) -> Result<Self, ApiError> {
         let asked = Asked { mode: Mode::Foreground, window: None };
         completion_webhook::asked(app, owner, windows::metadata(body)?, asked.mode)?;
         let mut prepared = Self::prepare(app, endpoint, body, asked).await?;
         owner.spot.wants(&prepared);
         prepared.turn = turn.reckoned(app, owner, prepared.window).await;
-        Self::submit((app, owner), &prepared, &Identity::new()).await
+        Self::submit((app, owner), &prepared, identity).await
     }
 
     /// Starts prompts that are prepared, once their model is in memory.

@@ -1,36 +1,64 @@
 //! Input items of responses: with names, as they are kept and shown, and the conversation that a response goes on with.
-//! Invariants: every item of a response has an id of its own; a chain of responses is the same prompt as all of its items
+//! Invariants: every item of a response has an id of its own, from which it is found again; a chain of responses is the same prompt as all of its items
 //! sent at once.
 
 use super::App;
 use super::auth::Owner;
 use super::errors::ApiError;
-use super::ids;
 use super::trajectories;
 use crate::format::openai::{Endpoint, parse_body};
 use crate::store::responses;
+use anyhow::Context as _;
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Most responses of a chain.
 const MAX_CHAIN: usize = 4096;
 
-/// Puts what came before in front of a body's input; gives the body's own items, with names, and the trajectory of what came
-/// before: what the nearest that names one names, or the id of the first.
+/// Most items that an input refers to.
+const MAX_REFERENCES: usize = 1024;
+
+/// Puts what came before in front of a body's input, and items in the place of references to them; gives the body's own items,
+/// with names, and the trajectory of what came before: what the nearest that names one names, or the id of the first. `id` is the
+/// end of the response's ids.
 ///
 /// # Errors
-/// No such response before, or one that nothing can follow.
+/// No such response before, or one that nothing can follow; no such item.
 pub(super) async fn join(
     app: &App,
     owner: &Owner,
-    previous: Option<&str>,
+    (id, previous): (&str, Option<&str>),
     body: &mut Map<String, Value>,
 ) -> Result<(Vec<Value>, Option<String>), ApiError> {
-    let items = body.get("input").map(named).unwrap_or_default();
-    let Some(previous) = previous else { return Ok((items, None)) };
+    let has_references = body.get("input").is_some_and(|input| references(input).next().is_some());
     // What is wrong with it is said in its own places.
-    parse_body(0, Endpoint::Responses, body, &app.defaults)?;
+    if previous.is_some() && !has_references {
+        parse_body(0, Endpoint::Responses, body, &app.defaults)?;
+    }
+    let before = match previous {
+        Some(previous) => before(app, owner, previous).await?,
+        None => Before::default(),
+    };
+    if has_references {
+        resolve(app, owner, &before.items, &mut body["input"]).await?;
+        parse_body(0, Endpoint::Responses, body, &app.defaults)?;
+    }
+    let items = body.get("input").map(|input| named(input, id)).unwrap_or_default();
+    if previous.is_some() {
+        body.insert("input".into(), before.items.into_iter().chain(items.iter().cloned()).collect());
+    }
+    Ok((items, before.trajectory))
+}
+
+/// What came before a response.
+#[derive(Default)]
+struct Before {
+    items: Vec<Value>,
+    trajectory: Option<String>,
+}
+
+async fn before(app: &App, owner: &Owner, previous: &str) -> Result<Before, ApiError> {
     let (owner, first, max_bytes) = (owner.to_string(), previous.to_owned(), app.max_body_bytes);
     let chain = app.store.read(move |connection| {
         let (mut chain, mut next, mut n_bytes) = (Vec::new(), Some(first), 0);
@@ -59,9 +87,64 @@ pub(super) async fn join(
         first = first.or_else(|| response["id"].as_str().map(str::to_owned));
         named = trajectories::inherited(&response).or(named);
     }
-    input.extend(items.iter().cloned());
-    body.insert("input".into(), input.into());
-    Ok((items, named.or(first)))
+    Ok(Before { items: input, trajectory: named.or(first) })
+}
+
+/// The ids of items that an input refers to.
+fn references(input: &Value) -> impl Iterator<Item = &str> {
+    input.as_array().into_iter().flatten().filter_map(referred)
+}
+
+/// The id of the item that another refers to, if it does: `{"type": "item_reference", "id"}`, or the id alone.
+fn referred(item: &Value) -> Option<&str> {
+    let object = item.as_object()?;
+    let is_reference = match object.get("type") {
+        Some(Value::String(kind)) => kind == "item_reference",
+        None | Some(Value::Null) => !["role", "content"].iter().any(|key| object.contains_key(*key)),
+        Some(_) => false,
+    };
+    object.get("id").filter(|_| is_reference)?.as_str()
+}
+
+/// Puts an owner's items in the place of references to them: those of `before`, and those of any response that is stored.
+async fn resolve(app: &App, owner: &Owner, before: &[Value], input: &mut Value) -> Result<(), ApiError> {
+    let ids: HashSet<String> = references(input).map(str::to_owned).collect();
+    if ids.len() > MAX_REFERENCES {
+        return Err(ApiError::invalid_value("input", format!("refers to more than {MAX_REFERENCES} items")));
+    }
+    let mut found: HashMap<String, Value> =
+        before.iter().filter_map(|item| Some((item["id"].as_str()?.to_owned(), item.clone()))).collect();
+    let (owner, max_bytes) = (owner.to_string(), app.max_body_bytes);
+    let missing: Vec<String> = ids.into_iter().filter(|id| !found.contains_key(id)).collect();
+    let stored = app.store.read(move |connection| {
+        let mut stored = Vec::new();
+        for id in missing {
+            // Items are called by the response that they are of.
+            let response = format!("resp_{}", id.rsplit('_').next().unwrap_or_default());
+            let Some(response) = responses::get(connection, &owner, &response)? else { continue };
+            for text in [&response.input, &response.body] {
+                let value: Value = serde_json::from_str(text).context("a stored response is no JSON")?;
+                let items = value.get("output").unwrap_or(&value);
+                stored.extend(items.as_array().into_iter().flatten().find(|item| item["id"] == *id).cloned());
+            }
+        }
+        Ok(stored)
+    });
+    found.extend(stored.await?.into_iter().filter_map(|item| Some((item["id"].as_str()?.to_owned(), item))));
+    let mut n_bytes = 0;
+    for item in input.as_array_mut().into_iter().flatten() {
+        let Some(id) = referred(item) else { continue };
+        let Some(referred) = found.get(id) else {
+            return Err(ApiError::not_found("input", format!("Item with id '{id}' not found.")));
+        };
+        n_bytes += referred.to_string().len();
+        if n_bytes > max_bytes {
+            let message = format!("refers to items of more than {max_bytes} bytes together");
+            return Err(ApiError::invalid_value("input", message));
+        }
+        *item = referred.clone();
+    }
+    Ok(())
 }
 
 fn parsed(text: &str) -> Result<Value, ApiError> {
@@ -101,17 +184,34 @@ impl Missing {
     }
 }
 
-/// Items with ids. What is no item is left out: its request is refused.
-fn named(input: &Value) -> Vec<Value> {
-    if let Value::String(text) = input {
-        return vec![message("user", &json!(text), None, &mut HashSet::new())];
+/// Ids of a response's own items.
+struct Ids<'r> {
+    /// The end of the response's.
+    of: &'r str,
+    used: HashSet<String>,
+}
+
+impl Ids<'_> {
+    /// The id that was given, if no item has it yet; else a new one.
+    fn of(&mut self, prefix: &str, given: Option<&Value>) -> String {
+        let given = given.and_then(Value::as_str).filter(|id| !id.is_empty() && !self.used.contains(*id));
+        let id = given.map_or_else(|| format!("{prefix}in{}_{}", self.used.len(), self.of), str::to_owned);
+        self.used.insert(id.clone());
+        id
     }
-    let mut used = HashSet::new();
+}
+
+/// Items with ids. What is no item is left out: its request is refused.
+fn named(input: &Value, id: &str) -> Vec<Value> {
+    let mut used = Ids { of: id, used: HashSet::new() };
+    if let Value::String(text) = input {
+        return vec![message("user", &json!(text), None, &mut used)];
+    }
     let items = input.as_array().into_iter().flatten().filter_map(Value::as_object);
     items.map(|item| named_item(item, &mut used)).collect()
 }
 
-fn named_item(item: &Map<String, Value>, used: &mut HashSet<String>) -> Value {
+fn named_item(item: &Map<String, Value>, used: &mut Ids<'_>) -> Value {
     let kind = item.get("type").and_then(Value::as_str).unwrap_or("message");
     if kind == "message" {
         let role = item.get("role").and_then(Value::as_str).unwrap_or_default();
@@ -124,14 +224,14 @@ fn named_item(item: &Map<String, Value>, used: &mut HashSet<String>) -> Value {
     };
     let mut named = item.clone();
     named.retain(|_, value| !value.is_null());
-    named.insert("id".into(), id(prefix, item.get("id"), used).into());
+    named.insert("id".into(), used.of(prefix, item.get("id")).into());
     if kind != "reasoning" {
         named.entry("status").or_insert("completed".into());
     }
     named.into()
 }
 
-fn message(role: &str, content: &Value, id_given: Option<&Value>, used: &mut HashSet<String>) -> Value {
+fn message(role: &str, content: &Value, id_given: Option<&Value>, used: &mut Ids<'_>) -> Value {
     let is_output = role == "assistant";
     let part = |text: &Value| {
         if is_output {
@@ -146,13 +246,5 @@ fn message(role: &str, content: &Value, id_given: Option<&Value>, used: &mut Has
         }
         text => vec![part(text)],
     };
-    json!({"type": "message", "id": id("msg_", id_given, used), "role": role, "status": "completed", "content": content})
-}
-
-/// The id that was given, if nobody has it yet; else a new one.
-fn id(prefix: &str, given: Option<&Value>, used: &mut HashSet<String>) -> String {
-    let given = given.and_then(Value::as_str).filter(|id| !id.is_empty() && !used.contains(*id));
-    let id = given.map_or_else(|| ids::new(prefix), str::to_owned);
-    used.insert(id.clone());
-    id
+    json!({"type": "message", "id": used.of("msg_", id_given), "role": role, "status": "completed", "content": content})
 }

@@ -6,7 +6,7 @@ use super::auth::Owner;
 use super::background;
 use super::body::JsonObject;
 use super::books::{Bill, JSON};
-use super::call::{Call, Streaming, take_bool};
+use super::call::{Call, Identity, Streaming, take_bool};
 use super::conversation;
 use super::errors::{ApiError, json_response};
 use super::log::say;
@@ -39,10 +39,11 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
     let mut own = Own::take(&mut body, streaming.is_on)?;
+    let identity = Identity::new();
     let items;
-    (items, own.follows) = conversation::join(&app, &owner, own.previous.as_deref(), &mut body).await?;
+    (items, own.follows) = conversation::join(&app, &owner, (&identity.id, own.previous.as_deref()), &mut body).await?;
     if own.background {
-        let id = background::create(&app, &owner, own, body, items).await?;
+        let id = background::create(&app, &owner, (own, identity), body, items).await?;
         return if streaming.is_on {
             Ok(super::stored::stream(app, id, 0))
         } else {
@@ -50,7 +51,7 @@ pub(super) async fn create(
         };
     }
     let turn = Turn::of(&body, own.follows.as_deref(), own.store);
-    let mut call = Call::start(&app, &owner, Endpoint::Responses, &body, turn).await?;
+    let mut call = Call::start_as(&app, &owner, Endpoint::Responses, &body, (turn, &identity)).await?;
     let bill = Arc::clone(&call.bill);
     let (previous, is_used, is_streamed) = (own.previous.clone(), own.store, streaming.is_on);
     let shelf = Shelf { app: Arc::clone(&app), owner, items, previous, is_used, is_streamed, bill };
@@ -238,7 +239,7 @@ pub(super) async fn input_tokens(
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
     let own = Own::take(&mut body, streaming.is_on)?;
-    conversation::join(&app, &owner, own.previous.as_deref(), &mut body).await?;
+    conversation::join(&app, &owner, ("", own.previous.as_deref()), &mut body).await?;
     let n_tokens = Call::count(&app, Endpoint::Responses, &body).await?;
     Ok(json_response(&json!({"object": "response.input_tokens", "input_tokens": n_tokens})))
 }

@@ -113,6 +113,65 @@ fn what_is_stored_can_be_fetched_followed_and_deleted_by_its_owner_alone() {
 }
 
 #[test]
+fn items_are_referred_to_by_their_names() {
+    let server = Server::with("", &["--api-key", KEY, "--api-key", "another"]);
+    let body = |input: Value| json!({"model": MODEL, "input": input, "temperature": 0, "max_output_tokens": 9});
+    let first = server.ok("/v1/responses", body(json!([{"role": "user", "content": "My name is Ann."}])));
+    let own_items = |response: &Value| {
+        server.get(&format!("/v1/responses/{}/input_items?order=asc", response["id"].as_str().unwrap())).json()["data"].clone()
+    };
+    let (asked, told) = (own_items(&first)[0].clone(), first["output"][0].clone());
+    let why = json!({"role": "user", "content": "What is my name?", "id": "msg_mine"});
+    let at_once = server.ok("/v1/responses", body(json!([asked, told, why])));
+    let references = json!([{"type": "item_reference", "id": asked["id"]}, {"id": told["id"]}, why]);
+    let referring = server.ok("/v1/responses", body(references.clone()));
+    let usage = |response: &Value| response["usage"]["input_tokens"].clone();
+    assert_eq!((text(&referring), usage(&referring)), (text(&at_once), usage(&at_once)));
+    assert_eq!(own_items(&referring), own_items(&at_once), "they are its own from then on");
+    let counted = server.ok("/v1/responses/input_tokens", json!({"model": MODEL, "input": references}));
+    assert_eq!(counted["input_tokens"], usage(&at_once));
+    let mut later = body(references.clone());
+    later["background"] = true.into();
+    let later = server.end_of(server.ok("/v1/responses", later)["id"].as_str().unwrap());
+    assert_eq!(text(&later), text(&at_once));
+    // What the caller has named is known where its response is followed.
+    let follow = |input: Value| {
+        let mut body = body(input);
+        body["previous_response_id"] = at_once["id"].clone();
+        server.post("/v1/responses", body)
+    };
+    let (named, given) = (follow(json!([{"type": "item_reference", "id": "msg_mine"}])), follow(json!([why])));
+    assert_eq!((named.status, text(&named.json()), usage(&named.json())), (200, text(&given.json()), usage(&given.json())));
+
+    let passing = server.ok("/v1/responses", {
+        let mut body = body(json!("Hi"));
+        body["store"] = false.into();
+        body
+    });
+    let refused = |key: &str, id: &Value, param: &str| {
+        let body = body(json!([{"type": "item_reference", "id": id}, why])).to_string();
+        let answer = server.send("POST", "/v1/responses", &[("x-api-key", key)], body);
+        let error = &answer.json()["error"];
+        assert_eq!((answer.status, &error["param"]), (404, &json!(param)), "{}", answer.text);
+        assert!(error["message"].as_str().unwrap().contains(&format!("Item with id '{}'", id.as_str().unwrap())), "{error}");
+    };
+    refused(KEY, &json!("msg_nobody"), "input");
+    refused(KEY, &json!(""), "input");
+    refused(KEY, &passing["output"][0]["id"], "input");
+    refused("another", &told["id"], "input");
+    server.send("DELETE", &format!("/v1/responses/{}", first["id"].as_str().unwrap()), &[("x-api-key", KEY)], "");
+    refused(KEY, &told["id"], "input");
+    refused(KEY, &asked["id"], "input");
+    // Those who took it over have it still.
+    assert_eq!(own_items(&referring), own_items(&at_once));
+    let many: Vec<Value> = (0..1025).map(|i| json!({"type": "item_reference", "id": format!("msg_{i}")})).collect();
+    for (input, param) in [(json!([{"type": "item_reference"}]), "input[0].id"), (Value::from(many), "input")] {
+        let answer = server.post("/v1/responses", body(input));
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{}", answer.text);
+    }
+}
+
+#[test]
 fn a_background_response_is_polled_watched_and_cancelled() {
     let server = Server::start();
     let plain = server.ok("/v1/responses", request(3, json!({})));
