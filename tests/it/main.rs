@@ -82,6 +82,7 @@ mod server_requests;
 mod serving;
 mod shards;
 mod simulation;
+mod sizes;
 mod text;
 mod thinking;
 mod tls;
