@@ -56,7 +56,7 @@ pub enum Refused {
 
 /// What an error says of an object that was to be read, if it is of that.
 pub fn refusal(error: &anyhow::Error) -> Option<&Refused> {
-    let of_reader = || error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref();
+    let of_reader = || error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref();
     error.downcast_ref().or_else(of_reader)
 }
 
@@ -266,7 +266,7 @@ impl Content {
 }
 
 impl Read for Content {
-    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         let n_bytes = self.fill_buf()?.len().min(to.len());
         to[..n_bytes].copy_from_slice(&self.chunk[..n_bytes]);
         self.consume(n_bytes);
@@ -275,15 +275,11 @@ impl Read for Content {
 }
 
 impl BufRead for Content {
-    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.chunk.is_empty() {
             self.chunk = self.next_chunk().map_err(|error| {
                 let text = format!("{error:#}");
-                if storage::is_of_remote(&error) {
-                    std::io::Error::other(Refused::Unreadable(text))
-                } else {
-                    std::io::Error::other(text)
-                }
+                if storage::is_of_remote(&error) { io::Error::other(Refused::Unreadable(text)) } else { io::Error::other(text) }
             })?;
         }
         Ok(&self.chunk)

@@ -282,7 +282,7 @@ pub(super) async fn start(app: &Arc<App>, n_running: usize) -> Result<()> {
         tokio::spawn(async move {
             // Whose turn it is, is found out when there is a place.
             while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-                let id = line.next().await;
+                let id = line.next(|id| app.background.with(|open| open.contains_key(id))).await;
                 let end = Closing { app: Arc::clone(&app), id };
                 tokio::spawn(async move {
                     while let Err(error) = run(&end.app, &end.id).await {

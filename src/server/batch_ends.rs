@@ -74,6 +74,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         let (state, at) = match (stored.status.as_str(), ending) {
             ("cancelling", _) => ("cancelled", "cancelled_at"),
             (_, Some(Ending::Rest("batch_expired", _))) => ("expired", "expired_at"),
+            (_, Some(Ending::Rest(OVER_COST, _))) => ("cancelled", "cancelled_at"),
             _ => ("failed", "failed_at"),
         };
         body["errors"] = json!({"object": "list", "data": faults});

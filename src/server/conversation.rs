@@ -117,20 +117,33 @@ async fn resolve(app: &App, owner: &Owner, before: &[Value], input: &mut Value) 
     let (owner, max_bytes) = (owner.to_string(), app.max_body_bytes);
     let missing: Vec<String> = ids.into_iter().filter(|id| !found.contains_key(id)).collect();
     let stored = app.store.read(move |connection| {
-        let mut stored = Vec::new();
-        for id in missing {
-            // Items are called by the response that they are of.
-            let response = format!("resp_{}", id.rsplit('_').next().unwrap_or_default());
-            let Some(response) = responses::get(connection, &owner, &response)? else { continue };
+        // Items are called by the response that they are of, which is read once.
+        let mut wanted: HashMap<&str, HashSet<&str>> = HashMap::new();
+        for id in &missing {
+            wanted.entry(id.rsplit('_').next().unwrap_or_default()).or_default().insert(id.as_str());
+        }
+        let (mut stored, mut n_bytes) = (Vec::new(), 0);
+        for (of, ids) in wanted {
+            let Some(response) = responses::get(connection, &owner, &format!("resp_{of}"))? else { continue };
+            n_bytes += response.input.len() + response.body.len();
+            if n_bytes > max_bytes {
+                return Ok(None);
+            }
             for text in [&response.input, &response.body] {
                 let value: Value = serde_json::from_str(text).context("a stored response is no JSON")?;
                 let items = value.get("output").unwrap_or(&value);
-                stored.extend(items.as_array().into_iter().flatten().find(|item| item["id"] == *id).cloned());
+                let is_wanted = |item: &&Value| item["id"].as_str().is_some_and(|id| ids.contains(id));
+                stored.extend(items.as_array().into_iter().flatten().filter(is_wanted).cloned());
             }
         }
-        Ok(stored)
+        Ok(Some(stored))
     });
-    found.extend(stored.await?.into_iter().filter_map(|item| Some((item["id"].as_str()?.to_owned(), item))));
+    let too_long = || {
+        let message = format!("refers to items of responses that have more than {max_bytes} bytes together");
+        ApiError::invalid_value("input", message)
+    };
+    let stored = stored.await?.ok_or_else(too_long)?;
+    found.extend(stored.into_iter().filter_map(|item| Some((item["id"].as_str()?.to_owned(), item))));
     let mut n_bytes = 0;
     for item in input.as_array_mut().into_iter().flatten() {
         let Some(id) = referred(item) else { continue };
@@ -139,8 +152,7 @@ async fn resolve(app: &App, owner: &Owner, before: &[Value], input: &mut Value) 
         };
         n_bytes += referred.to_string().len();
         if n_bytes > max_bytes {
-            let message = format!("refers to items of more than {max_bytes} bytes together");
-            return Err(ApiError::invalid_value("input", message));
+            return Err(too_long());
         }
         *item = referred.clone();
     }

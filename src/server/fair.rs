@@ -51,6 +51,15 @@ impl<T> Fair<T> {
         }
     }
 
+    /// Forgets those at the head of their owners' that nobody wants any more: they take no turn.
+    fn skip(&mut self, is_wanted: impl Fn(&T) -> bool) {
+        for own in self.owners.values_mut() {
+            while own.items.front().is_some_and(|(_, item)| !is_wanted(item)) {
+                own.items.pop_front();
+            }
+        }
+    }
+
     /// The one whose turn it is: of those whose time it is, the one that came first.
     fn pop(&mut self) -> Option<T> {
         let waiting = self.owners.values_mut().filter(|own| !own.items.is_empty());
@@ -79,10 +88,14 @@ impl Line {
         self.bell.notify_one();
     }
 
-    /// The one whose turn it is; waits for one. Asked for by one task alone.
-    pub(super) async fn next(&self) -> String {
+    /// The one whose turn it is, of those that are still wanted; waits for one. Asked for by one task alone.
+    pub(super) async fn next(&self, is_wanted: impl Fn(&str) -> bool) -> String {
         loop {
-            if let Some(id) = self.with(Fair::pop) {
+            let next = self.with(|ids| {
+                ids.skip(|id| is_wanted(id));
+                ids.pop()
+            });
+            if let Some(id) = next {
                 return id;
             }
             self.bell.notified().await;

@@ -88,9 +88,8 @@ pub(super) fn forget(connection: &Connection, object: &str) -> Result<()> {
 /// # Errors
 /// The database's.
 pub(super) fn settle(connection: &Connection, delivery: &str, is_gone: bool) -> Result<()> {
-    let sql = "DELETE FROM delivery WHERE object IS NOT NULL
-               AND CASE WHEN ?2 THEN endpoint = (SELECT endpoint FROM delivery WHERE id = ?1) ELSE id = ?1 END";
-    connection.execute(sql, params![delivery, is_gone])?;
+    let which = if is_gone { "endpoint = (SELECT endpoint FROM delivery WHERE id = ?1)" } else { "id = ?1" };
+    connection.execute(&format!("DELETE FROM delivery WHERE {which} AND object IS NOT NULL"), [delivery])?;
     Ok(())
 }
 

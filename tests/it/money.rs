@@ -409,7 +409,7 @@ fn a_batch_ends_when_it_has_cost_what_it_may() {
     assert!(amount(&usage["cost"]) >= most, "it ended too soon: {ended}");
     assert_eq!(server.usage("batch")["total"]["charge"], usage["cost"]);
     let (done, rest) = (server.lines(&ended["output_file_id"]), server.lines(&ended["error_file_id"]));
-    assert!(!rest.is_empty(), "all were run, at {each} each");
+    assert!(done.len() < N / 2, "{} of {N} were run, at {each} each", done.len());
     assert!(rest.iter().all(|line| line["error"]["code"] == "max_cost_reached" && line["response"].is_null()), "{rest:?}");
     let ids: BTreeSet<&str> = done.iter().chain(&rest).map(|line| line["custom_id"].as_str().unwrap()).collect();
     assert_eq!((ids.len(), done.len() + rest.len()), (N, N), "each request ended once");

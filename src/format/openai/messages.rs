@@ -41,17 +41,17 @@ fn parse_message(path: &str, item: &Value) -> Result<Message, RowError> {
         }
         Some(other) => return Err(wrong_type(&format!("{path}.tool_calls"), "an array", other)),
     };
+    let thought = string(object, "reasoning_content", path)?;
     let content_path = format!("{path}.content");
     let content = match object.get("content").unwrap_or(&Value::Null) {
-        // A turn that only calls tools, or only refuses.
-        Value::Null if !tool_calls.is_empty() => String::new(),
+        // A turn that only calls tools, only refuses, or was cut off in its thoughts.
+        Value::Null if !tool_calls.is_empty() || thought.is_some() => String::new(),
         Value::Null if object.get("refusal").is_some_and(Value::is_string) => {
             string(object, "refusal", path)?.unwrap_or_default()
         }
         content => parse_content(&content_path, content)?,
     };
     let tool_call_id = string(object, "tool_call_id", path)?;
-    let thought = string(object, "reasoning_content", path)?;
     Ok(Message { role: role.to_owned(), content, thought, name: string(object, "name", path)?, tool_calls, tool_call_id })
 }
 

@@ -95,9 +95,15 @@ impl Policy {
 
     /// Judges the completions that attempt `attempt` (from 1) at a prompt gave. `columns` are the row's, as JSON.
     pub(super) fn judge(&self, choices: &[Finished], columns: Option<&str>, attempt: u32, prompt: &Prompt) -> Verdict {
+        // What was thought is no part of what was answered.
+        let answer = |choice: &Finished| prompt.thinking.map(|format| format.parse(&choice.text).1);
+        let answers: Vec<Option<String>> = choices.iter().map(answer).collect();
         let mut failed: Vec<(&Check, String)> = Vec::new();
         for check in &self.checks {
-            let why = choices.iter().find_map(|choice| check.condition.fails(choice, columns));
+            let why = choices
+                .iter()
+                .zip(&answers)
+                .find_map(|(choice, answer)| check.condition.fails(choice, answer.as_deref().unwrap_or(&choice.text), columns));
             failed.extend(why.map(|why| (check, why)));
         }
         let names = || failed.iter().map(|(check, _)| check.name.clone()).collect();
@@ -199,9 +205,8 @@ fn condition(spec: &CheckSpec, read: &mut impl FnMut(&str) -> Result<String>) ->
 }
 
 impl Condition {
-    /// What is wrong with a completion; `None` if the condition holds.
-    fn fails(&self, choice: &Finished, columns: Option<&str>) -> Option<String> {
-        let text = choice.text.as_str();
+    /// What is wrong with a completion, whose answer is `text`; `None` if the condition holds.
+    fn fails(&self, choice: &Finished, text: &str, columns: Option<&str>) -> Option<String> {
         match self {
             Self::JsonSchema(validator) => match serde_json::from_str::<Value>(text) {
                 Err(error) => Some(format!("the completion is not JSON: {error}")),
