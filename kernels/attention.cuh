@@ -17,7 +17,8 @@
 // Scores of one row that a lane holds: eight pairs of columns of a tile.
 #define PAIRS (TILE / 8)
 
-// A piece of work: rows row_start .. row_start + n_rows of the packed rows, keys key_begin .. key_end; none of both is empty.
+// A piece of work: rows row_start .. row_start + n_rows of the packed rows, keys key_begin .. key_end; none of both is empty. An item
+// without rows is none: it fills up a list.
 struct Item {
     u32 kv_head, token_start, row_start, n_rows;
     // Where its sequence's block table starts.

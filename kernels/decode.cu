@@ -77,6 +77,7 @@ template <int D> DEVICE void store(const Attention& a, const Item& item, const R
 }
 
 template <int D> DEVICE void decode(const Attention& a, const Item& item) {
+    if (item.n_rows == 0) return;
     extern __shared__ __align__(128) char shared[];
     u32 keys = shared_address(shared), values = keys + Tile<D>::BYTES, queries = values + Tile<D>::BYTES;
     float* scores = reinterpret_cast<float*>(shared + 2 * Tile<D>::BYTES + 16 * Tile<D>::STRIDE);

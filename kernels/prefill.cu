@@ -216,7 +216,10 @@ template <int D> DEVICE void attend(const Attention& a, const Item& item, float*
 
 template <int D>
 DEVICE void prefill(const Attention& a, const Item* items, u32 n_items, float* totals, float2* total_states) {
-    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) attend<D>(a, load_item(items + i), totals, total_states);
+    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) {
+        Item item = load_item(items + i);
+        if (item.n_rows != 0) attend<D>(a, item, totals, total_states);
+    }
 }
 
 #define PREFILL(D)                                                                                                         \

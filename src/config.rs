@@ -128,6 +128,8 @@ pub struct ModelConfig {
     pub isa: Isa,
     /// Where a GPU's kernels are.
     pub kernels: KernelPlace,
+    /// Whether a GPU may have graphs of steps.
+    pub cuda_graphs: bool,
     /// Where models are kept.
     pub cache: PathBuf,
     /// Where models called `org/name` come from.
@@ -235,6 +237,7 @@ impl Config {
             n_threads: self.n_threads,
             isa: self.isa,
             kernels: kernel_place(&self.cache),
+            cuda_graphs: cuda_graphs(),
             cache: self.cache.clone(),
             hub: self.hub.clone(),
             quiet: self.quiet,
@@ -394,6 +397,11 @@ pub fn cache_folder() -> Result<PathBuf> {
 /// The file of NVRTC that `VALAR_NVRTC` names.
 pub fn nvrtc() -> Option<PathBuf> {
     std::env::var_os("VALAR_NVRTC").filter(|file| !file.is_empty()).map(PathBuf::from)
+}
+
+/// Whether a GPU may have graphs of steps: unless `VALAR_CUDA_GRAPHS` is 0.
+fn cuda_graphs() -> bool {
+    std::env::var_os("VALAR_CUDA_GRAPHS").is_none_or(|value| value != "0")
 }
 
 /// Where a GPU's kernels are kept and what compiles them, models being kept in that folder.

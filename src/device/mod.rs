@@ -227,6 +227,15 @@ pub trait Device: Send {
     /// without it, they do so at first use. (The reference device, which is no production device, always allocates.)
     fn reserve(&mut self, sizes: &StepSizes<'_>);
 
+    /// Told before a step's first operation: whether it is done already, for the device has done another of the same form before.
+    /// Only for whoever calls the same operations in every step, with the same weights, caches and buffers.
+    fn replay(&self, _batch: &Batch) -> bool {
+        false
+    }
+    /// Told after a step's last operation, or instead of all: `out.rows` is there after it. (Devices that compute while an operation
+    /// is called leave it as it is.)
+    fn collect(&self, _batch: &Batch, _out: &mut StepOutput) {}
+
     /// x[t] = scale · row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
     fn embed(&self, table: &Self::Weight, scale: f32, batch: &Batch, x: &mut Self::Hidden);
     /// act[t] = x[t] / rms(x[t]) · weight, in the form `next` wants.
@@ -277,7 +286,7 @@ pub trait Device: Send {
     /// of their numbers. `act` has the form that the first expert's `gate_up` wants. No token is dropped.
     fn experts(&self, act: &Self::Act, experts: &Experts<Self::Weight>, f: Activation, batch: &Batch, x: &mut Self::Hidden);
     /// For each of `batch.heads`: final norm, vocabulary logits, then the draw or the score it asks for
-    /// (`sample::draw`), written to `out.rows` in the same order. The head weight is `[vocab, width]`.
+    /// (`sample::draw`), written to `out.rows` in the same order, at the latest by `collect`. The head weight is `[vocab, width]`.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
     fn head(
         &self,

@@ -82,7 +82,7 @@ impl<D: Device> Model<D> {
         Ok(Self { spec, embed, layers, norm, head })
     }
 
-    /// One step. `caches` are one per layer.
+    /// One step, up to its last operation ([`Device::collect`] is still to come). `caches` are one per layer.
     pub fn forward(&self, dev: &D, batch: &Batch, caches: &mut [D::Cache], ws: &mut Workspace<D>, out: &mut StepOutput) {
         self.run_layers(dev, batch, caches, ws);
         let head = HeadSpec { eps: self.spec.norm_eps, soft_cap: self.spec.logit_cap };
@@ -188,7 +188,10 @@ impl<D: Device> Runner for ModelRunner<D> {
             out.rows.clear();
             return Ok(());
         }
-        self.model.forward(&self.dev, batch, &mut self.caches, &mut self.workspace, out);
+        if !self.dev.replay(batch) {
+            self.model.forward(&self.dev, batch, &mut self.caches, &mut self.workspace, out);
+        }
+        self.dev.collect(batch, out);
         self.dev.finish()?;
         assert_eq!(out.rows.len(), batch.heads.len(), "one result per head row");
         Ok(())

@@ -23,6 +23,7 @@ mod cuda;
 mod cuda_attention;
 mod cuda_device;
 mod cuda_faults;
+mod cuda_graphs;
 mod cuda_kill;
 mod cuda_laws;
 mod cuda_machine;

@@ -1,11 +1,12 @@
 //! A GPU as a [`Device`]: what it holds, how it is loaded, and how failures of the driver are told. The residual stream is f32;
 //! activations, keys and values are bfloat16.
 //!
-//! Invariants: all memory is one arena, made before anything is loaded; a step allocates nothing on the GPU. The first error of the
-//! driver is kept: nothing is launched after it, and `finish` tells it.
+//! Invariants: all memory is one arena, made before anything is loaded; a step allocates nothing on the GPU (a graph that is made has
+//! the driver do so, see `graphs`). The first error of the driver is kept: nothing is launched after it, and `finish` tells it.
 
 use super::blas::{Blas, Output};
 use super::driver::{Facts, Gpu};
+use super::graphs::Turn;
 use super::images::{Images, KernelPlace};
 use super::kernels::{HEAD_DIMS, Kernels, check_width};
 use super::memory::{Arena, aligned};
@@ -29,6 +30,7 @@ pub struct CudaDevice {
     pub(super) kernels: Kernels,
     pub(super) blas: Blas,
     fingerprint: String,
+    has_graphs: bool,
     // The last one to go: the others are parts of it.
     pub(super) gpu: Gpu,
 }
@@ -92,9 +94,16 @@ impl CudaDevice {
             let kernels = Kernels::find(&gpu, &images)?;
             let fingerprint = fingerprint(gpu.facts(), &images);
             let (step, failure, arena) = (RefCell::default(), RefCell::default(), Arena::default());
-            Ok(Self { step, failure, arena, kernels, blas, fingerprint, gpu })
+            Ok(Self { step, failure, arena, kernels, blas, fingerprint, has_graphs: true, gpu })
         };
         open().with_context(|| format!("device cuda:{ordinal}"))
+    }
+
+    /// The same, but every step's operations are launched one by one if it is to have no graphs. The bits are the same.
+    #[must_use]
+    pub fn with_graphs(mut self, has_graphs: bool) -> Self {
+        self.has_graphs = has_graphs;
+        self
     }
 
     /// What the GPU is.
@@ -265,11 +274,18 @@ impl Device for CudaDevice {
     }
 
     fn new_act(&self, max_tokens: usize, width: usize) -> Act {
-        Act { at: self.room(2 * max_tokens * width) }
+        let (at, n_bytes) = (self.room(2 * max_tokens * width), 2 * max_tokens * width);
+        // Rows that only fill up a step are read as they are.
+        self.attempt(|| {
+            self.gpu.enter()?;
+            self.gpu.clear_later(at, n_bytes)?;
+            self.gpu.wait()
+        });
+        Act { at }
     }
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
-        let step = self.attempt(|| Step::new(&self.gpu, &self.arena, sizes));
+        let step = self.attempt(|| Step::new(&self.gpu, &self.arena, sizes, self.has_graphs));
         *self.step.get_mut() = step;
     }
 
@@ -280,28 +296,50 @@ impl Device for CudaDevice {
         }
     }
 
-    /// Also plans the step, for all its operations.
+    fn replay(&self, batch: &Batch) -> bool {
+        let mut is_done = false;
+        self.attempt_step(|step| {
+            match self.begin(step, batch, true)? {
+                Turn::Launch => {}
+                Turn::Capture(form) => {
+                    self.gpu.begin_capture()?;
+                    step.capturing = Some(form);
+                }
+                Turn::Replay(form) => {
+                    self.draw_again(step, form, batch)?;
+                    is_done = true;
+                }
+            }
+            step.is_planned = !is_done;
+            Ok(())
+        });
+        is_done
+    }
+
+    /// Also plans the step, for all its operations, if `replay` has not.
     fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {
         self.attempt_step(|step| {
-            self.begin(step, batch)?;
-            self.embed_rows(step, table, scale, batch.tokens.len() as u32, x)
+            if !std::mem::take(&mut step.is_planned) {
+                self.begin(step, batch, false)?;
+            }
+            self.embed_rows(step, table, scale, x)
         });
     }
 
-    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, _next: &Weight, batch: &Batch, act: &mut Act) {
-        self.attempt(|| self.norm_rows((x.at, x.width), weight, eps, batch.tokens.len(), act.at));
+    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, _next: &Weight, _batch: &Batch, act: &mut Act) {
+        self.attempt_step(|step| self.norm_rows((x.at, x.width), weight, eps, step.staged.n_rows, act.at));
     }
 
-    fn norm_add(&self, y: &Hidden, weight: &Vector, eps: f32, batch: &Batch, x: &mut Hidden) {
-        self.attempt(|| self.norm_add_rows(y, weight, eps, batch.tokens.len(), x));
+    fn norm_add(&self, y: &Hidden, weight: &Vector, eps: f32, _batch: &Batch, x: &mut Hidden) {
+        self.attempt_step(|step| self.norm_add_rows(y, weight, eps, step.staged.n_rows, x));
     }
 
-    fn linear(&self, act: &Act, weight: &Weight, batch: &Batch, out: &mut Hidden) {
-        self.attempt(|| self.multiply(act.at, weight, batch.tokens.len(), Output::Bf16, out.at));
+    fn linear(&self, act: &Act, weight: &Weight, _batch: &Batch, out: &mut Hidden) {
+        self.attempt_step(|step| self.multiply(act.at, weight, step.staged.n_rows, Output::Bf16, out.at));
     }
 
-    fn linear_add(&self, act: &Act, weight: &Weight, batch: &Batch, x: &mut Hidden) {
-        self.attempt(|| self.multiply(act.at, weight, batch.tokens.len(), Output::Sum, x.at));
+    fn linear_add(&self, act: &Act, weight: &Weight, _batch: &Batch, x: &mut Hidden) {
+        self.attempt_step(|step| self.multiply(act.at, weight, step.staged.n_rows, Output::Sum, x.at));
     }
 
     fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
@@ -318,13 +356,13 @@ impl Device for CudaDevice {
         weight: &Weight,
         f: Activation,
         _next: &Weight,
-        batch: &Batch,
+        _batch: &Batch,
         scratch: &mut Hidden,
         out: &mut Act,
     ) {
-        self.attempt(|| {
-            self.multiply(act.at, weight, batch.tokens.len(), Output::Bf16, scratch.at)?;
-            self.gate(scratch, weight.n / 2, f, batch.tokens.len(), out)
+        self.attempt_step(|step| {
+            self.multiply(act.at, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
+            self.gate(scratch, weight.n / 2, f, step.staged.n_rows, out)
         });
     }
 
@@ -333,15 +371,24 @@ impl Device for CudaDevice {
         self.attempt(|| -> Result<()> { bail!("there are no kernels for experts") });
     }
 
-    fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, out: &mut StepOutput) {
+    fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, _out: &mut StepOutput) {
+        self.attempt_step(|step| self.draw(step, (x, norm, weight), spec, batch));
+    }
+
+    fn collect(&self, batch: &Batch, out: &mut StepOutput) {
         broken(batch, out);
-        self.attempt_step(|step| self.draw(step, (x, norm, weight), spec, batch, out));
+        self.attempt_step(|step| self.read_drawn(step, out));
     }
 }
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
         // Nothing may be under way when memory goes, and memory goes in its own context.
-        let _of_no_use_any_more = self.gpu.enter().and_then(|()| self.gpu.wait());
+        let _of_no_use_any_more = self.gpu.enter().and_then(|()| {
+            if self.step.get_mut().as_ref().is_some_and(|step| step.capturing.is_some()) {
+                self.gpu.give_up_capture();
+            }
+            self.gpu.wait()
+        });
     }
 }

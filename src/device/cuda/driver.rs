@@ -57,6 +57,19 @@ unsafe impl Send for Function {}
 #[derive(Clone, Copy)]
 pub(super) struct Module(sys::CUmodule);
 
+/// Work that was captured, to be launched as one; destroyed when dropped.
+pub(super) struct Graph(sys::CUgraphExec);
+
+// SAFETY: as of `Gpu`, beside which it is kept.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: it was made once. A context that has failed may refuse; then it goes with the process.
+        let _destroyed = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
 /// Values that kernels take as they stand in memory.
 ///
 /// # Safety
@@ -241,13 +254,15 @@ impl Gpu {
         said("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, words, self.stream) })
     }
 
-    /// Copies words from the device, after all that the stream has to do, and waits.
-    pub(super) fn download(&self, from: u64, to: &mut [u32]) -> Result<()> {
-        if !to.is_empty() {
-            // SAFETY: `from` is memory of as many bytes; `to` is borrowed until the stream was waited for, below.
-            said("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(to, from, self.stream) })?;
+    /// Has words copied from the device, after all that the stream has to do; they must stay, and are not to be read, until the
+    /// stream has been waited for.
+    pub(super) fn download_later(&self, from: u64, to: &mut [u32]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
         }
-        self.wait()
+        // SAFETY: `from` is memory of as many bytes; the rest is the caller's part: they are in pinned memory that is read only
+        // after `wait`.
+        said("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(to, from, self.stream) })
     }
 
     /// Has bytes become 0.
@@ -272,6 +287,51 @@ impl Gpu {
         let launched =
             unsafe { result::launch_kernel(f.handle, grid, block, f.shared, self.stream, &mut pointers[..args.len()]) };
         said("cuLaunchKernel", launched)
+    }
+
+    /// Captures what is put on the stream from now on, instead of doing it.
+    pub(super) fn begin_capture(&self) -> Result<()> {
+        // Only this thread is kept from calls that may wait.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as `self`.
+        said("cuStreamBeginCapture", unsafe { result::stream::begin_capture(self.stream, mode) })
+    }
+
+    /// Ends that; what was captured, if it is wanted.
+    fn captured(&self) -> Result<sys::CUgraph> {
+        // SAFETY: as above.
+        said("cuStreamEndCapture", unsafe { result::stream::end_capture(self.stream) })
+    }
+
+    /// Ends that, with what was captured and the memory it takes (by what is free before and after: others may use the GPU, too).
+    pub(super) fn end_capture(&self) -> Result<(Graph, u64)> {
+        let graph = self.captured()?;
+        let (before, _) = self.memory()?;
+        // SAFETY: the graph was made just now, and is destroyed once; what is made of it does not need it.
+        let made = unsafe {
+            let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _destroyed = result::graph::destroy(graph);
+            made
+        };
+        let graph = Graph(said("cuGraphInstantiate", made)?);
+        // SAFETY: both exist.
+        said("cuGraphUpload", unsafe { result::graph::upload(graph.0, self.stream) })?;
+        let (after, _) = self.memory()?;
+        Ok((graph, before.saturating_sub(after)))
+    }
+
+    /// Ends a capture that something went wrong in.
+    pub(super) fn give_up_capture(&self) {
+        if let Ok(graph) = self.captured() {
+            // SAFETY: as above.
+            let _destroyed = unsafe { result::graph::destroy(graph) };
+        }
+    }
+
+    /// Has work run that was captured on this stream; what it uses must live until the stream has been waited for.
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: both exist; of what was captured, `launch` and others were promised that its memory lives.
+        said("cuGraphLaunch", unsafe { result::graph::launch(graph.0, self.stream) })
     }
 
     /// Waits for all that the stream has to do.

@@ -4,11 +4,13 @@
 use super::blas::{Output, Product};
 use super::device::{Act, Cache, CudaDevice, Hidden, Place, Vector, Weight};
 use super::driver::{Arg, Function, Param, arg};
-use super::staging::{self, DRAWN_WORDS, HeadChunk};
+use super::graphs::{Form, Turn, has_room};
+use super::staging::{self, DRAWN_WORDS, HEAD_ROWS};
 use super::step::{Step, window};
 use crate::device::batch::{Batch, HeadOut, StepOutput};
 use crate::device::{Activation, AttentionSpec, HeadSpec, QkvExtra, RopeStyle};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use std::ops::Range;
 
 /// struct Attention
 #[repr(C)]
@@ -66,19 +68,49 @@ impl CudaDevice {
         unsafe { self.gpu.launch(f, grid, threads, args) }
     }
 
-    /// The first of a step's operations: plans the step, and has it copied to the GPU.
-    pub(super) fn begin(&self, step: &mut Step, batch: &Batch) -> Result<()> {
+    /// Plans a step, and has it copied to the GPU. What is to be done with it, which is more than launching it only where `has_form`
+    /// says that it may be given one.
+    pub(super) fn begin(&self, step: &mut Step, batch: &Batch, has_form: bool) -> Result<Turn> {
         self.gpu.enter()?;
-        let Step { plan, works, staged, n_vocab, .. } = step;
-        staged.fill(batch, works, *n_vocab, &mut plan.0);
-        self.gpu.upload_later(plan.1, &plan.0[..staged.n_words])
+        if step.capturing.take().is_some() {
+            // The step before was not ended.
+            self.gpu.give_up_capture();
+        }
+        let Step { plan, works, staged, n_vocab, graphs, max_rows, .. } = step;
+        for (attended, work) in works.iter_mut() {
+            work.plan(attended, batch);
+        }
+        staged.cut_heads(batch, *n_vocab);
+        let graphs = graphs.as_mut().filter(|_| has_form && staged.groups.len() == 1);
+        let form = graphs.as_ref().and_then(|_| Form::of(batch, works, *max_rows));
+        staged.fill(batch, works, form.as_ref(), &mut plan.0);
+        let mut turn = match (form, graphs) {
+            (Some(form), Some(graphs)) => graphs.turn(form),
+            _ => Turn::Launch,
+        };
+        if matches!(turn, Turn::Capture(_)) && !has_room(self.gpu.memory()?.0) {
+            turn = Turn::Launch;
+        }
+        self.gpu.upload_later(step.plan.1, &step.plan.0[..step.staged.n_words])?;
+        self.shape(step, batch, 0)?;
+        Ok(turn)
     }
 
-    pub(super) fn embed_rows(&self, step: &Step, table: &Weight, scale: f32, n_tokens: u32, x: &Hidden) -> Result<()> {
+    /// Has masks and edits of a group of head rows copied to the GPU.
+    fn shape(&self, step: &mut Step, batch: &Batch, group: usize) -> Result<()> {
+        let Some(group) = step.staged.groups.get(group) else { return Ok(()) };
+        let (words, at) = (&mut step.shaping.0, step.shaping.1);
+        let (n_mask_words, n_edit_words) = staging::shaping(batch, group, step.n_vocab, words);
+        let edits = staging::edits_at(step.n_vocab);
+        self.gpu.upload_later(at, &words[..n_mask_words])?;
+        self.gpu.upload_later(at + 4 * edits as u64, &words[edits..edits + n_edit_words])
+    }
+
+    pub(super) fn embed_rows(&self, step: &Step, table: &Weight, scale: f32, x: &Hidden) -> Result<()> {
         let Place::Bf16(table_at) = table.place else { unreachable!("load_table makes no other") };
         let (ids, width) = (step.at(step.staged.ids), x.width as u32);
         let args = [arg(&ids), arg(&table_at), arg(&x.at), arg(&width), arg(&scale)];
-        self.run(self.kernels.embed, (n_tokens, 1), 128, &args)
+        self.run(self.kernels.embed, (step.staged.n_rows as u32, 1), 128, &args)
     }
 
     /// `out[r] = x[r] / rms(x[r]) · weight`, f32 to bfloat16.
@@ -153,7 +185,7 @@ impl CudaDevice {
             arg(&sizes),
         ];
         let n_heads = sizes.n_heads + 2 * sizes.n_kv_heads;
-        self.run(self.kernels.finish_qkv, (batch.tokens.len() as u32, n_heads.div_ceil(4)), 128, &args)?;
+        self.run(self.kernels.finish_qkv, (staged.n_rows as u32, n_heads.div_ceil(4)), 128, &args)?;
         let n_copies = batch.copies.len() as u32;
         if n_copies == 0 {
             return Ok(());
@@ -195,7 +227,7 @@ impl CudaDevice {
             let items = step.at(staged.decode);
             self.run(decode, (work.decode.len() as u32, 1), 128, &[arg(&attention), arg(&items)])?;
         }
-        if work.n_parts == 0 {
+        if !work.merges {
             return Ok(());
         }
         let (n_tokens, head_dim) = (work.part_starts.len() as u32, spec.head_dim as u32);
@@ -210,68 +242,70 @@ impl CudaDevice {
         self.run(self.kernels.gate(f), grid, 256, &[arg(&gate_up.at), arg(&out.at), arg(&width)])
     }
 
-    /// Head rows: gathered, normed, multiplied, drawn; their results come back, and the step is over.
-    pub(super) fn draw(
-        &self,
-        step: &mut Step,
-        (x, norm, weight): (&Hidden, &Vector, &Weight),
-        spec: &HeadSpec,
-        batch: &Batch,
-        out: &mut StepOutput,
-    ) -> Result<()> {
-        let chunks = std::mem::take(&mut step.staged.chunks);
-        let mut drawn = Ok(());
-        for (i, chunk) in chunks.iter().enumerate() {
-            drawn = drawn.and_then(|()| self.draw_chunk(step, (x, norm, weight), spec, batch, (chunk, i > 0)));
+    /// Head rows: gathered, normed, multiplied, drawn; their results are on their way back then. What was captured is launched.
+    pub(super) fn draw(&self, step: &mut Step, head: (&Hidden, &Vector, &Weight), spec: &HeadSpec, batch: &Batch) -> Result<()> {
+        for i in 0..step.staged.groups.len() {
+            if i > 0 {
+                // The group before may still be on its way from these words.
+                self.gpu.wait()?;
+                self.shape(step, batch, i)?;
+            }
+            let group = &step.staged.groups;
+            let (start, end) = (group[i].rows.start, group.get(i + 1).map_or(step.staged.n_heads, |next| next.rows.start));
+            for first in (start..end).step_by(HEAD_ROWS) {
+                self.draw_rows(step, head, spec, first..end.min(first + HEAD_ROWS))?;
+            }
         }
-        step.staged.chunks = chunks;
-        drawn?;
-        let words = &mut step.drawn.0[..batch.heads.len() * DRAWN_WORDS];
-        self.gpu.download(step.drawn.1, words)?;
-        for (out, words) in out.rows.iter_mut().zip(words.chunks_exact(DRAWN_WORDS)) {
+        if let Some(form) = step.capturing.take() {
+            let (graph, n_bytes) = self.gpu.end_capture()?;
+            self.gpu.replay(&graph)?;
+            step.graphs.as_mut().context("only where there are graphs, something is captured")?.keep(form, graph, n_bytes);
+        }
+        self.fetch(step, batch)
+    }
+
+    /// Launches a step of a form that was captured.
+    pub(super) fn draw_again(&self, step: &mut Step, form: Form, batch: &Batch) -> Result<()> {
+        let graph = step.graphs.as_ref().and_then(|graphs| graphs.get(form)).context("it was there just now")?;
+        self.gpu.replay(graph)?;
+        self.fetch(step, batch)
+    }
+
+    /// Has the results of the head rows copied back.
+    fn fetch(&self, step: &mut Step, batch: &Batch) -> Result<()> {
+        self.gpu.download_later(step.drawn.1, &mut step.drawn.0[..batch.heads.len() * DRAWN_WORDS])
+    }
+
+    /// Waits for the results of the head rows.
+    pub(super) fn read_drawn(&self, step: &Step, out: &mut StepOutput) -> Result<()> {
+        self.gpu.wait()?;
+        for (out, words) in out.rows.iter_mut().zip(step.drawn.0.chunks_exact(DRAWN_WORDS)) {
             *out = staging::drawn(words);
         }
         Ok(())
     }
 
-    fn draw_chunk(
+    /// Head rows that there is memory for at once.
+    fn draw_rows(
         &self,
-        step: &mut Step,
+        step: &Step,
         (x, norm, weight): (&Hidden, &Vector, &Weight),
         spec: &HeadSpec,
-        batch: &Batch,
-        (chunk, is_later): (&HeadChunk, bool),
+        rows: Range<usize>,
     ) -> Result<()> {
-        let (n_rows, first) = (chunk.rows.len(), chunk.rows.start);
+        let (n_rows, first) = (rows.len(), rows.start);
         let (indexes, width) = (step.at(step.staged.head_rows + first), x.width as u32);
         let args = [arg(&indexes), arg(&x.at), arg(&step.rows), arg(&width)];
         self.run(self.kernels.gather, (n_rows as u32, 1), 128, &args)?;
         self.norm_rows((step.rows, x.width), norm, spec.eps, n_rows, step.normed)?;
         self.multiply(step.normed, weight, n_rows, Output::F32, step.logits)?;
-        let mut masks_at = 0;
-        if !chunk.edits.is_empty() || chunk.n_masks > 0 {
-            if is_later {
-                // The chunk before may still be on its way from these words.
-                self.gpu.wait()?;
-            }
-            let (masks, n_words) = staging::shaping(batch, chunk, step.n_vocab, &mut step.shaping.0);
-            self.gpu.upload_later(step.shaping.1, &step.shaping.0[..n_words])?;
-            masks_at = masks;
-        }
         let (n_vocab, cap) = (weight.n as u32, spec.soft_cap.unwrap_or(0.0));
         let wants = step.at(step.staged.wants + first * staging::WANT_WORDS);
-        let masks = step.shaping.1 + 4 * masks_at as u64;
+        let masks = step.shaping.1;
+        let edits = masks + 4 * staging::edits_at(step.n_vocab) as u64;
         let results = step.drawn.1 + 4 * (first * DRAWN_WORDS) as u64;
-        let args = [
-            arg(&step.logits),
-            arg(&n_vocab),
-            arg(&cap),
-            arg(&wants),
-            arg(&step.shaping.1),
-            arg(&masks),
-            arg(&step.kept),
-            arg(&results),
-        ];
+        let args =
+            [arg(&step.logits), arg(&n_vocab), arg(&cap), arg(&wants), arg(&edits), arg(&masks), arg(&step.kept), arg(&results)];
         self.run(self.kernels.sample, (n_rows as u32, 1), 512, &args)
     }
 }

@@ -1,6 +1,7 @@
 //! The memory of steps: made once, for the largest. Knows where things are, nothing of what is computed in them.
 
-use super::driver::Gpu;
+use super::driver::{Gpu, Graph};
+use super::graphs::{Form, Graphs};
 use super::memory::{Arena, Pinned, aligned};
 use super::staging::{self, DRAWN_WORDS, HEAD_ROWS, Staged};
 use super::work::{Attended, Work};
@@ -18,7 +19,7 @@ const STATES: usize = 128;
 pub(super) struct Step {
     /// The step as words: here, and on the GPU.
     pub(super) plan: (Pinned, u64),
-    /// Edits and masks of a chunk of head rows: the same.
+    /// Masks and edits of a group of head rows: the same.
     pub(super) shaping: (Pinned, u64),
     /// Results of the head rows: the same.
     pub(super) drawn: (Pinned, u64),
@@ -40,6 +41,14 @@ pub(super) struct Step {
     pub(super) works: Vec<(Attended, Work)>,
     pub(super) staged: Staged,
     pub(super) n_vocab: usize,
+    /// Rows that there is memory for.
+    pub(super) max_rows: usize,
+    /// Whether it was planned before its first operation.
+    pub(super) is_planned: bool,
+    /// What is captured at the moment.
+    pub(super) capturing: Option<Form>,
+    /// What was, if anything is to be.
+    pub(super) graphs: Option<Graphs<Graph>>,
 }
 
 /// Cosines and sines, `[max_context][pairs]`.
@@ -150,7 +159,7 @@ impl Step {
     ///
     /// # Errors
     /// The driver's; too little room.
-    pub(super) fn new(gpu: &Gpu, arena: &Arena, sizes: &StepSizes<'_>) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu, arena: &Arena, sizes: &StepSizes<'_>, has_graphs: bool) -> Result<Self> {
         let of = Sizes::of(sizes, gpu.facts().n_multiprocessors);
         let both = |n_words: usize| Ok::<_, anyhow::Error>((gpu.pinned(n_words)?, arena.take(4 * n_words)?));
         let two = |(a, b): (usize, usize)| Ok::<_, anyhow::Error>((arena.take(a)?, arena.take(b)?));
@@ -181,6 +190,10 @@ impl Step {
             works: works.collect(),
             staged: Staged::default(),
             n_vocab: sizes.n_vocab,
+            max_rows: sizes.max_tokens.min(sizes.max_seqs),
+            is_planned: false,
+            capturing: None,
+            graphs: has_graphs.then(|| Ok::<_, anyhow::Error>(Graphs::new(gpu.memory()?.1))).transpose()?,
         })
     }
 

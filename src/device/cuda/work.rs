@@ -3,6 +3,7 @@
 //! Invariant: every query head of every token of the step gets its output exactly once, whatever kernel gives it; the kernels fold
 //! the same tiles and segments alike, so nothing here changes a bit.
 
+use super::graphs::Form;
 use super::kernels::{SEGMENT, TILE};
 use crate::device::BLOCK_TOKENS;
 use crate::device::batch::{Batch, BatchSeq};
@@ -36,6 +37,10 @@ pub(super) struct Item {
 }
 
 impl Item {
+    /// Without rows: nothing is done.
+    const NONE: Self =
+        Self { kv_head: 0, token_start: 0, row_start: 0, n_rows: 0, table_start: 0, key_begin: 0, key_end: 0, flags: 0 };
+
     /// As it stands in memory.
     pub(super) fn words(&self) -> [u32; ITEM_WORDS] {
         let Self { kv_head, token_start, row_start, n_rows, table_start, key_begin, key_end, flags } = *self;
@@ -92,14 +97,18 @@ pub(super) struct Work {
     pub(super) part_starts: Vec<u32>,
     /// Parts in use.
     pub(super) n_parts: u32,
+    /// Whether the merge is launched: there are parts, or there may be in steps of that form.
+    pub(super) merges: bool,
+    /// Most items, by kernel.
+    most: (usize, usize),
 }
 
 impl Work {
     /// Memory for steps of that size.
     pub(super) fn reserve(&mut self, attended: &Attended, max_tokens: usize, max_seqs: usize) {
-        let (prefill, decode) = attended.max_items(max_tokens, max_seqs);
-        self.prefill.reserve(prefill);
-        self.decode.reserve(decode);
+        self.most = attended.max_items(max_tokens, max_seqs);
+        self.prefill.reserve(self.most.0);
+        self.decode.reserve(self.most.1);
         self.part_starts.reserve(max_tokens);
     }
 
@@ -122,6 +131,15 @@ impl Work {
         }
         // A device is not kept waiting by what begins last.
         self.prefill.sort_by_key(|item| std::cmp::Reverse(item.key_end - item.key_begin));
+        self.merges = self.n_parts > 0;
+    }
+
+    /// Fills lists up to what steps of that form have: with tokens without parts, and items without rows.
+    pub(super) fn fill_up(&mut self, form: &Form) {
+        self.part_starts.resize(form.rows, UNMAPPED);
+        self.prefill.resize(form.prefill.min(self.most.0), Item::NONE);
+        self.decode.resize(form.decode.min(self.most.1), Item::NONE);
+        self.merges = form.merges;
     }
 
     /// Calls with items alike for all key/value heads.

@@ -66,6 +66,14 @@ pub(crate) struct Capture {
     pub(crate) invalid: bool,
 }
 
+/// A graph that can be launched.
+pub(crate) struct Exec {
+    pub(crate) graph: Arc<Graph>,
+    pub(crate) device: usize,
+    /// What it takes of the device's memory.
+    pub(crate) cost: usize,
+}
+
 pub(crate) struct LoadedModule {
     pub(crate) device: usize,
     pub(crate) module: Arc<ptx::Module>,
@@ -108,7 +116,7 @@ pub(crate) struct Driver {
     pub(crate) modules: HashMap<Handle, LoadedModule>,
     pub(crate) functions: HashMap<Handle, Function>,
     pub(crate) graphs: HashMap<Handle, Arc<Graph>>,
-    pub(crate) execs: HashMap<Handle, Arc<Graph>>,
+    pub(crate) execs: HashMap<Handle, Exec>,
     /// By address.
     pub(crate) memory: BTreeMap<u64, Range>,
     pub(crate) pinned: BTreeMap<usize, Pinned>,

@@ -12,7 +12,8 @@
 //! - `STANDIN_CC`: the compute capability (8.0), one of 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0.
 //! - `STANDIN_MULTIPROCESSORS`: how many the device has (a product's of that capability): fewer make grids that depend on them
 //!   smaller.
-//! - `STANDIN_MEMORY`: bytes of a device's memory, with K, M or G (1G). The context takes a 64th part of it.
+//! - `STANDIN_MEMORY`: bytes of a device's memory, with K, M or G (1G). The context takes a 64th part of it; an operation of a
+//!   graph that was instantiated, 4 KiB.
 //! - `STANDIN_DEVICES`: how many devices there are (1; at most 8). 0: `cuInit` finds none.
 //! - `STANDIN_DRIVER`: the CUDA version of the driver (12090). PTX of a later version is refused.
 //! - `STANDIN_FAIL=what:n:code,...`: the n-th, from 1, of these fails with this error: `alloc` (memory of the device or pinned
@@ -24,7 +25,8 @@
 //! - `STANDIN_RACES=0`: races are not looked for, which is faster.
 //! - `STANDIN_COUNTERS`: a file for what was counted (`%p` in its name: the process's number), written as JSON when the
 //!   process exits: by kernel launches, bytes, sectors, passes over shared memory and those for conflicts, tensor
-//!   operations; calls by entry point; bytes copied; the most memory that was used.
+//!   operations; calls by entry point, and of what `launch` counts, how much was in graphs; bytes copied; the most memory that
+//!   was used.
 //!
 //! Differences from a device, but for speed: the number of a kernel's registers is not known (64 is said), streams end in an
 //! order of their own, and no capture spans several streams.

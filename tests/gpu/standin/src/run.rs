@@ -86,7 +86,15 @@ fn execute(device: usize, op: &Op) -> Done {
             Ok(())
         }),
         Op::Wait { .. } => Ok(()),
-        Op::Graph(graph) => graph.ops.iter().try_for_each(|op| execute(device, op)),
+        Op::Graph(graph) => graph.ops.iter().try_for_each(|op| {
+            if matches!(op, Op::Launch(_) | Op::Native(_)) {
+                driver(|driver| {
+                    driver.tally.add("launch in a graph", 1);
+                    Ok(())
+                })?;
+            }
+            execute(device, op)
+        }),
     }
 }
 

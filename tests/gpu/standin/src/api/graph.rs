@@ -3,10 +3,10 @@
 use crate::c::Out;
 use crate::call::call;
 use crate::codes::{
-    Done, INVALID_HANDLE, INVALID_VALUE, STREAM_CAPTURE_INVALIDATED, STREAM_CAPTURE_UNMATCHED, STREAM_CAPTURE_UNSUPPORTED,
-    STREAM_CAPTURE_WRONG_THREAD,
+    Done, INVALID_HANDLE, INVALID_VALUE, OUT_OF_MEMORY, STREAM_CAPTURE_INVALIDATED, STREAM_CAPTURE_UNMATCHED,
+    STREAM_CAPTURE_UNSUPPORTED, STREAM_CAPTURE_WRONG_THREAD,
 };
-use crate::driver::{Capture, Driver, Handle, complain, driver, in_context, legacy};
+use crate::driver::{Capture, Driver, Exec, Handle, complain, driver, in_context, legacy};
 use crate::work::{Graph, Op};
 use std::sync::Arc;
 use std::thread::current;
@@ -116,17 +116,22 @@ extern "C" fn cuStreamIsCapturing(stream: Handle, status: Out<u32>) -> u32 {
 
 /// Flags that change nothing here: memory that is freed at a launch, and priorities.
 const KNOWN_FLAGS: u64 = 1 | 8;
+/// What an operation of a graph that can be launched takes of the device's memory. (A device's driver does not say; that it is
+/// something, is.)
+const OP_BYTES: usize = 4096;
 
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphInstantiateWithFlags(exec: Out<Handle>, graph: Handle, flags: u64) -> u32 {
     call("cuGraphInstantiateWithFlags", || {
-        in_context(|driver, _| {
+        in_context(|driver, device| {
             if flags & !KNOWN_FLAGS != 0 {
                 return Err(INVALID_VALUE);
             }
             let graph = driver.graphs.get(&graph).cloned().ok_or(INVALID_HANDLE)?;
+            let cost = graph.ops.len() * OP_BYTES;
+            driver.take(device, cost).then_some(()).ok_or(OUT_OF_MEMORY)?;
             let handle = driver.new_handle();
-            driver.execs.insert(handle, graph);
+            driver.execs.insert(handle, Exec { graph, device, cost });
             exec.set(handle)
         })
     })
@@ -147,7 +152,7 @@ extern "C" fn cuGraphLaunch(exec: Handle, stream: Handle) -> u32 {
     call("cuGraphLaunch", || {
         in_context(|driver, device| {
             let stream = driver.stream(stream, device)?;
-            let graph = driver.execs.get(&exec).cloned().ok_or(INVALID_HANDLE)?;
+            let graph = driver.execs.get(&exec).map(|exec| exec.graph.clone()).ok_or(INVALID_HANDLE)?;
             driver.push(stream, Op::Graph(graph))
         })
     })
@@ -155,7 +160,13 @@ extern "C" fn cuGraphLaunch(exec: Handle, stream: Handle) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphExecDestroy(exec: Handle) -> u32 {
-    call("cuGraphExecDestroy", || driver(|driver| driver.execs.remove(&exec).map(|_| ()).ok_or(INVALID_HANDLE)))
+    call("cuGraphExecDestroy", || {
+        driver(|driver| {
+            let exec = driver.execs.remove(&exec).ok_or(INVALID_HANDLE)?;
+            driver.give_back(exec.device, exec.cost);
+            Ok(())
+        })
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -13,14 +13,26 @@ const GRAIN: usize = 512;
 impl Driver {
     fn allocate(&mut self, device: usize, bytes: usize) -> Done<u64> {
         let cost = bytes.max(1).next_multiple_of(GRAIN);
-        if cost > self.free_bytes(device) {
-            return Err(OUT_OF_MEMORY);
-        }
+        self.take(device, cost).then_some(()).ok_or(OUT_OF_MEMORY)?;
         let address = lock(&self.devices[device].gpu).alloc(bytes);
-        self.devices[device].used += cost;
         self.memory.insert(address, Range { device, bytes, cost });
-        self.note_used();
         Ok(address)
+    }
+
+    /// Counts bytes as used, if there are so many.
+    pub(crate) fn take(&mut self, device: usize, bytes: usize) -> bool {
+        let fits = bytes <= self.free_bytes(device);
+        if fits {
+            self.devices[device].used += bytes;
+            self.note_used();
+        }
+        fits
+    }
+
+    /// Counts them as free.
+    pub(crate) fn give_back(&mut self, device: usize, bytes: usize) {
+        self.devices[device].used -= bytes;
+        self.note_used();
     }
 
     fn note_used(&mut self) {
@@ -36,10 +48,8 @@ impl Driver {
     pub(crate) fn free(&mut self, address: u64) -> Done {
         let range = *self.memory.get(&address).filter(|range| range.cost > 0).ok_or(INVALID_VALUE)?;
         self.memory.remove(&address);
-        let device = &mut self.devices[range.device];
-        device.used -= range.cost;
-        lock(&device.gpu).free(address);
-        self.note_used();
+        lock(&self.devices[range.device].gpu).free(address);
+        self.give_back(range.device, range.cost);
         Ok(())
     }
 
@@ -47,6 +57,9 @@ impl Driver {
     pub(crate) fn clear(&mut self, device: usize) -> Done {
         let all: Vec<u64> = self.memory.iter().filter(|(_, r)| r.device == device && r.cost > 0).map(|(a, _)| *a).collect();
         all.into_iter().try_for_each(|address| self.free(address))?;
+        let cost = self.execs.values().filter(|exec| exec.device == device).map(|exec| exec.cost).sum();
+        self.execs.retain(|_, exec| exec.device != device);
+        self.give_back(device, cost);
         let modules: Vec<Handle> = self.modules.iter().filter(|(_, m)| m.device == device).map(|(h, _)| *h).collect();
         modules.into_iter().try_for_each(|module| self.unload(module))?;
         self.events.retain(|_, event| event.device != device);

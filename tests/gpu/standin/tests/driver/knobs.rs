@@ -210,11 +210,36 @@ fn what_was_done_is_counted() {
         "\"cuGraphLaunch\": 3",
         "\"cuLaunchKernel\": 1",
         "\"bytes to the device\": 1024",
-        "\"memory\": {\"used\": 1024, \"most_used\": 1024}",
+        "\"launch in a graph\": 3",
+        // The graph's operation, too.
+        "\"memory\": {\"used\": 5120, \"most_used\": 5120}",
     ];
     for part in right {
         assert!(text.contains(part), "{part}:\n{text}");
     }
+}
+
+/// A graph takes memory from when it is instantiated until it is destroyed.
+#[test]
+fn a_graph_that_there_is_no_memory_for() {
+    alone(&[("STANDIN_MEMORY", "16K")], || {
+        let gpu = Gpu::new();
+        let scale = Kernels::load().get("scale");
+        let at = gpu.floats(&[1.0; 256]);
+        gpu.sync().unwrap();
+        let graph = || {
+            gpu.capture();
+            gpu.launch(scale, 2, 128, &[at, 256]).unwrap();
+            gpu.launch(scale, 2, 128, &[at, 256]).unwrap();
+            gpu.end_capture()
+        };
+        let first = graph().unwrap();
+        assert_eq!(code(graph()), 2);
+        // SAFETY: it was made just now, and is not used after this.
+        unsafe { result::graph::exec_destroy(first) }.unwrap();
+        gpu.replay(graph().unwrap()).unwrap();
+        gpu.sync().unwrap();
+    });
 }
 
 #[test]
