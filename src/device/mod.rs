@@ -227,6 +227,10 @@ pub trait Device: Send {
     /// without it, they do so at first use. (The reference device, which is no production device, always allocates.)
     fn reserve(&mut self, sizes: &StepSizes<'_>);
 
+    /// Whether operations return before what they compute is there: a step is under way then until `collect` has waited for it.
+    fn runs_alone(&self) -> bool {
+        false
+    }
     /// Told before a step's first operation: whether it is done already, for the device has done another of the same form before.
     /// Only for whoever calls the same operations in every step, with the same weights, caches and buffers.
     fn replay(&self, _batch: &Batch) -> bool {

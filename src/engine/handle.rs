@@ -23,8 +23,8 @@ const GROUP: usize = 256;
 /// Steps after which an idle engine's books are audited again: that takes as long as many small steps.
 const AUDIT_STEPS: u64 = 1024;
 
-/// Called on the engine's thread after each step, with what came of it, and when there is nothing left to do. The engine waits for it: it should hand on and
-/// return, and must not call the handle.
+/// Called on the engine's thread after each step (where the device computes by itself, while it is at the next), with what came of
+/// it, and when there is nothing left to do. The engine waits for it: it should hand on and return, and must not call the handle.
 pub type Deliver = Box<dyn FnMut(Delivery<'_>) + Send>;
 
 /// What came of a step.
@@ -191,13 +191,57 @@ pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
-/// The thread: take commands, step, deliver.
+/// What is handed on of steps.
+struct Outbox {
+    deliver: Deliver,
+    /// What came of the last step, if it is to be handed on while the device is at the next.
+    held: Option<Held>,
+}
+
+/// A [`Delivery`], with what it borrows.
+struct Held {
+    finished: Vec<Finished>,
+    progress: Vec<Progress>,
+    checkpoints: Vec<Checkpoint>,
+    step: Vec<Scheduled>,
+    stats: EngineStats,
+}
+
+impl Outbox {
+    /// Hands on what was held.
+    fn hand_on(&mut self) {
+        if let Some(Held { finished, progress, checkpoints, step, stats }) = self.held.take() {
+            (self.deliver)(Delivery { finished, progress, checkpoints, step: &step, stats: &stats });
+        }
+    }
+
+    /// Takes what came of a step: to hold it, if the device computes by itself, else to hand it on at once.
+    fn take(&mut self, engine: &mut Engine, finished: Vec<Finished>, holds: bool) {
+        let (progress, checkpoints) = (engine.take_progress(), engine.take_checkpoints());
+        let (step, stats) = (engine.last_step(), engine.stats());
+        if holds {
+            self.held = Some(Held { finished, progress, checkpoints, step: step.to_vec(), stats: *stats });
+        } else {
+            (self.deliver)(Delivery { finished, progress, checkpoints, step, stats });
+        }
+    }
+
+    /// Hands on what was held, and these, which are of no step.
+    fn end(&mut self, engine: &Engine, checkpoints: Vec<Checkpoint>) {
+        self.hand_on();
+        let (finished, progress) = Default::default();
+        (self.deliver)(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
+    }
+}
+
+/// The thread: take commands, step, deliver (while the next step is under way, where the device goes on by itself).
 fn work(
     mut engine: Engine,
     inbox: &Receiver<Command>,
-    mut deliver: Deliver,
+    deliver: Deliver,
     (gate, began): (&Gate, Instant),
 ) -> anyhow::Result<EngineStats> {
+    let mut outbox = Outbox { deliver, held: None };
     let mut finished = Vec::new();
     let mut n_known = [0; Class::ALL.len()]; // rows that hold a place in the gate and have reached the engine
     let mut is_open = true;
@@ -213,8 +257,7 @@ fn work(
                     audit_at = engine.stats().steps + AUDIT_STEPS;
                 }
                 // Rows may have been cancelled since the last step: whoever reads the gauges should see it.
-                let (finished, progress, checkpoints) = Default::default();
-                deliver(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
+                outbox.end(&engine, Vec::new());
                 let Some(command) = wait_for_command(&mut engine, inbox, began) else { continue };
                 command
             };
@@ -238,8 +281,8 @@ fn work(
                 Ok(Command::EndStream(stream)) => engine.end_stream(stream),
                 Ok(Command::Abort) => {
                     engine.checkpoint_all();
-                    let (finished, progress, checkpoints) = (Vec::new(), Vec::new(), engine.take_checkpoints());
-                    deliver(Delivery { finished, progress, checkpoints, step: &[], stats: engine.stats() });
+                    let checkpoints = engine.take_checkpoints();
+                    outbox.end(&engine, checkpoints);
                     return Ok(*engine.stats());
                 }
                 Err(TryRecvError::Empty) => break,
@@ -248,16 +291,17 @@ fn work(
             leave(&engine, &mut n_known, gate);
         }
         if !engine.has_work() {
+            outbox.hand_on();
             engine.check();
             return Ok(*engine.stats());
         }
         engine.advance(began.elapsed().as_millis() as i64);
+        let is_under_way = engine.start();
+        outbox.hand_on();
         engine.step(&mut finished)?;
         engine.advance(began.elapsed().as_millis() as i64);
         leave(&engine, &mut n_known, gate);
-        let (finished, progress) = (std::mem::take(&mut finished), engine.take_progress());
-        let checkpoints = engine.take_checkpoints();
-        deliver(Delivery { finished, progress, checkpoints, step: engine.last_step(), stats: engine.stats() });
+        outbox.take(&mut engine, std::mem::take(&mut finished), is_under_way);
     }
 }
 

@@ -147,6 +147,8 @@ pub struct Engine {
     checkpoints: Vec<Checkpoint>,
     /// Rows that failed alone since the last step that did not fail; they have left the queues.
     accused: Vec<Finished>,
+    /// How the beginning of a step went that has not ended.
+    started: Option<anyhow::Result<bool>>,
 }
 
 impl Engine {
@@ -180,6 +182,7 @@ impl Engine {
             progress: Vec::new(),
             checkpoints: Vec::new(),
             accused: Vec::new(),
+            started: None,
         })
     }
 
@@ -256,18 +259,29 @@ impl Engine {
             || self.scheduler.waiting.iter().any(|queue| !queue.is_empty())
     }
 
-    /// Runs one step, if there is work; what it completed is appended to `finished`. If the step fails, so do the rows at
+    /// Begins a step, if there is work. True if the device is at it by itself now: [`Engine::step`], which is to be called next
+    /// (nothing that changes the engine before it), only has to wait for it.
+    pub fn start(&mut self) -> bool {
+        self.scheduler.schedule();
+        let started = (!self.scheduler.scheduled.is_empty()).then(|| self.start_scheduled());
+        self.started = started;
+        matches!(self.started, Some(Ok(true)))
+    }
+
+    /// Runs one step, if there is work, or the rest of the one that has begun; what it completed is appended to `finished`. If the step fails, so do the rows at
     /// which it does (see `quarantine`), and only they.
     ///
     /// # Errors
     /// The runner's, if it can't run any row. The engine is of no use any more then.
     pub fn step(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
-        self.scheduler.schedule();
-        if self.scheduler.scheduled.is_empty() {
+        if self.started.is_none() {
+            self.start();
+        }
+        let Some(started) = self.started.take() else {
             finished.append(&mut self.accused);
             return Ok(());
-        }
-        match self.run_scheduled() {
+        };
+        match started.and_then(|_| self.run_started()) {
             Ok(()) => {
                 self.settle(finished);
                 // The device works: it was their fault.

@@ -14,6 +14,8 @@ use super::scheduler::Scheduler;
 use super::sequence::{Phase, Sequence};
 use super::{Engine, Finished, batch};
 use crate::device::Lost;
+use crate::device::batch::{Batch, StepOutput};
+use crate::model::Runner;
 use crate::outcome::FinishReason;
 
 /// Rows that fail alone, one after the other without a good step between, after which it is not they that are at fault.
@@ -23,19 +25,34 @@ const MAX_ACCUSED: usize = 8;
 type Aside = [VecDeque<Sequence>; 3];
 
 impl Engine {
-    /// Runs what was scheduled.
+    /// Begins what was scheduled: true if it is under way.
     ///
     /// # Errors
     /// The runner's, or its panic's message. Nothing of the step may be used then.
-    pub(super) fn run_scheduled(&mut self) -> anyhow::Result<()> {
+    pub(super) fn start_scheduled(&mut self) -> anyhow::Result<bool> {
         self.broken.clear();
         batch::fill(&mut self.batch, &mut self.scheduler, &*self.tokens, &mut self.broken);
         self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
         self.out.rows.clear();
-        let run = AssertUnwindSafe(|| self.runner.run(&self.batch, &mut self.out));
-        let ran = catch_unwind(run).unwrap_or_else(|panic| Err(anyhow!("a panic: {}", panic_message(&*panic))));
-        self.scheduler.stats.failed_steps += u64::from(ran.is_err());
-        ran
+        self.attempt(|runner, batch, out| runner.start(batch, out))
+    }
+
+    /// Runs what was begun to its end.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn run_started(&mut self) -> anyhow::Result<()> {
+        self.attempt(|runner, batch, out| runner.run(batch, out))
+    }
+
+    fn attempt<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn Runner, &Batch, &mut StepOutput) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let call = AssertUnwindSafe(|| call(&mut *self.runner, &self.batch, &mut self.out));
+        let done = catch_unwind(call).unwrap_or_else(|panic| Err(anyhow!("a panic: {}", panic_message(&*panic))));
+        self.scheduler.stats.failed_steps += u64::from(done.is_err());
+        done
     }
 
     /// Finds the rows at which the step that was scheduled fails, and ends them; they are `finished` with the next good step.
@@ -86,7 +103,7 @@ impl Engine {
             group.iter().filter_map(|&id| Some((id, self.scheduler.find(id)?.buffers.generated.len()))).collect();
         while !left.is_empty() {
             self.scheduler.schedule();
-            if let Err(why) = self.run_scheduled() {
+            if let Err(why) = self.start_scheduled().and_then(|_| self.run_started()) {
                 return Err((left.into_iter().map(|(id, _)| id).collect(), why));
             }
             self.settle(finished);

@@ -41,6 +41,15 @@ pub trait Runner: Send {
     /// What the runner can take.
     fn limits(&self) -> RunnerLimits;
 
+    /// Begins a step, if the device then goes on by itself: true, and whoever called may do something else before [`Runner::run`]
+    /// of the same batch, which ends it. Otherwise `run` does all.
+    ///
+    /// # Errors
+    /// As of `run`, which is not to be called then.
+    fn start(&mut self, _batch: &Batch, _out: &mut StepOutput) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Runs one step: stores the tokens' keys and values in the blocks that the batch names and fills `out.rows`, one per
     /// head row, in order. A row that can't be computed comes back as `HeadOut::BROKEN`.
     ///
@@ -107,6 +116,8 @@ pub struct ModelRunner<D: Device> {
     caches: Vec<D::Cache>,
     workspace: Workspace<D>,
     limits: RunnerLimits,
+    /// A step has begun and not ended.
+    is_under_way: bool,
 }
 
 impl<D: Device> ModelRunner<D> {
@@ -137,7 +148,7 @@ impl<D: Device> ModelRunner<D> {
         let caches = spec.attention.iter().map(|attention| dev.new_cache(attention, n_blocks)).collect();
         let workspace = Workspace::new(&dev, &spec, max_step_tokens);
         dev.finish()?;
-        Ok(Self { dev, model, caches, workspace, limits })
+        Ok(Self { dev, model, caches, workspace, limits, is_under_way: false })
     }
 
     /// What the model is.
@@ -160,18 +171,8 @@ impl<D: Device> ModelRunner<D> {
         dev.linear(&ws.normed, head, batch, out);
     }
 
-    /// What the bits depend on besides the model's file ([`Device::fingerprint`]).
-    pub fn device_fingerprint(&self) -> String {
-        self.dev.fingerprint()
-    }
-}
-
-impl<D: Device> Runner for ModelRunner<D> {
-    fn limits(&self) -> RunnerLimits {
-        self.limits
-    }
-
-    fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> Result<()> {
+    /// Has a step's operations done, or begun.
+    fn launch(&mut self, batch: &Batch, out: &mut StepOutput) {
         let limits = &self.limits;
         assert!(
             batch.tokens.len() <= limits.max_step_tokens && batch.heads.len() <= limits.max_step_seqs,
@@ -184,12 +185,38 @@ impl<D: Device> Runner for ModelRunner<D> {
         if cfg!(debug_assertions) {
             batch.check(limits.n_blocks, limits.n_vocab);
         }
+        if !self.dev.replay(batch) {
+            self.model.forward(&self.dev, batch, &mut self.caches, &mut self.workspace, out);
+        }
+    }
+
+    /// What the bits depend on besides the model's file ([`Device::fingerprint`]).
+    pub fn device_fingerprint(&self) -> String {
+        self.dev.fingerprint()
+    }
+}
+
+impl<D: Device> Runner for ModelRunner<D> {
+    fn limits(&self) -> RunnerLimits {
+        self.limits
+    }
+
+    fn start(&mut self, batch: &Batch, out: &mut StepOutput) -> Result<bool> {
+        let has_begun = self.dev.runs_alone() && !batch.tokens.is_empty();
+        if has_begun {
+            self.launch(batch, out);
+        }
+        self.is_under_way = has_begun;
+        Ok(has_begun)
+    }
+
+    fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> Result<()> {
         if batch.tokens.is_empty() {
             out.rows.clear();
             return Ok(());
         }
-        if !self.dev.replay(batch) {
-            self.model.forward(&self.dev, batch, &mut self.caches, &mut self.workspace, out);
+        if !std::mem::take(&mut self.is_under_way) {
+            self.launch(batch, out);
         }
         self.dev.collect(batch, out);
         self.dev.finish()?;

@@ -1,4 +1,4 @@
-//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds a clock read per step and nothing
+//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads per step and nothing
 //! else; results pass through untouched.
 
 use crate::device::batch::{Batch, StepOutput};
@@ -37,12 +37,14 @@ impl Meter {
 pub struct MeteredRunner {
     inner: Box<dyn Runner>,
     meter: Arc<Meter>,
+    /// When the step began that is under way.
+    began: Option<Instant>,
 }
 
 impl MeteredRunner {
     /// Wraps `inner`; totals go to `meter`.
     pub fn new(inner: Box<dyn Runner>, meter: Arc<Meter>) -> Self {
-        Self { inner, meter }
+        Self { inner, meter, began: None }
     }
 }
 
@@ -51,8 +53,15 @@ impl Runner for MeteredRunner {
         self.inner.limits()
     }
 
+    fn start(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<bool> {
+        let now = Instant::now();
+        let has_begun = self.inner.start(batch, out)?;
+        self.began = has_begun.then_some(now);
+        Ok(has_begun)
+    }
+
     fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<()> {
-        let start = Instant::now();
+        let start = self.began.take().unwrap_or_else(Instant::now);
         self.inner.run(batch, out)?;
         let ns = start.elapsed().as_nanos() as u64;
         let n_tokens = batch.tokens.len() as u64;

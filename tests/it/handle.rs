@@ -1,12 +1,14 @@
 //! The engine on its thread: what is submitted comes out, a full queue makes the sender wait and not fail, and an
 //! engine that stops says why and leaves nobody waiting. What is asserted does not depend on who runs when.
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
+use valar::device::Lost;
+use valar::device::batch::{Batch, StepOutput};
 use valar::engine::handle::{Delivery, EngineHandle};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Due, Engine, EngineConfig, Finished, Submission};
-use valar::model::RunnerLimits;
+use valar::model::{Runner, RunnerLimits};
 use valar::window::Class;
 
 use crate::fake::{FakeRunner, Fault, N_VOCAB, expected, fake_tokens};
@@ -92,4 +94,75 @@ fn abort_stops_without_finishing() {
     handle.abort();
     let stats = handle.drain().expect("nothing failed");
     assert_eq!(receiver.iter().count() as u64, stats.finished);
+}
+
+/// What happened on the engine's thread; of a step that is handed on, which, and the position of its token.
+#[derive(Debug, PartialEq)]
+enum Event {
+    Start,
+    Run,
+    Step(u64, usize),
+    Finished(usize),
+}
+
+/// A device that goes on by itself, until it is lost in that step.
+struct Alone {
+    inner: FakeRunner,
+    events: Sender<Event>,
+    lost_in: u64,
+    step: u64,
+}
+
+impl Runner for Alone {
+    fn limits(&self) -> RunnerLimits {
+        self.inner.limits()
+    }
+
+    fn start(&mut self, _batch: &Batch, _out: &mut StepOutput) -> anyhow::Result<bool> {
+        self.events.send(Event::Start).unwrap();
+        Ok(true)
+    }
+
+    fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<()> {
+        self.step += 1;
+        self.events.send(Event::Run).unwrap();
+        if self.step == self.lost_in {
+            return Err(Lost("it is gone".into()).into());
+        }
+        self.inner.run(batch, out)
+    }
+}
+
+/// What happens while one row of this many tokens runs; how it ended.
+fn happens(n_tokens: u32, lost_in: u64) -> (Vec<Event>, anyhow::Result<()>) {
+    let (events, happened) = channel();
+    let inner = FakeRunner::new(LIMITS, LIMITS.max_step_tokens);
+    let runner = Alone { inner, events: events.clone(), lost_in, step: 0 };
+    let engine = Engine::new(EngineConfig::for_runner(&LIMITS), Box::new(runner), fake_tokens()).unwrap();
+    let deliver = move |step: Delivery<'_>| {
+        if let [share] = step.step {
+            events.send(Event::Step(step.stats.steps, share.first_position)).unwrap();
+        }
+        if !step.finished.is_empty() {
+            events.send(Event::Finished(step.finished.len())).unwrap();
+        }
+    };
+    let handle = EngineHandle::start(engine, Box::new(deliver)).unwrap();
+    let params = SeqParams { max_tokens: n_tokens, ignore_eos: true, ..SeqParams::default() };
+    handle.submit(Submission { prompt: vec![5, 6, 7].into(), params, ..row(1, Class::Batch) }).unwrap();
+    let ended = handle.drain().map(drop);
+    (happened.iter().collect(), ended)
+}
+
+#[test]
+fn results_are_handed_on_while_a_device_is_at_the_next_step() {
+    use Event::{Finished, Run, Start, Step};
+    let (events, ended) = happens(3, 0);
+    ended.unwrap();
+    let expected = [Start, Run, Start, Step(1, 0), Run, Start, Step(2, 3), Run, Step(3, 4), Finished(1)];
+    assert_eq!(events, expected);
+    // What was there before the device was lost is not.
+    let (events, ended) = happens(9, 3);
+    assert!(ended.unwrap_err().to_string().contains("it is gone"));
+    assert_eq!(events, expected[..8]);
 }

@@ -296,6 +296,10 @@ impl Device for CudaDevice {
         }
     }
 
+    fn runs_alone(&self) -> bool {
+        true
+    }
+
     fn replay(&self, batch: &Batch) -> bool {
         let mut is_done = false;
         self.attempt_step(|step| {
