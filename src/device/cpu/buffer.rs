@@ -8,6 +8,9 @@ use std::ops::{Deref, DerefMut};
 /// A cache line, and the widest vector, in bytes.
 const ALIGNMENT: usize = 64;
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
 /// Element types of which any bit pattern is a value.
 ///
 /// # Safety
@@ -154,10 +157,23 @@ impl<'a, T> Shared<'a, T> {
 #[inline(always)]
 pub(super) fn prefetch<T>(slice: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(slice)).step_by(ALIGNMENT) {
+    for line in (0..size_of_val(slice)).step_by(LINE) {
         let p = slice.as_ptr().wrapping_byte_add(line).cast();
         // SAFETY: every x86-64 machine has the instruction, and it reads nothing that the program sees.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
+}
+
+/// Asks for memory that will be read later, but for the nearest cache: what is needed before stays there.
+#[inline(always)]
+pub(super) fn prefetch_far<T>(slice: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(slice)).step_by(LINE) {
+        let p = slice.as_ptr().wrapping_byte_add(line).cast();
+        // SAFETY: as in `prefetch`.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = slice;
@@ -168,7 +184,7 @@ pub(super) fn prefetch<T>(slice: &[T]) {
 #[inline(always)]
 pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of::<T>() * n).step_by(ALIGNMENT) {
+    for line in (0..size_of::<T>() * n).step_by(LINE) {
         let p = start.wrapping_byte_add(line).cast();
         // SAFETY: as in `prefetch`.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p) };

@@ -2,7 +2,7 @@
 //! attention.
 //! Invariant: what a slot holds is a function of its token's k and v and its position; storing touches that slot only.
 
-use super::buffer::{Aligned, Shared, prefetch};
+use super::buffer::{Aligned, Shared, prefetch_far};
 use super::isa::per_isa;
 use super::numerics::{Kv, Numerics};
 use super::quant;
@@ -178,11 +178,11 @@ impl Cache {
     #[inline(always)]
     pub(super) fn prefetch(&self, block: u32, kv_head: usize) {
         if self.layout.ints {
-            prefetch(self.int_keys(block, kv_head).q);
-            prefetch(self.int_values(block, kv_head).q);
+            prefetch_far(self.int_keys(block, kv_head).q);
+            prefetch_far(self.int_values(block, kv_head).q);
         } else {
-            prefetch(self.keys(block, kv_head));
-            prefetch(self.values(block, kv_head));
+            prefetch_far(self.keys(block, kv_head));
+            prefetch_far(self.values(block, kv_head));
         }
     }
 

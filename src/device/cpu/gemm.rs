@@ -2,7 +2,7 @@
 //! decoders. Invariant: a value is one fixed sequence of operations over k, made of its token's activations and its
 //! column's weights alone; tiles, row groups and instruction sets only choose what is computed when.
 
-use super::buffer::{Aligned, Shared, prefetch, prefetch_for_writing};
+use super::buffer::{Aligned, LINE, Shared, prefetch_far, prefetch_for_writing};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
 use super::numerics::Layout;
@@ -15,6 +15,7 @@ use super::{Scratch, gemm_f, gemm_q};
 use crate::device::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
+use std::slice::Chunks;
 
 /// Most rows a kernel takes at once: tiles have a multiple of it.
 const MAX_ROWS: usize = 6;
@@ -285,16 +286,19 @@ fn bf16_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratc
     assert!(panel_bytes.len() == n_k * 2 * TILE_CELLS * size_of::<u16>() && tile.rows.start.is_multiple_of(TILE));
     let weights = panel_bytes.as_ptr().cast::<u16>();
     let b = Tiles { start: [weights, weights.wrapping_add(TILE_CELLS)], stride: STRIDE, step: 2 * TILE_CELLS * size_of::<u16>() };
-    // The panel after this one is asked for piece by piece: what is read once per step comes from far away.
-    let next = if panel + 1 < tile.part.n_panels { tile.part.panel(panel + 1) } else { &[] };
-    let mut pieces = next.chunks(next.len().div_ceil(tile.rows.len().div_ceil(PAIR)).next_multiple_of(64).max(64));
+    // The panel that this thread takes next, as far as one can tell, is asked for line by line: what is read once per step
+    // comes from far away, and many requests at once would hold up what is needed now.
+    let is_next = panel + 1 < tile.panels.end || (tile.rows.end == product.n_rows && panel + 1 < tile.part.n_panels);
+    let next = if is_next { tile.part.panel(panel + 1) } else { &[] };
+    let n_steps = tile.rows.len().div_ceil(PAIR) * n_k;
+    let ahead = next.chunks(next.len().div_ceil(n_steps).next_multiple_of(LINE).max(LINE));
     scratch.sums.reserve(2 * PAIR * PANEL);
     let (mut sums, mut done) = scratch.sums[..2 * PAIR * PANEL].split_at_mut(PAIR * PANEL);
-    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], at_once: 0 };
+    let at_once = PAIR.div_ceil(n_k);
+    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], to_come: 0..0, ahead, at_once };
     for row in tile.rows.clone().step_by(PAIR) {
-        prefetch(pieces.next().unwrap_or_default());
         let rows = row..tile.rows.end.min(row + PAIR);
-        product.out.prefetch(&rows, &columns);
+        finish.to_come = rows.clone();
         // Whole tiles whose products need nothing more go where they belong.
         let direct = product.epilogue == Epilogue::Store && rows.len() == PAIR && columns.len() == PANEL;
         let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (sums.as_mut_ptr(), PANEL) };
@@ -315,27 +319,33 @@ fn bf16_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratc
         }
         finish.all();
         if !direct {
+            let ahead = finish.ahead;
             std::mem::swap(&mut sums, &mut done);
-            let at_once = rows.len().div_ceil(n_k);
-            finish = Finish { s, tile, columns: &columns, rows, sums: done.as_chunks().0, at_once };
+            finish = Finish { s, tile, columns: &columns, rows, sums: done.as_chunks().0, to_come: 0..0, ahead, at_once };
         }
     }
     finish.all();
 }
 
-/// Products that are being brought to memory, some rows at a time.
-struct Finish<'a, S> {
+/// What is done while two tiles of rows are multiplied, some of it with each k-tile: the products before them are brought to
+/// memory, and that which theirs need is asked for, as are later weights.
+struct Finish<'t, 'a, S> {
     s: S,
-    tile: &'a Tile<'a>,
-    columns: &'a Range<usize>,
-    /// The rows to come.
+    tile: &'t Tile<'t>,
+    columns: &'t Range<usize>,
+    /// The rows still to be brought.
     rows: Range<usize>,
     /// Theirs.
     sums: &'a [[f32; PANEL]],
+    /// The rows being multiplied for whose results no memory was asked yet.
+    to_come: Range<usize>,
+    /// Pieces of the next panel, one for each k-tile.
+    ahead: Chunks<'t, u8>,
+    /// Rows for each k-tile.
     at_once: usize,
 }
 
-impl<S: Simd> Finish<'_, S> {
+impl<S: Simd> Finish<'_, '_, S> {
     #[inline(always)]
     fn rows(&mut self, n: usize) {
         for _ in 0..n.min(self.rows.len()) {
@@ -351,9 +361,15 @@ impl<S: Simd> Finish<'_, S> {
     }
 }
 
-impl<S: Simd> Meanwhile for Finish<'_, S> {
+impl<S: Simd> Meanwhile for Finish<'_, '_, S> {
     #[inline(always)]
     fn some(&mut self) {
+        prefetch_far(self.ahead.next().unwrap_or_default());
+        let middle = self.to_come.end.min(self.to_come.start + self.at_once);
+        if self.to_come.start < middle {
+            self.tile.product.out.prefetch(&(self.to_come.start..middle), self.columns);
+            self.to_come.start = middle;
+        }
         self.rows(self.at_once);
     }
 }

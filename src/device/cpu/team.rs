@@ -2,15 +2,17 @@
 //! arithmetic. Invariant: which thread runs a tile changes nothing in its result, every tile runs exactly once, and
 //! `run` returns only when no worker is inside the operation any more.
 //!
-//! There is no barrier at the start: a worker that sleeps, or whose core is taken by another program, just misses the
-//! operation, and the others do its tiles. At the end the leader waits only for tiles that are being computed.
+//! Each thread has tiles of its own, side by side, and takes them in order: what it reads for one is near what it reads for
+//! the next, and may be asked for ahead. Who has none left takes others' last ones. There is no barrier at the start: a
+//! worker that sleeps, or whose core is taken by another program, just misses the operation, and the others do its tiles. At
+//! the end the leader waits only for tiles that are being computed.
 
 use super::Scratch;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -36,8 +38,8 @@ pub(super) struct Team {
 struct Common {
     /// Number of the operation (high 32 bits), OPEN, and how many workers are inside (low 31 bits).
     gate: AtomicU64,
-    /// The next tile to claim; on a line of its own, since every claim writes it.
-    next: Padded,
+    /// Each thread's tiles that are still to be claimed.
+    shares: Vec<Share>,
     /// The operation; written by the leader while the gate is closed and nobody is inside, read by workers inside.
     job: UnsafeCell<Option<Job>>,
     /// For each worker, whether it sleeps or is about to.
@@ -49,14 +51,32 @@ struct Common {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+/// A range of tiles: the first of them in the high 32 bits, their end in the low ones. On lines of its own, since every claim
+/// writes it.
 #[repr(align(128))]
-struct Padded(AtomicUsize);
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, tiles: Range<usize>) {
+        assert!(u32::try_from(tiles.end).is_ok(), "{} tiles", tiles.end);
+        self.0.store((tiles.start as u64) << 32 | tiles.end as u64, Ordering::Relaxed);
+    }
+
+    /// Claims the first tile, or the last one; `None` if there is none left.
+    fn claim(&self, first: bool) -> Option<usize> {
+        let claimed = |share: u64| {
+            let (start, end) = (share >> 32, share & u64::from(u32::MAX));
+            (start < end).then(|| if first { (start + 1) << 32 | end } else { start << 32 | (end - 1) })
+        };
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claimed).ok()?;
+        Some(if first { (before >> 32) as usize } else { (before & u64::from(u32::MAX)) as usize - 1 })
+    }
+}
 
 /// An operation whose borrow's lifetime was erased; valid while the gate is open or a worker is inside.
 #[derive(Clone, Copy)]
 struct Job {
     operation: *const Operation<'static>,
-    n_tiles: usize,
 }
 
 // SAFETY: `job` is the only part that is not Sync; the gate orders its one writer against its readers (see `Common::job`),
@@ -74,7 +94,7 @@ impl Team {
         let n_threads = n_threads.max(1);
         let common = Arc::new(Common {
             gate: AtomicU64::new(0),
-            next: Padded(AtomicUsize::new(0)),
+            shares: (0..n_threads).map(|_| Share(AtomicU64::new(0))).collect(),
             job: UnsafeCell::new(None),
             asleep: (1..n_threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
@@ -115,10 +135,12 @@ impl Team {
         // SAFETY: only the lifetime changes. `closing` below waits, even when this function unwinds, until no worker is
         // inside, and a worker uses the pointer only while inside: it is never used after the borrow ends.
         let operation = unsafe { std::mem::transmute::<&Operation<'_>, &Operation<'static>>(operation) };
-        let job = Job { operation, n_tiles };
+        let job = Job { operation };
         // SAFETY: the gate is closed and nobody is inside (the last `run` waited for it): no one reads the job now.
         unsafe { *common.job.get() = Some(job) };
-        common.next.0.store(0, Ordering::Relaxed);
+        for (thread, share) in common.shares.iter().enumerate() {
+            share.set(thread * n_tiles / self.n_threads..(thread + 1) * n_tiles / self.n_threads);
+        }
         // Left over if the leader's own tile panicked last time.
         common.panic.lock().expect("no panic while the lock is held").take();
         let closing = Closing(common);
@@ -130,7 +152,7 @@ impl Team {
                 worker.thread().unpark();
             }
         }
-        common.run_tiles(job, &mut scratch);
+        common.run_tiles(job, 0, &mut scratch);
         drop(closing);
         let panicked = common.panic.lock().expect("no panic while the lock is held").take();
         if let Some(panic) = panicked {
@@ -194,23 +216,27 @@ impl Common {
             // SAFETY: this worker is inside: the leader wrote the job before it opened the gate and leaves it until
             // everyone is out.
             let job = unsafe { *self.job.get() }.expect("the gate opens only after a job is set");
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, &mut lock(&self.scratch[worker + 1])))) {
+            if let Err(panic) =
+                catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, worker + 1, &mut lock(&self.scratch[worker + 1]))))
+            {
                 self.panic.lock().expect("no panic while the lock is held").get_or_insert(panic);
             }
             self.gate.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// Claims and runs tiles until none is left.
-    fn run_tiles(&self, job: Job, scratch: &mut Scratch) {
+    /// Claims and runs tiles until none is left: a thread's own, then what others have not begun.
+    fn run_tiles(&self, job: Job, thread: usize, scratch: &mut Scratch) {
         // SAFETY: the caller is the leader in `run`, or a worker inside: the operation is alive.
         let operation = unsafe { &*job.operation };
-        loop {
-            let tile = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if tile >= job.n_tiles {
-                return;
-            }
+        while let Some(tile) = self.shares[thread].claim(true) {
             operation(scratch, tile);
+        }
+        let (before, after) = self.shares.split_at(thread);
+        for share in after[1..].iter().chain(before) {
+            while let Some(tile) = share.claim(false) {
+                operation(scratch, tile);
+            }
         }
     }
 
@@ -250,7 +276,7 @@ impl Common {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::{AtomicU32, AtomicUsize};
 
     #[test]
     fn every_tile_runs_once_with_more_threads_than_cores() {

@@ -100,7 +100,10 @@ pub(super) fn max_items(spec: &AttentionSpec, max_tokens: usize) -> usize {
 pub(super) fn attend(team: &Team, attention: &Attention<'_>, items: &mut Vec<Item>) {
     let Attention { spec, batch, act, .. } = attention;
     list_items(attention, team.n_threads(), items);
-    team.run(items.len(), &|scratch, i| run_item(attention.isa, attention, items[i], &mut scratch.attention));
+    let run = |scratch: &mut super::Scratch, i: usize| {
+        run_item(attention.isa, attention, (items[i], items.get(i + 1)), &mut scratch.attention);
+    };
+    team.run(items.len(), &run);
     if !act.takes(spec.head_dim) {
         let width = spec.n_heads * spec.head_dim;
         // Each token is in one range, and all items are done.
@@ -220,14 +223,32 @@ impl<'a> Rows<'a> {
         &self.attention.qkv[token * self.attention.qkv_width + head * head_dim..][..head_dim]
     }
 
+    /// Where the first tile begins that a row sees.
+    fn first_tile(&self, r: usize) -> usize {
+        self.first_key(r) / TILE_KEYS * TILE_KEYS
+    }
+
     /// A tile's keys, as those rows see them: all of one sequence, or sharing these blocks.
-    fn keys(&self, rows: Range<usize>, start: usize) -> Keys<'a> {
+    fn keys(&self, rows: Range<usize>, start: usize, next: Next<'a>) -> Keys<'a> {
         let end = (self.position(rows.end - 1) + 1).min(start + TILE_KEYS);
         let (seq, _) = self.of_seq(rows.start);
         let table = &self.attention.batch.block_table(seq)[start / BLOCK_TOKENS..];
         let n = end - start;
-        Keys { start, n, blocks: &table[..n.div_ceil(BLOCK_TOKENS)], next: &table[TILE_BLOCKS.min(table.len())..] }
+        Keys { start, n, blocks: &table[..n.div_ceil(BLOCK_TOKENS)], next }
     }
+
+    /// The tile of a row's sequence that begins at `start`.
+    fn tile(&self, r: usize, start: usize) -> Next<'a> {
+        let table = &self.attention.batch.block_table(self.of_seq(r).0)[start / BLOCK_TOKENS..];
+        Next { blocks: &table[..TILE_BLOCKS.min(table.len())], kv_head: self.item.kv_head }
+    }
+}
+
+/// A tile that is to be folded later.
+#[derive(Clone, Copy, Default)]
+struct Next<'a> {
+    blocks: &'a [u32],
+    kv_head: u32,
 }
 
 /// The keys of a tile that somebody sees.
@@ -237,17 +258,17 @@ struct Keys<'a> {
     n: usize,
     /// Where they are.
     blocks: &'a [u32],
-    /// The blocks after them.
-    next: &'a [u32],
+    /// What this thread folds after it, as far as one can tell.
+    next: Next<'a>,
 }
 
 per_isa! {
-    /// Computes one item.
-    fn run_item(attention: &Attention<'_>, item: Item, scratch: &mut AttentionScratch) = item_body;
+    /// Computes one item; the other comes after it.
+    fn run_item(attention: &Attention<'_>, items: (Item, Option<&Item>), scratch: &mut AttentionScratch) = item_body;
 }
 
 #[inline(always)]
-fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut AttentionScratch) {
+fn item_body<S: Simd>(s: S, attention: &Attention<'_>, (item, after): (Item, Option<&Item>), scratch: &mut AttentionScratch) {
     let spec = attention.spec;
     let rows = Rows::new(attention, item);
     scratch.reserve(attention.numerics, spec.head_dim);
@@ -263,24 +284,48 @@ fn item_body<S: Simd>(s: S, attention: &Attention<'_>, item: Item, scratch: &mut
         lanes::load_queries(&rows, &mut scratch.lanes);
     }
     let shared_end = item.n_shared as usize * TILE_KEYS;
-    fold_tiles(s, &rows, 0..rows.len(), 0..shared_end, scratch);
+    let first = rows.tile(0, rows.first_tile(0).max(shared_end));
+    fold_tiles(s, &rows, 0..rows.len(), (0..shared_end, first), scratch);
     let rows_per_seq = rows.len() / item.n_seqs as usize;
     for seq in 0..item.n_seqs as usize {
         let range = seq * rows_per_seq..(seq + 1) * rows_per_seq;
-        let start = (rows.first_key(range.start) / TILE_KEYS * TILE_KEYS).max(shared_end);
+        let start = rows.first_tile(range.start).max(shared_end);
         let end = rows.position(range.end - 1) + 1;
-        fold_tiles(s, &rows, range, start..end, scratch);
+        let next = if range.end < rows.len() {
+            rows.tile(range.end, rows.first_tile(range.end).max(shared_end))
+        } else {
+            after.map_or(Next::default(), |&item| first_of(attention, item))
+        };
+        fold_tiles(s, &rows, range, (start..end, next), scratch);
     }
     for r in 0..rows.len() {
         write_row(s, attention, rows.place(r), r, scratch);
     }
 }
 
-/// Folds the tiles that begin at `starts` into some rows.
+/// The first tile of an item.
+fn first_of<'a>(attention: &'a Attention<'a>, item: Item) -> Next<'a> {
+    let group = attention.spec.n_heads / attention.spec.n_kv_heads;
+    let rows = Rows { attention, item, group, positions: [0; ITEM_ROWS] };
+    let (seq, row) = rows.of_seq(0);
+    let position = seq.first_position as usize + row / group;
+    let first_key = attention.spec.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    rows.tile(0, first_key / TILE_KEYS * TILE_KEYS)
+}
+
+/// Folds the tiles that begin at `starts` into some rows; `next` comes after them.
 #[inline(always)]
-fn fold_tiles<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, starts: Range<usize>, scratch: &mut AttentionScratch) {
+fn fold_tiles<'a, S: Simd>(
+    s: S,
+    rows: &Rows<'a>,
+    range: Range<usize>,
+    (starts, next): (Range<usize>, Next<'a>),
+    scratch: &mut AttentionScratch,
+) {
+    let end = starts.end;
     for start in starts.step_by(TILE_KEYS) {
-        let keys = rows.keys(range.clone(), start);
+        let next = if start + TILE_KEYS < end { rows.tile(range.start, start + TILE_KEYS) } else { next };
+        let keys = rows.keys(range.clone(), start, next);
         match rows.attention.numerics {
             Numerics::Bf16 => tiles::fold(s, rows, range.clone(), &keys, scratch),
             Numerics::Int8Bf16 => pairs::fold(s, rows, range.clone(), &keys, scratch),

@@ -5,7 +5,7 @@
 use super::super::buffer::{Aligned, prefetch};
 use super::super::simd::{LANES, Simd};
 use super::super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
-use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, padded, rescale, softmax};
+use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_KEYS, ints, padded, rescale, softmax};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
 
@@ -73,7 +73,10 @@ pub(super) fn load_queries<S: Simd>(s: S, rows: &Rows<'_>, scratch: &mut Scratch
 /// Folds a tile's keys into some rows.
 #[inline(always)]
 pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &Keys<'_>, scratch: &mut AttentionScratch) {
-    prefetch_next(rows, keys);
+    if range.len() < TILE {
+        // Decoding. With more rows a tile takes so long that its loads do not matter.
+        prefetch_next(rows, keys);
+    }
     load_keys(s, rows, keys, &mut scratch.tiles.k);
     let healthy = load_values(s, rows, keys, &mut scratch.tiles.v);
     for row in range.clone().step_by(TILE) {
@@ -91,9 +94,8 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
 /// Asks for the next tile's keys and values while this one is folded: a decoding row reads each but once, from far away.
 #[inline(always)]
 pub(super) fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
-    let (cache, kv_head) = (rows.attention.cache, rows.item.kv_head as usize);
-    for &block in keys.next.iter().take(TILE_BLOCKS) {
-        cache.prefetch(block, kv_head);
+    for &block in keys.next.blocks {
+        rows.attention.cache.prefetch(block, keys.next.kv_head as usize);
     }
 }
 
