@@ -391,7 +391,7 @@ mod tests {
         // Of the same size and time.
         let changed = fs::metadata(&path).unwrap().modified().unwrap();
         fs::write(&other, "b\n".repeat(3 << 20)).unwrap();
-        fs::File::options().write(true).open(&other).unwrap().set_modified(changed).unwrap();
+        File::options().write(true).open(&other).unwrap().set_modified(changed).unwrap();
         fs::rename(&other, &path).unwrap();
         assert!(content.next_chunk().is_err());
         // Nor is it opened as what was named.
