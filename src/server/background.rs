@@ -24,7 +24,6 @@ use crate::format::openai::Endpoint;
 use crate::outcome::{ErrorCode, RowError};
 use crate::store::Connection;
 use crate::store::ledger::Entry;
-use crate::store::one_off;
 use crate::store::responses::{self, StoredEvent, StoredResponse};
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
@@ -223,16 +222,18 @@ pub(super) async fn create(
         // Whoever sends the same key again waits until it is stored.
         let _turn = claim.clone();
         let stored = app.store.write(move |connection| {
-            responses::insert(connection, &new)?;
-            if let Some(receiver) = receiver {
-                one_off::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?;
+            if let Some(receiver) = receiver
+                && let Err(refused) = completion_webhook::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?
+            {
+                return Ok(Err(refused));
             }
+            responses::insert(connection, &new)?;
             if let Some((claim, kind)) = claim {
                 claim.keep(connection, kind, &new.id)?;
             }
-            responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(drop)
+            responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(|_| Ok(()))
         });
-        match stored.await {
+        match stored.await.map_err(ApiError::from).and_then(|accepted| accepted) {
             Ok(()) => app.background.enqueue(id.clone(), (&owner, app.keys.weight(&owner)), &model, window),
             Err(error) => {
                 app.background.close(&id);
@@ -241,7 +242,7 @@ pub(super) async fn create(
         }
         Ok(id)
     });
-    Ok(accepted.await.context("accepting a response panicked")??)
+    accepted.await.context("accepting a response panicked")?
 }
 
 fn numbered(from: u64, events: &[Event]) -> Vec<StoredEvent> {

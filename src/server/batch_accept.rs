@@ -12,11 +12,11 @@ use super::errors::ApiError;
 use super::models::{Offered, now};
 use super::once::{self, Claim};
 use super::prices::Price;
-use super::{batch_tries, files, limits, message_batches};
+use super::{batch_tries, completion_webhook, files, limits, message_batches};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
-use crate::store::one_off::{self, Receiver};
+use crate::store::one_off::Receiver;
 use anyhow::Context as _;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -144,15 +144,17 @@ fn store(
         let message = limits::too_many_in_batches(limit, used, new.n_tokens);
         return Ok(Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some(limits::IN_BATCHES), message)));
     }
+    if let Some(receiver) = receiver
+        && let Err(refused) = completion_webhook::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?
+    {
+        return Ok(Err(refused));
+    }
     if let Some(file) = file {
         stored_files::insert(connection, &file)?;
     }
     if let Some(claim) = claim {
         let is_messages = new.id.starts_with(message_batches::PREFIX);
         claim.keep(connection, if is_messages { once::MESSAGE_BATCH } else { once::BATCH }, &new.id)?;
-    }
-    if let Some(receiver) = receiver {
-        one_off::expect(connection, (&new.owner, &new.id), &receiver, new.created_at)?;
     }
     batches::insert(connection, new).map(Ok)
 }

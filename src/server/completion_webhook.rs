@@ -8,8 +8,9 @@ use super::errors::{ApiError, json_response};
 use super::ids;
 use super::models::now;
 use super::windows::Mode;
-use crate::store::one_off::{self, Receiver};
-use axum::http::HeaderValue;
+use crate::store::Connection;
+use crate::store::one_off::{self, MAX_WAITING, Receiver};
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
@@ -17,6 +18,9 @@ const URL: &str = "completion_webhook";
 const TOKEN: &str = "webhook_token";
 /// What stands for all receivers of an owner's where webhook endpoints have their ids.
 pub(super) const ID: &str = "completion";
+
+/// Pause that is asked for while too many receivers wait.
+const RETRY_S: u32 = 10;
 
 /// Who is to be told.
 ///
@@ -47,6 +51,27 @@ pub(super) fn asked(
     let whose = json!([**owner, url, token]).to_string();
     let id = format!("we_{}", ids::derived("valar completion webhook 1", whose.as_bytes()));
     Ok(Some(Receiver { id, url: url.to_owned(), token: token.map(str::to_owned), new_secret: new_secret() }))
+}
+
+/// Notes that it is to be told of an object, which was accepted at `now` (unix seconds), in the transaction that stores that.
+///
+/// # Errors
+/// The database's; or as many others of the owner's wait as may: then nothing is noted.
+pub(super) fn expect(
+    connection: &Connection,
+    (owner, object): (&str, &str),
+    receiver: &Receiver,
+    now: u64,
+) -> anyhow::Result<Result<(), ApiError>> {
+    if one_off::expect(connection, (owner, object), receiver, now)? {
+        return Ok(Ok(()));
+    }
+    let message = format!(
+        "metadata.{URL}: {MAX_WAITING} receivers of this key wait to be told already; name one of them, or try again when some have \
+         been told"
+    );
+    let refused = ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"), message);
+    Ok(Err(ApiError { param: Some(format!("metadata.{URL}")), retry_after_s: Some(RETRY_S), ..refused }))
 }
 
 /// The header that a token is sent in.

@@ -32,8 +32,9 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const MAX_RETRY_AFTER_S: u64 = 24 * 3600;
 /// How often the outbox is looked into.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Tries at a time.
-const AT_A_TIME: usize = 64;
+/// Tries that one look into it begins, and those of one owner's at a time.
+const AT_A_LOOK: usize = 64;
+const OF_OWNER: usize = 16;
 /// How long secrets are, in bytes.
 const SECRET_BYTES: usize = 32;
 const SECRET_PREFIX: &str = "whsec_";
@@ -187,13 +188,13 @@ fn judge(n_tries: u32, answer: &Result<(u16, Option<u64>)>, now: u64, draw: f64)
 /// Empties the outbox until the server ends.
 pub(super) async fn run(app: Arc<App>) {
     while !app.is_draining() {
-        match app.store.read(|connection| webhooks::due(connection, now(), AT_A_TIME)).await {
+        // Who is busy now may have been told when the outbox is read, and is found by the next look then.
+        let busy: Vec<String> = lock(&app.deliveries.busy).iter().cloned().collect();
+        match app.store.read(move |connection| webhooks::due(connection, now(), &busy, (OF_OWNER, AT_A_LOOK))).await {
             Ok(due) => {
                 for delivery in due {
-                    let is_new = lock(&app.deliveries.busy).insert(delivery.to.id.clone());
-                    if is_new {
-                        tokio::spawn(deliver(Arc::clone(&app), delivery));
-                    }
+                    lock(&app.deliveries.busy).insert(delivery.to.id.clone());
+                    tokio::spawn(deliver(Arc::clone(&app), delivery));
                 }
             }
             Err(error) => say(&format!("webhooks: {error:#}")),

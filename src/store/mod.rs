@@ -38,6 +38,7 @@ const MIGRATIONS: &[&str] = &[
     trajectories::TABLES,
     webhooks::BREAKER,
     one_off::TABLES,
+    webhooks::WAITING,
 ];
 /// The database, in its folder.
 const FILE: &str = "valar.db";

@@ -4,8 +4,9 @@
 //! up, or its object is deleted.
 
 use super::Connection;
+use super::webhooks::Tried;
 use anyhow::Result;
-use rusqlite::params;
+use rusqlite::{OptionalExtension as _, params};
 
 /// The schema.
 pub(super) const TABLES: &str = "
@@ -39,13 +40,23 @@ pub struct Receiver {
     pub new_secret: String,
 }
 
+/// Receivers of an owner's that may wait at a time.
+pub const MAX_WAITING: usize = 100;
+
 /// Notes that somebody is to be told what becomes of an object, which was accepted at `now` (unix seconds). One that wanted to hear
-/// nothing any more hears again.
+/// nothing any more hears again. False, and nothing is noted: as many other receivers of the owner's wait as may.
 ///
 /// # Errors
 /// The database's.
-pub fn expect(connection: &Connection, (owner, object): (&str, &str), receiver: &Receiver, now: u64) -> Result<()> {
+pub fn expect(connection: &Connection, (owner, object): (&str, &str), receiver: &Receiver, now: u64) -> Result<bool> {
     let Receiver { id, url, token, new_secret } = receiver;
+    let sql = "SELECT count(*) FROM endpoint WHERE owner = ?1 AND is_one_off AND id != ?2
+               AND (EXISTS (SELECT 1 FROM one_off WHERE endpoint = seq)
+                    OR EXISTS (SELECT 1 FROM delivery WHERE endpoint = endpoint.seq AND next_at IS NOT NULL))";
+    let n_others: usize = connection.prepare_cached(sql)?.query_row([owner, id], |row| row.get(0))?;
+    if n_others >= MAX_WAITING {
+        return Ok(false);
+    }
     let sql = "INSERT INTO one_off_secret (owner, secret) VALUES (?1, ?2) ON CONFLICT DO NOTHING";
     connection.prepare_cached(sql)?.execute([owner, new_secret])?;
     let sql = "INSERT INTO endpoint (id, owner, created_at, updated_at, name, url, event_types, secret, old_secret, old_until,
@@ -55,7 +66,7 @@ pub fn expect(connection: &Connection, (owner, object): (&str, &str), receiver: 
     let values = params![id, owner, now, url, token];
     let endpoint: i64 = connection.prepare_cached(sql)?.query_row(values, |row| row.get(0))?;
     connection.prepare_cached("INSERT INTO one_off VALUES (?1, ?2)")?.execute(params![object, endpoint])?;
-    Ok(())
+    Ok(true)
 }
 
 /// Puts an object that has ended, as it stands there now, into the outbox, if somebody is to be told.
@@ -83,13 +94,27 @@ pub(super) fn forget(connection: &Connection, object: &str) -> Result<()> {
     Ok(())
 }
 
-/// Forgets what was told, or given up; of a receiver who wants to hear nothing, all that it was to be told.
+/// Forgets what was told, with a receiver that is to be told nothing else, or given up; of one who wants to hear nothing, all that
+/// it was to be told.
 ///
 /// # Errors
 /// The database's.
-pub(super) fn settle(connection: &Connection, delivery: &str, is_gone: bool) -> Result<()> {
-    let which = if is_gone { "endpoint = (SELECT endpoint FROM delivery WHERE id = ?1)" } else { "id = ?1" };
-    connection.execute(&format!("DELETE FROM delivery WHERE {which} AND object IS NOT NULL"), [delivery])?;
+pub(super) fn settle(connection: &Connection, delivery: &str, tried: Tried) -> Result<()> {
+    let endpoint: Option<i64> = connection
+        .query_row("SELECT endpoint FROM delivery WHERE id = ?1 AND object IS NOT NULL", [delivery], |row| row.get(0))
+        .optional()?;
+    let Some(endpoint) = endpoint else { return Ok(()) };
+    if tried == Tried::Gone {
+        connection.execute("DELETE FROM delivery WHERE endpoint = ?1 AND object IS NOT NULL", [endpoint])?;
+    } else {
+        connection.execute("DELETE FROM delivery WHERE id = ?1", [delivery])?;
+    }
+    if tried == Tried::Told {
+        // It has not failed, so that nothing has to be remembered of it.
+        let sql = "DELETE FROM endpoint WHERE seq = ?1 AND NOT EXISTS (SELECT 1 FROM delivery WHERE endpoint = ?1)
+                   AND NOT EXISTS (SELECT 1 FROM one_off WHERE endpoint = ?1)";
+        connection.execute(sql, [endpoint])?;
+    }
     Ok(())
 }
 
@@ -124,7 +149,7 @@ mod tests {
     use super::*;
     use crate::store::migrate;
     use crate::store::responses::{self, StoredResponse};
-    use crate::store::webhooks::{self, Delivery, Tried};
+    use crate::store::webhooks::{self, Delivery};
 
     const NOW: u64 = 1 << 40;
 
@@ -142,7 +167,7 @@ mod tests {
             n_faults: 0,
         };
         responses::insert(connection, &new).unwrap();
-        expect(connection, ("o", id), receiver, NOW).unwrap();
+        assert!(expect(connection, ("o", id), receiver, NOW).unwrap());
     }
 
     fn end(connection: &Connection, id: &str) {
@@ -150,7 +175,7 @@ mod tests {
     }
 
     fn due(connection: &Connection) -> Option<Delivery> {
-        webhooks::due(connection, NOW, 9).unwrap().pop()
+        webhooks::due(connection, NOW, &[], (9, 9)).unwrap().pop()
     }
 
     fn count(connection: &Connection, table: &str) -> u64 {
@@ -197,6 +222,31 @@ mod tests {
         // The secret stays, for whoever has been told it.
         accept(&connection, "f", &Receiver { id: text("we_2"), ..receiver });
         end(&connection, "f");
-        assert_eq!(due(&connection).unwrap().to.secret, "new");
+        let told = due(&connection).unwrap();
+        assert_eq!(told.to.secret, "new");
+        // One that has heard all is forgotten at once.
+        webhooks::note(&connection, &told.id, Tried::Told, NOW).unwrap();
+        assert_eq!(count(&connection, "endpoint"), 0);
+    }
+
+    #[test]
+    fn so_many_receivers_of_an_owners_wait_and_no_more() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        let receiver = |i: usize| Receiver { id: format!("we_{i}"), url: "u".into(), token: None, new_secret: "s".into() };
+        let ask = |object: &str, i: usize| expect(&connection, ("o", object), &receiver(i), NOW).unwrap();
+        for i in 0..MAX_WAITING {
+            accept(&connection, &format!("resp_{i}"), &receiver(i));
+        }
+        assert!(!ask("one more", MAX_WAITING), "one too many");
+        assert_eq!((count(&connection, "endpoint"), count(&connection, "one_off")), (100, 100), "nothing of it is noted");
+        // Others' are their own, and one that waits anyway can be told more.
+        assert!(expect(&connection, ("p", "another's"), &Receiver { id: "we_p".into(), ..receiver(0) }, NOW).unwrap());
+        assert!(ask("more for the first", 0));
+        // One waits until it was told.
+        end(&connection, "resp_7");
+        assert!(!ask("one more", MAX_WAITING));
+        webhooks::note(&connection, &due(&connection).unwrap().id, Tried::Told, NOW).unwrap();
+        assert!(ask("one more", MAX_WAITING) && !ask("and one more", MAX_WAITING + 1));
     }
 }

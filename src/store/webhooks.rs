@@ -4,6 +4,7 @@
 use super::{Connection, one_off};
 use anyhow::Result;
 use rusqlite::{OptionalExtension, Row, params};
+use serde_json::json;
 
 /// The schema.
 pub(super) const TABLES: &str = "
@@ -39,6 +40,11 @@ pub(super) const TABLES: &str = "
 pub(super) const BREAKER: &str = "
     ALTER TABLE endpoint ADD COLUMN n_failed INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE endpoint ADD COLUMN resting_until INTEGER;
+";
+
+/// What waits for each endpoint, so that whoever looks for what is due reads one entry of each, however many wait.
+pub(super) const WAITING: &str = "
+    CREATE INDEX delivery_waiting ON delivery (endpoint, seq, next_at) WHERE next_at IS NOT NULL;
 ";
 
 /// An endpoint that has failed so often in a row is left alone for a while, whatever is to be told to it.
@@ -166,17 +172,30 @@ pub struct Delivery {
     pub to: Endpoint,
 }
 
-/// What is due: of each endpoint the oldest, so that a slow one holds up nobody else; nothing of those that rest.
+/// What is due, `limit` at most: of each endpoint the oldest, nothing of those that rest or are `busy` (their ids). Owners take
+/// turns, and of one at most `of_owner` are busy with these, so that no owner's slow endpoints hold up another's.
 ///
 /// # Errors
 /// The database's.
-pub fn due(connection: &Connection, now: u64, limit: usize) -> Result<Vec<Delivery>> {
-    let sql = "SELECT delivery.id AS event, delivery.created_at AS happened, body, n_tries, endpoint.* FROM delivery
-               JOIN endpoint ON endpoint.seq = delivery.endpoint
-               WHERE delivery.seq IN (SELECT min(seq) FROM delivery WHERE next_at <= ?1 GROUP BY endpoint)
-               AND NOT is_disabled AND coalesce(resting_until, 0) <= ?1 LIMIT ?2";
+pub fn due(connection: &Connection, now: u64, busy: &[String], (of_owner, limit): (usize, usize)) -> Result<Vec<Delivery>> {
+    // What a busy one is being told waits until that has ended, so it is among these.
+    let sql = "WITH RECURSIVE waiting (seq) AS (
+                   SELECT min(endpoint) FROM delivery WHERE next_at IS NOT NULL
+                   UNION ALL
+                   SELECT (SELECT min(endpoint) FROM delivery WHERE next_at IS NOT NULL AND endpoint > waiting.seq)
+                   FROM waiting WHERE seq IS NOT NULL),
+               oldest AS MATERIALIZED (
+                   SELECT owner, id IN (SELECT value FROM json_each(?2)) AS is_busy,
+                          (SELECT min(seq) FROM delivery WHERE endpoint = endpoint.seq AND next_at <= ?1) AS seq
+                   FROM waiting JOIN endpoint USING (seq) WHERE NOT is_disabled AND coalesce(resting_until, 0) <= ?1),
+               ranked AS (
+                   SELECT seq, is_busy, row_number() OVER (PARTITION BY owner ORDER BY is_busy DESC, next_at, seq) AS turn
+                   FROM oldest JOIN delivery USING (seq))
+               SELECT delivery.id AS event, delivery.created_at AS happened, body, n_tries, endpoint.* FROM ranked
+               JOIN delivery ON delivery.seq = ranked.seq JOIN endpoint ON endpoint.seq = delivery.endpoint
+               WHERE NOT is_busy AND turn <= ?3 ORDER BY turn, next_at, delivery.seq LIMIT ?4";
     let mut statement = connection.prepare_cached(sql)?;
-    let rows = statement.query_map(params![now, limit], |row| {
+    let rows = statement.query_map(params![now, json!(busy).to_string(), of_owner, limit], |row| {
         let (id, created_at) = (row.get("event")?, row.get("happened")?);
         Ok(Delivery { id, created_at, body: row.get("body")?, n_tries: row.get("n_tries")?, to: Endpoint::of(row)? })
     })?;
@@ -226,7 +245,7 @@ pub fn note(connection: &Connection, id: &str, tried: Tried, now: u64) -> Result
         connection.execute(sql, [id])?;
     }
     if next_at.is_none() {
-        one_off::settle(connection, id, tried == Tried::Gone)?;
+        one_off::settle(connection, id, tried)?;
     }
     Ok(())
 }
@@ -257,16 +276,12 @@ pub fn forget_before(connection: &Connection, created_at: u64, limit: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::migrate;
 
-    #[test]
-    fn an_endpoint_that_goes_on_failing_is_left_alone_for_longer_and_longer() {
-        let connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(TABLES).unwrap();
-        connection.execute_batch(BREAKER).unwrap();
-        connection.execute_batch(one_off::TABLES).unwrap();
-        let endpoint = |id: &str| Endpoint {
+    fn endpoint(id: &str, owner: &str) -> Endpoint {
+        Endpoint {
             id: id.into(),
-            owner: "o".into(),
+            owner: owner.into(),
             created_at: 0,
             updated_at: 0,
             name: "n".into(),
@@ -275,15 +290,55 @@ mod tests {
             secret: "whsec_AA==".into(),
             old_secret: None,
             token: None,
+        }
+    }
+
+    /// Somebody has many endpoints, all of which hang, and more waits for them than is looked at in one go.
+    #[test]
+    fn what_one_owner_waits_for_holds_up_no_other() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        for i in 0..20 {
+            put(&connection, &endpoint(&format!("hangs-{i}"), "o")).unwrap();
+        }
+        for i in 0..1000 {
+            tell(&connection, "o", "batch.failed", &format!("batch_{i}")).unwrap();
+        }
+        for owner in ["p", "q"] {
+            put(&connection, &endpoint(owner, owner)).unwrap();
+            tell(&connection, owner, "batch.failed", "last").unwrap();
+        }
+        let now = 1 << 40;
+        let look = |busy: &[String], at_a_time| -> Vec<String> {
+            due(&connection, now, busy, at_a_time).unwrap().into_iter().map(|delivery| delivery.to.id).collect()
         };
-        put(&connection, &endpoint("down")).unwrap();
-        put(&connection, &endpoint("up")).unwrap();
+        assert_eq!(look(&[], (4, 3)), ["hangs-0", "p", "q"]);
+        let mut busy = Vec::new();
+        busy.extend(look(&busy, (4, 9)));
+        assert_eq!(busy.len(), 4 + 2);
+        // All of them hang: no more of that owner's, and what others have is found.
+        put(&connection, &endpoint("q-2", "q")).unwrap();
+        tell(&connection, "q", "batch.failed", "later").unwrap();
+        assert_eq!(look(&busy, (4, 9)), ["q-2"]);
+        // One that has ended makes room for the one that is due the longest.
+        let ended = due(&connection, now, &[], (1, 1)).unwrap().pop().unwrap();
+        note(&connection, &ended.id, Tried::Again(now), now).unwrap();
+        busy.retain(|id| *id != ended.to.id);
+        assert_eq!(look(&busy, (4, 9)), ["q-2", "hangs-4"]);
+    }
+
+    #[test]
+    fn an_endpoint_that_goes_on_failing_is_left_alone_for_longer_and_longer() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        put(&connection, &endpoint("down", "o")).unwrap();
+        put(&connection, &endpoint("up", "o")).unwrap();
         for i in 0..20 {
             tell(&connection, "o", "batch.failed", &format!("batch_{i}")).unwrap();
         }
         // Long after all of that happened.
         let mut now = 1 << 40;
-        let due_to = |id: &str, now: u64| due(&connection, now, 10).unwrap().into_iter().find(|next| next.to.id == id);
+        let due_to = |id: &str, now: u64| due(&connection, now, &[], (10, 10)).unwrap().into_iter().find(|next| next.to.id == id);
         // Each message waits for its own next try, so the next one is told; the tenth failure ends that.
         for i in 1..=MAX_FAILED {
             let next = due_to("down", now).unwrap_or_else(|| panic!("after {i} failures"));
