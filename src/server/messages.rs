@@ -5,6 +5,7 @@ use super::App;
 use super::auth::Owner;
 use super::body::JsonObject;
 use super::call::{Call, Identity, Prepared, Streaming, named};
+use super::completion_webhook;
 use super::errors::{ApiError, Dialect, json_response};
 use super::ids;
 use super::shown::Shown;
@@ -33,6 +34,7 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
+    completion_webhook::asked(&app, &owner, windows::metadata(&body)?, Mode::Foreground)?;
     let mut prepared = prepare(&app, &headers, &body, true).await?;
     prepared.turn = Turn::of(&body, None, false).reckoned(&app, &owner, prepared.window).await;
     let stops = prepared.prompts.iter().flat_map(|prompt| prompt.params.stop.clone()).collect();

@@ -245,6 +245,27 @@ fn response_items_become_turns() {
     }
 }
 
+/// Of whatever form a line is: nobody would be told.
+#[test]
+fn a_line_that_asks_to_be_told_of_is_refused() {
+    for (url, input) in [
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "Hi"}]})),
+        ("/v1/completions", json!({"prompt": "Hi"})),
+        ("/v1/responses", json!({"input": "Hi"})),
+        ("/v1/messages", json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5})),
+    ] {
+        let mut body = input;
+        merge(&mut body, &json!({"model": "m", "metadata": {"user_id": "u"}}));
+        let line = |body: Value| json!({"custom_id": "a", "method": "POST", "url": url, "body": body});
+        accepted(&line(body.clone()));
+        for key in ["completion_webhook", "webhook_token"] {
+            body["metadata"] = json!({key: "https://hooks.example.com/x"});
+            refused(&line(body.clone()), ErrorCode::UnsupportedParameter, &format!("body.metadata.{key}"));
+            refused(&line(body.to_string().into()), ErrorCode::UnsupportedParameter, &format!("body.metadata.{key}"));
+        }
+    }
+}
+
 #[test]
 fn the_envelope_is_checked() {
     use ErrorCode::{InvalidType, InvalidValue, MissingField, UnsupportedParameter, UrlMismatch};

@@ -248,6 +248,10 @@ fn who_can_not_be_told_is_refused() {
     for (path, body) in [("/v1/responses", &response), ("/v1/chat/completions", &chat)] {
         refused(path, body.clone(), json!({"completion_webhook": there}), url);
     }
+    let mut message = chat;
+    message["metadata"] = json!({"completion_webhook": there});
+    let answer = server.post("/v1/messages", message);
+    assert!(answer.status == 400 && answer.text.contains(url), "{}", answer.text);
     assert_eq!(server.get("/v1/responses").json()["data"], json!([]));
     assert_eq!(server.get("/v1/batches").json()["data"], json!([]));
 }

@@ -132,13 +132,17 @@ fn parse_envelope(row_idx: u64, object: &Map<String, Value>, defaults: &Params) 
         let known: Vec<_> = Endpoint::ALL.iter().map(|(path, _)| *path).collect();
         RowError::field(ErrorCode::UrlMismatch, "url", format!("{url:?} is not supported; supported: {}", known.join(", ")))
     })?;
+    let read = |body: &Map<String, Value>| {
+        check_unheard(body)?;
+        parse_body(row_idx, endpoint, body, defaults)
+    };
     let (request, echo) = match object.get("body") {
         None => return Err(RowError::field(ErrorCode::MissingField, "body", "is required")),
-        Some(Value::Object(body)) => parse_body(row_idx, endpoint, body, defaults),
+        Some(Value::Object(body)) => read(body),
         // Parquet files often carry the body as JSON text in a string column.
         Some(Value::String(text)) => {
             let body = parse_object(text).map_err(|e| RowError::field(e.code, "body", e.message))?;
-            parse_body(row_idx, endpoint, &body, defaults)
+            read(&body)
         }
         Some(other) => Err(wrong_type("body", "an object", other)),
     }?;
@@ -147,6 +151,18 @@ fn parse_envelope(row_idx: u64, object: &Map<String, Value>, defaults: &Params) 
         return Err(RowError::field(ErrorCode::UnsupportedParameter, key, "is not a field of a batch line"));
     }
     Ok(BatchRequest { endpoint, request, echo })
+}
+
+/// Nobody is told of one line: who wants to be would wait for ever.
+fn check_unheard(body: &Map<String, Value>) -> Result<(), RowError> {
+    let asked = ["completion_webhook", "webhook_token"].into_iter().find(|key| {
+        let value = body.get("metadata").and_then(|metadata| metadata.get(key));
+        value.is_some_and(|value| !value.is_null())
+    });
+    asked.map_or(Ok(()), |key| {
+        let message = "is for background responses and whole batches, in the batch's own metadata";
+        Err(RowError::field(ErrorCode::UnsupportedParameter, format!("body.metadata.{key}"), message))
+    })
 }
 
 /// Parses the body of a request to an endpoint; with it, what the answer repeats of the request's settings (Responses), or
