@@ -217,7 +217,8 @@ fn hours(window: Option<&str>, windows: &Table) -> Result<u64, ApiError> {
     let Some(window) = window.filter(|window| windows.named(window).is_none()) else { return Ok(DEFAULT_HOURS) };
     let hours = window.strip_suffix('h').and_then(|hours| hours.parse().ok()).filter(|hours| (1..=MAX_HOURS).contains(hours));
     hours.ok_or_else(|| {
-        let message = format!("{window:?} is not one of 24h, another number of hours up to {MAX_HOURS}h, asap, standard");
+        let names = windows.names().collect::<Vec<_>>().join(", ");
+        let message = format!("{window:?} is not one of 24h, another number of hours up to {MAX_HOURS}h, {names}");
         ApiError::invalid_value("completion_window", message)
     })
 }

@@ -15,7 +15,7 @@ use super::once::Claim;
 use super::response_events::{TERMINAL, Told, events};
 use super::sse;
 use super::trajectories::Turn;
-use super::windows::Window;
+use super::windows::{Table, Window};
 use crate::format::openai::{Endpoint, is_known};
 use crate::outcome::Completion;
 use crate::store::responses::{self, StoredResponse};
@@ -38,7 +38,7 @@ pub(super) async fn create(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let mut own = Own::take(&mut body, streaming.is_on)?;
+    let mut own = Own::take(&mut body, streaming.is_on, &app.windows)?;
     let identity = Identity::new();
     let items;
     (items, own.follows) = conversation::join(&app, &owner, (&identity.id, own.previous.as_deref()), &mut body).await?;
@@ -148,7 +148,7 @@ pub struct Own {
 
 impl Own {
     /// Takes the fields that are no request parser's out of a body; unknown ones are ignored here.
-    fn take(body: &mut Map<String, Value>, is_stream: bool) -> Result<Self, ApiError> {
+    fn take(body: &mut Map<String, Value>, is_stream: bool, windows: &Table) -> Result<Self, ApiError> {
         if let Some(name) = REFUSED.iter().find(|name| body.get(**name).is_some_and(|value| !value.is_null())) {
             return Err(ApiError::field("unsupported_parameter", *name, "is not supported"));
         }
@@ -160,7 +160,7 @@ impl Own {
         let previous = take_str(body, "previous_response_id")?;
         let window = match body.remove("background_options") {
             None | Some(Value::Null) => None,
-            Some(Value::Object(options)) => options_window(options, background && !is_stream, body)?,
+            Some(Value::Object(options)) => options_window(options, background && !is_stream, (body, windows))?,
             Some(other) => return Err(ApiError::invalid_type("background_options", "an object", &other)),
         };
         body.retain(|key, _| is_known(Endpoint::Responses, key));
@@ -189,7 +189,7 @@ fn take_str(body: &mut Map<String, Value>, key: &str) -> Result<Option<String>, 
 fn options_window(
     mut options: Map<String, Value>,
     is_fetched: bool,
-    body: &Map<String, Value>,
+    (body, windows): (&Map<String, Value>, &Table),
 ) -> Result<Option<Window>, ApiError> {
     let field = "background_options.completion_window";
     let asked = take_str(&mut options, "completion_window")?;
@@ -208,7 +208,7 @@ fn options_window(
         Some(other) => return Err(ApiError::invalid_value(field, format!("{other:?} is not one of soonest, 2h, 8h"))),
     };
     let other = body.get("metadata").and_then(|metadata| metadata.get("completion_window")).and_then(Value::as_str);
-    if let Some(other) = other.filter(|other| *other != window.as_str()) {
+    if let Some(other) = other.filter(|other| windows.named(other) != Some(window)) {
         return Err(ApiError::invalid_value(field, format!("contradicts metadata.completion_window, {other:?}")));
     }
     Ok(Some(window))
@@ -238,7 +238,7 @@ pub(super) async fn input_tokens(
     JsonObject(mut body): JsonObject,
 ) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut body)?;
-    let own = Own::take(&mut body, streaming.is_on)?;
+    let own = Own::take(&mut body, streaming.is_on, &app.windows)?;
     conversation::join(&app, &owner, ("", own.previous.as_deref()), &mut body).await?;
     let n_tokens = Call::count(&app, Endpoint::Responses, &body).await?;
     Ok(json_response(&json!({"object": "response.input_tokens", "input_tokens": n_tokens})))

@@ -125,6 +125,11 @@ impl Table {
         self.of(Class::Asap).reserve
     }
 
+    /// What windows are called.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        Window::ALL.iter().map(|window| window.as_str()).chain(self.aliases.iter().map(|(alias, _)| alias.as_str()))
+    }
+
     /// The window that is called so.
     pub fn named(&self, name: &str) -> Option<Window> {
         let alias = || self.aliases.iter().find(|(alias, _)| alias == name).map(|(_, window)| *window);

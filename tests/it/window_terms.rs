@@ -43,6 +43,15 @@ fn a_window_may_have_other_names() {
         assert_eq!((answer.status, &error["param"]), (400, &json!("metadata.completion_window")), "{}", answer.text);
         assert!(error["message"].as_str().unwrap().ends_with(supported), "{error}");
     }
+    // The official names beside them: what they mean is compared.
+    for (official, asked, status) in
+        [("2h", "flex", 200), ("8h", "standard", 200), ("soonest", "priority", 200), ("2h", "priority", 400)]
+    {
+        let body = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1, "background": true,
+                          "background_options": {"completion_window": official}, "metadata": {"completion_window": asked}});
+        let answer = server.post("/v1/responses", body);
+        assert_eq!(answer.status, status, "{official} and {asked}: {}", answer.text);
+    }
     let message = |window: &str| {
         let body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1});
         server.send("POST", "/v1/messages", &[("x-completion-window", window)], body.to_string()).status
@@ -51,6 +60,10 @@ fn a_window_may_have_other_names() {
     let params = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1});
     let batch = json!({"endpoint": "/v1/responses", "completion_window": "flex", "metadata": {"completion_window": "flex"},
                        "requests": [{"custom_id": "a", "params": params}]});
+    let mut wrong = batch.clone();
+    wrong["completion_window"] = "soon".into();
+    let error = server.post("/v1/batches", wrong).json()["error"].clone();
+    assert!(error["message"].as_str().unwrap().ends_with("asap, standard, priority, flex, later"), "{error}");
     let batch = server.post("/v1/batches", batch).json();
     let seconds = batch["expires_at"].as_i64().unwrap() - batch["created_at"].as_i64().unwrap();
     assert_eq!((seconds, &batch["completion_window"]), (24 * 3600, &json!("flex")), "{batch}");
