@@ -35,6 +35,7 @@ pub(super) async fn fail(app: &App, id: &str, faults: Vec<Value>) -> Result<()> 
                 body["output_file_id"] = Value::Null;
             }
             let (state, at) = if stored.status == "cancelling" { ("cancelled", "cancelled_at") } else { ("failed", "failed_at") };
+            body["completed_with_errors"] = false.into();
             body["status"] = state.into();
             body[at] = now().into();
             let is_changed = batches::update(connection, &id, (&stored.status, state), &body.to_string())?;
@@ -78,6 +79,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
             _ => ("failed", "failed_at"),
         };
         body["errors"] = json!({"object": "list", "data": faults});
+        body["completed_with_errors"] = false.into();
         body["status"] = state.into();
         body[at] = now().into();
         let has_files = totals != Totals::default();

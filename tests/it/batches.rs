@@ -160,6 +160,7 @@ fn what_is_wrong_is_said_before_any_work() {
     ];
     let ended = server.ended(&server.batch_of(&rows.join("\n"))["id"]);
     assert_eq!(json!([ended["status"], ended["output_file_id"], ended["in_progress_at"]]), json!(["failed", null, null]));
+    assert_eq!(ended["completed_with_errors"], false, "{ended}");
     let found: Vec<Value> =
         ended["errors"]["data"].as_array().unwrap().iter().map(|fault| json!([fault["line"], fault["code"]])).collect();
     let expected = json!([
