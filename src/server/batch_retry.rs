@@ -6,7 +6,9 @@ use super::auth::Owner;
 use super::batch_inputs;
 use super::batch_runs::{Settings, folder};
 use super::batches::{self, Input, Wanted};
+use super::completion_webhook;
 use super::errors::{ApiError, json_response};
+use super::windows::Mode;
 use crate::format::openai::{Endpoint, parse_object};
 use crate::pipeline::referenced::Referenced;
 use anyhow::{Context as _, Result};
@@ -39,6 +41,7 @@ pub(super) async fn create(
     // Before anything is read or written for it.
     batches::check_room(&app)?;
     let body: Value = serde_json::from_str(&old.body).map_err(anyhow::Error::from)?;
+    let receiver = completion_webhook::asked(&app, &owner, body["metadata"].as_object(), Mode::Background)?;
     let (input, from) = (Input::new(&app, true), app.data.join(folder(&old.id)));
     let settings: Settings = serde_json::from_str(&old.settings).map_err(anyhow::Error::from)?;
     let input_at = match settings.reference.clone() {
@@ -62,6 +65,7 @@ pub(super) async fn create(
         retry_of: Some(old.id),
         output_seconds: settings.output_seconds,
         max_cost: settings.max_cost,
+        receiver,
         n_requests: 0,
     };
     Ok(json_response(&batches::open(app, &owner, wanted).await?))

@@ -20,6 +20,7 @@ use crate::format::openai::{Endpoint, kind};
 use crate::pipeline::referenced::{Reference, Referenced};
 use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
+use crate::store::one_off::Receiver;
 use anyhow::Context as _;
 use axum::Extension;
 use axum::extract::rejection::PathRejection;
@@ -86,6 +87,8 @@ pub(super) struct Wanted {
     pub(super) output_seconds: Option<u64>,
     /// What it may cost, in millionths of the currency.
     pub(super) max_cost: Option<u64>,
+    /// Who is to be told of it alone.
+    pub(super) receiver: Option<Receiver>,
     /// How many requests it has, where that is told before they are looked at.
     pub(super) n_requests: usize,
 }
@@ -114,7 +117,7 @@ pub(super) async fn create(
     };
     let hours = hours(text(&body, "completion_window")?, &app.windows)?;
     let metadata = windows::metadata(&body)?.cloned();
-    completion_webhook::asked(&app, &owner, metadata.as_ref(), Mode::Background)?;
+    let receiver = completion_webhook::asked(&app, &owner, metadata.as_ref(), Mode::Background)?;
     if let Some(asked) = windows::asked(metadata.as_ref()) {
         app.models.check_window(asked)?;
     }
@@ -154,6 +157,7 @@ pub(super) async fn create(
         retry_of: None,
         output_seconds,
         max_cost,
+        receiver,
         n_requests: 0,
     };
     Ok(json_response(&open(app, &owner, wanted).await?))
@@ -167,8 +171,8 @@ pub(super) fn check_room(app: &App) -> Result<(), ApiError> {
 /// Accepts a batch; its object.
 pub(super) async fn open(app: Arc<App>, owner: &Owner, wanted: Wanted) -> Result<Value, ApiError> {
     check_room(&app)?;
-    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, max_cost, n_requests } = wanted;
-    let receiver = completion_webhook::asked(&app, owner, metadata.as_object(), Mode::Background)?;
+    let Wanted { input, endpoint, hours, window, metadata, label, retry_of, output_seconds, max_cost, receiver, n_requests } =
+        wanted;
     let is_messages = endpoint == Endpoint::Messages;
     let (id, created_at) = (ids::new(if is_messages { message_batches::PREFIX } else { PREFIX }), now());
     let object = json!({

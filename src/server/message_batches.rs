@@ -81,6 +81,7 @@ async fn create(
         retry_of: None,
         output_seconds: None,
         max_cost: None,
+        receiver: None,
         n_requests,
     };
     let object = batches::open(app, &owner, wanted).await?;
