@@ -7,8 +7,10 @@
 
 pub mod batch;
 pub mod cpu;
+#[cfg(not(cpu_alone))]
 pub mod cuda;
 pub mod math;
+#[cfg(not(cpu_alone))]
 pub mod reference;
 pub mod sample;
 

@@ -162,7 +162,13 @@ pub(super) fn prefetch<T>(slice: &[T]) {
         // SAFETY: every x86-64 machine has the instruction, and it reads nothing that the program sees.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    for line in (0..size_of_val(slice)).step_by(ALIGNMENT) {
+        let p = slice.as_ptr().wrapping_byte_add(line);
+        // SAFETY: every machine has the instruction, and it reads nothing that the program sees.
+        unsafe { std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) };
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = slice;
 }
 
@@ -189,6 +195,12 @@ pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
         // SAFETY: as in `prefetch`.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    for line in (0..size_of::<T>() * n).step_by(ALIGNMENT) {
+        let p = start.wrapping_byte_add(line);
+        // SAFETY: as in `prefetch`.
+        unsafe { std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) };
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = (start, n);
 }

@@ -7,6 +7,8 @@ use super::dots_x86 as dots;
 use super::tile::Unit;
 #[cfg(target_arch = "x86_64")]
 use super::tile::amx;
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 
 /// An instruction-set path of the kernels. All paths give the same bits, unless a device's fingerprint says
 /// otherwise; they differ in speed.
@@ -28,6 +30,15 @@ pub(super) enum Path {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// NEON as below, and dot products of unsigned and signed bytes (`FEAT_I8MM`).
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
+    /// NEON as below, and dot products of signed bytes (`FEAT_DotProd`).
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     /// Whatever the compiler was told the machine has.
     Portable,
 }
@@ -66,6 +77,16 @@ impl Isa {
                 paths.push(Self(Path::Avx2));
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if is_aarch64_feature_detected!("neon") {
+            if is_aarch64_feature_detected!("i8mm") {
+                paths.push(Self(Path::NeonI8mm));
+            }
+            if is_aarch64_feature_detected!("dotprod") {
+                paths.push(Self(Path::NeonDotprod));
+            }
+            paths.push(Self(Path::Neon));
+        }
         paths.push(Self::PORTABLE);
         paths
     }
@@ -75,7 +96,7 @@ impl Isa {
         Self::available().into_iter().find(|isa| isa.name() == name)
     }
 
-    /// `amx`, `avx512-bf16`, `avx512-vnni`, `avx2` or `portable`.
+    /// `amx`, `avx512-bf16`, `avx512-vnni`, `avx2`, `neon-i8mm`, `neon-dotprod`, `neon` or `portable`.
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -86,6 +107,12 @@ impl Isa {
             Path::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Path::NeonI8mm => "neon-i8mm",
+            #[cfg(target_arch = "aarch64")]
+            Path::NeonDotprod => "neon-dotprod",
+            #[cfg(target_arch = "aarch64")]
+            Path::Neon => "neon",
             Path::Portable => "portable",
         }
     }
@@ -118,12 +145,11 @@ impl Isa {
     }
 
     /// Whether AVX-512 BF16 may be used.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_bf16(self) -> bool {
         match self.0 {
             // Every processor with tiles of bfloat16 has it (Sapphire Rapids on), but what a virtual machine shows of one may not.
-            #[cfg(target_arch = "x86_64")]
             Path::Amx => dots::rounds_as_documented(),
-            #[cfg(target_arch = "x86_64")]
             Path::Avx512Bf16 => true,
             _ => false,
         }
@@ -162,6 +188,24 @@ macro_rules! per_isa {
                 // SAFETY: this function enables what the token stands for.
                 $body(unsafe { $crate::device::cpu::simd_x86::Avx2::new() }, $($arg),*)
             }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon,i8mm")]
+            fn neon_i8mm($($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: this function enables what the token stands for.
+                $body(unsafe { $crate::device::cpu::simd_neon::Neon::<{ $crate::device::cpu::simd_neon::I8MM }>::new() }, $($arg),*)
+            }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon,dotprod")]
+            fn neon_dotprod($($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: this function enables what the token stands for.
+                $body(unsafe { $crate::device::cpu::simd_neon::Neon::<{ $crate::device::cpu::simd_neon::DOTPROD }>::new() }, $($arg),*)
+            }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon")]
+            fn neon($($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: this function enables what the token stands for.
+                $body(unsafe { $crate::device::cpu::simd_neon::Neon::<{ $crate::device::cpu::simd_neon::PLAIN }>::new() }, $($arg),*)
+            }
             match isa.path() {
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Amx
@@ -173,6 +217,15 @@ macro_rules! per_isa {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::isa::Path::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "aarch64")]
+                $crate::device::cpu::isa::Path::NeonI8mm => unsafe { neon_i8mm($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "aarch64")]
+                $crate::device::cpu::isa::Path::NeonDotprod => unsafe { neon_dotprod($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "aarch64")]
+                $crate::device::cpu::isa::Path::Neon => unsafe { neon($($arg),*) },
                 $crate::device::cpu::isa::Path::Portable => $body($crate::device::cpu::simd::Portable, $($arg),*),
             }
         }

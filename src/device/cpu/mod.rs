@@ -52,6 +52,8 @@ mod numerics;
 mod quant;
 pub mod roof;
 mod simd;
+#[cfg(target_arch = "aarch64")]
+mod simd_neon;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 mod team;

@@ -116,6 +116,7 @@ struct Loop {
 }
 
 /// Rounds of a loop per call.
+#[cfg(target_arch = "x86_64")]
 const ROUNDS: u64 = 10_000;
 
 /// Cycles per second of a thread while all run, by a chain of multiplications of three cycles each (every x86-64 since

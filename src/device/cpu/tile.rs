@@ -36,6 +36,7 @@ pub(super) struct Tiles<const N: usize> {
     pub(super) step: usize,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl<const N: usize> Tiles<N> {
     /// Goes on to the next k-tile.
     #[inline(always)]
