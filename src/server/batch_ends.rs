@@ -114,8 +114,8 @@ fn charge(
     body["usage"] = json!({
         "input_tokens": totals.prompt_tokens,
         "input_tokens_details": {"cached_tokens": totals.cached_tokens},
-        // How many of them are thoughts is known of each line alone.
         "output_tokens": totals.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
     });
     let model = body["model"].as_str().unwrap_or_default();

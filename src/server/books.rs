@@ -195,8 +195,8 @@ pub(super) fn usage(entry: &Entry) -> Value {
     let mut usage = json!({
         "input_tokens": entry.input_tokens,
         "input_tokens_details": {"cached_tokens": entry.cached_tokens, "cache_write_tokens": 0},
-        // How many of them are thoughts is not in the books.
         "output_tokens": entry.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": entry.input_tokens + entry.output_tokens,
     });
     if let Some(cost) = cost(entry.prices != [0; 3], entry) {

@@ -287,9 +287,6 @@ fn thoughts_are_told_apart_in_every_dialect() {
     let batch = server.good("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests}));
     let ended = server.ended(&batch["id"]);
     let results = server.results(&ended["output_file_id"]);
-    // The batch's own sums do not say that there were none.
-    let usage = ended["usage"].as_object().unwrap();
-    assert!(usage.contains_key("output_tokens") && !usage.contains_key("output_tokens_details"), "{ended}");
     for seed in 0..6 {
         let (row, call) = (&results[&format!("r{seed}")]["response"]["body"], server.good("/v1/chat/completions", chat(seed)));
         assert_eq!(row["choices"], call["choices"], "{ended}");
