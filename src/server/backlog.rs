@@ -116,7 +116,9 @@ impl Backlog {
         self.with(|state| {
             let (wait, n_tokens) = (state.wait(class, at), state.n_tokens(sequences));
             match ceiling.filter(|&ceiling| wait > ceiling) {
-                Some(ceiling) => Err(Full { wait, again_in: state.turn_away(class, n_tokens, (at, wait - ceiling)) }),
+                Some(ceiling) => {
+                    Err(Full { wait, again_in: state.turn_away(class, n_tokens, (at, wait.saturating_sub(ceiling))) })
+                }
                 None => Ok(state.add_call(self, class, n_tokens)),
             }
         })
@@ -210,7 +212,7 @@ impl State {
         let room_at = &mut self.room_at[class as usize];
         let again_at = (*room_at).clamp(first, first.saturating_add(SPREAD));
         *room_at = again_at.saturating_add(own);
-        again_at - at
+        again_at.saturating_sub(at)
     }
 
     fn add_call(&mut self, backlog: &Arc<Backlog>, class: Class, n_tokens: f64) -> Ticket {

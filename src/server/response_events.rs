@@ -390,7 +390,7 @@ mod tests {
             let kept: Vec<StoredEvent> =
                 (0..).zip(first.iter().take(n_kept)).map(|(i, (name, data))| (i, (*name).to_owned(), data.to_string())).collect();
             // Those of one moment are stored at once.
-            prop_assume!(kept.last().is_none_or(|(_, name, _)| name.ends_with(".delta") || name.ends_with("item.done")));
+            prop_assume!(kept.last().is_none_or(|(_, name, _)| name.ends_with("delta") || name.ends_with("item.done")));
             let mut told = Told::default();
             told.take_in(&kept);
             // The same texts in other pieces.

@@ -112,17 +112,14 @@ impl Splitter {
         }
         if self.part == Part::Thought {
             self.skip_blanks();
-            match self.held.find(CLOSE) {
-                Some(start) => {
-                    split.thought = self.held[..start].trim_end().to_owned();
-                    self.held.drain(..start + CLOSE.len());
-                    (self.part, self.at_start) = (Part::Answer, true);
-                }
-                None => {
-                    let begun = (1..CLOSE.len()).rev().find(|&n| self.held.ends_with(&CLOSE[..n])).unwrap_or(0);
-                    let n_sure = self.held[..self.held.len() - begun].trim_end().len();
-                    split.thought = self.held.drain(..n_sure).collect();
-                }
+            if let Some(start) = self.held.find(CLOSE) {
+                self.held[..start].trim_end().clone_into(&mut split.thought);
+                self.held.drain(..start + CLOSE.len());
+                (self.part, self.at_start) = (Part::Answer, true);
+            } else {
+                let begun = (1..CLOSE.len()).rev().find(|&n| self.held.ends_with(&CLOSE[..n])).unwrap_or(0);
+                let n_sure = self.held[..self.held.len() - begun].trim_end().len();
+                split.thought = self.held.drain(..n_sure).collect();
             }
         }
         if self.part == Part::Answer {

@@ -79,8 +79,8 @@ fn rows() -> Vec<String> {
     };
     let row = |i: usize| {
         let extra = json!({
-            "max_tokens": 4 + i, "temperature": if i % 2 == 0 { 0.0 } else { 1.1 }, "seed": i, "logprobs": if i % 3 == 0 { 3 } else { 1 },
-            "top_p": if i % 3 == 0 { 0.9 } else { 1.0 }, "top_k": if i % 4 == 1 { 7 } else { 0 },
+            "max_tokens": 4 + i, "temperature": if i.is_multiple_of(2) { 0.0 } else { 1.1 }, "seed": i, "logprobs": if i.is_multiple_of(3) { 3 } else { 1 },
+            "top_p": if i.is_multiple_of(3) { 0.9 } else { 1.0 }, "top_k": if i % 4 == 1 { 7 } else { 0 },
             "repetition_penalty": if i % 3 == 1 { 1.2 } else { 1.0 }, "logit_bias": if i % 5 == 2 { json!({"9": 3}) } else { json!({}) },
         });
         line(&format!("row-{i:02}"), &prompt(i), &extra)

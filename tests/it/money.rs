@@ -377,7 +377,7 @@ fn amounts_that_one_number_does_not_hold_are_told_whole() {
 }
 
 impl Server {
-    fn long_batch(&self, n: usize, max_cost: Value) -> Answer {
+    fn long_batch(&self, n: usize, max_cost: &Value) -> Answer {
         let params = |i: usize| {
             let messages = json!([{"role": "user", "content": format!("Number {i}?")}]);
             json!({"model": MODEL, "messages": messages, "max_tokens": 40, "ignore_eos": true})
@@ -397,7 +397,7 @@ fn a_batch_ends_when_it_has_cost_what_it_may() {
     const N: usize = 500;
     let server = Server::with(&format!("[engine]\nmax_running = 2\n{PRICES}"), &["--api-key", KEY]);
     // The answer of each alone is 30 millionths.
-    let made = server.long_batch(N, json!(0.0005)).json();
+    let made = server.long_batch(N, &json!(0.0005)).json();
     assert_eq!(made["max_cost"], "0.0005", "{made}");
     let ended = server.end_of_batch(made["id"].as_str().unwrap());
     assert_eq!((&ended["status"], &ended["errors"]["data"][0]["code"]), (&json!("cancelled"), &json!("max_cost_reached")));
@@ -420,16 +420,16 @@ fn a_batch_ends_when_it_has_cost_what_it_may() {
     assert_eq!(again["request_counts"]["total"], rest.len(), "{again}");
     assert!(again["usage"]["output_tokens"].as_u64() > Some(0), "{again}");
     // One that costs less than it may is as any other.
-    let cheap = server.long_batch(2, json!("1.5")).json();
+    let cheap = server.long_batch(2, &json!("1.5")).json();
     let cheap = server.end_of_batch(cheap["id"].as_str().unwrap());
     let told = json!([cheap["status"], cheap["errors"], cheap["completed_with_errors"], cheap["max_cost"], cheap["progress"]]);
     assert_eq!(told, json!(["completed", null, false, "1.5", null]), "{cheap}");
     for wrong in [json!(0), json!(-1), json!("free"), json!(1e-9), json!(1e30), json!(true)] {
-        let answer = server.long_batch(1, wrong);
+        let answer = server.long_batch(1, &wrong);
         assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("max_cost")), "{}", answer.text);
     }
     let free = Server::start();
-    let answer = free.long_batch(1, json!(1));
+    let answer = free.long_batch(1, &json!(1));
     assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("max_cost")), "{}", answer.text);
     assert_eq!(free.get("/v1/batches").json()["data"], json!([]));
 }
@@ -438,7 +438,7 @@ fn a_batch_ends_when_it_has_cost_what_it_may() {
 fn a_batch_tells_how_far_it_is() {
     let server = Server::with(&format!("[engine]\nmax_running = 2\n{PRICES}"), &["--api-key", KEY]);
     // It would take long, and is ended when it has told enough.
-    let made = server.long_batch(3000, Value::Null).json();
+    let made = server.long_batch(3000, &Value::Null).json();
     let id = made["id"].as_str().unwrap();
     let batch = loop {
         let batch = server.get(&format!("/v1/batches/{id}")).json();

@@ -1,4 +1,4 @@
-//! The CPU device on AArch64, in an emulator.
+//! The CPU device on ARM, in an emulator.
 
 use std::process::Command;
 

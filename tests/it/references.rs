@@ -299,7 +299,7 @@ fn a_file_that_the_server_may_not_read_is_its_callers_mistake() {
     let server = server(&[format!("file://{}/", folder.path().display())], 9);
     let uri = format!("file://{}", path.display());
     let made = server.reference(&uri).json();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
     if fs::read(&path).is_ok() {
         eprintln!("skipped: who runs this may read everything");
         return;

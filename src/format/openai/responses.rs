@@ -189,15 +189,12 @@ fn parse_item(path: &str, item: &Value, (messages, thought): (&mut Vec<Message>,
             let arguments = parse_arguments(object.get("arguments").unwrap_or(&Value::Null), &format!("{path}.arguments"))?;
             let call = call_value(Some(required_str(object, "call_id", path)?), name, &arguments);
             // Calls of one turn stand side by side.
-            match messages.last_mut().filter(|last| last.role == "assistant") {
-                Some(turn) => {
-                    turn.tool_calls.push(call);
-                    turn.thought = turn.thought.take().or_else(|| thought.take());
-                }
-                None => {
-                    let (role, thought) = ("assistant".into(), thought.take());
-                    messages.push(Message { role, thought, tool_calls: vec![call], ..Message::default() });
-                }
+            if let Some(turn) = messages.last_mut().filter(|last| last.role == "assistant") {
+                turn.tool_calls.push(call);
+                turn.thought = turn.thought.take().or_else(|| thought.take());
+            } else {
+                let (role, thought) = ("assistant".into(), thought.take());
+                messages.push(Message { role, thought, tool_calls: vec![call], ..Message::default() });
             }
         }
         "function_call_output" => {
