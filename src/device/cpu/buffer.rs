@@ -5,10 +5,7 @@ use memmap2::MmapMut;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// A cache line, and the widest vector, in bytes.
-const ALIGNMENT: usize = 64;
-
-/// Bytes of a cache line.
+/// A cache line, and the widest vector, in bytes: buffers are aligned to it.
 pub(super) const LINE: usize = 64;
 
 /// Element types of which any bit pattern is a value.
@@ -55,8 +52,8 @@ impl<T: Plain> Aligned<T> {
     pub(super) fn zeroed(len: usize) -> Self {
         let n_bytes = len * size_of::<T>();
         if n_bytes < LARGE {
-            let bytes = vec![0; n_bytes + ALIGNMENT];
-            let start = bytes.as_ptr().align_offset(ALIGNMENT);
+            let bytes = vec![0; n_bytes + LINE];
+            let start = bytes.as_ptr().align_offset(LINE);
             return Self { memory: Memory::Small(bytes), start, len, element: PhantomData };
         }
         let map = MmapMut::map_anon(n_bytes).expect("the system gives memory");
@@ -163,7 +160,7 @@ pub(super) fn prefetch<T>(slice: &[T]) {
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p) };
     }
     #[cfg(target_arch = "aarch64")]
-    for line in (0..size_of_val(slice)).step_by(ALIGNMENT) {
+    for line in (0..size_of_val(slice)).step_by(LINE) {
         let p = slice.as_ptr().wrapping_byte_add(line);
         // SAFETY: every machine has the instruction, and it reads nothing that the program sees.
         unsafe { std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) };
@@ -196,7 +193,7 @@ pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p) };
     }
     #[cfg(target_arch = "aarch64")]
-    for line in (0..size_of::<T>() * n).step_by(ALIGNMENT) {
+    for line in (0..size_of::<T>() * n).step_by(LINE) {
         let p = start.wrapping_byte_add(line);
         // SAFETY: as in `prefetch`.
         unsafe { std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) };
