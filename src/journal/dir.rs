@@ -94,7 +94,8 @@ impl JobDir {
                 at.url
             );
         }
-        let announce = Announce(Arc::new(Uploads { kept: Arc::clone(keeper.kept()), completed: Mutex::default() }));
+        let uploads = Uploads { kept: Arc::clone(keeper.kept()), completed: Mutex::default(), is_shared: swaps };
+        let announce = Announce(Arc::new(uploads));
         let dir = Self { storage: storage.clone().announcing(announce), at: at.clone(), is_shared: swaps, keeper, _lock: lock };
         dir.abort_uploads()?;
         Ok(dir)
@@ -191,6 +192,8 @@ struct Uploads {
     kept: Arc<Kept>,
     /// Ids that need not stand there any more. They go with the next one that comes: a job of many outputs has a few at a time.
     completed: Mutex<Vec<String>>,
+    /// Of the [`JobDir`].
+    is_shared: bool,
 }
 
 impl Hear for Uploads {
@@ -205,6 +208,10 @@ impl Hear for Uploads {
 
     fn completed(&self, id: &str) {
         self.completed.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared
     }
 }
 

@@ -89,7 +89,7 @@ impl Storage {
     }
 
     /// The same with uploads to remote stores that begin only after they were announced. There, every object that is
-    /// [uploaded](Storage::upload) has an id, however small it is.
+    /// [uploaded](Storage::upload) has an id, however small it is; but for empty ones where nobody else writes.
     #[must_use]
     pub fn announcing(self, announce: Announce) -> Self {
         Self { announce: Some(announce), ..self }

@@ -26,6 +26,9 @@ pub trait Hear: Send + Sync {
 
     /// The upload is the object now: nothing is under way by this id any more.
     fn completed(&self, id: &str);
+
+    /// Whether others write here, too, from whom only an upload's id tells this writer: they break it off.
+    fn is_shared(&self) -> bool;
 }
 
 /// See [`Hear`].
@@ -98,12 +101,13 @@ impl Upload {
     }
 
     fn complete(&mut self) -> Result<()> {
-        if self.sending.is_none() && self.announced().is_none() {
+        // An empty object is an upload of one empty part where it must be one: not every store takes that (Garage does not).
+        let is_upload = |(announce, _): (&Announce, _)| !self.part.is_empty() || announce.0.is_shared();
+        if self.sending.is_none() && !self.announced().is_some_and(is_upload) {
             self.hash_part();
             let content = Bytes::from(std::mem::take(&mut self.part));
             return self.storage.put(&self.at, content);
         }
-        // An empty object has one part, too.
         if !self.part.is_empty() || self.sending.is_none() {
             self.send_part()?;
         }

@@ -129,6 +129,8 @@ pub(crate) enum Fault {
     Held(Gate),
     /// Done without its conditions, as by a store that does not know them.
     Unconditional,
+    /// Answered 400 and not passed on, as by a store that takes no empty parts of uploads.
+    Empty,
 }
 
 /// Holds requests until it is opened.
@@ -158,10 +160,11 @@ impl PartialEq for Gate {
 
 impl Eq for Gate {}
 
-/// A request as the proxy sees it: `PUT`, and path with query.
+/// A request as the proxy sees it: `PUT`, path with query, and the body's bytes.
 pub(crate) struct Seen<'a> {
     pub(crate) method: &'a str,
     pub(crate) path: &'a str,
+    pub(crate) n_body: usize,
 }
 
 /// Decides on each request's fault.
@@ -215,7 +218,7 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     let mut body = vec![0; n_body];
     reader.read_exact(&mut body)?;
     let mut words = head.split(' ');
-    let seen = Seen { method: words.next().unwrap_or_default(), path: words.next().unwrap_or_default() };
+    let seen = Seen { method: words.next().unwrap_or_default(), path: words.next().unwrap_or_default(), n_body };
     let fault = plan.lock().unwrap()(&seen);
     log.lock().unwrap().push(fault);
     while fault == Fault::Hang || matches!(fault, Fault::Held(gate) if !gate.is_open()) {
@@ -227,6 +230,7 @@ fn pass(mut client: TcpStream, upstream: u16, plan: &Mutex<Plan>, log: &Mutex<Ve
     let refusal = match fault {
         Fault::Busy => Some(("503 Slow Down", "<Error><Code>SlowDown</Code></Error>".to_owned())),
         Fault::Gone => Some(("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>".to_owned())),
+        Fault::Empty => Some(("400 Bad Request", "<Error><Code>InvalidRequest</Code></Error>".to_owned())),
         Fault::Forbidden => Some(("403 Forbidden", format!("<Error><Code>AccessDenied</Code><Echo>{head}</Echo></Error>"))),
         _ => None,
     };
