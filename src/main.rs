@@ -147,7 +147,7 @@ fn measure(args: BenchArgs) -> Result<u8> {
             bench_windows::show(&args.trace, args.hours, args.svg.as_deref(), args.json).map(|()| 0)
         }
         args => {
-            let workload = match bench::Workload::new(args.overrides(), args.output) {
+            let workload = match bench::Workload::new(args.overrides(), args.output, args.busy) {
                 Ok(workload) => workload,
                 Err(error) => return Ok(usage(&error)),
             };

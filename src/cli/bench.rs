@@ -133,6 +133,9 @@ pub struct BenchArgs {
     /// Keep the results here instead of throwing them away
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<String>,
+    /// Then time its kernels alone: the share of its time that its operations would take at that speed (CPU)
+    #[arg(long)]
+    pub busy: bool,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,

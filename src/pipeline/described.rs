@@ -53,8 +53,8 @@ pub(super) struct Measured {
 }
 
 impl Described {
-    /// Reads all that a job is made of, but for its rows' meaning and the weights.
-    pub(super) fn new(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Self> {
+    /// Reads all that a job is made of, but for its rows' meaning and the weights. `meter` is to measure its steps.
+    pub(super) fn new(config: &Config, storage: &Storage, files: &JobFiles, meter: Arc<Meter>) -> Result<Self> {
         let start = Instant::now();
         let inputs = job::inspect_inputs(storage, &config.spec, files)?;
         let inspect = start.elapsed();
@@ -79,7 +79,7 @@ impl Described {
             load: Duration::ZERO,
             inspect,
             feed: Arc::new(FeedTimes::default()),
-            meter: Arc::new(Meter::default()),
+            meter,
             kv_tokens: open.memory.kv_tokens(),
             estimator: Arc::new(Mutex::new(JobEstimator::new(setting))),
             history,

@@ -43,6 +43,19 @@ pub struct OpenModel {
     device: AnyDevice,
 }
 
+impl OpenModel {
+    /// What computes it, and its weights.
+    ///
+    /// # Errors
+    /// It is not the CPU.
+    pub(super) fn into_cpu(self) -> Result<(CpuDevice, Box<dyn ModelFile>)> {
+        match self.device {
+            AnyDevice::Cpu(device) => Ok((*device, self.file)),
+            _ => bail!("{} is not on the CPU", self.local.name),
+        }
+    }
+}
+
 enum AnyDevice {
     Cpu(Box<CpuDevice>),
     Cuda(Box<CudaDevice>),
@@ -274,6 +287,9 @@ pub fn open_files(local: &LocalModel) -> Result<Opened> {
 pub fn load(open: OpenModel, config: &ModelConfig, meter: &Arc<Meter>) -> Result<(Box<dyn Runner>, ChatTemplate)> {
     let OpenModel { file, device, template, memory, .. } = open;
     let budget_tokens = config.budget_tokens;
+    if meter.counts() {
+        meter.count_layers(&file.spec()?.attention);
+    }
     let runner: Box<dyn Runner> = match device {
         AnyDevice::Cpu(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),
         AnyDevice::Cuda(device) => Box::new(ModelRunner::load(*device, &*file, memory.n_blocks, budget_tokens)?),

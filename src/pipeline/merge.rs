@@ -12,6 +12,7 @@ use crate::storage::Storage;
 use anyhow::{Result, bail};
 use std::io::ErrorKind;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Publishes a job that was run in shards, and removes what they left.
@@ -26,7 +27,8 @@ pub fn merge(config: &Config) -> Result<JobEnd> {
 }
 
 fn merge_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
-    let Described { inputs, mut outputs, columns, manifest, measured, .. } = Described::new(config, storage, files)?;
+    let Described { inputs, mut outputs, columns, manifest, measured, .. } =
+        Described::new(config, storage, files, Arc::default())?;
     let (settings, columns) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));
     let shards = under_way(storage, files)?;
     let manifest = of_retry(storage, files, &shards, manifest)?;

@@ -1,10 +1,12 @@
-//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads per step and nothing
-//! else; results pass through untouched.
+//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads per step and some
+//! additions, whatever it counts; results pass through untouched.
 
+use super::tally::Tally;
+use crate::device::AttentionSpec;
 use crate::device::batch::{Batch, StepOutput};
 use crate::model::{Runner, RunnerLimits};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Totals since the start, read by other threads while the engine runs.
@@ -12,6 +14,8 @@ use std::time::{Duration, Instant};
 pub struct Meter {
     prefill_ns: AtomicU64,
     decode_ns: AtomicU64,
+    /// What steps compute, where that is to be counted.
+    tally: Option<Mutex<Tally>>,
 }
 
 /// A reading of a [`Meter`].
@@ -24,6 +28,34 @@ pub struct Reading {
 }
 
 impl Meter {
+    /// One that counts, too, what steps compute.
+    pub(super) fn counting() -> Self {
+        Self { tally: Some(Mutex::default()), ..Self::default() }
+    }
+
+    /// Whether it does.
+    pub(super) fn counts(&self) -> bool {
+        self.tally.is_some()
+    }
+
+    /// Told before the first step, where it counts: the layers of the model.
+    pub(super) fn count_layers(&self, layers: &[AttentionSpec]) {
+        self.with_tally(|tally| *tally = Tally::new(layers));
+    }
+
+    /// What it has counted; `None` if it does not.
+    pub(super) fn take_tally(&self) -> Option<Tally> {
+        let mut taken = None;
+        self.with_tally(|tally| taken = Some(std::mem::take(tally)));
+        taken
+    }
+
+    fn with_tally(&self, change: impl FnOnce(&mut Tally)) {
+        if let Some(tally) = &self.tally {
+            change(&mut tally.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
     /// Totals so far.
     pub fn read(&self) -> Reading {
         Reading {
@@ -69,6 +101,7 @@ impl Runner for MeteredRunner {
         let decode_ns = (ns * n_decode).checked_div(n_tokens).unwrap_or(0);
         self.meter.prefill_ns.fetch_add(ns - decode_ns, Relaxed);
         self.meter.decode_ns.fetch_add(decode_ns, Relaxed);
+        self.meter.with_tally(|tally| tally.add(batch));
         Ok(())
     }
 }

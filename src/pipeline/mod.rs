@@ -8,6 +8,7 @@ pub mod bench_plan;
 pub mod bench_quality;
 pub mod bench_windows;
 pub mod budget;
+pub mod busy;
 mod calibrate;
 mod checkpoint;
 mod collect;
@@ -43,6 +44,7 @@ pub mod status;
 mod stepper;
 mod steps;
 mod summary;
+mod tally;
 mod threads;
 mod window;
 
@@ -71,6 +73,7 @@ use feed::Feed;
 use index::JobIndex;
 use job::{Begin, Inputs, JobFiles};
 use load::{MemoryPlan, OpenModel};
+use meter::Meter;
 use policy::Policy;
 use progress::{Progress, say, say_with};
 use report::Report;
@@ -96,14 +99,15 @@ pub fn run(config: &Config) -> Result<JobEnd> {
     if let Some(shard) = config.shard {
         files = files.of_shard(shard)?;
     }
-    let end = run_job(config, &storage, &files)?;
+    let end = run_job(config, &storage, &files, Arc::default())?;
     show(&end, config, &storage, &files)
 }
 
-/// Runs a job. Everything that can be wrong with it is found before anything of an earlier one is touched.
-fn run_job(config: &Config, storage: &Storage, files: &JobFiles) -> Result<Ended> {
+/// Runs a job. Everything that can be wrong with it is found before anything of an earlier one is touched. Its steps are
+/// measured by `meter`.
+fn run_job(config: &Config, storage: &Storage, files: &JobFiles, meter: Arc<Meter>) -> Result<Ended> {
     let Described { inputs, form, policies, columns, mut outputs, open, grammars, manifest, measured, load_start } =
-        Described::new(config, storage, files)?;
+        Described::new(config, storage, files, meter)?;
     let shared = find_shared(config, storage, files, &manifest)?;
     let requests = matches!(form, RowForm::Requests);
     let (settings, described) = (manifest.job_fingerprint.clone(), described_columns(config, &columns));

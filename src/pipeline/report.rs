@@ -2,6 +2,7 @@
 //! Invariant: every number was counted or measured in this run; what came from an earlier run of the same job is
 //! counted apart.
 
+use super::busy::Busy;
 use crate::plan::estimate::Interval;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,9 @@ pub struct Report {
     /// What was expected of this run before it ran, and what it took; absent if it computed nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub estimate: Option<Estimate>,
+    /// What its kernels would have taken alone, where that was asked for (`valar bench --busy`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy: Option<Busy>,
 }
 
 /// What lines of the results were made with.
@@ -268,6 +272,7 @@ impl Report {
             line("estimate", if expected.holds(actual.seconds) { "held" } else { "missed" }.into(), note);
         }
         line("peak memory", format!("{} MiB", self.peak_memory_bytes >> 20), format!("KV cache of {} tokens", self.kv_tokens));
+        table.push_str(&self.busy.as_ref().map_or(String::new(), Busy::table));
         table
     }
 

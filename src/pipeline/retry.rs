@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Runs a job's errors again and shows what came of it.
 ///
@@ -27,7 +28,7 @@ pub fn retry(config: &Config) -> Result<JobEnd> {
     if let Some(shard) = config.shard {
         files = files.of_shard(shard)?;
     }
-    let end = run_job(config, &storage, &files)?;
+    let end = run_job(config, &storage, &files, Arc::default())?;
     show(&end, config, &storage, &files)
 }
 

@@ -37,7 +37,6 @@ pub(super) fn report(
         journal: counts.journal.as_secs_f64(),
         finalise: counts.finalise.as_secs_f64(),
     };
-    let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
     let mut report = Report {
         job_fingerprint: run.manifest.job_fingerprint.clone(),
         system_fingerprint: run.manifest.model_fingerprint.clone(),
@@ -70,19 +69,26 @@ pub(super) fn report(
             cache_hits: stats.shared_tokens,
             recomputed: stats.recomputed_tokens,
         },
-        rates: report::Rates {
-            prefill_tokens_per_s: report::ratio(stats.prefill_tokens as f64, seconds.prefill),
-            decode_tokens_per_s: report::ratio(stats.decode_tokens as f64, seconds.decode),
-            total_tokens_per_s: report::ratio(computed, total),
-            busy_share: report::ratio(seconds.prefill + seconds.decode, total),
-        },
+        rates: rates(counts, &seconds),
         peak_memory_bytes: report::peak_memory_bytes(),
         kv_tokens: measured.kv_tokens,
         estimate: estimate(counts, measured, &seconds),
+        busy: None,
         seconds,
     };
     report.earlier = earlier_makers(run, &report)?;
     Ok(report)
+}
+
+fn rates(counts: &Counts, seconds: &report::Seconds) -> report::Rates {
+    let stats = &counts.stats;
+    let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
+    report::Rates {
+        prefill_tokens_per_s: report::ratio(stats.prefill_tokens as f64, seconds.prefill),
+        decode_tokens_per_s: report::ratio(stats.decode_tokens as f64, seconds.decode),
+        total_tokens_per_s: report::ratio(computed, seconds.total),
+        busy_share: report::ratio(seconds.prefill + seconds.decode, seconds.total),
+    }
 }
 
 /// What has made the lines that a retry took over.

@@ -7,6 +7,7 @@ mod assembly;
 mod background;
 mod batch_ends;
 mod batches;
+mod busy;
 mod cache_store;
 mod callers;
 mod checkpoint;

@@ -34,6 +34,7 @@
     reason = "a kernel's parts must be inlined where its instructions are enabled (isa.rs), and its loops run over registers"
 )]
 
+pub mod alone;
 mod attention;
 mod buffer;
 mod cache;
