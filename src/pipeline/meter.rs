@@ -1,12 +1,13 @@
 //! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads per step and some
 //! additions, whatever it counts; results pass through untouched.
 
+use super::tail::Series;
 use super::tally::Tally;
 use crate::device::AttentionSpec;
 use crate::device::batch::{Batch, StepOutput};
 use crate::model::{Runner, RunnerLimits};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Totals since the start, read by other threads while the engine runs.
@@ -14,8 +15,16 @@ use std::time::{Duration, Instant};
 pub struct Meter {
     prefill_ns: AtomicU64,
     decode_ns: AtomicU64,
+    pace: Mutex<Pace>,
     /// What steps compute, where that is to be counted.
     tally: Option<Mutex<Tally>>,
+}
+
+/// Tokens over the time since the first step.
+#[derive(Debug, Default)]
+struct Pace {
+    begin: Option<Instant>,
+    series: Series,
 }
 
 /// A reading of a [`Meter`].
@@ -41,6 +50,15 @@ impl Meter {
     /// Told before the first step, where it counts: the layers of the model.
     pub(super) fn count_layers(&self, layers: &[AttentionSpec]) {
         self.with_tally(|tally| *tally = Tally::new(layers));
+    }
+
+    /// Of a run of so many seconds, the share of time in which tokens went slowly ([`Series::tail`]).
+    pub(super) fn tail(&self, total: f64) -> f64 {
+        self.pace().series.tail(total)
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What it has counted; `None` if it does not.
@@ -95,12 +113,17 @@ impl Runner for MeteredRunner {
     fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<()> {
         let start = self.began.take().unwrap_or_else(Instant::now);
         self.inner.run(batch, out)?;
-        let ns = start.elapsed().as_nanos() as u64;
+        let took = start.elapsed();
+        let ns = took.as_nanos() as u64;
         let n_tokens = batch.tokens.len() as u64;
         let n_decode = batch.seqs.iter().filter(|s| s.n_tokens == 1).count() as u64;
         let decode_ns = (ns * n_decode).checked_div(n_tokens).unwrap_or(0);
         self.meter.prefill_ns.fetch_add(ns - decode_ns, Relaxed);
         self.meter.decode_ns.fetch_add(decode_ns, Relaxed);
+        let mut pace = self.meter.pace();
+        let from = (start - *pace.begin.get_or_insert(start)).as_secs_f64();
+        pace.series.add(from, from + took.as_secs_f64(), n_tokens);
+        drop(pace);
         self.meter.with_tally(|tally| tally.add(batch));
         Ok(())
     }

@@ -44,6 +44,7 @@ pub mod status;
 mod stepper;
 mod steps;
 mod summary;
+mod tail;
 mod tally;
 mod threads;
 mod window;

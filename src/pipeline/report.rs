@@ -193,6 +193,9 @@ pub struct Rates {
     pub total_tokens_per_s: f64,
     /// Share of `seconds.total` in which the engine ran steps.
     pub busy_share: f64,
+    /// Share of `seconds.total` in which tokens were computed at under half their median rate, waiting included.
+    #[serde(default)]
+    pub tail_share: f64,
 }
 
 /// 0 where nothing was divided.
@@ -266,6 +269,7 @@ impl Report {
             seconds.load
         );
         line("total", format!("{:.2} s", seconds.total), note);
+        line("tail", format!("{:.1} %", 100.0 * rates.tail_share), "of it at under half the median rate of tokens".into());
         if let Some(Estimate { seconds: Some(expected), actual, .. }) = &self.estimate {
             let note =
                 format!("computing took {:.1} s; {:.1} to {:.1} s were expected", actual.seconds, expected.low, expected.high);

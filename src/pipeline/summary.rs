@@ -69,7 +69,7 @@ pub(super) fn report(
             cache_hits: stats.shared_tokens,
             recomputed: stats.recomputed_tokens,
         },
-        rates: rates(counts, &seconds),
+        rates: rates(counts, measured, &seconds),
         peak_memory_bytes: report::peak_memory_bytes(),
         kv_tokens: measured.kv_tokens,
         estimate: estimate(counts, measured, &seconds),
@@ -80,7 +80,7 @@ pub(super) fn report(
     Ok(report)
 }
 
-fn rates(counts: &Counts, seconds: &report::Seconds) -> report::Rates {
+fn rates(counts: &Counts, measured: &Measured, seconds: &report::Seconds) -> report::Rates {
     let stats = &counts.stats;
     let computed = (stats.prefill_tokens + stats.generated_tokens) as f64;
     report::Rates {
@@ -88,6 +88,7 @@ fn rates(counts: &Counts, seconds: &report::Seconds) -> report::Rates {
         decode_tokens_per_s: report::ratio(stats.decode_tokens as f64, seconds.decode),
         total_tokens_per_s: report::ratio(computed, seconds.total),
         busy_share: report::ratio(seconds.prefill + seconds.decode, seconds.total),
+        tail_share: measured.meter.tail(seconds.total),
     }
 }
 

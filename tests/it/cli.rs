@@ -224,6 +224,7 @@ fn bench_prints_what_it_measured() {
     for field in ["prefill_tokens_per_s", "decode_tokens_per_s", "busy_share"] {
         assert!(report["rates"][field].as_f64().unwrap() > 0.0, "{field}");
     }
+    assert!((0.0..=1.0).contains(&report["rates"]["tail_share"].as_f64().unwrap()), "{report}");
     assert!(report["peak_memory_bytes"].as_u64().unwrap() > 0);
 }
 
