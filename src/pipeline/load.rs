@@ -208,8 +208,8 @@ fn plan_cuda(device: CudaDevice, file: &dyn ModelFile, spec: &ModelSpec, config:
     Ok((AnyDevice::Cuda(Box::new(device)), fingerprint, memory, Some((format!("cuda:{ordinal}"), free))))
 }
 
-/// Most bytes of weights in bfloat16 that `fast` takes. What is larger is bound by reading weights, of which the file's
-/// integers have fewer; and it would crowd out the KV cache.
+/// Most bytes of weights that `fast` takes with products in bfloat16. With more, a step of few rows is bound by reading them, and
+/// unpacking would come on top of that.
 const MAX_FAST_BF16_BYTES: usize = 4 << 30;
 
 /// The CPU in the numbers asked for. What `fast` means depends on the model and the machine's instructions, never on free

@@ -327,6 +327,20 @@ proptest! {
     }
 
     #[test]
+    fn quantised_weights_in_bf16_are_their_floats(seed: u64, dtype in FLOATS.end..DTYPES.len(), n in 1usize..100, n_blocks in 1usize..5, n_tokens in 1usize..70) {
+        let rng = &mut Random(seed);
+        let k = width(n_blocks, &[DTYPES[dtype]]);
+        let packed = Matrix::random(rng, DTYPES[dtype], n, k);
+        let bytes = (0..n * k).flat_map(|i| packed.value(i / k, i % k).to_le_bytes()).collect();
+        let floats = Matrix { dtype: DType::F32, n, k, bytes };
+        let x = random_rows(rng, n_tokens * k);
+        for dev in devices(Numerics::Bf16) {
+            let [of_packed, of_floats] = [&packed, &floats].map(|matrix| bits(&project(&dev, &x, &[matrix.tensor()]).1));
+            prop_assert_eq!(of_packed, of_floats, "{}", dev.isa().name());
+        }
+    }
+
+    #[test]
     fn embeddings_are_the_files_values(seed: u64, dtype in 0..DTYPES.len(), n_vocab in 1usize..100, n_tokens in 1usize..30, numerics in numerics()) {
         let rng = &mut Random(seed);
         let k = width(2, &[DTYPES[dtype]]);

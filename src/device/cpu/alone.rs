@@ -117,6 +117,7 @@ fn describe(weight: &Weight) -> String {
         let name = match part.layout {
             numerics::Layout::Blocks(dtype) | numerics::Layout::Floats(dtype) => dtype.to_string(),
             numerics::Layout::Tiles => "bf16 tiles".to_owned(),
+            numerics::Layout::PackedTiles(dtype) => format!("{dtype} as bf16 tiles"),
         };
         if !types.contains(&name) {
             types.push(name);

@@ -2,20 +2,19 @@
 //! decoders. Invariant: a value is one fixed sequence of operations over k, made of its token's activations and its
 //! column's weights alone; tiles, row groups and instruction sets only choose what is computed when.
 
-use super::buffer::{Aligned, LINE, Shared, prefetch_far, prefetch_for_writing};
+use super::buffer::{Aligned, Shared, prefetch_for_writing};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
 use super::numerics::Layout;
 use super::quant::{Act, ActWriter};
 use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
-use super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
+use super::tile::TILE;
 use super::weights::{BLOCK, PANEL, Part, Weight};
-use super::{Scratch, gemm_f, gemm_q};
+use super::{Scratch, gemm_f, gemm_q, gemm_t};
 use crate::device::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
-use std::slice::Chunks;
 
 /// Most rows a kernel takes at once: tiles have a multiple of it.
 const MAX_ROWS: usize = 6;
@@ -27,8 +26,11 @@ const PIECE_BLOCKS: usize = 12;
 /// of bfloat16) should stay in the L2 cache.
 const TILE_ACT_ELEMENTS: usize = 256 << 10;
 
+/// Most panels of a worker's share.
+pub(super) const MAX_PANELS: usize = 16;
+
 /// Rows of a pair of tiles.
-const PAIR: usize = 2 * TILE;
+pub(super) const PAIR: usize = 2 * TILE;
 
 /// What becomes of the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +66,7 @@ pub(super) enum Out<'a> {
 impl Out<'_> {
     /// The first of the results in `columns` of some rows, and the elements from row to row.
     #[inline(always)]
-    fn block(&self, rows: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
+    pub(super) fn block(&self, rows: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
         match self {
             Self::Values(values, width) => {
                 assert!(columns.end <= *width);
@@ -81,7 +83,7 @@ impl Out<'_> {
 
     /// Asks for the memory of [`Out::block`], or of the tiles that results are rounded into.
     #[inline(always)]
-    fn prefetch(&self, rows: &Range<usize>, columns: &Range<usize>) {
+    pub(super) fn prefetch(&self, rows: &Range<usize>, columns: &Range<usize>) {
         match self {
             Self::Act(act) if act.is_tiles() => act.prefetch(rows, columns),
             _ => {
@@ -95,11 +97,11 @@ impl Out<'_> {
 }
 
 /// A worker's share: some panels of a part, for some rows.
-struct Tile<'a> {
-    product: &'a Product<'a>,
-    part: &'a Part,
-    panels: Range<usize>,
-    rows: Range<usize>,
+pub(super) struct Tile<'a> {
+    pub(super) product: &'a Product<'a>,
+    pub(super) part: &'a Part,
+    pub(super) panels: Range<usize>,
+    pub(super) rows: Range<usize>,
 }
 
 /// Makes a worker's memory for products of up to `max_rows` rows.
@@ -138,13 +140,13 @@ pub(super) fn multiply_window(product: &Product<'_>, columns: &Range<usize>, row
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels
 /// (an even number: the two of a gated pair's 32 columns stay together) as leave every thread several tiles.
 fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize, usize) {
-    let multiple = if part.layout == Layout::Tiles { 2 * TILE } else { MAX_ROWS };
+    let multiple = if matches!(part.layout, Layout::Tiles | Layout::PackedTiles(_)) { PAIR } else { MAX_ROWS };
     let in_cache = (TILE_ACT_ELEMENTS / k).max(4 * multiple);
     let least = n_rows.div_ceil(in_cache);
     let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
     let row_tiles = least.max(wanted).max(1);
     let rows = n_rows.div_ceil(row_tiles).next_multiple_of(multiple);
-    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, 16) & !1;
+    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, MAX_PANELS) & !1;
     (rows, panels)
 }
 
@@ -162,7 +164,7 @@ fn run_tile(isa: Isa, tile: &Tile<'_>, scratch: &mut Scratch) {
             DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{dtype} has no blocks"),
         },
         Layout::Floats(dtype) => floats(isa, dtype, tile, scratch),
-        Layout::Tiles => bf16(isa, tile, scratch),
+        Layout::Tiles | Layout::PackedTiles(_) => bf16(isa, tile, scratch),
     }
 }
 
@@ -192,7 +194,7 @@ per_isa! {
     fn floats(dtype: DType, tile: &Tile<'_>, scratch: &mut Scratch) = float_panels;
 }
 per_isa! {
-    fn bf16(tile: &Tile<'_>, scratch: &mut Scratch) = bf16_panels;
+    fn bf16(tile: &Tile<'_>, scratch: &mut Scratch) = gemm_t::panels;
 }
 
 #[inline(always)]
@@ -211,18 +213,9 @@ fn float_panels<S: Simd>(s: S, dtype: DType, tile: &Tile<'_>, scratch: &mut Scra
     seal(s, tile);
 }
 
-#[inline(always)]
-fn bf16_panels<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
-    tile.product.isa.unit().prepare();
-    for panel in tile.panels.clone() {
-        bf16_panel(s, tile, panel, scratch);
-    }
-    seal(s, tile);
-}
-
 /// Puts activations that the tile has made into the form that the next weight reads, if they are not yet.
 #[inline(always)]
-fn seal<S: Simd>(s: S, tile: &Tile<'_>) {
+pub(super) fn seal<S: Simd>(s: S, tile: &Tile<'_>) {
     if let Out::Act(act) = &tile.product.out
         && !act.is_tiles()
     {
@@ -273,107 +266,6 @@ fn float_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, dtype: DType, scrat
     finish(s, tile, panel, &tile.rows, sums);
 }
 
-/// One panel of tiles for all of the tile's rows, two tiles of rows at a time. What is to be done with two tiles' results
-/// is done while the next two are multiplied: the unit for tiles and the lanes work side by side.
-#[inline(always)]
-#[expect(clippy::cast_ptr_alignment, reason = "tiles are read without alignment")]
-fn bf16_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
-    const STRIDE: usize = TILE_K * size_of::<u16>();
-    let (product, columns) = (tile.product, columns_of(tile, panel));
-    let act = product.act;
-    let n_k = act.k.div_ceil(TILE_K);
-    let panel_bytes = tile.part.panel(panel);
-    assert!(panel_bytes.len() == n_k * 2 * TILE_CELLS * size_of::<u16>() && tile.rows.start.is_multiple_of(TILE));
-    let weights = panel_bytes.as_ptr().cast::<u16>();
-    let b = Tiles { start: [weights, weights.wrapping_add(TILE_CELLS)], stride: STRIDE, step: 2 * TILE_CELLS * size_of::<u16>() };
-    // The panel that this thread takes next, as far as one can tell, is asked for line by line: what is read once per step
-    // comes from far away, and many requests at once would hold up what is needed now.
-    let is_next = panel + 1 < tile.panels.end || (tile.rows.end == product.n_rows && panel + 1 < tile.part.n_panels);
-    let next = if is_next { tile.part.panel(panel + 1) } else { &[] };
-    let n_steps = tile.rows.len().div_ceil(PAIR) * n_k;
-    let ahead = next.chunks(next.len().div_ceil(n_steps).next_multiple_of(LINE).max(LINE));
-    scratch.sums.reserve(2 * PAIR * PANEL);
-    let (mut sums, mut done) = scratch.sums[..2 * PAIR * PANEL].split_at_mut(PAIR * PANEL);
-    let at_once = PAIR.div_ceil(n_k);
-    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], to_come: 0..0, ahead, at_once };
-    for row in tile.rows.clone().step_by(PAIR) {
-        let rows = row..tile.rows.end.min(row + PAIR);
-        finish.to_come = rows.clone();
-        // Whole tiles whose products need nothing more go where they belong.
-        let direct = product.epilogue == Epilogue::Store && rows.len() == PAIR && columns.len() == PANEL;
-        let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (sums.as_mut_ptr(), PANEL) };
-        let target = Target { start, stride, n_rows: rows.len(), add: false };
-        let first = &act.tiles[act.tile_row(rows.start)..][..n_k * TILE_CELLS];
-        let step = TILE_CELLS * size_of::<u16>();
-        // SAFETY: the slices hold `n_k` tiles of each operand; the target is 32 rows of 32, `sums` or (each (row, panel)
-        // belongs to one tile, and panels share no columns) a block that was asserted to be there.
-        unsafe {
-            if rows.len() > TILE {
-                let second = &act.tiles[act.tile_row(rows.start + TILE)..][..n_k * TILE_CELLS];
-                let a = Tiles { start: [first.as_ptr(), second.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
-            } else {
-                let a = Tiles { start: [first.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
-            }
-        }
-        finish.all();
-        if !direct {
-            let ahead = finish.ahead;
-            std::mem::swap(&mut sums, &mut done);
-            finish = Finish { s, tile, columns: &columns, rows, sums: done.as_chunks().0, to_come: 0..0, ahead, at_once };
-        }
-    }
-    finish.all();
-}
-
-/// What is done while two tiles of rows are multiplied, some of it with each k-tile: the products before them are brought to
-/// memory, and that which theirs need is asked for, as are later weights.
-struct Finish<'t, 'a, S> {
-    s: S,
-    tile: &'t Tile<'t>,
-    columns: &'t Range<usize>,
-    /// The rows still to be brought.
-    rows: Range<usize>,
-    /// Theirs.
-    sums: &'a [[f32; PANEL]],
-    /// The rows being multiplied for whose results no memory was asked yet.
-    to_come: Range<usize>,
-    /// Pieces of the next panel, one for each k-tile.
-    ahead: Chunks<'t, u8>,
-    /// Rows for each k-tile.
-    at_once: usize,
-}
-
-impl<S: Simd> Finish<'_, '_, S> {
-    #[inline(always)]
-    fn rows(&mut self, n: usize) {
-        for _ in 0..n.min(self.rows.len()) {
-            finish_row(self.s, self.tile.product, self.columns, self.rows.start, &self.sums[0]);
-            self.rows.start += 1;
-            self.sums = &self.sums[1..];
-        }
-    }
-
-    #[inline(always)]
-    fn all(&mut self) {
-        self.rows(self.rows.len());
-    }
-}
-
-impl<S: Simd> Meanwhile for Finish<'_, '_, S> {
-    #[inline(always)]
-    fn some(&mut self) {
-        prefetch_far(self.ahead.next().unwrap_or_default());
-        let middle = self.to_come.end.min(self.to_come.start + self.at_once);
-        if self.to_come.start < middle {
-            self.tile.product.out.prefetch(&(self.to_come.start..middle), self.columns);
-            self.to_come.start = middle;
-        }
-        self.rows(self.at_once);
-    }
-}
-
 /// Zeros for the sums of a panel's columns, `[n_rows][32]`.
 #[inline(always)]
 fn sums_of(memory: &mut Aligned<f32>, n_rows: usize) -> &mut [[f32; PANEL]] {
@@ -385,7 +277,7 @@ fn sums_of(memory: &mut Aligned<f32>, n_rows: usize) -> &mut [[f32; PANEL]] {
 
 /// The columns of the output that a panel makes.
 #[inline(always)]
-fn columns_of(tile: &Tile<'_>, panel: usize) -> Range<usize> {
+pub(super) fn columns_of(tile: &Tile<'_>, panel: usize) -> Range<usize> {
     let width = if tile.product.weight.gated { PANEL / 2 } else { PANEL };
     let start = panel * width;
     tile.part.n_start + start..tile.part.n_start + tile.part.n.min(start + width)
@@ -402,7 +294,7 @@ fn finish<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, rows: &Range<usize>, sum
 
 /// Brings a panel's products for a row to memory.
 #[inline(always)]
-fn finish_row<S: Simd>(s: S, product: &Product<'_>, columns: &Range<usize>, row: usize, y: &[f32; PANEL]) {
+pub(super) fn finish_row<S: Simd>(s: S, product: &Product<'_>, columns: &Range<usize>, row: usize, y: &[f32; PANEL]) {
     // SAFETY: a panel's row is two vectors.
     let (low, high) = unsafe { (s.load(y.as_ptr()), s.load(y.as_ptr().add(LANES))) };
     if let (Out::Act(act), Epilogue::Gate(f)) = (&product.out, product.epilogue)

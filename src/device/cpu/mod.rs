@@ -46,6 +46,7 @@ mod experts;
 mod gemm;
 mod gemm_f;
 mod gemm_q;
+mod gemm_t;
 mod head;
 mod isa;
 mod norm;
@@ -59,6 +60,9 @@ mod simd_neon;
 mod simd_x86;
 mod team;
 mod tile;
+mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod unpack_x86;
 mod weights;
 
 pub use cache::Cache;
@@ -76,7 +80,7 @@ use cache::{Layout, RopeTable};
 use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
 use head::HeadMemory;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use team::Team;
 
 /// A CPU.
@@ -86,6 +90,8 @@ pub struct CpuDevice {
     kv: Kv,
     team: Team,
     memory: RefCell<Memory>,
+    /// Elements of the widest panel that was loaded and must be unpacked into tiles.
+    widest_panel: Cell<usize>,
 }
 
 /// What the leader needs between operations; made by `reserve`, or at first use, and kept.
@@ -104,6 +110,8 @@ struct Memory {
 struct Scratch {
     /// A piece of a panel of weights, unpacked.
     panel: Aligned<u8>,
+    /// Panels of weights as tiles.
+    unpacked: unpack::Unpacked,
     /// The sums of a panel's columns, `[rows of a tile][32]`
     sums: Aligned<f32>,
     /// A token's values.
@@ -158,7 +166,14 @@ pub struct Vector(Vec<f32>);
 impl CpuDevice {
     /// A device of `n_threads` threads (the caller's is one of them) that uses the instructions of `isa`.
     pub fn new(isa: Isa, numerics: Numerics, n_threads: usize) -> Self {
-        Self { isa, numerics, kv: Kv::default(), team: Team::new(n_threads), memory: RefCell::default() }
+        Self {
+            isa,
+            numerics,
+            kv: Kv::default(),
+            team: Team::new(n_threads),
+            memory: RefCell::default(),
+            widest_panel: Cell::default(),
+        }
     }
 
     /// The same with keys and values kept in that way.
@@ -180,6 +195,12 @@ impl CpuDevice {
     /// The instructions in use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// What a weight needs of each thread is made by `reserve`.
+    fn loaded(&self, weight: Weight) -> Weight {
+        self.widest_panel.set(self.widest_panel.get().max(unpack::widest(&weight)));
+        weight
     }
 
     /// out = weight · act, or added to what is there.
@@ -207,11 +228,11 @@ impl Device for CpuDevice {
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
-        Weight::stacked(&self.team, self.numerics, parts)
+        Weight::stacked(&self.team, self.numerics, parts).map(|weight| self.loaded(weight))
     }
 
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Weight> {
-        Weight::gated(&self.team, self.numerics, gate, up)
+        Weight::gated(&self.team, self.numerics, gate, up).map(|weight| self.loaded(weight))
     }
 
     fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Vector> {
@@ -247,8 +268,11 @@ impl Device for CpuDevice {
         }
         memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, (sizes.n_vocab, sizes.max_seqs)));
         memory.experts = sizes.experts.map(|experts| ExpertMemory::new(self.numerics, experts, sizes.width, sizes.max_tokens));
-        let numerics = self.numerics;
-        self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes));
+        let (numerics, widest_panel) = (self.numerics, self.widest_panel.get());
+        self.team.each_scratch(|scratch| {
+            scratch.reserve(numerics, sizes);
+            scratch.unpacked.reserve(widest_panel);
+        });
     }
 
     fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {

@@ -82,6 +82,7 @@ impl Numerics {
     /// The layout of weights of a type.
     pub(super) fn layout(self, dtype: DType) -> Layout {
         match self {
+            Self::Bf16 if dtype.is_quantised() => Layout::PackedTiles(dtype),
             Self::Bf16 => Layout::Tiles,
             Self::F32 if dtype.is_quantised() => Layout::Floats(DType::F32),
             Self::Int8 | Self::Int8Bf16 if dtype.is_quantised() => Layout::Blocks(dtype),
@@ -131,6 +132,8 @@ pub(super) enum Layout {
     Floats(DType),
     /// Tiles of bfloat16.
     Tiles,
+    /// Blocks of integers that become tiles where they are multiplied.
+    PackedTiles(DType),
 }
 
 /// The form of activations that a weight reads.
@@ -147,7 +150,7 @@ impl Form {
         let mut form = Self::Floats;
         for part in &weight.parts {
             match part.layout {
-                Layout::Tiles => form = Self::Tiles,
+                Layout::Tiles | Layout::PackedTiles(_) => form = Self::Tiles,
                 Layout::Blocks(_) => form = Self::Integers,
                 Layout::Floats(_) => {}
             }

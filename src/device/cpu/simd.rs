@@ -5,7 +5,9 @@
 //! implementations give the same bits. A kernel generic over [`Simd`] is therefore the same function on each of them.
 
 use super::dots::{self, Left, Right, Target};
+use super::unpack;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Lanes of a vector; also the columns that one group of weight bytes covers.
 pub(super) const LANES: usize = 16;
@@ -195,6 +197,12 @@ pub(super) trait Simd: Copy {
     fn dot<F: Format>(self, acc: Self::I, w: Self::U, a: i32) -> Self::I;
     /// Σ (q − ZERO) · a as f32 (exact: it is under 2^20).
     fn finish<F: Format>(self, acc: Self::I, total: i32) -> Self::V;
+
+    /// Makes some pieces of a panel in packed blocks tiles (`unpack.rs`).
+    #[inline(always)]
+    fn unpack<F: Format>(self, packed: &[u8], pieces: Range<usize>, tiles: &mut [u16]) {
+        unpack::plainly::<Self, F>(self, packed, pieces, tiles);
+    }
 
     /// e^x: the polynomial, the constants and the order of operations of the scalar `exp` of host-side kernels.
     #[inline(always)]

@@ -4,6 +4,7 @@
 use super::dots::{self, Left, Right, Target};
 use super::dots_x86;
 use super::simd::{Format, LANES, Simd};
+use super::{unpack, unpack_x86};
 use std::arch::asm;
 use std::arch::x86_64::{
     __m256, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
@@ -22,6 +23,7 @@ use std::arch::x86_64::{
     _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
     _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
+use std::ops::Range;
 
 /// AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Debug, Clone, Copy)]
@@ -237,6 +239,15 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn finish<F: Format>(self, acc: __m512i, _total: i32) -> __m512 {
         op!(_mm512_cvtepi32_ps(acc))
+    }
+    #[inline(always)]
+    fn unpack<F: Format>(self, packed: &[u8], pieces: Range<usize>, tiles: &mut [u16]) {
+        if self.bf16 {
+            // SAFETY: `self` is the proof that the machine has the instructions.
+            unsafe { unpack_x86::pieces::<F>(packed, pieces, tiles) };
+        } else {
+            unpack::plainly::<Self, F>(self, packed, pieces, tiles);
+        }
     }
 }
 

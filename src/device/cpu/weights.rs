@@ -1,6 +1,6 @@
 //! Weights in the layout the kernels stream: panels of 32 columns (rows of the file's tensor), everything of a panel
 //! contiguous. Knows nothing of activations. Invariant: the integers, scales and minimums are the file's own, moved and
-//! never rounded again; as tiles they are the file's values rounded to bfloat16.
+//! never rounded again; as tiles, or when tiles are made of them, they are the file's values rounded to bfloat16.
 //!
 //! A panel of quantised weights is a run of blocks (32 elements of k for all 32 columns), each:
 //! `d: [32]`, then (formats with a minimum) `m: [32]`, then the integers. These come in groups of 4 consecutive
@@ -12,7 +12,8 @@
 //! group's scale and its superblock's multiply to) and 8-bit integers, 1.125 to 1.5 bytes per weight. Where the halves of
 //! 32 elements have scales of their own, `d` and `m` are `[2][32]`.
 //!
-//! A panel of tiles is `[k / 32][2]` tiles of 32 elements of k by 16 columns, each `[pair of elements][column][2]`.
+//! A panel of tiles is `[k / 32][2]` tiles of 32 elements of k by 16 columns, each `[pair of elements][column][2]`. Only floats
+//! lie so in memory; quantised weights become tiles (`unpack.rs`) where they are multiplied.
 
 use super::buffer::{Aligned, Shared};
 use super::numerics::{Layout, Numerics};
@@ -22,11 +23,15 @@ use super::tile::{TILE, TILE_CELLS, TILE_K};
 use crate::tensor::{DType, Tensor};
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 32;
 /// Elements of k that share a scale.
 pub(super) const BLOCK: usize = 32;
+
+/// Parts that were made so far.
+static PARTS: AtomicU64 = AtomicU64::new(0);
 
 /// The weights of one operation.
 pub struct Weight {
@@ -42,6 +47,8 @@ pub struct Weight {
 
 /// Panels of one type.
 pub(super) struct Part {
+    /// Unlike that of any other part of the process.
+    pub(super) number: u64,
     pub(super) layout: Layout,
     /// The output column that the first panel's first column makes.
     pub(super) n_start: usize,
@@ -99,9 +106,14 @@ impl Weight {
         let r = r - part.n_start;
         let (panel, column) = (part.panel(r / PANEL), r % PANEL);
         match part.layout {
-            Layout::Blocks(dtype) => {
+            Layout::Blocks(dtype) | Layout::PackedTiles(dtype) => {
                 for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
                     unpack_block(dtype, &panel[b * block_bytes(dtype)..], column, out);
+                    if part.layout != Layout::Blocks(dtype) {
+                        for x in out {
+                            *x = bf16::from_bits(to_bf16(*x)).to_f32();
+                        }
+                    }
                 }
             }
             Layout::Floats(dtype) => {
@@ -138,7 +150,7 @@ impl Part {
             for column in 0..PANEL {
                 let Some(row) = row(panel, column) else { continue };
                 match layout {
-                    Layout::Blocks(_) => pack_blocks(dtype, row, column, out),
+                    Layout::Blocks(_) | Layout::PackedTiles(_) => pack_blocks(dtype, row, column, out),
                     Layout::Floats(as_type) if as_type == dtype => pack_floats(dtype.block_bytes(), row, column, out),
                     Layout::Floats(_) => {
                         values.resize(k, 0.0);
@@ -157,7 +169,13 @@ impl Part {
                 }
             }
         });
-        Self { layout, n_start, n, bytes, n_panels, panel_bytes }
+        let number = PARTS.fetch_add(1, Ordering::Relaxed);
+        Self { number, layout, n_start, n, bytes, n_panels, panel_bytes }
+    }
+
+    /// Bytes of a panel.
+    pub(super) fn panel_bytes(&self) -> usize {
+        self.panel_bytes
     }
 
     /// One panel's bytes; what they are depends on the type (see the head of the file).
@@ -266,14 +284,14 @@ fn is_nibbles(dtype: DType) -> bool {
 }
 
 /// Bytes of a packed block: 32 elements of k for 32 columns.
-fn block_bytes(dtype: DType) -> usize {
+pub(super) fn block_bytes(dtype: DType) -> usize {
     header_bytes(dtype) + if is_nibbles(dtype) { BLOCK * PANEL / 2 } else { BLOCK * PANEL }
 }
 
 /// Bytes of a panel of rows of k elements.
 fn panel_bytes(layout: Layout, k: usize) -> usize {
     match layout {
-        Layout::Blocks(dtype) => k / BLOCK * block_bytes(dtype),
+        Layout::Blocks(dtype) | Layout::PackedTiles(dtype) => k / BLOCK * block_bytes(dtype),
         Layout::Floats(dtype) => (k * PANEL * dtype.block_bytes()).next_multiple_of(64),
         Layout::Tiles => k.next_multiple_of(TILE_K) * PANEL * 2,
     }
