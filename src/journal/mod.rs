@@ -34,7 +34,7 @@ pub use overview::{Asked, Life, Overview, ask_to_stop, lease_in, manifest_in, ov
 pub use row_set::RowSet;
 pub use segment::{Checkpoint, Place, Record, SegmentId, is_damaged};
 pub use segment_index::Noted;
-pub use start::{Start, forget_start, shared_start};
+pub use start::{forget_start, shared_start};
 
 use std::io::Write as _;
 use std::ops::Range;

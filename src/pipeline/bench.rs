@@ -55,8 +55,10 @@ impl Workload {
         let meter = Arc::new(if self.busy { Meter::counting() } else { Meter::default() });
         let files = JobFiles::new(&storage, &self.config.spec.output)?;
         let mut end = run_job(&self.config, &storage, &files, Arc::clone(&meter))?;
+        // The run's report is told also if its kernels can't be measured.
+        let mut measured = Ok(());
         if let (Ended::Now(report), Some(tally)) = (&mut end, meter.take_tally()) {
-            report.busy = Some(busy::measure(&tally, &self.config.model(), report.seconds.total)?);
+            measured = busy::measure(&tally, &self.config.model(), report.seconds.total).map(|busy| report.busy = Some(busy));
         }
         if let Ended::Now(report) | Ended::Before(report) = &end {
             if json {
@@ -67,6 +69,6 @@ impl Workload {
                 writeln!(std::io::stdout(), "{}", report.table().trim_end())?;
             }
         }
-        Ok(end.code())
+        measured.map(|()| end.code())
     }
 }

@@ -65,7 +65,7 @@ impl Described {
         // The job's parts are named when it has begun.
         let outputs = Outputs { results, parts: None, errors, passed, schema, columns: columns.fields() };
         let load_start = Instant::now();
-        let begun_context = job::begun_context(storage, files, (config.shard, config.terms.restart));
+        let begun_context = if config.terms.restart { None } else { job::begun_context(storage, files) };
         let open = load::open(&ModelConfig { begun_context, ..config.model() })?;
         let grammars = Grammars::new(Arc::clone(&open.tokenizer));
         steps::check_formats(&form.rows, &grammars)?;

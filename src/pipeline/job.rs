@@ -8,7 +8,7 @@ use super::report::{Report, content_hash};
 use crate::config::Config;
 use crate::format::passed::{KnownFile, Passed};
 use crate::format::{self, Format, Inspection, Limits, PartList, PartSize, Parts};
-use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Start, Terms};
+use crate::journal::{self, Input, JobDir, Journal, Manifest, Shard, Terms};
 use crate::pipeline::spec::{EngineSpec, OutputSpec, PipelineSpec, PriceSpec};
 use crate::storage::{Location, Storage};
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -257,18 +257,13 @@ pub(super) fn manifest(config: &Config, inputs: &Inputs, files_hash: &str, model
 }
 
 /// The longest row that the job whose files these are may have; `None` if there is none. Whether it is this job is seen later.
-/// One that is begun anew (`restart`) keeps to nothing but the other shards.
-pub(super) fn begun_context(storage: &Storage, files: &JobFiles, (shard, restart): (Option<Shard>, bool)) -> Option<usize> {
+pub(super) fn begun_context(storage: &Storage, files: &JobFiles) -> Option<usize> {
     let of_dir = |dir: &Location| journal::manifest_in(storage, dir).ok().flatten();
     // Shards must agree, and a merge with them: with whichever has begun.
     let of_shards = || {
         let shards = files.shards(storage).unwrap_or_default();
-        let mut others = shards.iter().filter(|&&other| Some(other) != shard);
-        others.find_map(|&other| of_dir(&files.of_shard(other).ok()?.journal))
+        shards.iter().find_map(|&shard| of_dir(&files.of_shard(shard).ok()?.journal))
     };
-    if restart {
-        return shard.and_then(|_| of_shards()).as_ref().and_then(context_of);
-    }
     let Some(manifest) = of_dir(&files.journal).or_else(of_shards) else {
         // The KV cache held at least one row of any length that was allowed.
         return report(storage, files).ok().flatten().map(|report| report.kv_tokens as usize);
@@ -325,38 +320,40 @@ pub(super) fn begin(
     }
     let replaces = if terms.restart { storage.get(&files.report)?.map(|text| content_hash(&text)) } else { None };
     let created_unix_s = match shard {
-        Some(_) => match shared_start(storage, files, &manifest) {
-            Ok(_) if is_dated => manifest.created_unix_s,
-            Ok(start) => start.created_unix_s,
-            Err(refusal) => return dir.remove().and(Err(refusal)),
-        },
-        None => manifest.created_unix_s,
+        Some(_) if !is_dated => journal::shared_start(storage, &files.job, &manifest.job_fingerprint, manifest.created_unix_s)?,
+        _ => manifest.created_unix_s,
     };
     let manifest = Manifest { created_unix_s, replaces, ..manifest };
     let journal = create(storage, files, dir, &manifest, shard)?;
+    // What was to be replaced is gone; who restarts a shard restarts the others, too, or merges with what they have.
+    if !terms.restart
+        && let Some(shard) = shard
+        && let Err(refusal) = agrees(storage, files, shard, &manifest)
+    {
+        return journal.remove().and(Err(refusal));
+    }
     let index = JobIndex::new(&files.scratch_folder())?;
     Ok(Begin::Work(Box::new(manifest), Box::new(journal), Box::new(index)))
 }
 
-/// How the first shard of a job began. Two that begin at one moment don't see each other's manifest; with unlike memory they
-/// would find out only when they are merged.
-fn shared_start(storage: &Storage, files: &JobFiles, manifest: &Manifest) -> Result<Start> {
-    let mut pipeline: toml::Table = manifest.pipeline.parse().context("the pipeline is no table")?;
-    let max_context = context_of(manifest);
-    pipeline.remove("memory");
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(toml::to_string(&pipeline)?.as_bytes()).update(manifest.model_fingerprint.as_bytes());
-    hasher.update(manifest.inputs_hash().as_bytes());
-    let own = Start { created_unix_s: manifest.created_unix_s, max_context };
-    let start = journal::shared_start(storage, &files.job, &hasher.finalize().to_hex()[..32], own)?;
-    if let (Some(begun), Some(own)) = (start.max_context, max_context) {
-        ensure!(
-            begun == own,
-            "another shard has begun this job with rows of up to {begun} tokens, and this machine's memory would allow {own}: \
-             start it again, with memory for no fewer, and it keeps to that"
-        );
+/// Refuses a shard whose rows may be of another length than those of one that has begun: with little memory they may not be as long
+/// as the model allows. One that began earlier is kept to ([`begun_context`]), if memory allows; of two that begin at one moment at
+/// least one sees the other here, before it computes what could not be merged.
+fn agrees(storage: &Storage, files: &JobFiles, shard: Shard, manifest: &Manifest) -> Result<()> {
+    for other in files.shards(storage)?.into_iter().filter(|&other| other != shard) {
+        let Some(found) = journal::manifest_in(storage, &files.of_shard(other)?.journal)? else { continue };
+        if let [only] = found.differences(manifest).as_slice()
+            && let (Some(begun), Some(own)) = (context_of(&found), context_of(manifest))
+            && only.contains("memory.max_context")
+        {
+            bail!(
+                "shard {other} has begun with rows of up to {begun} tokens, and the memory here is for {own}: start this one again \
+                 with memory for as many, and it keeps to that"
+            );
+        }
+        break;
     }
-    Ok(start)
+    Ok(())
 }
 
 /// Makes the journal of a job that nobody cuts in another way.

@@ -1,5 +1,5 @@
-//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads per step and some
-//! additions, whatever it counts; results pass through untouched.
+//! Measures what the engine's steps do: a [`Runner`] around another. Invariant: adds two clock reads, a lock and some
+//! additions per step (and where it is to count, a walk over the batch, of which it copies a few); results pass through untouched.
 
 use super::tail::Series;
 use super::tally::Tally;

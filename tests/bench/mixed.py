@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """What mixing costs: runs several workloads one after the other and as one file, in interleaved rounds, so that both see the same
-machine, and prints the mixed file's time by the sum of its parts', and each run's tail. Standard library only.
+machine, and prints the mixed file's time by the sum of its parts', and each run's tail. Standard library only. Rows must say how
+long their answers are (`ignore_eos`, `temperature` 0 or a `seed`): the place of a row in a file makes the seed that it has else.
 
 usage: mixed.py [--valar target/release/valar] [--rounds 5] [--order shuffled|blocks] W1.jsonl W2.jsonl ... [-- OPTIONS OF VALAR BENCH]
 

@@ -11,7 +11,7 @@ use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
 use super::tile::TILE;
 use super::weights::{BLOCK, PANEL, Part, Weight};
-use super::{Scratch, gemm_f, gemm_q, gemm_t};
+use super::{Scratch, gemm_f, gemm_q, gemm_t, unpack};
 use crate::device::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
@@ -26,7 +26,7 @@ const PIECE_BLOCKS: usize = 12;
 /// of bfloat16) should stay in the L2 cache.
 const TILE_ACT_ELEMENTS: usize = 256 << 10;
 
-/// Most panels of a worker's share.
+/// Most panels of a worker's share of a product (a head's logits come by larger pieces).
 pub(super) const MAX_PANELS: usize = 16;
 
 /// Rows of a pair of tiles.
@@ -146,7 +146,7 @@ fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize,
     let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
     let row_tiles = least.max(wanted).max(1);
     let rows = n_rows.div_ceil(row_tiles).next_multiple_of(multiple);
-    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, MAX_PANELS) & !1;
+    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, unpack::kept_panels(part)) & !1;
     (rows, panels)
 }
 

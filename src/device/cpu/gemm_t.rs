@@ -69,7 +69,6 @@ fn one_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch
         }
     }
     finish.all();
-    finish.ahead.all(s);
 }
 
 /// A panel as tiles, and what is to be done for those that this thread takes next, as far as one can tell, in so many steps.
@@ -96,7 +95,8 @@ fn weights<'a, S: Simd>(
         let tiles = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<u16>()) };
         return (tiles, Ahead { lines: lines(later(1)), unpacking: None, at_once: 0 });
     };
-    let n_places = if tile.rows.len() < tile.product.n_rows { unpack::MANY } else { unpack::FEW };
+    let is_kept = tile.rows.len() < tile.product.n_rows;
+    let n_places = if is_kept { tile.panels.len().min(unpack::kept_panels(part)) + 1 } else { unpack::FEW };
     let (tiles, unpacking) = unpacked.panels(s, (part, dtype), panel, (later(1), n_places));
     let at_once = unpacking.as_ref().map_or(0, |unpacking| unpacking.n_left().div_ceil(n_steps));
     (tiles, Ahead { lines: lines(later(2)), unpacking, at_once })
@@ -120,16 +120,6 @@ impl Ahead<'_> {
             && unpacking.n_left() > 0
         {
             unpacking.some(s, self.at_once);
-        }
-    }
-
-    /// All that is left to unpack: steps may have been fewer.
-    #[inline(always)]
-    fn all<S: Simd>(&mut self, s: S) {
-        if let Some(unpacking) = &mut self.unpacking
-            && unpacking.n_left() > 0
-        {
-            unpacking.some(s, usize::MAX);
         }
     }
 }

@@ -21,8 +21,11 @@ const ROW: usize = 2 * LANES;
 /// Places for one panel that is multiplied, and for the one that comes after it.
 pub(super) const FEW: usize = 2;
 
-/// Places for the panels of a share, and one more: other rows' shares of the same panels come next.
-pub(super) const MANY: usize = MAX_PANELS + 1;
+/// Most places: for the panels of a share, and the one after them.
+const MANY: usize = MAX_PANELS + 1;
+
+/// Bytes that a thread's places should take at most: half of a 2 MB L2 cache.
+const PLACES_BYTES: usize = 1 << 20;
 
 /// A thread's panels as tiles.
 #[derive(Default)]
@@ -51,7 +54,7 @@ pub(super) struct Unpacking<'a> {
 impl Unpacked {
     /// Makes room for panels of up to `n_cells` elements as tiles.
     pub(super) fn reserve(&mut self, n_cells: usize) {
-        for place in &mut self.places {
+        for place in &mut self.places[..n_places(n_cells)] {
             if place.tiles.len() < n_cells {
                 *place = Place { tiles: Aligned::zeroed(n_cells), holds: None };
             }
@@ -120,6 +123,19 @@ impl<'a> Unpacking<'a> {
 #[inline(always)]
 fn n_cells(part: &Part, dtype: DType) -> usize {
     part.panel_bytes() / block_bytes(dtype) * 2 * TILE_CELLS
+}
+
+/// Places for panels of so many elements, where those of a share are kept for other rows' shares of the same panels.
+fn n_places(n_cells: usize) -> usize {
+    (PLACES_BYTES / (n_cells * size_of::<u16>()).max(1)).clamp(FEW + 1, MANY)
+}
+
+/// Panels that shares of a part may have, so that they are kept.
+pub(super) fn kept_panels(part: &Part) -> usize {
+    match part.layout {
+        Layout::PackedTiles(dtype) => (n_places(n_cells(part, dtype)) - 1) & !1,
+        _ => MAX_PANELS,
+    }
 }
 
 /// Elements of a weight's panels as tiles, where they must be unpacked; else none.
