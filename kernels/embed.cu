@@ -1,15 +1,22 @@
 // Rows by their numbers. embed_bf16: x[t] = scale · table[ids[t]]; gather_rows: out[r] = x[rows[r]], f32.
 //
-// ids [T] u32, table [V][H] bfloat16, x [T][H] f32. H is a multiple of 8; ids are under V.
+// ids [T] u32, table [V][H] bfloat16, x [T][H] f32. H is a multiple of 8; ids are under V. One with the highest bit is no id: the
+// rest is a row of drawn [R][drawn_words] u32, which begins with the id, or with all bits if nothing could be drawn: then it is 0.
 // Grid: T blocks of 128 threads. Reads 2 and writes 4 bytes per element of x; each of a block's warps reads its number (a sector). One
-// multiplication per element.
+// multiplication per element. (Where an id was drawn, a sector more per warp.)
 // gather_rows: rows [R] u32, x [T][H] f32, out [R][H] f32. H is a multiple of 4. Grid: R blocks of 128 threads. Reads and writes
 // 4 bytes per element, and numbers as above.
 #include "prims.cuh"
 
 extern "C" __global__ void __launch_bounds__(128) embed_bf16(
-    const u32* __restrict__ ids, const u16* __restrict__ table, float* __restrict__ x, u32 width, float scale) {
-    const u16* row = table + (u64)ids[blockIdx.x] * width;
+    const u32* __restrict__ ids, const u32* __restrict__ drawn, u32 drawn_words, const u16* __restrict__ table,
+    float* __restrict__ x, u32 width, float scale) {
+    u32 id = ids[blockIdx.x];
+    if (id >> 31) {
+        id = drawn[(u64)(id & 0x7fffffffu) * drawn_words];
+        if (id == 0xffffffffu) id = 0;
+    }
+    const u16* row = table + (u64)id * width;
     float* out = x + (u64)blockIdx.x * width;
     // Four elements a lane, so that a warp's store is of whole sectors.
     for (u32 i = threadIdx.x * 4; i < width; i += 128 * 4) {

@@ -8,7 +8,7 @@ mod prompts;
 pub mod serve;
 
 use crate::device::cpu::{Isa, Kv, Numerics};
-use crate::device::cuda::KernelPlace;
+use crate::device::cuda::{KernelPlace, Launching};
 use crate::format::PartSize;
 use crate::hub::remote::Remote;
 use crate::journal::{Shard, Terms};
@@ -128,8 +128,8 @@ pub struct ModelConfig {
     pub isa: Isa,
     /// Where a GPU's kernels are.
     pub kernels: KernelPlace,
-    /// Whether a GPU may have graphs of steps.
-    pub cuda_graphs: bool,
+    /// How a GPU's steps are launched.
+    pub launching: Launching,
     /// Where models are kept.
     pub cache: PathBuf,
     /// Where models called `org/name` come from.
@@ -237,7 +237,7 @@ impl Config {
             n_threads: self.n_threads,
             isa: self.isa,
             kernels: kernel_place(&self.cache),
-            cuda_graphs: cuda_graphs(),
+            launching: launching(),
             cache: self.cache.clone(),
             hub: self.hub.clone(),
             quiet: self.quiet,
@@ -399,9 +399,10 @@ pub fn nvrtc() -> Option<PathBuf> {
     std::env::var_os("VALAR_NVRTC").filter(|file| !file.is_empty()).map(PathBuf::from)
 }
 
-/// Whether a GPU may have graphs of steps: unless `VALAR_CUDA_GRAPHS` is 0.
-fn cuda_graphs() -> bool {
-    std::env::var_os("VALAR_CUDA_GRAPHS").is_none_or(|value| value != "0")
+/// How a GPU's steps are launched: with all that there is, but for what `VALAR_CUDA_GRAPHS` or `VALAR_CUDA_AHEAD` says 0 of.
+fn launching() -> Launching {
+    let is_on = |name| std::env::var_os(name).is_none_or(|value| value != "0");
+    Launching { has_graphs: is_on("VALAR_CUDA_GRAPHS"), goes_ahead: is_on("VALAR_CUDA_AHEAD") }
 }
 
 /// Where a GPU's kernels are kept and what compiles them, models being kept in that folder.

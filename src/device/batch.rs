@@ -9,6 +9,8 @@ use crate::request::MAX_TOP_LOGPROBS;
 pub struct Batch {
     /// Token ids, `[T]`.
     pub tokens: Vec<u32>,
+    /// Those of them that the step before draws, which may still be under way, by the order of tokens: `tokens` says 0 of them.
+    pub drawn: Vec<Drawn>,
     /// Absolute position of each token in its sequence, `[T]`.
     pub positions: Vec<u32>,
     /// The sequences that have tokens in this step, in the order of their tokens.
@@ -24,6 +26,16 @@ pub struct Batch {
     pub edits: Vec<LogitEdit>,
     /// Masks of allowed tokens, one after the other, [`mask_words`] of them each: bit `i % 32` of word `i / 32` is token i.
     pub masks: Vec<u32>,
+}
+
+/// A token that is what the step before draws.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drawn {
+    /// Index in `Batch::tokens`.
+    pub token_idx: u32,
+    /// Which of the head rows of the step before. One that can't be computed draws nothing; whatever this step gives such a sequence
+    /// is not used.
+    pub head_idx: u32,
 }
 
 /// Words of a mask over the vocabulary.
@@ -170,6 +182,7 @@ impl Batch {
     /// Empties the batch, keeping its capacity.
     pub fn clear(&mut self) {
         self.tokens.clear();
+        self.drawn.clear();
         self.positions.clear();
         self.seqs.clear();
         self.block_tables.clear();
@@ -200,6 +213,8 @@ impl Batch {
     pub fn check(&self, n_blocks: usize, n_vocab: usize) {
         assert_eq!(self.tokens.len(), self.positions.len());
         assert!(self.tokens.iter().all(|&t| (t as usize) < n_vocab), "token id outside the vocabulary of {n_vocab}");
+        assert!(self.drawn.iter().is_sorted_by(|a, b| a.token_idx < b.token_idx));
+        assert!(self.drawn.iter().all(|drawn| self.tokens.get(drawn.token_idx as usize) == Some(&0)));
         let mut next = 0;
         for seq in &self.seqs {
             assert_eq!(seq.token_start, next, "sequences must be contiguous");

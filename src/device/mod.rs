@@ -229,7 +229,9 @@ pub trait Device: Send {
     /// without it, they do so at first use. (The reference device, which is no production device, always allocates.)
     fn reserve(&mut self, sizes: &StepSizes<'_>);
 
-    /// Whether operations return before what they compute is there: a step is under way then until `collect` has waited for it.
+    /// Whether operations return before what they compute is there: a step is under way then until `collect` has waited for it. The
+    /// operations of the next one may be called before that, but of no other; it may take tokens that the first one draws
+    /// (`batch.drawn`, which is empty for other devices).
     fn runs_alone(&self) -> bool {
         false
     }
@@ -238,11 +240,12 @@ pub trait Device: Send {
     fn replay(&self, _batch: &Batch) -> bool {
         false
     }
-    /// Told after a step's last operation, or instead of all: `out.rows` is there after it. (Devices that compute while an operation
+    /// Told after a step's last operation, or instead of all: `out.rows` is there after it. Of two steps under way, it is told of the
+    /// first. (Devices that compute while an operation
     /// is called leave it as it is.)
     fn collect(&self, _batch: &Batch, _out: &mut StepOutput) {}
 
-    /// x[t] = scale · row `batch.tokens[t]` of the table. `table` is `[vocab, width]`.
+    /// x[t] = scale · row `batch.tokens[t]` of the table (or of what `batch.drawn` says). `table` is `[vocab, width]`.
     fn embed(&self, table: &Self::Weight, scale: f32, batch: &Batch, x: &mut Self::Hidden);
     /// act[t] = x[t] / rms(x[t]) · weight, in the form `next` wants.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]

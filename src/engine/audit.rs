@@ -6,16 +6,18 @@ use crate::device::BLOCK_TOKENS;
 
 impl Scheduler {
     /// Asserts, between steps, that references add up, that no block has two writers, and that the counters agree with
-    /// the lists they count.
-    pub(super) fn check(&self) {
+    /// the lists they count. `is_under_way`: a step has begun.
+    pub(super) fn check(&self, is_under_way: bool) {
         self.blocks.check(&self.count_references());
         self.check_writers();
         assert!(self.held.is_empty(), "copy sources are held past their step");
-        assert_eq!(self.n_running, self.running.len());
+        assert_eq!(self.n_running, self.running.iter().filter(|row| row.phase == Phase::Live).count());
         assert!(self.n_running <= self.config.max_running);
         let mut n_live = vec![0; self.streams.len()];
         for row in &self.running {
-            assert!(row.phase == Phase::Live && row.is_admitted && row.remaining() > 0);
+            // Cancelled, or all of its tokens are in that step.
+            assert!((row.phase == Phase::Live && row.remaining() > 0) || is_under_way);
+            assert!(row.is_admitted && row.pending.is_none());
             assert!(row.buffers.table.len() >= row.computed.div_ceil(BLOCK_TOKENS));
             assert!(row.n_tokens() < self.limits.max_context);
             n_live[row.stream_idx] += 1;

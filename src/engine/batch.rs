@@ -1,9 +1,10 @@
 //! Writes what the scheduler chose as the flat arrays that a device reads. Decides nothing.
 
+use super::ahead::Flight;
 use super::scheduler::Scheduler;
 use super::{Scheduled, TokenTable};
 use crate::device::BLOCK_TOKENS;
-use crate::device::batch::{Batch, BatchSeq, HeadRow, LogitEdit, Want, mask_words};
+use crate::device::batch::{Batch, BatchSeq, Drawn, HeadRow, LogitEdit, Want, mask_words};
 use crate::model::RunnerLimits;
 use rayon::prelude::*;
 
@@ -12,6 +13,8 @@ pub(super) fn with_capacity(limits: &RunnerLimits, max_running: usize) -> Batch 
     let (n_tokens, n_seqs) = (limits.max_step_tokens, limits.max_step_seqs);
     Batch {
         tokens: Vec::with_capacity(n_tokens),
+        // Grown where steps are planned ahead, and kept.
+        drawn: Vec::new(),
         positions: Vec::with_capacity(n_tokens),
         seqs: Vec::with_capacity(n_seqs),
         // Shared blocks stand in many tables: the pool's size is no bound.
@@ -24,35 +27,39 @@ pub(super) fn with_capacity(limits: &RunnerLimits, max_running: usize) -> Batch 
     }
 }
 
-/// Fills the batch with the step that was scheduled.
-///
-/// # Errors
-/// The places in `scheduled` of rows whose grammar can't be followed, and why; their masks allow everything.
-pub(super) fn fill(batch: &mut Batch, scheduler: &mut Scheduler, tokens: &dyn TokenTable, broken: &mut Vec<(usize, String)>) {
+/// Fills the batch of a step with what it runs. In `broken` are then the places of rows whose grammar can't be followed, and why; their
+/// masks allow everything.
+pub(super) fn fill(flight: &mut Flight, scheduler: &mut Scheduler, tokens: &dyn TokenTable) {
+    let Flight { shares, batch, broken, .. } = flight;
     batch.clear();
+    broken.clear();
     let mut n_masks = 0;
-    for idx in 0..scheduler.scheduled.len() {
-        push(batch, scheduler, &scheduler.scheduled[idx], tokens);
-        let share = &scheduler.scheduled[idx];
+    for share in &*shares {
+        push(batch, scheduler, share, tokens);
         if share.draws && scheduler.running[share.running_idx].constraint.is_some() {
             batch.heads.last_mut().expect("it draws").mask = Some(n_masks);
             n_masks += 1;
         }
     }
     batch.copies.extend_from_slice(&scheduler.copies);
-    fill_masks(batch, scheduler, n_masks as usize, broken);
+    fill_masks((batch, shares), scheduler, n_masks as usize, broken);
 }
 
 /// Computes the masks of the rows that draw under a grammar, on all cores.
-fn fill_masks(batch: &mut Batch, scheduler: &mut Scheduler, n_masks: usize, broken: &mut Vec<(usize, String)>) {
+fn fill_masks(
+    (batch, shares): (&mut Batch, &[Scheduled]),
+    scheduler: &mut Scheduler,
+    n_masks: usize,
+    broken: &mut Vec<(usize, String)>,
+) {
     if n_masks == 0 {
         return;
     }
-    let Scheduler { scheduled, running, limits, .. } = scheduler;
+    let Scheduler { running, limits, .. } = scheduler;
     let n_words = mask_words(limits.n_vocab);
     batch.masks.resize(n_masks * n_words, 0);
     let mut drawing = vec![None; running.len()];
-    for (place, share) in scheduled.iter().enumerate().filter(|(_, share)| share.draws) {
+    for (place, share) in shares.iter().enumerate().filter(|(_, share)| share.draws) {
         drawing[share.running_idx] = Some(place);
     }
     let constraints = running.iter_mut().zip(&drawing).filter_map(|(row, place)| Some(((*place)?, row.constraint.as_mut()?)));
@@ -88,9 +95,13 @@ fn push(batch: &mut Batch, scheduler: &Scheduler, scheduled: &Scheduled, token_t
         table_start: batch.block_tables.len() as u32,
         n_blocks: n_blocks as u32,
     });
-    let (prompt, generated) = row.tokens(start, end);
+    let (prompt, generated) = row.tokens(start, end.min(row.n_known()));
     batch.tokens.extend_from_slice(prompt);
     batch.tokens.extend_from_slice(generated);
+    if let Some(head_idx) = row.pending.filter(|_| end > row.n_known()) {
+        batch.drawn.push(Drawn { token_idx: batch.tokens.len() as u32, head_idx });
+        batch.tokens.push(0);
+    }
     batch.positions.extend(start as u32..end as u32);
     batch.block_tables.extend_from_slice(&row.buffers.table[..n_blocks]);
     let first_idx = batch.tokens.len() - (end - start);
@@ -104,7 +115,7 @@ fn push(batch: &mut Batch, scheduler: &Scheduler, scheduled: &Scheduled, token_t
         if let Some(history) = &row.history {
             batch.edits.extend_from_slice(history.edits());
         }
-        if row.buffers.generated.len() < row.params.min_tokens as usize {
+        if row.n_drawn() < row.params.min_tokens as usize {
             forbid(&mut batch.edits, edits_start as usize, token_table.end_ids());
             forbid(&mut batch.edits, edits_start as usize, &row.params.stop_tokens);
         }

@@ -96,12 +96,12 @@ impl Kept {
         }
     }
 
-    /// Keeps the full blocks that a row has computed, if it wants that.
+    /// Keeps the full blocks that a row has computed and whose tokens are known, if it wants that.
     pub(super) fn add(&mut self, row: &Sequence, now_ms: i64, blocks: &mut Blocks) {
         let Some(Keep { owner, for_ms }) = row.params.keep.filter(|keep| keep.for_ms > 0) else { return };
         let mut parent = Parent::Owner(owner);
         self.n_uses += 1;
-        for i in 0..row.computed / BLOCK_TOKENS {
+        for i in 0..row.computed.min(row.n_known()) / BLOCK_TOKENS {
             let key = (parent, row.block_tokens(i));
             let node = match self.index.get(&key) {
                 Some(&node) => node,

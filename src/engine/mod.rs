@@ -5,6 +5,7 @@
 //! and parameters alone; a step never passes its budget; no block is written by two rows, or read before it is written
 //! (see `stream` for how rows share them).
 
+mod ahead;
 mod audit;
 mod batch;
 mod blocks;
@@ -26,17 +27,19 @@ mod stats;
 pub mod stop;
 mod stream;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use anyhow::ensure;
 
-use crate::device::batch::{Batch, HeadOut, StepOutput};
+use crate::device::batch::HeadOut;
 use crate::device::{BLOCK_TOKENS, Lost};
 use crate::model::{Runner, RunnerLimits};
 use crate::outcome::FinishReason;
 use crate::request::MAX_TOP_LOGPROBS;
 use crate::window::Class;
+use ahead::Flight;
 use scheduler::Scheduler;
 use sequence::{Phase, Sequence};
 
@@ -122,6 +125,8 @@ pub struct Scheduled {
     first_score: usize,
     /// How many there are.
     n_scores: usize,
+    /// Of its tokens: computed again, of a prompt, drawn.
+    counts: [usize; 3],
     running_idx: usize,
 }
 
@@ -137,18 +142,18 @@ pub struct Engine {
     scheduler: Scheduler,
     runner: Box<dyn Runner>,
     tokens: Arc<dyn TokenTable>,
-    batch: Batch,
-    out: StepOutput,
-    /// Rows of the step (places in `scheduled`) whose grammar can't be followed, and why.
-    broken: Vec<(usize, String)>,
+    /// At most two.
+    flights: VecDeque<Flight>,
+    /// Memory of those that have ended.
+    spare: Vec<Flight>,
+    /// What the last step ran that has ended.
+    last: Vec<Scheduled>,
     /// What watched rows gained since it was taken.
     progress: Vec<Progress>,
     /// Those that were due since they were taken.
     checkpoints: Vec<Checkpoint>,
     /// Rows that failed alone since the last step that did not fail; they have left the queues.
     accused: Vec<Finished>,
-    /// How the beginning of a step went that has not ended.
-    started: Option<anyhow::Result<bool>>,
 }
 
 impl Engine {
@@ -170,19 +175,16 @@ impl Engine {
             "the KV cache holds {} tokens, less than one sequence of {max_context}: give it more memory or lower the context limit",
             n_blocks * BLOCK_TOKENS
         );
-        let batch = batch::with_capacity(&limits, config.max_running);
-        let out = StepOutput { rows: Vec::with_capacity(max_step_seqs) };
         Ok(Self {
             scheduler: Scheduler::new(config, limits),
             runner,
             tokens,
-            batch,
-            out,
-            broken: Vec::new(),
+            flights: VecDeque::with_capacity(2),
+            spare: Vec::new(),
+            last: Vec::with_capacity(max_step_seqs),
             progress: Vec::new(),
             checkpoints: Vec::new(),
             accused: Vec::new(),
-            started: None,
         })
     }
 
@@ -222,7 +224,7 @@ impl Engine {
     /// Forgets a sequence: no `Finished` will come, and what it held is free at once. False if it is not there (any
     /// more).
     pub fn cancel(&mut self, id: u64) -> bool {
-        let found = self.scheduler.cancel(id);
+        let found = self.scheduler.cancel(id, !self.flights.is_empty());
         self.scheduler.measure();
         found
     }
@@ -230,7 +232,7 @@ impl Engine {
     /// Forgets a stream: its sequences, as [`Engine::cancel`] does, and what it keeps for its next row. Not needed when all
     /// have finished and the last one has `keep_tokens` 0.
     pub fn end_stream(&mut self, stream: u32) {
-        self.scheduler.end_stream(stream);
+        self.scheduler.end_stream(stream, !self.flights.is_empty());
         self.scheduler.measure();
     }
 
@@ -255,54 +257,78 @@ impl Engine {
     /// Whether anything waits or runs.
     pub fn has_work(&self) -> bool {
         !self.accused.is_empty()
+            || !self.flights.is_empty()
             || !self.scheduler.running.is_empty()
             || self.scheduler.waiting.iter().any(|queue| !queue.is_empty())
     }
 
-    /// Begins a step, if there is work. True if the device is at it by itself now: [`Engine::step`], which is to be called next
-    /// (nothing that changes the engine before it), only has to wait for it.
+    /// Begins a step, if there is work and none has begun. True if the device is at it by itself now: [`Engine::step`], which is to
+    /// be called next (nothing that changes the engine before it), only has to wait for it. Then the step after it has begun, too,
+    /// if nothing but tokens is missing (see `ahead`).
     pub fn start(&mut self) -> bool {
-        self.scheduler.schedule();
-        let started = (!self.scheduler.scheduled.is_empty()).then(|| self.start_scheduled());
-        self.started = started;
-        matches!(self.started, Some(Ok(true)))
+        if self.flights.is_empty() {
+            self.begin_next();
+        }
+        if self.looks_ahead() {
+            self.begin_next();
+        }
+        self.flights.front().is_some_and(Flight::is_under_way)
     }
 
-    /// Runs one step, if there is work, or the rest of the one that has begun; what it completed is appended to `finished`. If the step fails, so do the rows at
-    /// which it does (see `quarantine`), and only they.
+    fn begin_next(&mut self) {
+        self.scheduler.schedule();
+        if !self.scheduler.scheduled.is_empty() {
+            self.begin();
+        }
+    }
+
+    /// Runs one step, if there is work, or the rest of the one that began first; what it completed is appended to `finished`. If the step
+    /// fails, so do the rows at which it does (see `quarantine`), and only they.
     ///
     /// # Errors
     /// The runner's, if it can't run any row. The engine is of no use any more then.
     pub fn step(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
-        if self.started.is_none() {
+        if self.flights.is_empty() {
             self.start();
         }
-        let Some(started) = self.started.take() else {
+        let Some(mut flight) = self.flights.pop_front() else {
+            self.last.clear();
             finished.append(&mut self.accused);
             return Ok(());
         };
-        match started.and_then(|_| self.run_started()) {
+        match self.land(&mut flight) {
             Ok(()) => {
-                self.settle(finished);
+                self.settle(flight, finished);
                 // The device works: it was their fault.
                 finished.append(&mut self.accused);
                 Ok(())
             }
             // No row is at fault, and none can be tried.
             Err(why) if why.is::<Lost>() => Err(why),
-            Err(_) => self.isolate(finished),
+            Err(_) => {
+                self.give_up_flights();
+                self.isolate(flight, finished)
+            }
         }
     }
 
-    /// Takes in what the step drew.
-    fn settle(&mut self, finished: &mut Vec<Finished>) {
-        let Scheduler { scheduled, running, streams, stats, limits, policy, kept, blocks, .. } = &mut self.scheduler;
-        assert_eq!(self.out.rows.len(), self.batch.heads.len(), "the runner's answers");
-        let mut rows = self.out.rows.iter();
-        for (place, share) in scheduled.iter().enumerate() {
+    /// Takes in what a step drew.
+    fn settle(&mut self, flight: Flight, finished: &mut Vec<Finished>) {
+        let Flight { shares, batch, out, broken: unfollowed, .. } = &flight;
+        assert_eq!(out.rows.len(), batch.heads.len(), "the runner's answers");
+        let mut rows = out.rows.iter();
+        self.last.clear();
+        for (place, share) in shares.iter().enumerate() {
+            if !self.scheduler.is_there(share) {
+                rows.by_ref().take(share.n_scores + usize::from(share.draws)).for_each(drop);
+                continue;
+            }
+            self.last.push(*share);
+            let Scheduler { running, streams, stats, limits, policy, kept, blocks, .. } = &mut self.scheduler;
             policy.note(share.class, share.n_tokens);
             let seq = &mut running[share.running_idx];
-            let mut broken = self.broken.iter().find(|(broken, _)| *broken == place).map(|(_, why)| why.clone());
+            seq.pending = None;
+            let mut broken = unfollowed.iter().find(|(broken, _)| *broken == place).map(|(_, why)| why.clone());
             let not_a_number = |seq: &Sequence| {
                 format!("the model's output is not a number after {} generated tokens", seq.buffers.generated.len())
             };
@@ -337,6 +363,8 @@ impl Engine {
                 self.progress.extend(seq.take_progress(ended.is_some()));
             }
             if let Some(reason) = ended {
+                // A step that has begun may compute its last token.
+                seq.computed = seq.computed.min(share.first_position + share.n_tokens);
                 if broken.is_none() {
                     kept.add(seq, policy.now_ms(), blocks);
                 }
@@ -346,8 +374,9 @@ impl Engine {
                 stats.finished += 1;
             }
         }
-        stats.steps += 1;
-        self.scheduler.settle();
+        self.spare.push(flight);
+        self.scheduler.stats.steps += 1;
+        self.scheduler.settle(self.flights.front_mut().map_or(&mut [], |next| &mut next.shares));
         self.scheduler.measure();
         // Together, so that they are kept together: those that are half-way to theirs have it now, too.
         if self.scheduler.running.iter().any(Sequence::wants_checkpoint) {
@@ -377,9 +406,9 @@ impl Engine {
         std::mem::take(&mut self.progress)
     }
 
-    /// What the last step ran, in order.
+    /// What the last step ran, in order, but for rows that had left by then.
     pub fn last_step(&self) -> &[Scheduled] {
-        &self.scheduler.scheduled
+        &self.last
     }
 
     /// Rows of the class that were submitted and never ran: what `EngineConfig::max_waiting` limits.
@@ -407,7 +436,7 @@ impl Engine {
     /// # Panics
     /// If they do not add up.
     pub fn check(&self) {
-        self.scheduler.check();
+        self.scheduler.check(!self.flights.is_empty());
     }
 }
 

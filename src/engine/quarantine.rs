@@ -9,10 +9,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::anyhow;
 
+use super::ahead::Flight;
 use super::handle::panic_message;
 use super::scheduler::Scheduler;
 use super::sequence::{Phase, Sequence};
-use super::{Engine, Finished, batch};
+use super::{Engine, Finished};
 use crate::device::Lost;
 use crate::device::batch::{Batch, StepOutput};
 use crate::model::Runner;
@@ -24,44 +25,39 @@ const MAX_ACCUSED: usize = 8;
 /// Rows that wait while others are tried, by class.
 type Aside = [VecDeque<Sequence>; 3];
 
+/// A step of a group failed.
+struct Failed {
+    /// Rows of the group that had not gained a token.
+    left: Vec<u64>,
+    /// What the step ran.
+    rows: Vec<u64>,
+    why: anyhow::Error,
+}
+
 impl Engine {
-    /// Begins what was scheduled: true if it is under way.
+    /// Has the runner begin a step, or run it.
     ///
     /// # Errors
-    /// The runner's, or its panic's message. Nothing of the step may be used then.
-    pub(super) fn start_scheduled(&mut self) -> anyhow::Result<bool> {
-        self.broken.clear();
-        batch::fill(&mut self.batch, &mut self.scheduler, &*self.tokens, &mut self.broken);
-        self.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
-        self.out.rows.clear();
-        self.attempt(|runner, batch, out| runner.start(batch, out))
-    }
-
-    /// Runs what was begun to its end.
-    ///
-    /// # Errors
-    /// As above.
-    pub(super) fn run_started(&mut self) -> anyhow::Result<()> {
-        self.attempt(|runner, batch, out| runner.run(batch, out))
-    }
-
-    fn attempt<T>(
+    /// The runner's, or its panic's message.
+    pub(super) fn attempt<T>(
         &mut self,
+        flight: &mut Flight,
         call: impl FnOnce(&mut dyn Runner, &Batch, &mut StepOutput) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let call = AssertUnwindSafe(|| call(&mut *self.runner, &self.batch, &mut self.out));
+        let call = AssertUnwindSafe(|| call(&mut *self.runner, &flight.batch, &mut flight.out));
         let done = catch_unwind(call).unwrap_or_else(|panic| Err(anyhow!("a panic: {}", panic_message(&*panic))));
         self.scheduler.stats.failed_steps += u64::from(done.is_err());
         done
     }
 
-    /// Finds the rows at which the step that was scheduled fails, and ends them; they are `finished` with the next good step.
+    /// Finds the rows at which a step fails, and ends them; they are `finished` with the next good step.
     /// The others have lost their blocks, and gained a token at least.
     ///
     /// # Errors
     /// So many rows fail alone that the device must be at fault; or it says that it is.
-    pub(super) fn isolate(&mut self, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
-        let suspects: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
+    pub(super) fn isolate(&mut self, flight: Flight, finished: &mut Vec<Finished>) -> anyhow::Result<()> {
+        let suspects = flight.ids();
+        self.spare.push(flight);
         self.scheduler.withdraw_all();
         // What a device that fails has in its memory is not to be trusted.
         self.scheduler.drop_kept();
@@ -69,10 +65,9 @@ impl Engine {
         while let Some(group) = groups.pop() {
             let aside = self.scheduler.set_aside(&group);
             let tried = self.try_group(&group, finished);
-            let failed: Vec<u64> = self.scheduler.scheduled.iter().map(|share| share.id).collect();
             self.scheduler.withdraw_all();
             self.scheduler.take_back(aside);
-            let Err((left, why)) = tried else { continue };
+            let Err(Failed { left, rows: failed, why }) = tried else { continue };
             if why.is::<Lost>() {
                 return Err(why);
             }
@@ -91,26 +86,30 @@ impl Engine {
             groups.extend([second.to_vec(), first.to_vec()]);
         }
         self.scheduler.measure();
+        self.last.clear();
         Ok(())
     }
 
     /// Runs steps of these rows alone until each has gained a token or ended.
     ///
     /// # Errors
-    /// A step failed, that is still scheduled: which rows have not gained a token, and why it failed.
-    fn try_group(&mut self, group: &[u64], finished: &mut Vec<Finished>) -> Result<(), (Vec<u64>, anyhow::Error)> {
+    /// A step failed.
+    fn try_group(&mut self, group: &[u64], finished: &mut Vec<Finished>) -> Result<(), Failed> {
         let mut left: Vec<(u64, usize)> =
             group.iter().filter_map(|&id| Some((id, self.scheduler.find(id)?.buffers.generated.len()))).collect();
         while !left.is_empty() {
             self.scheduler.schedule();
-            if let Err(why) = self.start_scheduled().and_then(|_| self.run_started()) {
-                return Err((left.into_iter().map(|(id, _)| id).collect(), why));
+            self.begin();
+            let mut flight = self.flights.pop_front().expect("it has begun");
+            if let Err(why) = self.land(&mut flight) {
+                let failed = Failed { left: left.into_iter().map(|(id, _)| id).collect(), rows: flight.ids(), why };
+                self.spare.push(flight);
+                return Err(failed);
             }
-            self.settle(finished);
+            self.settle(flight, finished);
             finished.append(&mut self.accused);
             left.retain(|&(id, n)| self.scheduler.find(id).is_some_and(|row| row.buffers.generated.len() == n));
         }
-        self.scheduler.scheduled.clear();
         Ok(())
     }
 
@@ -137,7 +136,7 @@ impl Scheduler {
                 self.n_running -= 1;
             }
         }
-        self.settle();
+        self.settle(&mut []);
         // They would hold what the step was to compute.
         self.drop_trunks();
     }
@@ -149,7 +148,6 @@ impl Scheduler {
 
     /// Leaves only these rows in the queues.
     fn set_aside(&mut self, group: &[u64]) -> Aside {
-        self.scheduled.clear();
         self.waiting.each_mut().map(|queue| {
             let (chosen, others) = queue.drain(..).partition(|row| group.contains(&row.id));
             *queue = chosen;
@@ -163,7 +161,6 @@ impl Scheduler {
             queue.append(&mut others);
             queue.make_contiguous().sort_by_key(|row| (row.rank.order(), !row.is_admitted));
         }
-        self.scheduled.clear();
     }
 
     /// Takes a waiting row that has run before out of its queue.

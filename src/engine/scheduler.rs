@@ -40,7 +40,7 @@ pub(super) struct Scheduler {
     pub(super) waiting: [VecDeque<Sequence>; 3],
     /// By class: waiting rows that never ran.
     pub(super) n_queued: [usize; 3],
-    /// In the order of admission. Between steps all are live.
+    /// In the order of admission. Between steps all are live, but for those that were cancelled while one was under way.
     pub(super) running: Vec<Sequence>,
     /// Live rows of `running`.
     pub(super) n_running: usize,
@@ -52,7 +52,7 @@ pub(super) struct Scheduler {
     pub(super) scheduled: Vec<Scheduled>,
     /// What this step copies, in order.
     pub(super) copies: Vec<BlockCopy>,
-    /// Sources of `copies`: not to be reused before the device has done the step.
+    /// Sources of `copies`: not to be reused in this step.
     pub(super) held: Vec<u32>,
     /// What is kept for asap rows.
     pub(super) reserve: Reserve,
@@ -143,12 +143,17 @@ impl Scheduler {
         idle
     }
 
-    /// Forgets a row; its blocks are free at once. False if there is none of that name.
-    pub(super) fn cancel(&mut self, id: u64) -> bool {
+    /// Forgets a row; its blocks are free at once. Where a step `is_under_way`, its place in the list goes when that is settled.
+    /// False if there is none of that name.
+    pub(super) fn cancel(&mut self, id: u64, is_under_way: bool) -> bool {
         let mut row = None;
-        if let Some(idx) = self.running.iter().position(|s| s.id == id) {
+        if let Some(idx) = self.running.iter().position(|s| s.id == id && s.phase == Phase::Live) {
             self.release_blocks(idx);
             self.n_running -= 1;
+            if is_under_way {
+                self.running[idx].phase = Phase::Finished;
+                return true;
+            }
             row = Some(self.running.remove(idx));
         }
         for queue in &mut self.waiting {
@@ -163,12 +168,12 @@ impl Scheduler {
     }
 
     /// Forgets a stream's rows, and frees its trunk: no submission that shares with earlier ones will come.
-    pub(super) fn end_stream(&mut self, id: u32) {
+    pub(super) fn end_stream(&mut self, id: u32, is_under_way: bool) {
         let Some(idx) = self.streams.iter().position(|s| s.id == id) else { return };
         let rows = self.running.iter().chain(self.waiting.iter().flatten());
         let ids: Vec<u64> = rows.filter(|row| row.stream_idx == idx).map(|row| row.id).collect();
         for id in ids {
-            self.cancel(id);
+            self.cancel(id, is_under_way);
         }
         self.streams[idx].trunk.truncate(0, &mut self.blocks);
     }
@@ -203,11 +208,17 @@ impl Scheduler {
         self.prefill(Class::Standard);
         self.prefill(Class::Batch);
         let has_work = self.n_running > 0 || self.waiting.iter().any(|q| !q.is_empty());
-        assert!(!self.scheduled.is_empty() || !has_work, "a step without work while {} rows run", self.n_running);
+        // Those that end with the step under way may keep all others from beginning.
+        let any_ends = self.running.iter().any(|row| row.phase == Phase::Live && row.remaining() == 0);
+        assert!(!self.scheduled.is_empty() || !has_work || any_ends, "a step without work while {} rows run", self.n_running);
+        // No other step's stores come before this one's copies.
+        self.held.drain(..).for_each(|block| self.blocks.release(block));
     }
 
-    /// Ends the step: finished rows leave, preempted ones go back to their queue in the order they ran in.
-    pub(super) fn settle(&mut self) {
+    /// Ends a step: finished rows leave, preempted ones go back to their queue in the order they ran in. `next` is what the step runs
+    /// that has begun already.
+    pub(super) fn settle(&mut self, next: &mut [Scheduled]) {
+        self.renumber(next);
         for idx in (0..self.running.len()).rev() {
             match self.running[idx].phase {
                 Phase::Live => {}
@@ -219,13 +230,12 @@ impl Scheduler {
                 Phase::Finished => {
                     self.release_blocks(idx);
                     self.streams[self.running[idx].stream_idx].n_live -= 1;
-                    self.n_running -= 1;
                 }
             }
         }
         // All at once: many finish in one step, and each would move all that stand behind it.
         self.running.retain(|row| row.phase == Phase::Live);
-        self.held.drain(..).for_each(|block| self.blocks.release(block));
+        self.n_running = self.running.len();
     }
 
     /// Brings the gauges up to date, and what is kept within its bound.
@@ -341,9 +351,7 @@ impl Scheduler {
         let seen = row.high_water.clamp(start, end);
         let prompt_end = row.prompt.len().clamp(seen, end);
         let restored_end = row.restored_end.clamp(prompt_end, end);
-        self.stats.recomputed_tokens += (seen - start + restored_end - prompt_end) as u64;
-        self.stats.prefill_tokens += (prompt_end - seen) as u64;
-        self.stats.decode_tokens += (end - restored_end) as u64;
+        let counts = [seen - start + restored_end - prompt_end, prompt_end - seen, end - restored_end];
         row.computed = end;
         row.high_water = row.high_water.max(end);
         row.in_step = self.step;
@@ -359,6 +367,7 @@ impl Scheduler {
             draws,
             first_score: scores.start,
             n_scores: scores.len(),
+            counts,
             running_idx: idx,
         });
         self.streams[row.stream_idx].trunk.note_computed(id, end);

@@ -1,6 +1,6 @@
 //! One prompt being completed: what is known of it, what of it is in the KV cache, and its text so far. Knows nothing of
 //! other sequences. Invariant: `computed` is less than the number of its tokens, for the last token is what the next
-//! step computes; between steps `table` covers exactly the tokens it was given blocks for, and is empty while it waits.
+//! step computes (and equal to it while that step is under way); between steps `table` covers exactly the tokens it was given blocks for, and is empty while it waits.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -98,6 +98,8 @@ pub(super) struct Sequence {
     /// Positions below this were computed or shared at some time: computing them again is the tax of a preemption.
     pub(super) high_water: usize,
     pub(super) phase: Phase,
+    /// It has one more token, which the step under way draws and nobody knows yet: at that head row.
+    pub(super) pending: Option<u32>,
     /// Whether it ever ran.
     pub(super) is_admitted: bool,
     /// Leading tokens that it shared when it first ran.
@@ -136,6 +138,7 @@ impl Sequence {
             computed: 0,
             high_water: 0,
             phase: Phase::Live,
+            pending: None,
             is_admitted: false,
             n_cached: 0,
             told: Told::default(),
@@ -151,9 +154,19 @@ impl Sequence {
         self.rank = Rank::new(self.class, self.due, service_ms);
     }
 
-    /// Tokens so far: prompt and drawn.
+    /// Tokens so far: prompt and drawn, known or not.
     pub(super) fn n_tokens(&self) -> usize {
+        self.n_known() + usize::from(self.pending.is_some())
+    }
+
+    /// Those that are known.
+    pub(super) fn n_known(&self) -> usize {
         self.prompt.len() + self.buffers.generated.len()
+    }
+
+    /// Drawn tokens, known or not.
+    pub(super) fn n_drawn(&self) -> usize {
+        self.n_tokens() - self.prompt.len()
     }
 
     /// Tokens not in the cache: 1 while decoding, more while prefilling, 0 once all of it is in the step under way.
@@ -255,8 +268,12 @@ impl Sequence {
         if self.params.repetition.is_some_and(|rule| ends_in_circles(&self.buffers.generated, rule)) {
             return Ok(Some(FinishReason::Repetition));
         }
-        let is_full = self.buffers.generated.len() >= self.params.max_tokens as usize || self.n_tokens() >= max_context;
-        Ok(is_full.then_some(FinishReason::Length))
+        Ok(self.is_full(0, max_context).then_some(FinishReason::Length))
+    }
+
+    /// Whether it can have no more tokens when it has so many more.
+    pub(super) fn is_full(&self, n_more: usize, max_context: usize) -> bool {
+        self.n_drawn() + n_more >= self.params.max_tokens as usize || self.n_tokens() + n_more >= max_context
     }
 
     /// Appends a drawn token to the text, if it is part of it; says whether that completes a stop string.

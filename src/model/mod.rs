@@ -42,7 +42,7 @@ pub trait Runner: Send {
     fn limits(&self) -> RunnerLimits;
 
     /// Begins a step, if the device then goes on by itself: true, and whoever called may do something else before [`Runner::run`]
-    /// of the same batch, which ends it. Otherwise `run` does all.
+    /// of the same batch, which ends it; the next step may begin before that, too, but no other. Otherwise `run` does all.
     ///
     /// # Errors
     /// As of `run`, which is not to be called then.
@@ -50,7 +50,7 @@ pub trait Runner: Send {
         Ok(false)
     }
 
-    /// Runs one step: stores the tokens' keys and values in the blocks that the batch names and fills `out.rows`, one per
+    /// Runs one step, or the rest of the one that began first: stores the tokens' keys and values in the blocks that the batch names and fills `out.rows`, one per
     /// head row, in order. A row that can't be computed comes back as `HeadOut::BROKEN`.
     ///
     /// # Errors
@@ -116,8 +116,8 @@ pub struct ModelRunner<D: Device> {
     caches: Vec<D::Cache>,
     workspace: Workspace<D>,
     limits: RunnerLimits,
-    /// A step has begun and not ended.
-    is_under_way: bool,
+    /// Steps that have begun and not ended.
+    n_under_way: usize,
 }
 
 impl<D: Device> ModelRunner<D> {
@@ -148,7 +148,7 @@ impl<D: Device> ModelRunner<D> {
         let caches = spec.attention.iter().map(|attention| dev.new_cache(attention, n_blocks)).collect();
         let workspace = Workspace::new(&dev, &spec, max_step_tokens);
         dev.finish()?;
-        Ok(Self { dev, model, caches, workspace, limits, is_under_way: false })
+        Ok(Self { dev, model, caches, workspace, limits, n_under_way: 0 })
     }
 
     /// What the model is.
@@ -205,8 +205,8 @@ impl<D: Device> Runner for ModelRunner<D> {
         let has_begun = self.dev.runs_alone() && !batch.tokens.is_empty();
         if has_begun {
             self.launch(batch, out);
+            self.n_under_way += 1;
         }
-        self.is_under_way = has_begun;
         Ok(has_begun)
     }
 
@@ -215,8 +215,10 @@ impl<D: Device> Runner for ModelRunner<D> {
             out.rows.clear();
             return Ok(());
         }
-        if !std::mem::take(&mut self.is_under_way) {
+        if self.n_under_way == 0 {
             self.launch(batch, out);
+        } else {
+            self.n_under_way -= 1;
         }
         self.dev.collect(batch, out);
         self.dev.finish()?;

@@ -192,7 +192,7 @@ fn find_cuda(ordinal: usize, spec: &ModelSpec, config: &ModelConfig, tell: &mut 
     let numerics = &config.numerics;
     ensure!(numerics == "fast", "model.numerics: {numerics:?} is for the CPU; CUDA computes in bfloat16");
     ensure!(config.kv == "floats", "model.kv: \"int8\" is for the CPU; CUDA keeps bfloat16");
-    let device = CudaDevice::open(ordinal, &config.kernels, tell)?.with_graphs(config.cuda_graphs);
+    let device = CudaDevice::open(ordinal, &config.kernels, tell)?.with_launching(config.launching);
     device.check(&spec.step_sizes(config.budget_tokens))?;
     Ok(device)
 }

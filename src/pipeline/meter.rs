@@ -6,6 +6,7 @@ use super::tally::Tally;
 use crate::device::AttentionSpec;
 use crate::device::batch::{Batch, StepOutput};
 use crate::model::{Runner, RunnerLimits};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -87,14 +88,16 @@ impl Meter {
 pub struct MeteredRunner {
     inner: Box<dyn Runner>,
     meter: Arc<Meter>,
-    /// When the step began that is under way.
-    began: Option<Instant>,
+    /// When the steps began that are under way.
+    began: VecDeque<Instant>,
+    /// When the last one ended: one that began before that takes its time from then on.
+    ended: Option<Instant>,
 }
 
 impl MeteredRunner {
     /// Wraps `inner`; totals go to `meter`.
     pub fn new(inner: Box<dyn Runner>, meter: Arc<Meter>) -> Self {
-        Self { inner, meter, began: None }
+        Self { inner, meter, began: VecDeque::new(), ended: None }
     }
 }
 
@@ -106,14 +109,17 @@ impl Runner for MeteredRunner {
     fn start(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<bool> {
         let now = Instant::now();
         let has_begun = self.inner.start(batch, out)?;
-        self.began = has_begun.then_some(now);
+        self.began.extend(has_begun.then_some(now));
         Ok(has_begun)
     }
 
     fn run(&mut self, batch: &Batch, out: &mut StepOutput) -> anyhow::Result<()> {
-        let start = self.began.take().unwrap_or_else(Instant::now);
+        let own = self.began.pop_front().unwrap_or_else(Instant::now);
+        let start = self.ended.map_or(own, |ended| ended.max(own));
         self.inner.run(batch, out)?;
-        let took = start.elapsed();
+        let now = Instant::now();
+        self.ended = Some(now);
+        let took = now - start;
         let ns = took.as_nanos() as u64;
         let n_tokens = batch.tokens.len() as u64;
         let n_decode = batch.seqs.iter().filter(|s| s.n_tokens == 1).count() as u64;

@@ -137,7 +137,7 @@ fn a_graph_that_fails_costs_no_row() {
         ("cuGraphLaunch:1:700".to_owned(), "cuGraphLaunch"),
         ("cuGraphLaunch:5:719".to_owned(), "cuGraphLaunch"),
         // A kernel in a graph; whoever waits is told.
-        (format!("launch:{in_graph}:719"), "cuStreamSynchronize"),
+        (format!("launch:{in_graph}:719"), "cuEventSynchronize"),
         // While it is captured.
         (format!("cuLaunchKernel:{}:701", first_two.of("cuLaunchKernel") + 3), "cuLaunchKernel"),
     ];

@@ -78,7 +78,8 @@ fn rows_are_moved_once() {
         hold_case("embed", "embed_bf16", &what, &costs::embed(rows as u64, width as u64), |m| {
             let mut noise = Noise(1);
             let (ids, table, x) = (m.u32s(&[2, 0, 3][..rows]), m.bf16s(&noise.bf16s(4 * width)), m.room(4 * rows * width));
-            let args = [Arg::U64(ids), Arg::U64(table), Arg::U64(x), Arg::U32(width as u32), Arg::F32(3.0)];
+            let (drawn, n_words) = (Arg::U64(0), Arg::U32(43));
+            let args = [Arg::U64(ids), drawn, n_words, Arg::U64(table), Arg::U64(x), Arg::U32(width as u32), Arg::F32(3.0)];
             Case { launch: ((rows as u32, 1), 128, 0), args: args.to_vec(), outs: vec![(x, 4 * rows * width)] }
         });
         hold_case("embed", "gather_rows", &what, &costs::gather(rows as u64, width as u64), |m| {

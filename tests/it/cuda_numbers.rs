@@ -15,9 +15,12 @@ fn embedding_takes_rows() {
     let (mut m, mut noise) = (Machine::new(), Noise(1));
     for width in [8, 1024, 1032] {
         let table = noise.bf16s(10 * width);
-        let ids = [9u32, 0, 4];
-        let (ids_at, table_at, x) = (m.u32s(&ids), m.bf16s(&table), m.room(4 * 3 * width));
-        let args = [Arg::U64(ids_at), Arg::U64(table_at), Arg::U64(x), Arg::U32(width as u32), Arg::F32(3.0)];
+        // Given, and in the second and in the first row of what the step before has drawn, where nothing could be.
+        let (given, ids) = ([9u32, 1 << 31 | 1, 1 << 31], [9u32, 4, 0]);
+        let drawn = [u32::MAX, 5, 5, 4, 5, 5];
+        let (ids_at, drawn_at, table_at, x) = (m.u32s(&given), m.u32s(&drawn), m.bf16s(&table), m.room(4 * 3 * width));
+        let (drawn, n_words) = (Arg::U64(drawn_at), Arg::U32(3));
+        let args = [Arg::U64(ids_at), drawn, n_words, Arg::U64(table_at), Arg::U64(x), Arg::U32(width as u32), Arg::F32(3.0)];
         m.run(&module("embed"), "embed_bf16", ((3, 1), 128, 0), &args);
         let want: Vec<f32> =
             ids.iter().flat_map(|&id| &table[id as usize * width..][..width]).map(|v| 3.0 * v.to_f32()).collect();

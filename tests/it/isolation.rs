@@ -1,5 +1,6 @@
 //! A step that fails costs the rows at which it does, and no others: neither their outcome nor a bit of it.
 
+use crate::ahead::Alone;
 use crate::common::model_path;
 use crate::fake::{FakeRunner, Fault, N_VOCAB, Rng, expected, fake_tokens};
 use std::collections::HashMap;
@@ -18,7 +19,7 @@ fn limits(n_blocks: usize, max_step_seqs: usize) -> RunnerLimits {
 }
 
 /// Runs rows to their end; what each came to.
-fn run_all(engine: &mut Engine, rows: &[Submission]) -> anyhow::Result<HashMap<u64, Finished>> {
+pub(crate) fn run_all(engine: &mut Engine, rows: &[Submission]) -> anyhow::Result<HashMap<u64, Finished>> {
     let (mut done, mut next) = (HashMap::new(), 0);
     while next < rows.len() || engine.has_work() {
         while next < rows.len() && engine.submit(rows[next].clone()).is_ok() {
@@ -35,7 +36,7 @@ fn run_all(engine: &mut Engine, rows: &[Submission]) -> anyhow::Result<HashMap<u
 }
 
 /// Rows in plan order that share prefixes; few begin with token 5.
-fn rows(rng: &mut Rng) -> Vec<Submission> {
+pub(crate) fn rows(rng: &mut Rng) -> Vec<Submission> {
     let mut prompts: Vec<Vec<u32>> = Vec::new();
     for i in 0..rng.range(1, 30) {
         let mut prompt = if i > 0 && rng.chance(60) { prompts[rng.range(0, i - 1)].clone() } else { Vec::new() };
@@ -71,7 +72,9 @@ fn only_the_guilty_rows_fail() {
         let limits = limits(rng.range(4, 60), rng.range(1, 12));
         let config = EngineConfig { budget_tokens: rng.range(1, 40), ..EngineConfig::for_runner(&limits) };
         let runner = FakeRunner::poisoned(limits, config.budget_tokens, 5, position);
-        let mut engine = Engine::new(config, Box::new(runner), fake_tokens()).unwrap();
+        // On a device that goes on by itself, too.
+        let runner: Box<dyn Runner> = if seed % 2 == 0 { Box::new(runner) } else { Box::new(Alone::new(runner)) };
+        let mut engine = Engine::new(config, runner, fake_tokens()).unwrap();
         let done = run_all(&mut engine, &rows).unwrap();
         assert_eq!(done.len(), rows.len(), "seed {seed}");
         for row in &rows {

@@ -22,7 +22,7 @@ fn row(id: u64, prompt: &[u32], n_drawn: u32, keep: Option<Keep>) -> Submission 
 }
 
 /// Conversations of two owners: each turn goes on with what an earlier one came to, or with a part of it.
-fn conversations(rng: &mut Rng) -> Workload {
+pub(crate) fn conversations(rng: &mut Rng) -> Workload {
     let max_context = rng.range(40, 300);
     let least_blocks = max_context.div_ceil(BLOCK_TOKENS);
     let limits = RunnerLimits {

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod abuse;
+mod ahead;
 mod architecture;
 mod assembly;
 mod background;
@@ -22,6 +23,7 @@ mod conformance_families;
 mod conformance_model;
 mod corpus;
 mod cuda;
+mod cuda_ahead;
 mod cuda_attention;
 mod cuda_device;
 mod cuda_faults;

@@ -115,7 +115,7 @@ pub(crate) fn simulate_noting(workload: &Workload, cached: &mut HashMap<u64, u32
 }
 
 /// Cancels a row, or all of its stream; how many rows that ends.
-fn forget(engine: &mut Engine, live: &mut HashMap<u64, &Row>, id: u64) -> usize {
+pub(crate) fn forget(engine: &mut Engine, live: &mut HashMap<u64, &Row>, id: u64) -> usize {
     // Its stream may have gone just now.
     let Some(row) = live.get(&id) else { return 0 };
     let (stream, n_live) = (row.submission.stream, live.len());
@@ -132,7 +132,7 @@ fn forget(engine: &mut Engine, live: &mut HashMap<u64, &Row>, id: u64) -> usize 
 }
 
 /// Joins what watchers are told.
-fn note_progress(told: &mut HashMap<u64, Progress>, progress: Vec<Progress>) {
+pub(crate) fn note_progress(told: &mut HashMap<u64, Progress>, progress: Vec<Progress>) {
     for next in progress {
         match told.entry(next.id) {
             Entry::Vacant(place) => drop(place.insert(next)),
@@ -230,7 +230,7 @@ pub(crate) fn any_due(rng: &mut Rng) -> Due {
 }
 
 /// Any workload at all: the pool may be as small as one row, the budget one token.
-fn any_workload(rng: &mut Rng) -> Workload {
+pub(crate) fn any_workload(rng: &mut Rng) -> Workload {
     let max_context = rng.range(2, 160);
     let least_blocks = max_context.div_ceil(BLOCK_TOKENS);
     let most_blocks = least_blocks * rng.pick(&[1, 2, 3, 10]);

@@ -30,9 +30,18 @@ pub struct CudaDevice {
     pub(super) kernels: Kernels,
     pub(super) blas: Blas,
     fingerprint: String,
-    has_graphs: bool,
+    launching: Launching,
     // The last one to go: the others are parts of it.
     pub(super) gpu: Gpu,
+}
+
+/// How steps are launched. It changes no bit of what they compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launching {
+    /// Whether steps in which each row has one token may be graphs; if not, their operations are launched one by one.
+    pub has_graphs: bool,
+    /// Whether a step may be launched while the one before is under way; if not, each is waited for as soon as it is launched.
+    pub goes_ahead: bool,
 }
 
 /// A linear layer's weights.
@@ -94,15 +103,16 @@ impl CudaDevice {
             let kernels = Kernels::find(&gpu, &images)?;
             let fingerprint = fingerprint(gpu.facts(), &images);
             let (step, failure, arena) = (RefCell::default(), RefCell::default(), Arena::default());
-            Ok(Self { step, failure, arena, kernels, blas, fingerprint, has_graphs: true, gpu })
+            let launching = Launching { has_graphs: true, goes_ahead: true };
+            Ok(Self { step, failure, arena, kernels, blas, fingerprint, launching, gpu })
         };
         open().with_context(|| format!("device cuda:{ordinal}"))
     }
 
-    /// The same, but every step's operations are launched one by one if it is to have no graphs. The bits are the same.
+    /// The same, but steps are launched in that way.
     #[must_use]
-    pub fn with_graphs(mut self, has_graphs: bool) -> Self {
-        self.has_graphs = has_graphs;
+    pub fn with_launching(mut self, launching: Launching) -> Self {
+        self.launching = launching;
         self
     }
 
@@ -285,7 +295,7 @@ impl Device for CudaDevice {
     }
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
-        let step = self.attempt(|| Step::new(&self.gpu, &self.arena, sizes, self.has_graphs));
+        let step = self.attempt(|| Step::new(&self.gpu, &self.arena, sizes, self.launching.has_graphs));
         *self.step.get_mut() = step;
     }
 
@@ -297,7 +307,7 @@ impl Device for CudaDevice {
     }
 
     fn runs_alone(&self) -> bool {
-        true
+        self.launching.goes_ahead
     }
 
     fn replay(&self, batch: &Batch) -> bool {
@@ -381,7 +391,7 @@ impl Device for CudaDevice {
 
     fn collect(&self, batch: &Batch, out: &mut StepOutput) {
         broken(batch, out);
-        self.attempt_step(|step| self.read_drawn(step, out));
+        self.attempt_step(|step| Self::read_drawn(step, out));
     }
 }
 

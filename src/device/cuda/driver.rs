@@ -70,6 +70,27 @@ impl Drop for Graph {
     }
 }
 
+/// A place in a stream's work, to wait for what stands before it; destroyed when dropped.
+pub(super) struct Mark(sys::CUevent);
+
+// SAFETY: as of `Gpu`, beside which it is kept.
+unsafe impl Send for Mark {}
+
+impl Mark {
+    /// Waits for all that stands before it.
+    pub(super) fn wait(&self) -> Result<()> {
+        // SAFETY: it exists.
+        said("cuEventSynchronize", unsafe { result::event::synchronize(self.0) })
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // SAFETY: as of `Graph`.
+        let _destroyed = unsafe { result::event::destroy(self.0) };
+    }
+}
+
 /// Values that kernels take as they stand in memory.
 ///
 /// # Safety
@@ -244,24 +265,24 @@ impl Gpu {
         self.wait()
     }
 
-    /// Has the first words copied to the device; they must stay until the stream has been waited for.
+    /// Has the words copied to the device; they must stay until the stream, or a mark behind this, has been waited for.
     pub(super) fn upload_later(&self, to: u64, words: &[u32]) -> Result<()> {
         if words.is_empty() {
             return Ok(());
         }
         // SAFETY: as `upload`; that the words stay is the caller's part: they are in pinned memory that is written again only
-        // after `wait`.
+        // after the stream or a mark was waited for.
         said("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, words, self.stream) })
     }
 
     /// Has words copied from the device, after all that the stream has to do; they must stay, and are not to be read, until the
-    /// stream has been waited for.
+    /// stream, or a mark behind this, has been waited for.
     pub(super) fn download_later(&self, from: u64, to: &mut [u32]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
         }
         // SAFETY: `from` is memory of as many bytes; the rest is the caller's part: they are in pinned memory that is read only
-        // after `wait`.
+        // after the stream or a mark was waited for.
         said("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(to, from, self.stream) })
     }
 
@@ -332,6 +353,19 @@ impl Gpu {
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         // SAFETY: both exist; of what was captured, `launch` and others were promised that its memory lives.
         said("cuGraphLaunch", unsafe { result::graph::launch(graph.0, self.stream) })
+    }
+
+    /// A mark that is nowhere yet.
+    pub(super) fn new_mark(&self) -> Result<Mark> {
+        self.enter()?;
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        Ok(Mark(said("cuEventCreate", result::event::create(flags))?))
+    }
+
+    /// Puts a mark behind all that the stream has to do now.
+    pub(super) fn put_mark(&self, mark: &Mark) -> Result<()> {
+        // SAFETY: both exist.
+        said("cuEventRecord", unsafe { result::event::record(mark.0, self.stream) })
     }
 
     /// Waits for all that the stream has to do.

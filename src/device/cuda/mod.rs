@@ -22,7 +22,7 @@ mod weights;
 mod work;
 
 pub use cache::{Kept, build, check_arch};
-pub use device::{Act, Cache, CudaDevice, Hidden, Vector, Weight};
+pub use device::{Act, Cache, CudaDevice, Hidden, Launching, Vector, Weight};
 pub use driver::{Facts, driver_is_present};
 pub use images::KernelPlace;
 pub use nvrtc::{Image, Nvrtc};

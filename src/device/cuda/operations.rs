@@ -76,40 +76,43 @@ impl CudaDevice {
             // The step before was not ended.
             self.gpu.give_up_capture();
         }
-        let Step { plan, works, staged, n_vocab, graphs, max_rows, .. } = step;
+        step.take_slot()?;
+        let Step { works, staged, n_vocab, graphs, max_rows, .. } = step;
         for (attended, work) in works.iter_mut() {
             work.plan(attended, batch);
         }
         staged.cut_heads(batch, *n_vocab);
         let graphs = graphs.as_mut().filter(|_| has_form && staged.groups.len() == 1);
         let form = graphs.as_ref().and_then(|_| Form::of(batch, works, *max_rows));
-        staged.fill(batch, works, form.as_ref(), &mut plan.0);
         let mut turn = match (form, graphs) {
             (Some(form), Some(graphs)) => graphs.turn(form),
             _ => Turn::Launch,
         };
+        step.write(batch, form.as_ref());
         if matches!(turn, Turn::Capture(_)) && !has_room(self.gpu.memory()?.0) {
             turn = Turn::Launch;
         }
-        self.gpu.upload_later(step.plan.1, &step.plan.0[..step.staged.n_words])?;
+        let (at, n_words) = (step.plan, step.staged.n_words);
+        self.gpu.upload_later(at, &step.slot().plan[..n_words])?;
         self.shape(step, batch, 0)?;
         Ok(turn)
     }
 
     /// Has masks and edits of a group of head rows copied to the GPU.
     fn shape(&self, step: &mut Step, batch: &Batch, group: usize) -> Result<()> {
-        let Some(group) = step.staged.groups.get(group) else { return Ok(()) };
-        let (words, at) = (&mut step.shaping.0, step.shaping.1);
-        let (n_mask_words, n_edit_words) = staging::shaping(batch, group, step.n_vocab, words);
-        let edits = staging::edits_at(step.n_vocab);
+        let Some(group) = step.staged.groups.get(group).cloned() else { return Ok(()) };
+        let (n_vocab, at) = (step.n_vocab, step.shaping);
+        let words = &mut step.slot().shaping;
+        let (n_mask_words, n_edit_words) = staging::shaping(batch, &group, n_vocab, words);
+        let edits = staging::edits_at(n_vocab);
         self.gpu.upload_later(at, &words[..n_mask_words])?;
         self.gpu.upload_later(at + 4 * edits as u64, &words[edits..edits + n_edit_words])
     }
 
     pub(super) fn embed_rows(&self, step: &Step, table: &Weight, scale: f32, x: &Hidden) -> Result<()> {
         let Place::Bf16(table_at) = table.place else { unreachable!("load_table makes no other") };
-        let (ids, width) = (step.at(step.staged.ids), x.width as u32);
-        let args = [arg(&ids), arg(&table_at), arg(&x.at), arg(&width), arg(&scale)];
+        let (ids, width, drawn_words) = (step.at(step.staged.ids), x.width as u32, DRAWN_WORDS as u32);
+        let args = [arg(&ids), arg(&step.drawn), arg(&drawn_words), arg(&table_at), arg(&x.at), arg(&width), arg(&scale)];
         self.run(self.kernels.embed, (step.staged.n_rows as u32, 1), 128, &args)
     }
 
@@ -273,13 +276,19 @@ impl CudaDevice {
 
     /// Has the results of the head rows copied back.
     fn fetch(&self, step: &mut Step, batch: &Batch) -> Result<()> {
-        self.gpu.download_later(step.drawn.1, &mut step.drawn.0[..batch.heads.len() * DRAWN_WORDS])
+        let at = step.drawn;
+        let slot = step.slot();
+        self.gpu.download_later(at, &mut slot.drawn[..batch.heads.len() * DRAWN_WORDS])?;
+        self.gpu.put_mark(&slot.done)?;
+        step.note_under_way();
+        Ok(())
     }
 
-    /// Waits for the results of the head rows.
-    pub(super) fn read_drawn(&self, step: &Step, out: &mut StepOutput) -> Result<()> {
-        self.gpu.wait()?;
-        for (out, words) in out.rows.iter_mut().zip(step.drawn.0.chunks_exact(DRAWN_WORDS)) {
+    /// Waits for the results of the head rows of the step that began first, and for nothing after them.
+    pub(super) fn read_drawn(step: &mut Step, out: &mut StepOutput) -> Result<()> {
+        let slot = step.first_under_way().context("no step is under way")?;
+        slot.done.wait()?;
+        for (out, words) in out.rows.iter_mut().zip(slot.drawn.chunks_exact(DRAWN_WORDS)) {
             *out = staging::drawn(words);
         }
         Ok(())
@@ -301,9 +310,9 @@ impl CudaDevice {
         self.multiply(step.normed, weight, n_rows, Output::F32, step.logits)?;
         let (n_vocab, cap) = (weight.n as u32, spec.soft_cap.unwrap_or(0.0));
         let wants = step.at(step.staged.wants + first * staging::WANT_WORDS);
-        let masks = step.shaping.1;
+        let masks = step.shaping;
         let edits = masks + 4 * staging::edits_at(step.n_vocab) as u64;
-        let results = step.drawn.1 + 4 * (first * DRAWN_WORDS) as u64;
+        let results = step.drawn + 4 * (first * DRAWN_WORDS) as u64;
         let args =
             [arg(&step.logits), arg(&n_vocab), arg(&cap), arg(&wants), arg(&edits), arg(&masks), arg(&step.kept), arg(&results)];
         self.run(self.kernels.sample, (n_rows as u32, 1), 512, &args)

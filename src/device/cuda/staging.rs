@@ -23,6 +23,8 @@ pub(super) const WANT_WORDS: usize = 14;
 pub(super) const DRAWN_WORDS: usize = 3 + 2 * MAX_TOP_LOGPROBS;
 const EDIT_WORDS: usize = 3;
 const COPY_WORDS: usize = 3;
+/// An id that is none, but the token of that head row of the step before (`kernels/embed.cu`).
+const IS_DRAWN: u32 = 1 << 31;
 /// Pieces begin at multiples of so many words.
 const PIECE: usize = 4;
 
@@ -162,6 +164,9 @@ impl Staged {
         let one = |value: &u32| [*value];
         // The first token at the first position, kept nowhere, and drawn from at its largest logit.
         self.ids = writer.put(batch.tokens.iter().map(one).chain(repeat_n([0], more_rows)));
+        for drawn in &batch.drawn {
+            writer.to[self.ids + drawn.token_idx as usize] = IS_DRAWN | drawn.head_idx;
+        }
         self.positions = writer.put(batch.positions.iter().map(one).chain(repeat_n([0], more_rows)));
         let slots = batch.seqs.iter().flat_map(|seq| {
             let table = batch.block_table(seq);

@@ -1,12 +1,14 @@
 //! The memory of steps: made once, for the largest. Knows where things are, nothing of what is computed in them.
 
-use super::driver::{Gpu, Graph};
+use super::driver::{Gpu, Graph, Mark};
 use super::graphs::{Form, Graphs};
 use super::memory::{Arena, Pinned, aligned};
 use super::staging::{self, DRAWN_WORDS, HEAD_ROWS, Staged};
 use super::work::{Attended, Work};
+use crate::device::batch::Batch;
 use crate::device::{AttentionSpec, StepSizes};
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use std::collections::VecDeque;
 
 /// Parts of attention that there is memory for; rows that would need more are given to a kernel that needs none.
 const MAX_PARTS: usize = 2048;
@@ -15,14 +17,29 @@ const PREFILL_BLOCKS: usize = 2;
 /// Rows whose states a block of the prefill kernel keeps.
 const STATES: usize = 128;
 
+/// What the host writes for a step, and reads of it.
+pub(super) struct Slot {
+    /// As on the GPU: the step as words; masks and edits of a group of head rows; results of the head rows.
+    pub(super) plan: Pinned,
+    pub(super) shaping: Pinned,
+    pub(super) drawn: Pinned,
+    /// Behind the copy of the results.
+    pub(super) done: Mark,
+}
+
 /// What steps need besides weights, caches and the model's buffers.
 pub(super) struct Step {
-    /// The step as words: here, and on the GPU.
-    pub(super) plan: (Pinned, u64),
-    /// Masks and edits of a group of head rows: the same.
-    pub(super) shaping: (Pinned, u64),
-    /// Results of the head rows: the same.
-    pub(super) drawn: (Pinned, u64),
+    /// On the GPU: the step as words; masks and edits of a group of head rows; results of the head rows. One of each is enough: the
+    /// GPU does one step after the other.
+    pub(super) plan: u64,
+    pub(super) shaping: u64,
+    pub(super) drawn: u64,
+    /// Of two steps that may be under way at once.
+    slots: [Slot; 2],
+    /// The slot of the step that began last.
+    current: usize,
+    /// The slots of steps whose results are on their way.
+    under_way: VecDeque<usize>,
     /// What edited logits were before.
     pub(super) kept: u64,
     /// Of a chunk of head rows: residual streams, normed, and logits.
@@ -161,7 +178,10 @@ impl Step {
     /// The driver's; too little room.
     pub(super) fn new(gpu: &Gpu, arena: &Arena, sizes: &StepSizes<'_>, has_graphs: bool) -> Result<Self> {
         let of = Sizes::of(sizes, gpu.facts().n_multiprocessors);
-        let both = |n_words: usize| Ok::<_, anyhow::Error>((gpu.pinned(n_words)?, arena.take(4 * n_words)?));
+        let slot = || {
+            let [plan, shaping, drawn] = [of.plan_words, of.shaping_words, of.drawn_words].map(|n_words| gpu.pinned(n_words));
+            Ok::<_, anyhow::Error>(Slot { plan: plan?, shaping: shaping?, drawn: drawn?, done: gpu.new_mark()? })
+        };
         let two = |(a, b): (usize, usize)| Ok::<_, anyhow::Error>((arena.take(a)?, arena.take(b)?));
         let turns = of.ropes.iter().map(|&i| {
             let spec = &sizes.attention[i];
@@ -176,9 +196,12 @@ impl Step {
             (*attended, work)
         });
         Ok(Self {
-            plan: both(of.plan_words)?,
-            shaping: both(of.shaping_words)?,
-            drawn: both(of.drawn_words)?,
+            plan: arena.take(4 * of.plan_words)?,
+            shaping: arena.take(4 * of.shaping_words)?,
+            drawn: arena.take(4 * of.drawn_words)?,
+            slots: [slot()?, slot()?],
+            current: 0,
+            under_way: VecDeque::with_capacity(2),
             kept: arena.take(of.kept)?,
             rows: arena.take(of.rows)?,
             normed: arena.take(of.normed)?,
@@ -205,7 +228,37 @@ impl Step {
 
     /// The address of a place in the step's words.
     pub(super) fn at(&self, word: usize) -> u64 {
-        self.plan.1 + 4 * word as u64
+        self.plan + 4 * word as u64
+    }
+
+    /// Takes a slot for the step that begins.
+    ///
+    /// # Errors
+    /// Two are under way.
+    pub(super) fn take_slot(&mut self) -> Result<()> {
+        self.current = 1 - self.current;
+        ensure!(!self.under_way.contains(&self.current), "a third step begins while two are under way");
+        Ok(())
+    }
+
+    /// Writes the step that begins down: its head rows were cut, and its works are planned.
+    pub(super) fn write(&mut self, batch: &Batch, form: Option<&Form>) {
+        self.staged.fill(batch, &mut self.works, form, &mut self.slots[self.current].plan);
+    }
+
+    /// The slot of the step that began last.
+    pub(super) fn slot(&mut self) -> &mut Slot {
+        &mut self.slots[self.current]
+    }
+
+    /// The results of that step are on their way.
+    pub(super) fn note_under_way(&mut self) {
+        self.under_way.push_back(self.current);
+    }
+
+    /// The slot of the step under way that began first, which is to end.
+    pub(super) fn first_under_way(&mut self) -> Option<&Slot> {
+        Some(&self.slots[self.under_way.pop_front()?])
     }
 }
 

@@ -8,6 +8,8 @@ use std::fmt::Write;
 pub(crate) struct Tally {
     /// Calls by name, and other things that are counted.
     calls: BTreeMap<String, u64>,
+    /// Their names in order, a line each, if somebody wants them.
+    pub(crate) order: Option<String>,
     kernels: BTreeMap<String, Kernel>,
     /// Bytes that the work that runs has read and written.
     moved: (u64, u64),
@@ -22,8 +24,17 @@ struct Kernel {
 }
 
 impl Tally {
+    /// With the order of calls, or without.
+    pub(crate) fn new(is_ordered: bool) -> Self {
+        Self { order: is_ordered.then(String::new), ..Self::default() }
+    }
+
     /// Counts one more; returns how many there are now.
     pub(crate) fn call(&mut self, name: &str) -> u64 {
+        if let Some(order) = &mut self.order {
+            *order += name;
+            order.push('\n');
+        }
         let n = match self.calls.get_mut(name) {
             Some(n) => n,
             None => self.calls.entry(name.to_owned()).or_default(),
@@ -104,11 +115,17 @@ impl Tally {
 /// Called by the C library when the process ends by `exit`.
 pub(crate) extern "C" fn write_down() {
     last_look(|driver| {
-        if let Some(path) = &driver.knobs.counters {
+        let write = |path: &str, text: &str| {
             let path = path.replace("%p", &std::process::id().to_string());
-            if let Err(error) = std::fs::write(&path, driver.tally.text()) {
+            if let Err(error) = std::fs::write(&path, text) {
                 complain(format_args!("{path}: {error}"));
             }
+        };
+        if let Some(path) = &driver.knobs.counters {
+            write(path, &driver.tally.text());
+        }
+        if let Some((path, order)) = driver.knobs.order.as_ref().zip(driver.tally.order.as_ref()) {
+            write(path, order);
         }
     });
 }

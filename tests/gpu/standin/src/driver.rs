@@ -199,7 +199,7 @@ impl Driver {
             execs: HashMap::new(),
             memory: BTreeMap::new(),
             pinned: BTreeMap::new(),
-            tally: Tally::default(),
+            tally: Tally::new(knobs.order.is_some()),
             random: knobs.seed,
             next: FIRST_HANDLE,
             knobs,

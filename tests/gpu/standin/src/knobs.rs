@@ -17,6 +17,7 @@ pub(crate) struct Knobs {
     pub(crate) seed: u64,
     pub(crate) races: bool,
     pub(crate) counters: Option<String>,
+    pub(crate) order: Option<String>,
 }
 
 impl Knobs {
@@ -42,6 +43,7 @@ impl Knobs {
             seed: number("STANDIN_SEED", 0)?,
             races: number("STANDIN_RACES", 1)? != 0,
             counters: get("STANDIN_COUNTERS"),
+            order: get("STANDIN_ORDER"),
         })
     }
 }

@@ -27,6 +27,8 @@
 //!   process exits: by kernel launches, bytes, sectors, passes over shared memory and those for conflicts, tensor
 //!   operations; calls by entry point, and of what `launch` counts, how much was in graphs; bytes copied; the most memory that
 //!   was used.
+//! - `STANDIN_ORDER`: a file for the names of entry points in the order in which they were called, a line each, with `launch` where
+//!   a kernel or product was executed and `alloc` where memory was asked for. (`%p`, and when: as above.)
 //!
 //! Differences from a device, but for speed: the number of a kernel's registers is not known (64 is said), streams end in an
 //! order of their own, and no capture spans several streams.

@@ -22,7 +22,7 @@ extern "C" fn cuInit(_flags: u32) -> u32 {
             complain(words);
             UNKNOWN
         })?;
-        if knobs.counters.is_some() {
+        if knobs.counters.is_some() || knobs.order.is_some() {
             atexit(write_down);
         }
         Ok(Driver::new(knobs))

@@ -186,8 +186,9 @@ fn seeds_make_other_orders() {
 
 #[test]
 fn what_was_done_is_counted() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let said = alone(&[("STANDIN_COUNTERS", file.path().to_str().unwrap())], || {
+    let [file, order] = std::array::from_fn(|_| tempfile::NamedTempFile::new().unwrap());
+    let paths = [&file, &order].map(|file| file.path().to_str().unwrap());
+    let said = alone(&[("STANDIN_COUNTERS", paths[0]), ("STANDIN_ORDER", paths[1])], || {
         let gpu = Gpu::new();
         let scale = Kernels::load().get("scale");
         let at = gpu.floats(&[1.0; 256]);
@@ -217,6 +218,10 @@ fn what_was_done_is_counted() {
     for part in right {
         assert!(text.contains(part), "{part}:\n{text}");
     }
+    let order = std::fs::read_to_string(order.path()).unwrap();
+    // What was launched is executed when somebody waits.
+    assert!(order.contains("cuGraphLaunch\ncuGraphLaunch\ncuGraphLaunch\n"), "{order}");
+    assert!(order.split("cuGraphLaunch\n").nth(3).is_some_and(|rest| rest.contains("\nlaunch\n")), "{order}");
 }
 
 /// A graph takes memory from when it is instantiated until it is destroyed.
