@@ -27,6 +27,18 @@ pub(super) struct Flight {
 }
 
 impl Flight {
+    /// Room for the largest step.
+    pub(super) fn new(scheduler: &Scheduler) -> Self {
+        let limits = &scheduler.limits;
+        Self {
+            shares: Vec::with_capacity(limits.max_step_seqs),
+            batch: batch::with_capacity(limits, scheduler.config.max_running),
+            out: StepOutput { rows: Vec::with_capacity(limits.max_step_seqs) },
+            broken: Vec::new(),
+            begun: Ok(false),
+        }
+    }
+
     pub(super) fn is_under_way(&self) -> bool {
         matches!(self.begun, Ok(true))
     }
@@ -40,16 +52,7 @@ impl Flight {
 impl Engine {
     /// Begins what was scheduled.
     pub(super) fn begin(&mut self) {
-        let mut flight = self.spare.pop().unwrap_or_else(|| {
-            let limits = &self.scheduler.limits;
-            Flight {
-                shares: Vec::with_capacity(limits.max_step_seqs),
-                batch: batch::with_capacity(limits, self.scheduler.config.max_running),
-                out: StepOutput { rows: Vec::with_capacity(limits.max_step_seqs) },
-                broken: Vec::new(),
-                begun: Ok(false),
-            }
-        });
+        let mut flight = self.spare.pop().unwrap_or_else(|| Flight::new(&self.scheduler));
         mem::swap(&mut flight.shares, &mut self.scheduler.scheduled);
         batch::fill(&mut flight, &mut self.scheduler, &*self.tokens);
         flight.batch.check(self.scheduler.limits.n_blocks, self.scheduler.limits.n_vocab);
@@ -98,6 +101,9 @@ impl Engine {
             if flight.is_under_way() {
                 // That it fails, too, says nothing of its rows.
                 let _not_used = self.land(&mut flight);
+            } else {
+                // What is computed later of that is computed again, as of any step that fails.
+                self.scheduler.count(&flight.shares);
             }
             self.spare.push(flight);
         }

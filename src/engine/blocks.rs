@@ -3,7 +3,7 @@
 
 /// Reference counts of the pool's blocks.
 pub(super) struct Blocks {
-    /// `[n_blocks]`: tables (of sequences, trunks, copies under way) that refer to the block, and whether it is kept.
+    /// `[n_blocks]`: tables (of sequences and trunks, and of copies while a step is planned) that refer to the block, and whether it is kept.
     refs: Vec<u32>,
     /// `[n_blocks]`: whether one of the references is that it is kept (see `keep`).
     is_kept: Vec<bool>,

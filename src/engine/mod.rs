@@ -175,12 +175,15 @@ impl Engine {
             "the KV cache holds {} tokens, less than one sequence of {max_context}: give it more memory or lower the context limit",
             n_blocks * BLOCK_TOKENS
         );
+        let scheduler = Scheduler::new(config, limits);
+        // Where steps are begun ahead, the second one's memory is made with the first of those.
+        let spare = vec![Flight::new(&scheduler)];
         Ok(Self {
-            scheduler: Scheduler::new(config, limits),
+            scheduler,
             runner,
             tokens,
             flights: VecDeque::with_capacity(2),
-            spare: Vec::new(),
+            spare,
             last: Vec::with_capacity(max_step_seqs),
             progress: Vec::new(),
             checkpoints: Vec::new(),
@@ -388,6 +391,8 @@ impl Engine {
     fn checkpoint(&mut self, least: impl Fn(&Sequence) -> usize) {
         let waiting = self.scheduler.waiting.iter_mut().flatten();
         let rows = self.scheduler.running.iter_mut().chain(waiting);
+        // One that was cancelled while a step is under way is still there.
+        let rows = rows.filter(|row| row.phase != Phase::Finished);
         self.checkpoints.extend(rows.filter_map(|seq| seq.take_checkpoint(least(seq))));
     }
 

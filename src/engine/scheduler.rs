@@ -255,7 +255,8 @@ impl Scheduler {
     fn run_owed(&mut self) {
         for class in [Class::Standard, Class::Batch] {
             let has_queue = !self.waiting[class as usize].is_empty();
-            if !has_queue && !self.running.iter().any(|row| row.class == class && row.remaining() > 1) {
+            let has_prompt = |row: &Sequence| row.phase == Phase::Live && row.class == class && row.remaining() > 1;
+            if !has_queue && !self.running.iter().any(has_prompt) {
                 // What only decodes takes a token a row, and must not stand still while others' prompts fill the steps.
                 if self.policy.is_owed(class) {
                     self.run_where(true, |_, row| row.class == class);

@@ -6,7 +6,7 @@ use super::load::{self, OpenModel};
 use super::meter::{Meter, Reading};
 use crate::config::Config;
 use crate::engine::sampling::SeqParams;
-use crate::engine::{Due, Engine, EngineConfig, Submission};
+use crate::engine::{Due, Engine, EngineConfig, Finished, Submission};
 use crate::plan::estimate::Totals;
 use crate::window::Class;
 use anyhow::Result;
@@ -44,11 +44,11 @@ pub(super) fn measure(open: OpenModel, config: &Config, totals: &Totals) -> Resu
             }
             id += 1;
         }
-        engine.step(&mut finished)?;
+        step(&mut engine, &mut finished)?;
     }
     let (prefill, prefill_tokens) = (meter.read(), engine.stats().prefill_tokens);
     while engine.has_work() {
-        engine.step(&mut finished)?;
+        step(&mut engine, &mut finished)?;
     }
 
     // Decode: as many rows as the job runs at once, their prompt computed once.
@@ -62,12 +62,12 @@ pub(super) fn measure(open: OpenModel, config: &Config, totals: &Totals) -> Resu
     }
     // The first step or two prefill.
     for _ in 0..=n_prompt.div_ceil(engine.config().budget_tokens) {
-        engine.step(&mut finished)?;
+        step(&mut engine, &mut finished)?;
     }
     let (before, before_tokens) = (meter.read(), engine.stats().decode_tokens);
     let start = Instant::now();
     while start.elapsed() < PHASE && engine.has_work() {
-        engine.step(&mut finished)?;
+        step(&mut engine, &mut finished)?;
     }
     let (after, decode_tokens) = (meter.read(), engine.stats().decode_tokens - before_tokens);
     let all = |reading: Reading| reading.prefill + reading.decode;
@@ -78,6 +78,12 @@ pub(super) fn measure(open: OpenModel, config: &Config, totals: &Totals) -> Resu
         decode_seconds: all(after).saturating_sub(all(before)).as_secs_f64(),
         ..Run::default()
     })
+}
+
+/// A step; the one after it begins, too, where a device goes on by itself.
+fn step(engine: &mut Engine, finished: &mut Vec<Finished>) -> Result<()> {
+    engine.start();
+    engine.step(finished)
 }
 
 /// A row of any tokens that begins with `first`.

@@ -54,7 +54,9 @@ pub(super) struct Unpacking<'a> {
 impl Unpacked {
     /// Makes room for panels of up to `n_cells` elements as tiles.
     pub(super) fn reserve(&mut self, n_cells: usize) {
-        for place in &mut self.places[..n_places(n_cells)] {
+        for (i, place) in self.places.iter_mut().enumerate() {
+            // Wide panels have fewer places.
+            let n_cells = if i <= FEW { n_cells } else { n_cells.min(PLACES_BYTES / size_of::<u16>() / (i + 1)) };
             if place.tiles.len() < n_cells {
                 *place = Place { tiles: Aligned::zeroed(n_cells), holds: None };
             }
