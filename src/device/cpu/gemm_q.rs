@@ -8,6 +8,7 @@
 use super::buffer::Aligned;
 use super::quant::Act;
 use super::simd::{Format, LANES, Simd};
+use super::unpack::{n_scales, packed_bytes};
 use super::weights::{BLOCK, PANEL};
 use std::ops::Range;
 
@@ -61,15 +62,9 @@ impl<'a> QuantRows<'a> {
     }
 }
 
-/// Bytes of a packed block.
-const fn packed_block<F: Format>() -> usize {
-    let header = if F::MIN { 4 * PANEL } else { 2 * PANEL };
-    header + if F::NIBBLES { BLOCK * PANEL / 2 } else { BLOCK * PANEL }
-}
-
 /// (d, m) pairs of an unpacked block and column; bytes of its header and of all of it.
 const fn unpacked_block<F: Format>() -> (usize, usize, usize) {
-    let n_scales = if F::HALVES { 2 } else { 1 };
+    let n_scales = n_scales::<F>();
     let header = n_scales * if F::MIN { 8 * PANEL } else { 4 * PANEL };
     (n_scales, header, header + BLOCK * PANEL)
 }
@@ -79,13 +74,13 @@ const fn unpacked_block<F: Format>() -> (usize, usize, usize) {
 #[inline(always)]
 #[expect(clippy::cast_ptr_alignment, reason = "vectors need no alignment")]
 pub(super) fn unpack<'a, S: Simd, F: Format>(s: S, packed: &[u8], n_blocks: usize, out: &'a mut Aligned<u8>) -> &'a [u8] {
-    assert_eq!(packed.len(), n_blocks * packed_block::<F>());
+    assert_eq!(packed.len(), n_blocks * packed_bytes::<F>());
     let (_, header, block_bytes) = unpacked_block::<F>();
     out.reserve(n_blocks * block_bytes);
     let out = &mut out[..n_blocks * block_bytes];
-    for (from, to) in packed.chunks_exact(packed_block::<F>()).zip(out.chunks_exact_mut(block_bytes)) {
+    for (from, to) in packed.chunks_exact(packed_bytes::<F>()).zip(out.chunks_exact_mut(block_bytes)) {
         let (from, to) = (from.as_ptr(), to.as_mut_ptr());
-        // SAFETY: both layouts are `packed_block` and `unpacked_block` bytes long by their definitions.
+        // SAFETY: both layouts are `packed_bytes` and `unpacked_block` bytes long by their definitions.
         unsafe {
             for c in 0..2 {
                 s.store(to.cast::<f32>().add(c * LANES), s.load_f16(from.cast::<u16>().add(c * LANES)));
@@ -132,7 +127,7 @@ pub(super) fn add_rows<S: Simd, F: Format>(s: S, panel: &Panel<'_>, rows: &Quant
 #[expect(clippy::cast_ptr_alignment, reason = "that it is aligned is what is asserted")]
 fn columns<S: Simd, F: Format, const R: usize>(s: S, panel: &Panel<'_>, rows: &QuantRows<'_>, out: &mut [[f32; PANEL]]) {
     let (bytes, block_bytes) = match panel {
-        Panel::Packed(bytes) => (bytes, packed_block::<F>()),
+        Panel::Packed(bytes) => (bytes, packed_bytes::<F>()),
         Panel::Unpacked(bytes) => (bytes, unpacked_block::<F>().2),
     };
     // What the kernel's pointers rely on.
@@ -273,7 +268,7 @@ unsafe fn kernel<S: Simd, F: Format, const R: usize, const C: usize, const PACKE
         // SAFETY: the caller's promise covers every offset below; they follow the layouts of `weights.rs` and `unpack`.
         unsafe {
             let (n_scales, header, block_bytes) = unpacked_block::<F>();
-            let block = panel.add((b - rows.blocks.start) * if PACKED { packed_block::<F>() } else { block_bytes });
+            let block = panel.add((b - rows.blocks.start) * if PACKED { packed_bytes::<F>() } else { block_bytes });
             let integers = block.add(if PACKED { header / 2 } else { header });
             for h in 0..n_scales {
                 let half = if F::HALVES { Some(h) } else { None };
