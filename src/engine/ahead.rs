@@ -4,7 +4,8 @@
 //!
 //! Invariants: a step is begun before another has ended only if nothing but tokens is missing: each row that draws in the first one
 //! ends with it for certain, or needs nothing of the host that depends on its token (a mask, edits for what was drawn). What the
-//! second step computes of a row that turns out to have ended, or is cancelled, is used by nobody and counted nowhere. Blocks
+//! second step computes of a row that turns out to have ended, or is cancelled, is used by nobody and counted apart
+//! (`EngineStats::unused_tokens`). Blocks
 //! that are free may be given away at once: whatever writes to them does so in a later step, and a device does one after the other.
 
 use std::mem;
@@ -122,7 +123,7 @@ impl Scheduler {
         self.running.get(share.running_idx).is_some_and(|row| row.phase != Phase::Finished)
     }
 
-    /// Counts what a step computes of rows that are still there.
+    /// Counts what a step computes; what it does of rows that have left is of no use, and apart.
     fn count(&mut self, shares: &[Scheduled]) {
         for share in shares {
             if self.is_there(share) {
@@ -130,6 +131,8 @@ impl Scheduler {
                 self.stats.recomputed_tokens += recomputed;
                 self.stats.prefill_tokens += prefill;
                 self.stats.decode_tokens += decode;
+            } else {
+                self.stats.unused_tokens += share.n_tokens as u64;
             }
         }
     }

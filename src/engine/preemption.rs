@@ -43,7 +43,7 @@ impl Scheduler {
             return false;
         }
         let may_lose = |own: &Self, row: &Sequence| {
-            let has_time = row.class == Class::Batch && !own.policy.is_urgent(row.rank);
+            let has_time = row.class == Class::Batch && !own.policy.is_urgent(row.rank) && !own.is_ending(row);
             has_time && row.phase == Phase::Live && row.in_step != own.step && row.n_preemptions < own.config.max_preemptions
         };
         // What they alone hold, and what they would have grown by: blocks that a trunk holds too stay in use without them.
@@ -84,8 +84,10 @@ impl Scheduler {
         self.worst(|idx, r| is_candidate(r) && idx != needy)
     }
 
+    /// Of the rows that go on. One that ends with the step under way has its last token coming: taking its blocks would gain a step,
+    /// and cost what is kept of it.
     fn worst(&self, is_candidate: impl Fn(usize, &Sequence) -> bool) -> Option<usize> {
-        let rows = self.running.iter().enumerate().filter(|&(idx, row)| is_candidate(idx, row));
+        let rows = self.running.iter().enumerate().filter(|&(idx, row)| !self.is_ending(row) && is_candidate(idx, row));
         let key = |&(idx, row): &(usize, &Sequence)| {
             let (class, slack) = self.policy.expendable(row.class, row.rank);
             // Whose blocks are mostly others', too, would free few of them.
@@ -93,6 +95,17 @@ impl Scheduler {
             (class, is_own, slack, Reverse(row.computed), idx)
         };
         rows.max_by_key(key).map(|(idx, _)| idx)
+    }
+
+    /// Whether a row ends with the step under way, and then gives back a block at least: nobody has to lose any for the next one.
+    pub(super) fn blocks_come(&self) -> bool {
+        let is_own = |block: &u32| self.blocks.n_tables(*block) == 1;
+        self.running.iter().any(|row| self.is_ending(row) && row.buffers.table.iter().any(is_own))
+    }
+
+    /// Whether a row ends with the step under way: nothing of it is left to be computed, nor in the step that is being filled.
+    fn is_ending(&self, row: &Sequence) -> bool {
+        row.phase == Phase::Live && row.remaining() == 0 && row.in_step != self.step
     }
 
     /// Preempts the least row of a class below asap, if there is one; none has tokens in the step yet.

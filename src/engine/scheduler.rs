@@ -449,6 +449,10 @@ impl Scheduler {
             if self.drop_idle_trunks() {
                 continue;
             }
+            if self.blocks_come() {
+                self.is_tight = true;
+                return false;
+            }
             let victim = self.victim_for(idx);
             if let Some(other) = victim.filter(|&v| v != idx) {
                 self.preempt(other);

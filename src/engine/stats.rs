@@ -21,6 +21,8 @@ pub struct EngineStats {
     pub lapsed_blocks: u64,
     /// Tokens computed again: the tax of preemptions, and of rows that begin with what another life has drawn.
     pub recomputed_tokens: u64,
+    /// Tokens computed for nobody: their rows had ended, or were cancelled, when their step ended. In none of the counts above.
+    pub unused_tokens: u64,
     /// Steps that failed, those included that were tried to find out why.
     pub failed_steps: u64,
     /// Times that a row lost its blocks.
@@ -42,6 +44,11 @@ pub struct EngineStats {
 }
 
 impl EngineStats {
+    /// All tokens that steps computed, of use or not.
+    pub fn computed_tokens(&self) -> u64 {
+        self.prefill_tokens + self.decode_tokens + self.recomputed_tokens + self.unused_tokens
+    }
+
     /// With the counters of an engine that was there before.
     #[must_use]
     pub fn after(self, before: Self) -> Self {
@@ -55,6 +62,7 @@ impl EngineStats {
             evicted_blocks: self.evicted_blocks + before.evicted_blocks,
             lapsed_blocks: self.lapsed_blocks + before.lapsed_blocks,
             recomputed_tokens: self.recomputed_tokens + before.recomputed_tokens,
+            unused_tokens: self.unused_tokens + before.unused_tokens,
             failed_steps: self.failed_steps + before.failed_steps,
             preemptions: self.preemptions + before.preemptions,
             preemptions_of: std::array::from_fn(|class| self.preemptions_of[class] + before.preemptions_of[class]),

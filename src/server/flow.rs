@@ -171,13 +171,14 @@ impl Routes {
         self.with(|table| table.jobs.remove(&number));
     }
 
-    /// Hands on what came of a step that began then and has just ended; `machine_ns` is its share of the machine's time.
-    pub(super) fn deliver(&self, step: Delivery<'_>, began: Instant, machine_ns: u64) {
+    /// Hands on what came of a step that began then and has just ended, of its share of the machine's time, and of how many tokens it
+    /// computed of rows that had left by then.
+    pub(super) fn deliver(&self, step: Delivery<'_>, began: Instant, (machine_ns, n_unused): (u64, u64)) {
         let now = Instant::now();
         let Delivery { finished, progress, step, stats, .. } = step;
         let (mut of_jobs, finished): (Vec<Finished>, Vec<Finished>) = finished.into_iter().partition(|done| done.id >= JOB_IDS);
         self.with(|table| {
-            table.share_out(step, began, machine_ns);
+            table.share_out(step, began, (machine_ns, n_unused));
             while let Some(last) = of_jobs.last().map(|done| job_of(done.id)) {
                 // Those of one job stand together.
                 let first = of_jobs.iter().rposition(|done| job_of(done.id) != last).map_or(0, |other| other + 1);
@@ -223,13 +224,14 @@ impl Routes {
 }
 
 impl Table {
-    /// Gives everybody who had tokens in a step that part of its time; the parts are the whole.
-    fn share_out(&self, step: &[Scheduled], began: Instant, machine_ns: u64) {
-        let n_tokens: usize = step.iter().map(|share| share.n_tokens).sum();
+    /// Gives everybody who had tokens in a step that part of its time; the parts are the whole, but for that of rows that had left,
+    /// which is nobody's.
+    fn share_out(&self, step: &[Scheduled], began: Instant, (machine_ns, n_unused): (u64, u64)) {
+        let n_tokens = step.iter().map(|share| share.n_tokens).sum::<usize>() as u64 + n_unused;
         let (mut before, mut n_before) = (0, 0);
         for share in step {
             n_before += share.n_tokens;
-            let until = (u128::from(machine_ns) * n_before as u128 / n_tokens as u128) as u64;
+            let until = (u128::from(machine_ns) * n_before as u128 / u128::from(n_tokens)) as u64;
             let part = until - before;
             before = until;
             if share.id >= JOB_IDS {

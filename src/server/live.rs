@@ -4,14 +4,15 @@
 //! behind; memory held for a caller that reads slowly is bounded by its answer; what is loaded again has the same bits.
 
 use super::backlog::{Backlog, BatchTicket, Full, Ticket};
-use super::flow::{Cancel, Flow, Mailbox, Routes, first_id, is_of_job};
+use super::flow::{Cancel, Flow, Mailbox, Routes, first_id};
 use super::observed::Observed;
 use super::pace::Pace;
+use super::receiving::Receiving;
 use super::residency::Lease;
 use super::windows::Table;
 use crate::config::ModelConfig;
 use crate::config::serve::ServeLimits;
-use crate::engine::handle::{Delivery, EngineHandle};
+use crate::engine::handle::EngineHandle;
 use crate::engine::{Due, Engine, EngineConfig, EngineStats, Keep, StepLimits, Submission};
 use crate::format::openai::Endpoint;
 use crate::grammar::Grammars;
@@ -28,7 +29,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 /// See the module.
@@ -71,10 +72,10 @@ pub(super) type Faults = watch::Sender<Option<String>>;
 
 /// What engines have counted.
 #[derive(Debug, Default)]
-struct Stats {
+pub(super) struct Stats {
     /// Those that were there before.
-    before: EngineStats,
-    now: EngineStats,
+    pub(super) before: EngineStats,
+    pub(super) now: EngineStats,
 }
 
 /// A loaded model's engine.
@@ -400,68 +401,6 @@ pub(super) struct Place(Arc<AtomicUsize>);
 impl Drop for Place {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
-    }
-}
-
-/// The receiving end of the engine, on its thread.
-struct Receiving {
-    routes: Arc<Routes>,
-    stats: Arc<Mutex<Stats>>,
-    backlog: Arc<Backlog>,
-    pace: Pace,
-    seen: Arc<Observed>,
-    /// Engines that have work, of all that share the machine.
-    n_busy: Arc<AtomicUsize>,
-    is_busy: bool,
-    is_retired: Arc<AtomicBool>,
-    /// Where it is told that this model's engine has failed.
-    fault: (String, Arc<Faults>),
-}
-
-impl Receiving {
-    fn take(&mut self, step: Delivery<'_>) {
-        let n_asap = step.step.iter().filter(|share| share.class == Class::Asap).map(|share| share.n_tokens).sum();
-        let has_others = step.step.iter().any(|share| share.class > Class::Asap);
-        let alone = self.pace.expected(n_asap);
-        let (time, now) = (self.pace.note(step.stats), Instant::now());
-        self.seen.note_step(
-            time,
-            if n_asap > 0 && has_others && !alone.is_zero() { time.saturating_sub(alone) } else { Duration::ZERO },
-        );
-        if step.stats.waiting > 0 {
-            self.backlog.note_full_step(time, step.step.iter().map(|share| share.n_tokens).sum());
-        }
-        for done in &step.finished {
-            self.backlog.note_finished(is_of_job(done.id), done.tokens.len());
-        }
-        self.stats.lock().unwrap_or_else(PoisonError::into_inner).now = *step.stats;
-        let is_busy = !step.step.is_empty();
-        match (self.is_busy, is_busy) {
-            (false, true) => drop(self.n_busy.fetch_add(1, Relaxed)),
-            (true, false) => drop(self.n_busy.fetch_sub(1, Relaxed)),
-            _ => {}
-        }
-        self.is_busy = is_busy;
-        // Engines that work at the same time share the machine.
-        let machine_ns = time.as_nanos() as u64 / self.n_busy.load(Relaxed).max(1) as u64;
-        self.routes.deliver(step, now.checked_sub(time).unwrap_or(now), machine_ns);
-    }
-}
-
-impl Drop for Receiving {
-    fn drop(&mut self) {
-        if self.is_busy {
-            self.n_busy.fetch_sub(1, Relaxed);
-        }
-        if !self.is_retired.load(SeqCst) {
-            // First, so that whoever finds a call closed finds out why.
-            self.fault.1.send_if_modified(|fault| {
-                let is_first = fault.is_none();
-                fault.get_or_insert(self.fault.0.clone());
-                is_first
-            });
-            self.routes.close();
-        }
     }
 }
 

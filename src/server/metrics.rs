@@ -54,13 +54,14 @@ fn head(out: &mut String, name: &str, kind: &str, help: &str) {
 /// Name, kind, help, and where it stands.
 type Metric = (&'static str, &'static str, &'static str, fn(&EngineStats) -> u64);
 
-const ENGINE: [Metric; 15] = [
+const ENGINE: [Metric; 16] = [
     ("valar_steps_total", "counter", "Steps run.", |s| s.steps),
     ("valar_prefill_tokens_total", "counter", "Prompt tokens computed.", |s| s.prefill_tokens),
     ("valar_generated_tokens_total", "counter", "Tokens drawn.", |s| s.generated_tokens),
     ("valar_shared_tokens_total", "counter", "Prompt tokens found in the KV cache.", |s| s.shared_tokens),
     ("valar_found_tokens_total", "counter", "Those of them that ended sequences had left.", |s| s.found_tokens),
     ("valar_recomputed_tokens_total", "counter", "Tokens computed again after preemptions.", |s| s.recomputed_tokens),
+    ("valar_unused_tokens_total", "counter", "Tokens computed of sequences that had ended.", |s| s.unused_tokens),
     ("valar_preemptions_total", "counter", "Times that a sequence lost its KV blocks.", |s| s.preemptions),
     ("valar_finished_total", "counter", "Sequences completed.", |s| s.finished),
     ("valar_running", "gauge", "Sequences that hold KV blocks.", |s| s.running as u64),

@@ -46,6 +46,7 @@ mod page;
 mod paging;
 mod places;
 pub mod prices;
+mod receiving;
 pub mod residency;
 pub mod response_events;
 pub mod responses;

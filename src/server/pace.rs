@@ -74,7 +74,7 @@ impl Pace {
     pub(super) fn note(&mut self, stats: &EngineStats) -> Duration {
         let reading = self.meter.read();
         let time = reading.prefill + reading.decode;
-        let tokens = stats.prefill_tokens + stats.decode_tokens + stats.recomputed_tokens;
+        let tokens = stats.computed_tokens();
         let (step_time, step_tokens) = (time.saturating_sub(self.before.0), tokens - self.before.1);
         self.before = (time, tokens);
         self.speed.note(step_time.as_secs_f64(), step_tokens);

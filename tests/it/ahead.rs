@@ -112,7 +112,7 @@ fn simulate(workload: &Workload) -> (EngineStats, usize) {
         let mut finished = Vec::new();
         engine.step(&mut finished).expect("the fake runner does not fail");
         engine.check();
-        let counted = |s: &EngineStats| s.prefill_tokens + s.decode_tokens + s.recomputed_tokens;
+        let counted = |s: &EngineStats| s.computed_tokens() - s.unused_tokens;
         let n_tokens: usize = engine.last_step().iter().map(|share| share.n_tokens).sum();
         assert_eq!(counted(engine.stats()) - counted(&before), n_tokens as u64);
         note_progress(&mut told, engine.take_progress());
@@ -263,6 +263,31 @@ fn a_token_too_many_is_counted_nowhere() {
     assert_eq!(seen.lock().unwrap().len(), longest + 1, "one step more than is of use");
     let n_drawn: usize = n_tokens.iter().sum();
     assert_eq!((engine.stats().generated_tokens, engine.stats().decode_tokens), (n_drawn as u64, (n_drawn - 8) as u64));
+    // But it was computed: each row's last token, which ended it.
+    assert_eq!(engine.stats().unused_tokens, 8);
+}
+
+/// The pool is full when a row needs a block, and the step under way ends another: nobody loses any.
+#[test]
+fn a_row_that_ends_with_the_step_under_way_is_not_preempted() {
+    let limits = RunnerLimits { n_blocks: 4, max_context: 64, ..LIMITS };
+    let config = EngineConfig { cold_output_tokens: 1, ..EngineConfig::for_runner(&limits) };
+    // Two blocks each when the 31st token of the one is drawn, its last; the other is thought to end any time, and goes on.
+    let goes_on = |seed| SeqParams { max_tokens: 40, seed, ..SeqParams::default() };
+    let is_long = |&seed: &u64| {
+        [0, 1].iter().all(|&id| expected(id, &row(id, goes_on(seed)).prompt, &goes_on(seed), 64).tokens.len() == 40)
+    };
+    let seed = (0..10_000).find(is_long).expect("some go on");
+    for params in [[endless(31), goes_on(seed)], [goes_on(seed), endless(31)]] {
+        let (mut engine, seen) = engine(limits, config);
+        let rows: Vec<Submission> = (0..).zip(params).map(|(id, params)| row(id, params)).collect();
+        let done = run(&mut engine, &rows);
+        for row in &rows {
+            assert_eq!(done[&row.id], expected(row.id, &row.prompt, &row.params, limits.max_context));
+        }
+        assert_eq!((engine.stats().preemptions, engine.stats().recomputed_tokens), (0, 0));
+        assert!(seen.lock().unwrap().iter().filter(|(is_ahead, _)| *is_ahead).count() > 30);
+    }
 }
 
 #[test]
