@@ -200,6 +200,13 @@ pub trait Device: Send {
     }
     /// Loads the gate and up projections, each `[n, k]`, for [`Device::gate_up`].
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Self::Weight>;
+    /// Told of a layer's experts when they are loaded. (Devices that can use any leave it as it is.)
+    ///
+    /// # Errors
+    /// They are of a form that the device does not have.
+    fn check_experts(&self, _experts: &Experts<Self::Weight>) -> anyhow::Result<()> {
+        Ok(())
+    }
     /// Loads a vector; several tensors are put one after the other.
     fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Self::Vector>;
     /// Bytes that a tensor takes once it is loaded.

@@ -135,11 +135,13 @@ impl<W> FeedForward<W> {
         };
         let router = tensor("ffn_gate_inp.weight")?;
         ensure!(router.dtype.block_elements() == 1, "{}: a router of type {:?} is not supported", router.name, router.dtype);
-        Ok(Self::Experts(Experts {
+        let experts = Experts {
             router: dev.load_weight(&[router])?,
             experts: (0..experts.sizes.n_experts).map(expert).collect::<Result<_>>()?,
             n_used: experts.sizes.n_used,
             renormalise: experts.renormalise,
-        }))
+        };
+        dev.check_experts(&experts)?;
+        Ok(Self::Experts(experts))
     }
 }

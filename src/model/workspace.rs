@@ -76,10 +76,20 @@ pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, file: &dyn ModelFile, max_st
     }
 }
 
-/// Parts of a layer that become one weight.
-const STACKS: [&[&str]; 2] = [&["attn_q.weight", "attn_k.weight", "attn_v.weight"], &["ffn_gate.weight", "ffn_up.weight"]];
+/// The parts of a layer that become one weight with that one, in their order.
+fn stack_of(part: &str) -> Vec<String> {
+    let qkv = ["attn_q.weight", "attn_k.weight", "attn_v.weight"];
+    if qkv.contains(&part) {
+        return qkv.map(String::from).to_vec();
+    }
+    // Of a dense layer, of all experts, of one of them.
+    match part.strip_prefix("ffn_gate").or_else(|| part.strip_prefix("ffn_up")) {
+        Some(of) => ["ffn_gate", "ffn_up"].map(|part| format!("{part}{of}")).to_vec(),
+        None => vec![part.to_owned()],
+    }
+}
 
-/// All tensors as they are loaded: some as one weight, the embeddings as a table.
+/// All tensors as they are loaded: some as one weight, those of experts one by one, the embeddings as a table.
 fn weights_bytes<D: Device>(dev: &D, file: &dyn ModelFile) -> usize {
     let bytes = |name: &str| -> usize {
         let Some(tensor) = file.find_tensor(name) else { return 0 };
@@ -89,10 +99,18 @@ fn weights_bytes<D: Device>(dev: &D, file: &dyn ModelFile) -> usize {
         let Some((layer, part)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
             return dev.tensor_bytes(&tensor);
         };
-        let Some(stack) = STACKS.iter().find(|stack| stack.contains(&part)) else { return dev.tensor_bytes(&tensor) };
-        let parts: Vec<_> = stack.iter().filter_map(|part| file.find_tensor(&format!("blk.{layer}.{part}"))).collect();
+        let mut parts: Vec<_> =
+            stack_of(part).iter().filter_map(|part| file.find_tensor(&format!("blk.{layer}.{part}"))).collect();
         // Counted with its first part.
-        if parts.first().is_some_and(|first| first.name == tensor.name) { dev.stack_bytes(&parts) } else { 0 }
+        if parts.first().is_none_or(|first| first.name != tensor.name) {
+            return 0;
+        }
+        let mut n_weights = 1;
+        if tensor.shape.len() == 3 {
+            n_weights = tensor.shape[0];
+            parts = parts.iter().map(|part| part.entry(0)).collect();
+        }
+        n_weights * if parts.len() == 1 { dev.tensor_bytes(&parts[0]) } else { dev.stack_bytes(&parts) }
     };
     file.tensor_names().into_iter().map(bytes).sum()
 }

@@ -113,7 +113,7 @@ fn launch(kernel: &str) -> (u32, u32) {
         "prefill" => (256, if last == "256" { 3 * 64 * row } else { 2 * 64 * row }),
         "decode" => (128, 2 * 64 * row + 16 * row + 16 * 72 * 4),
         "sample" => (512, 0),
-        "embed" | "gather" | "finish" | "merge" => (128, 0),
+        "embed" | "gather" | "finish" | "merge" | "choose" | "add" => (128, 0),
         _ if family.starts_with("linear") => (128, 0),
         _ => (256, 0),
     }
@@ -171,14 +171,15 @@ fn table(tools: &Tools, folder: &Path) -> String {
 /// and stores.
 fn needs(kernel: &str, arch: &str, resources: &Resources) {
     let wanted: &[usize] = match kernel {
-        "merge_parts" | "sample" => &[],
+        "merge_parts" | "sample" | "choose_experts" | "list_uses" => &[],
         _ if kernel.starts_with("prefill") => &[0, 1, 2, 4],
         _ if kernel.starts_with("decode") => &[0, 1, 2],
         _ if kernel.starts_with("quant_rows") => &[],
-        _ if kernel.starts_with("linear_q") => &[0, 1, 2, 3],
+        _ if kernel.starts_with("linear_experts_bf16") => &[0, 2, 3],
+        _ if kernel.starts_with("linear_q") || kernel.starts_with("linear_experts") => &[0, 1, 2, 3],
         _ if kernel.starts_with("add_norm") => &[3, 4],
         "embed_bf16" => &[4],
-        "finish_qkv" | "copy_blocks" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
+        "add_experts" | "finish_qkv" | "copy_blocks" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
         _ => &[3],
     };
     for &i in wanted {

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 /// values are bfloat16 (8 bits), in models of large random weights.
 const TOLERANCE: f64 = 0.25;
 const MEAN_TOLERANCE: f64 = 0.04;
+/// Of the tokens of models with experts, the share that may be further off; the mean may be twice as far then.
+pub(crate) const SPARED: f64 = 0.05;
 /// Where the two likeliest tokens are nearer than this, the greedy one may be the other.
 const MARGIN: f64 = 0.5;
 
@@ -19,24 +21,28 @@ fn logprobs(choices: &Value) -> Vec<f64> {
 }
 
 /// Lengths around blocks, tiles, and over a segment of attention.
-fn scored() -> Vec<String> {
+pub(crate) fn scored() -> Vec<String> {
     let lengths = [2usize, 15, 16, 17, 63, 64, 65, 130, 1100];
     let score = json!({"max_tokens": 0, "echo": true, "logprobs": 1});
     (1..).zip(lengths).map(|(i, n)| line(&format!("score-{n}"), &text(n, i), &score)).collect()
 }
 
-fn compare_scores(on_gpu: &BTreeMap<String, Value>, on_reference: &BTreeMap<String, Value>) {
-    let (mut sum, mut n) = (0.0, 0.0);
+/// All but `spared` of the tokens are within the tolerance, and so is the mean.
+pub(crate) fn compare_scores(on_gpu: &BTreeMap<String, Value>, on_reference: &BTreeMap<String, Value>, spared: f64) {
+    let (mut sum, mut n, mut n_far) = (0.0, 0.0, 0.0);
     for (id, choices) in on_reference {
         let (got, want) = (logprobs(&on_gpu[id]), logprobs(choices));
         assert!(got.len() == want.len() && !want.is_empty(), "{id}");
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             let difference = (got - want).abs();
-            assert!(difference <= TOLERANCE, "{id}: token {i} has {got}, not {want}");
+            assert!(difference <= TOLERANCE || spared > 0.0, "{id}: token {i} has {got}, not {want}");
+            n_far += f64::from(difference.is_nan() || difference > TOLERANCE);
             (sum, n) = (sum + difference, n + 1.0);
         }
     }
-    assert!(n > 1000.0 && sum / n <= MEAN_TOLERANCE, "{} nats on average", sum / n);
+    let mean_tolerance = if spared > 0.0 { 2.0 * MEAN_TOLERANCE } else { MEAN_TOLERANCE };
+    let is_near = n > 1000.0 && sum / n <= mean_tolerance && n_far <= spared * n;
+    assert!(is_near, "{} nats on average, {n_far} of {n} tokens far off", sum / n);
 }
 
 /// Greedy tokens are the same up to the first choice between two that are near; how many were compared.
@@ -62,11 +68,22 @@ fn tiny_models_are_what_the_reference_device_says() {
     for family in [Family::Llama, Family::Qwen3] {
         let stage = Stage::new(family);
         let lines = scored();
-        compare_scores(&stage.job("cuda", &[], &lines), &stage.job("reference", &[], &lines));
+        compare_scores(&stage.job("cuda", &[], &lines), &stage.job("reference", &[], &lines), 0.0);
         let greedy = json!({"max_tokens": 12, "logprobs": 2});
         let lines: Vec<String> = (0..12).map(|i| line(&format!("row-{i}"), &text(5 + 9 * i as usize, i), &greedy)).collect();
         let n_compared = compare_greedy(&stage.job("cuda:0", &[], &lines), &stage.job("reference", &[], &lines));
         assert!(n_compared >= 12, "only {n_compared} tokens of {family:?} could be compared");
+    }
+}
+
+/// Where a token's second and third expert are nearly as likely, bfloat16 may choose the other one, and the token's values are others:
+/// that is rare.
+#[test]
+fn tiny_models_with_experts_are_what_the_reference_device_says() {
+    for family in [Family::Mixtral, Family::Qwen3Moe] {
+        let stage = Stage::new(family);
+        let lines = scored();
+        compare_scores(&stage.job("cuda", &[], &lines), &stage.job("reference", &[], &lines), SPARED);
     }
 }
 
@@ -116,7 +133,16 @@ fn rows() -> Vec<String> {
 
 #[test]
 fn a_row_has_the_same_bits_on_a_gpu_however_the_job_runs() {
-    let mut stage = Stage::new(Family::Llama);
+    same_bits(Family::Llama);
+}
+
+#[test]
+fn a_row_of_a_model_with_experts_has_the_same_bits_on_a_gpu_however_the_job_runs() {
+    same_bits(Family::Qwen3Moe);
+}
+
+fn same_bits(family: Family) {
+    let mut stage = Stage::new(family);
     let lines = rows();
     let expected = stage.job("cuda", &[], &lines);
     assert_eq!(expected.len(), lines.len());

@@ -91,7 +91,7 @@ fn rows() -> Vec<String> {
 
 #[test]
 fn a_row_has_the_same_bits_with_graphs_and_without() {
-    for family in [Family::Llama, Family::Qwen3] {
+    for family in [Family::Llama, Family::Qwen3, Family::Mixtral] {
         let mut stage = Stage::new(family);
         stage.set("VALAR_CUDA_GRAPHS", "0");
         let lines = rows();

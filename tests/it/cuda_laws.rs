@@ -54,13 +54,13 @@ fn scalar(counters: &Counters) -> u64 {
 }
 
 /// One launch of a kernel in a machine of its own, and what it has written.
-struct Case {
-    launch: Launch,
-    args: Vec<Arg>,
-    outs: Vec<(u64, usize)>,
+pub(crate) struct Case {
+    pub(crate) launch: Launch,
+    pub(crate) args: Vec<Arg>,
+    pub(crate) outs: Vec<(u64, usize)>,
 }
 
-fn hold_case(program: &str, kernel: &str, what: &str, cost: &Cost, case: impl Fn(&mut Machine) -> Case) {
+pub(crate) fn hold_case(program: &str, kernel: &str, what: &str, cost: &Cost, case: impl Fn(&mut Machine) -> Case) {
     let program = module(program);
     hold(&format!("{kernel}, {what}"), cost, |seed| {
         let mut m = Machine::seeded(seed);

@@ -8,7 +8,7 @@ use valar::device::batch::{Draw, HeadRow, LogitEdit, Shaping, Want, mask_words};
 use valar::device::sample::{self, Scratch};
 
 /// Rounding to bfloat16, and the last places of approximate functions.
-const BF16: f64 = 0.004;
+pub(crate) const BF16: f64 = 0.004;
 
 #[test]
 fn embedding_takes_rows() {
@@ -306,7 +306,7 @@ fn draws_are_those_of_the_host() {
 }
 
 /// Packs weights as `linear_q.cu` says: integers q `[n][k]`, scales and minimums `[n][k / 32]`.
-fn packed(bits: usize, (n, k): (usize, usize), q: &[i32], scales: &[(f32, f32)]) -> (Vec<u8>, Vec<f32>) {
+pub(crate) fn packed(bits: usize, (n, k): (usize, usize), q: &[i32], scales: &[(f32, f32)]) -> (Vec<u8>, Vec<f32>) {
     let (n_padded, k_padded) = (n.next_multiple_of(64), k.next_multiple_of(64));
     let mut out = vec![0u8; n_padded * k_padded * bits / 8];
     let mut out_scales = vec![0.0; n_padded * k_padded / 32 * 2];

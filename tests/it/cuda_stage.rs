@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Elements of the residual stream, between the projections, of a head; heads; layers; tokens; positions.
-const WIDTH: usize = 128;
-const FFN_WIDTH: usize = 192;
-const HEAD_DIM: usize = 64;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const LAYERS: usize = 2;
+pub(crate) const WIDTH: usize = 128;
+pub(crate) const FFN_WIDTH: usize = 192;
+pub(crate) const HEAD_DIM: usize = 64;
+pub(crate) const HEADS: usize = 4;
+pub(crate) const KV_HEADS: usize = 2;
+pub(crate) const LAYERS: usize = 2;
 const N_VOCAB: usize = 64;
 pub(crate) const CONTEXT: usize = 2048;
 
@@ -25,10 +25,55 @@ pub(crate) const CONTEXT: usize = 2048;
 pub(crate) enum Family {
     Llama,
     Qwen3,
+    Mixtral,
+    Qwen3Moe,
+}
+
+impl Family {
+    /// Whether the heads of q and k are normed.
+    fn norms_heads(self) -> bool {
+        matches!(self, Self::Qwen3 | Self::Qwen3Moe)
+    }
+
+    /// Experts, of which a token uses so many, and elements between their projections.
+    fn experts(self) -> Option<(usize, usize, usize)> {
+        match self {
+            Self::Llama | Self::Qwen3 => None,
+            Self::Mixtral => Some((5, 2, FFN_WIDTH)),
+            Self::Qwen3Moe => Some((9, 3, 72)),
+        }
+    }
+
+    /// Names of an expert's gate, up and down, before and behind its number, and of the router.
+    fn expert_names(self) -> (&'static str, [&'static str; 3], &'static str) {
+        if self == Self::Mixtral {
+            ("block_sparse_moe.experts", ["w1", "w3", "w2"], "block_sparse_moe.gate")
+        } else {
+            ("mlp.experts", ["gate_proj", "up_proj", "down_proj"], "mlp.gate")
+        }
+    }
+
+    /// Names, shapes and largest absolute values of the tensors between a layer's second norm and its end.
+    fn feed_forward(self, scale: impl Fn(usize) -> f32) -> Vec<(String, Vec<usize>, f32)> {
+        let parts = |width: usize| {
+            [(vec![width, WIDTH], scale(WIDTH)), (vec![width, WIDTH], scale(WIDTH)), (vec![WIDTH, width], scale(width))]
+        };
+        let Some((n_experts, _, width)) = self.experts() else {
+            let names = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"].map(str::to_owned);
+            return names.into_iter().zip(parts(FFN_WIDTH)).map(|(name, (shape, scale))| (name, shape, scale)).collect();
+        };
+        let (expert, names, router) = self.expert_names();
+        let of = |e: usize| {
+            let part = move |(name, (shape, scale)): (&str, _)| (format!("{expert}.{e}.{name}"), shape, scale);
+            names.into_iter().zip(parts(width)).map(part).collect::<Vec<_>>()
+        };
+        let router = (router.to_owned(), vec![n_experts, WIDTH], scale(WIDTH));
+        (0..n_experts).flat_map(of).chain([router]).collect()
+    }
 }
 
 /// A letter per token: marks, letters, digits, punctuation.
-fn letters() -> Vec<String> {
+pub(crate) fn letters() -> Vec<String> {
     let letters = "\u{120}abcdefghijklmnopqrstuvwxyz.,?!0123456789".chars().map(String::from);
     let mut all: Vec<String> = ["<pad>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(letters).collect();
     let fill: Vec<String> = ('A'..='Z').map(String::from).take(N_VOCAB - all.len()).collect();
@@ -51,14 +96,14 @@ fn tokenizer() -> Value {
 }
 
 /// Names, shapes and largest absolute values of a model's tensors. A norm's are around 1.
-fn tensors(family: Family) -> Vec<(String, Vec<usize>, f32)> {
+pub(crate) fn tensors(family: Family) -> Vec<(String, Vec<usize>, f32)> {
     let scale = |k: usize| (3.0 / k as f32).sqrt();
     let (q_width, kv_width) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
     let mut all = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![N_VOCAB, WIDTH], if family == Family::Llama { 1.0 } else { 0.4 }),
+        ("model.embed_tokens.weight".to_owned(), vec![N_VOCAB, WIDTH], if family.norms_heads() { 0.4 } else { 1.0 }),
         ("model.norm.weight".to_owned(), vec![WIDTH], 0.0),
     ];
-    if family == Family::Llama {
+    if !family.norms_heads() {
         all.push(("lm_head.weight".to_owned(), vec![N_VOCAB, WIDTH], 3.0 * scale(WIDTH)));
     }
     for layer in 0..LAYERS {
@@ -69,13 +114,11 @@ fn tensors(family: Family) -> Vec<(String, Vec<usize>, f32)> {
             ("self_attn.k_proj", vec![kv_width, WIDTH], scale(WIDTH)),
             ("self_attn.v_proj", vec![kv_width, WIDTH], scale(WIDTH)),
             ("self_attn.o_proj", vec![WIDTH, q_width], scale(q_width)),
-            ("mlp.gate_proj", vec![FFN_WIDTH, WIDTH], scale(WIDTH)),
-            ("mlp.up_proj", vec![FFN_WIDTH, WIDTH], scale(WIDTH)),
-            ("mlp.down_proj", vec![WIDTH, FFN_WIDTH], scale(FFN_WIDTH)),
         ];
         let norms = [("self_attn.q_norm", vec![HEAD_DIM], 0.0), ("self_attn.k_norm", vec![HEAD_DIM], 0.0)];
-        let norms = norms.into_iter().filter(|_| family == Family::Qwen3);
-        let parts = parts.into_iter().chain(norms);
+        let norms = norms.into_iter().filter(|_| family.norms_heads());
+        let parts = parts.into_iter().chain(norms).map(|(part, shape, scale)| (part.to_owned(), shape, scale));
+        let parts = parts.chain(family.feed_forward(scale));
         all.extend(parts.map(|(part, shape, scale)| (format!("model.layers.{layer}.{part}.weight"), shape, scale)));
     }
     all
@@ -100,14 +143,24 @@ pub(crate) fn write_model(folder: &Path, family: Family) {
     let (architecture, model_type) = match family {
         Family::Llama => ("LlamaForCausalLM", "llama"),
         Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
+        Family::Mixtral => ("MixtralForCausalLM", "mixtral"),
+        Family::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
     };
-    let config = json!({
+    let mut config = json!({
         "architectures": [architecture], "model_type": model_type, "vocab_size": N_VOCAB, "hidden_size": WIDTH,
         "intermediate_size": FFN_WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "hidden_act": "silu", "attention_bias": false,
-        "tie_word_embeddings": family == Family::Qwen3, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": family.norms_heads(), "bos_token_id": 1, "eos_token_id": 2,
     });
+    if let Some((n_experts, n_used, width)) = family.experts() {
+        let number = if family == Family::Mixtral { "num_local_experts" } else { "num_experts" };
+        let own = json!({number: n_experts, "num_experts_per_tok": n_used, "norm_topk_prob": true});
+        config.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+        if family == Family::Qwen3Moe {
+            config["moe_intermediate_size"] = json!(width);
+        }
+    }
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     fs::write(folder.join("tokenizer.json"), tokenizer().to_string()).unwrap();
 }
@@ -147,6 +200,13 @@ impl Stage {
         Self { libraries: install(&sandbox), sandbox, model: "tiny".to_owned(), knobs: Vec::new() }
     }
 
+    /// With a model in the file `tiny.gguf`.
+    pub(crate) fn with_gguf(write: impl FnOnce(&Path)) -> Self {
+        let sandbox = Sandbox::new();
+        write(&sandbox.path("tiny.gguf"));
+        Self { libraries: install(&sandbox), sandbox, model: "tiny.gguf".to_owned(), knobs: Vec::new() }
+    }
+
     /// With the default model.
     pub(crate) fn with_default_model() -> Self {
         let sandbox = Sandbox::new();
@@ -179,7 +239,7 @@ impl Stage {
     /// Arguments of a job.
     pub(crate) fn args<'a>(&'a self, device: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
         let mut args = vec!["run", "-i", "in.jsonl", "-o", "out.jsonl", "--quiet", "-m", &self.model, "--device", device];
-        if self.model == "tiny" && !settings.iter().any(|setting| setting.starts_with("engine.memory")) {
+        if self.model.starts_with("tiny") && !settings.iter().any(|setting| setting.starts_with("engine.memory")) {
             // Little of it: the stand-in watches every byte.
             args.extend(["--memory", "32MiB"]);
         }

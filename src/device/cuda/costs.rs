@@ -290,6 +290,62 @@ pub fn linear_q(bits: u64, (m, n, k): (u64, u64, u64), tiles: u64, adds: bool) -
     }
 }
 
+/// `linear_experts`: `bits` of a weight; columns, elements that are added up; rows of each expert; tiles of 16 rows of an item; items
+/// that blocks are launched for.
+pub fn linear_experts(bits: u64, (n, k): (u64, u64), rows: &[u64], tiles: u64, items: u64) -> Cost {
+    let (panels, n_weights, uses) = (n.div_ceil(64), n.next_multiple_of(64) * k.next_multiple_of(64), rows.iter().sum::<u64>());
+    let of_expert = if bits == 16 { BF16 * n * k } else { n_weights * bits / 8 + n_weights / 4 };
+    let (warps, item_rows) = (4, 16 * tiles);
+    let n_items: u64 = rows.iter().map(|rows| rows.div_ceil(item_rows)).sum();
+    let n_used = rows.iter().filter(|rows| **rows > 0).count() as u64;
+    // Counts are looked through up to the expert, 32 of them at a time; and its list.
+    let sectors = |n_counts: u64| n_counts.min(rows.len() as u64).div_ceil(8);
+    let pieces = (0..)
+        .zip(rows)
+        .flat_map(|(expert, &rows)| (0..rows.div_ceil(item_rows)).map(move |i| (expert, (rows - i * item_rows).min(item_rows))));
+    let found = pieces.clone().map(|(expert, rows): (u64, u64)| {
+        warps * (sectors((expert / 32 + 1) * 32) + 1) + rows.div_ceil(4) + warps * rows.div_ceil(8)
+    });
+    let looked = found.sum::<u64>() + (items - n_items) * warps * sectors(u64::MAX);
+    let stored = pieces.map(|(_, rows)| rows.next_multiple_of(8)).sum::<u64>();
+    Cost {
+        read: n_used * of_expert + BF16 * uses * k,
+        written: BF16 * uses * n,
+        cached: of_expert * (n_items - n_used) + BF16 * uses * k * (panels - 1) + SECTOR * panels * looked,
+        tensor: 2 * item_rows * n_items * n_weights,
+        scalar: stored * 64 * panels / 2 + if bits == 16 { 0 } else { 5 * n_weights * n_items / 2 },
+        ..Cost::default()
+    }
+}
+
+/// `choose_experts`.
+pub fn choose_experts(rows: u64, experts: u64, used: u64, renormalise: bool) -> Cost {
+    Cost {
+        read: F32 * rows * experts,
+        written: 2 * SECTOR * rows * used.div_ceil(8),
+        scalar: 32 * rows * (16 * experts.div_ceil(32) + 10 + 2 * used + u64::from(renormalise)),
+        ..Cost::default()
+    }
+}
+
+/// `list_uses`, of so many pairs of an expert and 32 uses among which are some of it.
+pub fn list_uses(uses: u64, experts: u64, pairs: u64) -> Cost {
+    let read = 4 * uses;
+    Cost { read, written: SECTOR * (pairs + experts), cached: read * (experts - 1), ..Cost::default() }
+}
+
+/// `add_experts`: rows of `width`, each of so many experts' results.
+pub fn add_experts(rows: u64, width: u64, used: u64) -> Cost {
+    let n = rows * width;
+    Cost {
+        read: BF16 * n * used + F32 * n,
+        written: F32 * n,
+        cached: SECTOR * rows * used * width.div_ceil(128),
+        scalar: rows * used * width.next_multiple_of(128),
+        ..Cost::default()
+    }
+}
+
 /// A dense product by cuBLASLt, bfloat16: at best, everything once.
 pub fn product((m, n, k): (u64, u64, u64), out_bytes: u64) -> Cost {
     Cost { read: BF16 * (m * k + n * k), written: out_bytes * m * n, tensor: 2 * m * n * k, ..Cost::default() }

@@ -6,6 +6,7 @@
 
 use super::blas::{Blas, Output};
 use super::driver::{Facts, Gpu};
+use super::experts;
 use super::graphs::Turn;
 use super::images::{Images, KernelPlace};
 use super::kernels::{HEAD_DIMS, Kernels, check_width};
@@ -213,7 +214,9 @@ impl Device for CudaDevice {
     }
 
     fn check(&self, sizes: &StepSizes<'_>) -> Result<()> {
-        ensure!(sizes.experts.is_none(), "models with experts are not supported on CUDA yet");
+        if let Some(sizes) = &sizes.experts {
+            experts::check(sizes)?;
+        }
         check_width(sizes.width)?;
         ensure!(sizes.n_vocab <= MAX_VOCAB, "{} tokens are more than CUDA's kernels take, {MAX_VOCAB}", sizes.n_vocab);
         for spec in sizes.attention {
@@ -245,6 +248,10 @@ impl Device for CudaDevice {
         let n = gate.shape[0];
         ensure!(n.is_multiple_of(8), "{}: {n} rows are not supported on CUDA, only multiples of 8", gate.name);
         self.load_weight(&[gate.clone(), up.clone()])
+    }
+
+    fn check_experts(&self, experts: &Experts<Weight>) -> Result<()> {
+        experts::check_alike(&experts.experts)
     }
 
     fn load_vector(&self, parts: &[Tensor<'_>]) -> Result<Vector> {
@@ -376,13 +383,12 @@ impl Device for CudaDevice {
     ) {
         self.attempt_step(|step| {
             self.multiply(act.at, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
-            self.gate(scratch, weight.n / 2, f, step.staged.n_rows, out)
+            self.gate(scratch.at, weight.n / 2, f, step.staged.n_rows, out.at)
         });
     }
 
-    /// Never: `check` refuses such models.
-    fn experts(&self, _act: &Act, _experts: &Experts<Weight>, _f: Activation, _batch: &Batch, _x: &mut Hidden) {
-        self.attempt(|| -> Result<()> { bail!("there are no kernels for experts") });
+    fn experts(&self, act: &Act, experts: &Experts<Weight>, f: Activation, _batch: &Batch, x: &mut Hidden) {
+        self.attempt_step(|step| self.add_experts(step, act, experts, f, x));
     }
 
     fn head(&self, x: &Hidden, norm: &Vector, weight: &Weight, spec: &HeadSpec, batch: &Batch, _out: &mut StepOutput) {

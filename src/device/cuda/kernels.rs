@@ -13,6 +13,9 @@ pub(super) const ROUNDS: [usize; 4] = [1, 4, 8, 16];
 /// Rows of a block of `linear_q`, in tiles of 16.
 const TILES: [usize; 2] = [1, 4];
 
+/// Bits of experts' weights, and what their kernels are called by.
+const EXPERT_FORMS: [(usize, &str); 3] = [(4, "q4"), (8, "q8"), (16, "bf16")];
+
 /// Keys of a tile of attention.
 pub(super) const TILE: u32 = 64;
 /// Keys of a segment, whose states are merged from left to right.
@@ -34,6 +37,11 @@ pub(super) struct Kernels {
     decode: [Function; HEAD_DIMS.len()],
     /// By bits (4, 8), whether results are added to f32 or stored as bfloat16, tiles.
     linear_q: [[[Function; TILES.len()]; 2]; 2],
+    pub(super) choose_experts: Function,
+    pub(super) list_uses: Function,
+    pub(super) add_experts: Function,
+    /// By bits (4, 8, 16), tiles.
+    linear_experts: [[Function; TILES.len()]; EXPERT_FORMS.len()],
 }
 
 /// One of each of a list.
@@ -66,6 +74,8 @@ impl Kernels {
         let decode = |dim: usize| of("decode", &format!("decode_{dim}"), (2 * keys + 16) * stride(dim) + 16 * 72 * 4);
         let linear_q =
             |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
+        let of_experts = |form: &str| each(TILES, |tiles| of("linear_experts", &format!("linear_experts_{form}_{tiles}"), 0));
+        let [q4, q8, bf16] = EXPERT_FORMS.map(|(_, form)| of_experts(form));
         Ok(Self {
             embed: of("embed", "embed_bf16", 0)?,
             gather: of("embed", "gather_rows", 0)?,
@@ -80,6 +90,10 @@ impl Kernels {
             prefill: each(HEAD_DIMS, prefill)?,
             decode: each(HEAD_DIMS, decode)?,
             linear_q: [[linear_q(4, "bf16")?, linear_q(4, "add")?], [linear_q(8, "bf16")?, linear_q(8, "add")?]],
+            choose_experts: of("experts", "choose_experts", 0)?,
+            list_uses: of("experts", "list_uses", 0)?,
+            add_experts: of("experts", "add_experts", 0)?,
+            linear_experts: [q4?, q8?, bf16?],
         })
     }
 
@@ -109,6 +123,14 @@ impl Kernels {
         let tiles = tiles(n_rows);
         let wide = usize::from(tiles != TILES[0]);
         (self.linear_q[usize::from(bits == 8)][usize::from(adds)][wide], 16 * tiles)
+    }
+
+    /// A linear layer of experts whose weights have so many bits, where an expert has so many rows or so on average, and how many rows a
+    /// block has. The bits do not depend on it.
+    pub(super) fn linear_experts(&self, bits: usize, n_rows: usize) -> (Function, usize) {
+        let form = EXPERT_FORMS.iter().position(|&(of, _)| of == bits).expect("weights have no other forms");
+        let tiles = tiles(n_rows);
+        (self.linear_experts[form][usize::from(tiles != TILES[0])], 16 * tiles)
     }
 }
 

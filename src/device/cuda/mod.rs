@@ -8,6 +8,7 @@ mod cache;
 pub mod costs;
 mod device;
 mod driver;
+mod experts;
 mod graphs;
 mod images;
 mod kernels;

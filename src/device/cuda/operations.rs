@@ -62,7 +62,7 @@ unsafe impl Param for LinearSizes {}
 
 impl CudaDevice {
     /// Launches one of our kernels.
-    fn run(&self, f: Function, grid: (u32, u32), threads: u32, args: &[Arg<'_>]) -> Result<()> {
+    pub(super) fn run(&self, f: Function, grid: (u32, u32), threads: u32, args: &[Arg<'_>]) -> Result<()> {
         // SAFETY: every call below passes what the kernel's source declares; addresses are the arena's, of pieces whose sizes
         // were asked for by the same numbers; the arena lives as long as the device, which waits before it goes.
         unsafe { self.gpu.launch(f, grid, threads, args) }
@@ -239,10 +239,10 @@ impl CudaDevice {
     }
 
     /// `out[t] = f(gate) · up` of rows that are both.
-    pub(super) fn gate(&self, gate_up: &Hidden, width: usize, f: Activation, n_rows: usize, out: &Act) -> Result<()> {
+    pub(super) fn gate(&self, gate_up: u64, width: usize, f: Activation, n_rows: usize, out: u64) -> Result<()> {
         let width = width as u32;
         let grid = (n_rows as u32, width.div_ceil(2048));
-        self.run(self.kernels.gate(f), grid, 256, &[arg(&gate_up.at), arg(&out.at), arg(&width)])
+        self.run(self.kernels.gate(f), grid, 256, &[arg(&gate_up), arg(&out), arg(&width)])
     }
 
     /// Head rows: gathered, normed, multiplied, drawn; their results are on their way back then. What was captured is launched.

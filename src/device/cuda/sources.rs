@@ -30,12 +30,15 @@ pub const PROGRAMS: &[Program] = &[
     program!("merge"),
     program!("sample"),
     program!("linear_q"),
+    program!("experts"),
+    program!("linear_experts"),
 ];
 
 /// What programs include, by the names that they use.
 pub(super) const HEADERS: &[(&str, &str)] = &[
     ("prims.cuh", include_str!("../../../kernels/prims.cuh")),
     ("exact.cuh", include_str!("../../../kernels/exact.cuh")),
+    ("linear_q.cuh", include_str!("../../../kernels/linear_q.cuh")),
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
 ];
 

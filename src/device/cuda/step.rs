@@ -1,6 +1,7 @@
 //! The memory of steps: made once, for the largest. Knows where things are, nothing of what is computed in them.
 
 use super::driver::{Gpu, Graph, Mark};
+use super::experts::ExpertRoom;
 use super::graphs::{Form, Graphs};
 use super::memory::{Arena, Pinned, aligned};
 use super::staging::{self, DRAWN_WORDS, HEAD_ROWS, Staged};
@@ -56,6 +57,8 @@ pub(super) struct Step {
     pub(super) turns: Vec<Turns>,
     /// The work of attention, by window.
     pub(super) works: Vec<(Attended, Work)>,
+    /// Of layers of experts.
+    pub(super) experts: Option<ExpertRoom>,
     pub(super) staged: Staged,
     pub(super) n_vocab: usize,
     /// Rows that there is memory for.
@@ -168,7 +171,8 @@ pub(super) fn bytes(sizes: &StepSizes<'_>, n_multiprocessors: u32) -> usize {
     ];
     // Two caches of each layer, and a few buffers.
     let lost = aligned(1) * (2 * sizes.attention.len() + 16);
-    plain.into_iter().map(aligned).sum::<usize>() + turns.sum::<usize>() + lost
+    let experts = sizes.experts.map_or(0, |experts| ExpertRoom::bytes(&experts, sizes.width, sizes.max_tokens));
+    plain.into_iter().map(aligned).sum::<usize>() + turns.sum::<usize>() + experts + lost
 }
 
 impl Step {
@@ -211,6 +215,7 @@ impl Step {
             n_blocks: of.n_blocks as u32,
             turns,
             works: works.collect(),
+            experts: sizes.experts.map(|of| ExpertRoom::new(arena, &of, sizes.width, sizes.max_tokens)).transpose()?,
             staged: Staged::default(),
             n_vocab: sizes.n_vocab,
             max_rows: sizes.max_tokens.min(sizes.max_seqs),
