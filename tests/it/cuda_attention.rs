@@ -38,6 +38,12 @@ pub(crate) struct Item {
     pub(crate) flags: u32,
 }
 
+impl Item {
+    /// Without rows.
+    const NONE: Self =
+        Self { kv_head: 0, token_start: 0, row_start: 0, n_rows: 0, table_start: 0, key_begin: 0, key_end: 0, flags: 0 };
+}
+
 /// One layer in one step.
 pub(crate) struct Layer {
     pub(crate) dim: u32,
@@ -285,14 +291,18 @@ fn check(dim: u32, group: u32, window: u32, cap: f32, seqs: &[Seq]) {
     let layer = Layer::new(dim, group, window, cap, seqs);
     let what = format!("head size {dim}, group {group}, window {window}, cap {cap}");
     let mut loaded = Loaded::new(&layer);
-    let items = layer.prefill_items(if dim == 256 { 64 } else { 128 });
+    let mut items = layer.prefill_items(if dim == 256 { 64 } else { 128 });
+    // What only fills up a step.
+    items.push(Item::NONE);
     // Fewer blocks than items, so that a block takes several.
     loaded.prefill(&items, (items.len() as u32 / 2).max(1));
     let prefilled = loaded.out();
     assert_near(prefilled.iter().map(|x| x.to_f64()), &layer.reference(), 0.0, TOLERANCE, &what);
 
     let mut loaded = Loaded::new(&layer);
-    loaded.decode(&layer.decode_items(0));
+    let mut items = layer.decode_items(0);
+    items.insert(1, Item::NONE);
+    loaded.decode(&items);
     loaded.merge();
     let bits = |values: Vec<bf16>| values.into_iter().map(bf16::to_bits).collect::<Vec<_>>();
     assert_eq!(bits(loaded.out()), bits(prefilled), "decode and prefill: {what}");
@@ -304,6 +314,15 @@ fn groups_and_head_sizes() {
         for dim in [64, 80, 96, 128, 256] {
             check(dim, group, 0, 0.0, &[seq(3, 15), seq(1, 63), seq(1, 64)]);
         }
+    }
+}
+
+/// Chunks of few tokens, which may have more rows than an item, and of which some see no key of a tile that others see.
+#[test]
+fn few_query_rows() {
+    for (n, group) in (2..=8).zip([8, 1, 4, 3, 2, 5, 8]) {
+        check(128, group, 0, 0.0, &[seq(n, 61), seq(n, 0), seq(n, 16)]);
+        check(64, group, 20, 0.0, &[seq(n, 60)]);
     }
 }
 

@@ -40,6 +40,30 @@ fn a_gpu_that_fails_costs_no_row() {
     }
 }
 
+/// A step's end is the mark behind the copy of its results: each step of a job fails there once, prompts' and those that are graphs.
+#[test]
+fn a_gpu_that_fails_in_any_step_costs_no_row() {
+    let (mut stage, lines) = (Stage::new(Family::Mixtral), &lines()[..3]);
+    let file = stage.sandbox.path("counters.json");
+    stage.set("STANDIN_COUNTERS", file.to_str().unwrap());
+    stage.job("cuda", &SETTINGS, lines);
+    let undisturbed = stage.sandbox.read("out.jsonl");
+    let counts: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    stage.set("STANDIN_COUNTERS", "");
+    let n_steps = counts["calls"]["cuEventRecord"].as_u64().unwrap();
+    assert!(n_steps > 8 && counts["calls"]["cuGraphLaunch"].as_u64().unwrap() > 0, "{counts}");
+    for step in 1..=n_steps {
+        fs::remove_file(stage.sandbox.path("out.jsonl")).unwrap();
+        stage.set("STANDIN_FAIL", &format!("cuEventRecord:{step}:{LAUNCH_FAILED}"));
+        let (code, said) = stage.run_anew("cuda", &SETTINGS, lines);
+        assert!(code == Some(1) && said.contains("the device failed: cuda:0: "), "step {step}: {said}");
+        assert!(!stage.sandbox.path("out.jsonl").exists(), "step {step}: nothing is published");
+        stage.set("STANDIN_FAIL", "");
+        let (code, said) = stage.run("cuda", &SETTINGS);
+        assert_eq!((code, &stage.sandbox.read("out.jsonl")), (Some(0), &undisturbed), "step {step}: {said}");
+    }
+}
+
 #[test]
 fn memory_that_is_used_up_is_told_before_a_row_runs() {
     let mut stage = Stage::new(Family::Llama);

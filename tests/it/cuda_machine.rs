@@ -21,16 +21,21 @@ pub(crate) struct Machine {
 
 /// The PTX of a program, read once by the tests of a process.
 pub(crate) fn module(name: &str) -> Arc<Module> {
-    static READ: Mutex<BTreeMap<String, Arc<Module>>> = Mutex::new(BTreeMap::new());
-    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
-    read.entry(name.to_owned()).or_insert_with(|| Arc::new(parsed(name))).clone()
+    module_for(name, "compute_80")
 }
 
-fn parsed(name: &str) -> Module {
+/// The same for an architecture.
+pub(crate) fn module_for(name: &str, arch: &str) -> Arc<Module> {
+    static READ: Mutex<BTreeMap<String, Arc<Module>>> = Mutex::new(BTreeMap::new());
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    read.entry(format!("{name} {arch}")).or_insert_with(|| Arc::new(parsed(name, arch))).clone()
+}
+
+fn parsed(name: &str, arch: &str) -> Module {
     let nvrtc = Nvrtc::open(Some(&tools().nvrtc)).unwrap();
     let program = PROGRAMS.iter().find(|program| program.name == name).unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-ptx");
-    let path = build(&nvrtc, program, "compute_80", &folder).unwrap().path;
+    let path = build(&nvrtc, program, arch, &folder).unwrap().path;
     Module::parse(&fs::read_to_string(path).unwrap()).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 

@@ -1,7 +1,7 @@
 //! What the simple CUDA kernels, sampling and quantised linear layers compute, in the PTX interpreter: against plain formulas in
 //! f64, and against the host's own draws.
 
-use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module};
+use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module, module_for};
 use half::bf16;
 use ptx::{Arg, Module};
 use valar::device::batch::{Draw, HeadRow, LogitEdit, Shaping, Want, mask_words};
@@ -71,6 +71,35 @@ fn norms() {
                 let values = ints[row * width..][..width].iter().map(|&q| f64::from(q.cast_signed()) * f64::from(scale));
                 assert_near(values, &normed[row * width..][..width], 0.0, 0.501 * f64::from(scale), "integers");
             }
+        }
+    }
+}
+
+/// The value of an e4m3: sign, 4 bits of exponent, 3 of mantissa.
+fn e4m3(byte: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+    let value = if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
+    if byte & 0x80 == 0 { value } else { -value }
+}
+
+/// Norms as floats of 8 bits with a scale for each row, which there are from compute capability 8.9 on.
+#[test]
+fn norms_as_floats_of_eight_bits() {
+    let (program, mut noise) = (module_for("norm", "compute_89"), Noise(12));
+    for (width, rounds) in [(576usize, 1), (1028, 4)] {
+        let mut m = Machine::new();
+        let (x, weight) = (noise.f32s(2 * width), noise.f32s(width));
+        let (x_at, weight_at, out, scales) = (m.f32s(&x), m.f32s(&weight), m.room(2 * width), m.room(8));
+        let args = [x_at, 0, weight_at, out, scales].map(Arg::U64).into_iter().chain([Arg::U32(width as u32), Arg::F32(1e-5)]);
+        m.run(&program, &format!("add_norm_e4m3_{rounds}"), ((2, 1), 256, 0), &args.collect::<Vec<_>>());
+        let (scales, floats) = (m.read_f32s(scales, 2), m.read(out, 2 * width));
+        for ((row, floats), scale) in x.chunks(width).zip(floats.chunks(width)).zip(scales) {
+            let row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
+            let (want, scale) = (rms_norm(&row, &weight), f64::from(scale));
+            // Half of the last place: of 4 bits, or of the smallest step.
+            assert_near(floats.iter().map(|q| e4m3(*q) * scale), &want, 1.01 / 16.0, scale / 1024.0, "floats");
+            let largest = floats.iter().map(|q| e4m3(*q).abs()).fold(0.0, f64::max);
+            assert_eq!(largest.to_bits(), 448f64.to_bits(), "the largest value has the largest float");
         }
     }
 }
