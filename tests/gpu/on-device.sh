@@ -3,6 +3,8 @@
 #   1. are results what the reference device says, and the same bits however a job runs (tests/it/cuda_device.rs and cuda_gguf.rs, without the stand-in)
 #   2. does compute-sanitizer find anything (if it is installed)
 #   3. how many tokens a second (valar bench, the GPU against the CPU; vLLM on the same prompts, if Python has it)
+#   4. how near to the GPU's peaks each kernel comes: its time, and shares of memory's and of the multiprocessors' throughput
+#      (Nsight Compute, if it is installed; it may need the right to read the GPU's counters)
 #
 # usage: tests/gpu/on-device.sh [REPORT]     (cuda-report.txt)
 # Needs a driver from 525 on, cuBLASLt and NVRTC of CUDA 12 (LD_LIBRARY_PATH, VALAR_NVRTC), cargo. GPU: CUDA_VISIBLE_DEVICES.
@@ -37,6 +39,13 @@ print(f"vLLM {vllm.__version__}, bfloat16: {tokens} tokens in {time.time() - sta
 PY
 }
 
+# Kernels one by one, so without graphs: some of the prompts' steps, and of those of single tokens.
+share_of_peak() {
+  local of=avg.pct_of_peak_sustained_elapsed
+  local metrics="gpu__time_duration.sum,dram__throughput.$of,gpu__compute_memory_throughput.$of,sm__throughput.$of"
+  VALAR_CUDA_GRAPHS=0 ncu --csv --metrics "$metrics" --launch-count 2000 "$1" bench "$workload" --device cuda --limit 8
+}
+
 all() {
   part "machine" nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm --format=csv
   part "program" git describe --always --dirty
@@ -50,6 +59,11 @@ all() {
     done
   else
     printf '\n== compute-sanitizer is not installed\n'
+  fi
+  if command -v ncu >/dev/null; then
+    part "share of peak, by kernel" share_of_peak "$valar"
+  else
+    printf '\n== Nsight Compute is not installed\n'
   fi
   part "speed on the GPU" "$valar" bench "$workload" --device cuda
   part "speed on the CPU" "$valar" bench "$workload" --device cpu
