@@ -44,6 +44,8 @@ pub(crate) struct Block<'l> {
     pub(crate) barriers: Vec<Barrier>,
     pub(crate) mbarriers: Vec<Mbarrier>,
     pub(crate) later: Vec<Later>,
+    /// Of each warpgroup: its products, by instruction and descriptors.
+    pub(crate) products: Vec<Vec<(usize, [u64; 2])>>,
     /// Things that happened that a waiting warp may wait for.
     pub(crate) events: u64,
     /// A warp arrived at a barrier.
@@ -72,7 +74,7 @@ impl Block<'_> {
                 let next = self.random.below(self.later.len());
                 self.land(next).map_err(|wrong| self.fault(wrong, 0, 0))?;
             } else if self.parts.warps[..n_warps].iter().all(|w| w.state == State::Done) {
-                return Ok(());
+                return self.products_were_together().map_err(|wrong| self.fault(wrong, 0, 0));
             } else {
                 return Err(self.deadlock(n_warps));
             }
@@ -121,6 +123,9 @@ impl Block<'_> {
             self.parts.counts[pc].executed += 1;
             let mask = inst.guard.map_or(warp.active, |guard| warp.active & warp.cond(guard));
             self.blame = pc;
+            if !inst.held.is_empty() && !warp.products.is_empty() {
+                self.touches_products(warp, &inst.held)?;
+            }
             self.step(warp, inst, mask)?;
             if warp.state != State::Ready {
                 return Ok(());

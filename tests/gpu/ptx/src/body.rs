@@ -118,6 +118,7 @@ impl<'t> Body<'t> {
         }
         let mut constants: Vec<_> = self.constants.into_iter().map(|(constant, r)| (r, constant)).collect();
         constants.sort_by_key(|(r, _)| *r);
+        crate::products::note(&mut self.code, self.n_registers);
         let registers = share(&mut self.code, &mut constants, self.n_registers);
         Ok(Kernel {
             name: entry.name.clone(),
@@ -364,7 +365,7 @@ impl<'t> Body<'t> {
             Some(&known) => known,
             None => *self.opcodes.entry(opcode.to_owned()).or_insert(n),
         };
-        self.code.push(Inst { guard, op, line: self.line, loc: self.loc, opcode });
+        self.code.push(Inst { guard, op, line: self.line, loc: self.loc, opcode, held: Vec::new() });
     }
 
     fn instruction(&mut self, guard: Option<Cond>, opcode: &str, operands: &[Operand]) -> Result<(), ParseError> {

@@ -40,6 +40,8 @@ pub enum FaultKind {
     Uninitialised,
     /// Memory of an asynchronous copy that was not waited for.
     InFlight,
+    /// Registers or shared memory that a unit works on beside the threads, without the fence between that it needs.
+    Unfenced,
     /// A barrier or a collective operation that some of the lanes that it needs don't reach together.
     Divergence,
     /// A lane's value is read that takes no part.

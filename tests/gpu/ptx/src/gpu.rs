@@ -221,6 +221,7 @@ impl Gpu {
                 barriers: Vec::new(),
                 mbarriers: Vec::new(),
                 later: Vec::new(),
+                products: Vec::new(),
                 events: 0,
                 arrivals: false,
                 blame: 0,

@@ -33,6 +33,9 @@ pub(crate) struct Inst {
     pub(crate) loc: (u32, u32),
     /// Index into the kernel's list of opcodes.
     pub(crate) opcode: usize,
+    /// Operands of products of warpgroups that it touches and is none itself, by the numbers of the text: nobody may while such a
+    /// product is under way.
+    pub(crate) held: Vec<R>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +115,33 @@ pub(crate) struct Mma {
     pub(crate) a: Vec<R>,
     pub(crate) b: Vec<R>,
     pub(crate) c: Vec<R>,
+}
+
+/// The first factor of a product of a warpgroup.
+#[derive(Debug, Clone)]
+pub(crate) enum Factor {
+    /// Of shared memory, by its descriptor.
+    Shared(R),
+    Registers([R; 4]),
+}
+
+/// `wgmma.mma_async.m64nNk16`, of bf16 with sums in f32.
+#[derive(Debug, Clone)]
+pub(crate) struct Product {
+    pub(crate) n: usize,
+    pub(crate) d: Vec<R>,
+    pub(crate) a: Factor,
+    /// Descriptor.
+    pub(crate) b: R,
+    /// Columns of `b` lie together, not its k.
+    pub(crate) b_by_columns: bool,
+    /// Whether it is added to what is there: not if this is false.
+    pub(crate) adds: Option<Cond>,
+    /// `d` and `a` by the numbers of the text.
+    pub(crate) sums: Vec<R>,
+    pub(crate) factors: Vec<R>,
+    /// Some of them may have been touched since the last `wgmma.fence`.
+    pub(crate) unfenced: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -317,6 +347,23 @@ pub(crate) enum Op {
         from: Address,
         bytes: R,
         bar: Option<Address>,
+    },
+    /// `cp.async.bulk.tensor.2d` to shared memory.
+    BulkBox {
+        to: Address,
+        map: Address,
+        place: [R; 2],
+        bar: Address,
+    },
+    /// `fence.proxy.async`; or `fence.mbarrier_init`, which is one of the mbarriers alone.
+    FenceAsync {
+        barriers_only: bool,
+    },
+    Product(Box<Product>),
+    ProductFence,
+    ProductCommit,
+    ProductWait {
+        keep: u32,
     },
     BulkCommit,
     BulkWait {

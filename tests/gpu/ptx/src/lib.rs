@@ -20,12 +20,15 @@ mod lex;
 mod memory;
 mod module;
 mod operand;
+mod products;
 mod registers;
 mod shadow;
 mod shared;
+mod tensor_map;
 mod warp;
 
 pub use counters::{Counters, Line};
 pub use fault::{Fault, FaultKind, ParseError};
 pub use gpu::{Arg, Dim3, Gpu, Options};
 pub use module::{KernelShape, Module};
+pub use tensor_map::TensorMap;

@@ -8,6 +8,7 @@ pub(crate) const SHARED_START: u64 = 1024;
 /// Windows of generic addresses.
 pub(crate) const SHARED_BASE: u64 = 1 << 60;
 pub(crate) const LOCAL_BASE: u64 = 1 << 61;
+pub(crate) const PARAM_BASE: u64 = 3 << 60;
 const SHIFT: u32 = 36;
 /// What an allocation's address is a multiple of, and of no more: kernels may count on no more.
 const START: u64 = 256;

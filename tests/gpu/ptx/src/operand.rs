@@ -16,6 +16,8 @@ pub(crate) enum Operand<'t> {
     Vector(Vec<Operand<'t>>),
     /// `[base+offset]`.
     Memory(Box<Operand<'t>>, i64),
+    /// `[base, {x, y}]`: a place in a tensor.
+    Place(Box<Operand<'t>>, Vec<Operand<'t>>),
     /// `!p`.
     Not(&'t str),
     /// `p|q`: two results.
@@ -62,6 +64,12 @@ fn simple<'t>(text: &mut Cursor<'t>) -> Result<Operand<'t>, ParseError> {
     if text.next_is('[') {
         text.at += 1;
         let base = simple(text)?;
+        if text.next_is(',') {
+            text.at += 1;
+            let at = list(text, '}')?;
+            text.expect(']')?;
+            return Ok(Operand::Place(Box::new(base), at));
+        }
         text.expect(']')?;
         return Ok(match base {
             Operand::Sum(name, offset) => Operand::Memory(Box::new(Operand::Name(name)), offset),

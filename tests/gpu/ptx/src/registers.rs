@@ -1,13 +1,13 @@
 //! Registers of a kernel: a text names each value its own, often thousands; here those that are never in use at the same time
 //! share one, so that a warp's registers stay in the processor's caches.
 
-use crate::inst::{Const, Inst, Op, Phase, R, Reduction};
+use crate::inst::{Const, Factor, Inst, Op, Phase, R, Reduction};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// What an instruction does with a register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
+pub(crate) enum Role {
     Read,
     Written,
 }
@@ -101,24 +101,24 @@ fn spans(code: &mut [Inst], fixed: &[bool]) -> (Vec<(usize, usize)>, Vec<R>) {
 }
 
 /// Instructions that are executed one after the other.
-struct Stretch {
-    start: usize,
-    end: usize,
-    next: Vec<usize>,
+pub(crate) struct Stretch {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) next: Vec<usize>,
     /// Registers whose values are read from here on, as they are at its beginning; and those that it writes in any case.
     live: Set,
     written: Set,
 }
 
-#[derive(Clone, Default)]
-struct Set(Vec<u64>);
+#[derive(Clone, Default, PartialEq)]
+pub(crate) struct Set(pub(crate) Vec<u64>);
 
 impl Set {
-    fn has(&self, r: R) -> bool {
+    pub(crate) fn has(&self, r: R) -> bool {
         self.0[r / 64] >> (r % 64) & 1 == 1
     }
 
-    fn add(&mut self, r: R) {
+    pub(crate) fn add(&mut self, r: R) {
         self.0[r / 64] |= 1 << (r % 64);
     }
 
@@ -133,7 +133,7 @@ impl Set {
     }
 }
 
-fn blocks(code: &[Inst], n_registers: usize) -> Vec<Stretch> {
+pub(crate) fn blocks(code: &[Inst], n_registers: usize) -> Vec<Stretch> {
     let mut starts = vec![false; code.len() + 1];
     starts[0] = true;
     for (i, inst) in code.iter().enumerate() {
@@ -192,7 +192,7 @@ fn flow(blocks: &mut [Stretch]) {
 }
 
 /// All registers of an operation.
-fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
+pub(crate) fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
     use Role::{Read, Written};
     let mut all = |read: &mut [&mut R], written: Option<&mut R>| {
         for r in read {
@@ -212,6 +212,10 @@ fn visit(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
         | Op::Fence { .. }
         | Op::CopyCommit
         | Op::CopyWait { .. }
+        | Op::FenceAsync { .. }
+        | Op::ProductFence
+        | Op::ProductCommit
+        | Op::ProductWait { .. }
         | Op::BulkCommit
         | Op::BulkWait { .. } => {}
         Op::Un { d, a, .. } | Op::MoveMatrix { d, a } => all(&mut [a], Some(d)),
@@ -281,6 +285,21 @@ fn visit_many(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
                 each(list, Read);
             }
             each(&mut mma.d, Written);
+        }
+        Op::Product(product) => {
+            match &mut product.a {
+                Factor::Shared(descriptor) => each(one(descriptor), Read),
+                Factor::Registers(a) => each(a, Read),
+            }
+            each(one(&mut product.b), Read);
+            // They are written, too; but not instead of what was there.
+            each(&mut product.d, Read);
+        }
+        Op::BulkBox { to, map, place, bar } => {
+            for address in [to, map, bar] {
+                each(one(&mut address.base), Read);
+            }
+            each(place, Read);
         }
         Op::Copy { to, from, read, .. } => {
             each(one(&mut to.base), Read);

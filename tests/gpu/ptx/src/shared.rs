@@ -130,6 +130,24 @@ impl Shared {
         Ok(())
     }
 
+    /// What works on these bytes beside the threads must see what they wrote there: all of it must be behind a fence. `fenced`: the
+    /// times up to which that is known of each agent. Bulk copies need none.
+    pub(crate) fn behind_fence(&mut self, at: usize, len: usize, fenced: &[u32], lane: usize) -> Result<(), Wrong> {
+        if !self.races {
+            return Ok(());
+        }
+        let copies = self.agents - 1;
+        for (word, mask) in Self::words(at, len) {
+            let cell = *self.cell(word);
+            let writer = usize::from(cell.write_agent);
+            if cell.write_mask & mask != 0 && writer != copies && cell.write_clock > fenced[writer] {
+                let message = format!("shared memory: written by warp {writer}, without fence.proxy.async between");
+                return wrong(FaultKind::Unfenced, lane, message);
+            }
+        }
+        Ok(())
+    }
+
     /// A write of a value, or an atomic operation that leaves it.
     pub(crate) fn write(&mut self, at: usize, value: &[u8], access: Access, by: &By) -> Result<(), Wrong> {
         let changes = self.bytes[at..at + value.len()] != *value;

@@ -29,6 +29,17 @@ pub(crate) struct Copy {
     pub(crate) pc: usize,
 }
 
+/// A product of a warpgroup that was not waited for, a warp's part of it.
+#[derive(Debug)]
+pub(crate) struct UnderWay {
+    /// Which of the warp's groups.
+    pub(crate) group: u32,
+    /// The product's instruction.
+    pub(crate) pc: usize,
+    /// What it reads of shared memory: indexes, and what was there.
+    pub(crate) reads: Vec<(usize, [u8; 16])>,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Warp {
     pub(crate) id: usize,
@@ -56,6 +67,10 @@ pub(crate) struct Warp {
     pub(crate) groups: [u32; 32],
     /// Number of its groups of bulk copies that are committed.
     pub(crate) bulk_group: u32,
+    /// Products under way; how many groups of them are committed; how many products there have been.
+    pub(crate) products: Vec<UnderWay>,
+    pub(crate) product_group: u32,
+    pub(crate) n_products: usize,
     pub(crate) polls: u32,
     pub(crate) steps: u64,
 }
@@ -80,6 +95,8 @@ impl Warp {
         self.seen.clear();
         self.copies.clear();
         (self.groups, self.bulk_group) = ([0; 32], 0);
+        self.products.clear();
+        (self.product_group, self.n_products) = (0, 0);
     }
 
     /// Some lanes go elsewhere, the rest go on. Those at the lowest place are executed first, so that lanes that

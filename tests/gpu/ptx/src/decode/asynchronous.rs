@@ -2,7 +2,7 @@
 
 use super::{Decoded, Mods};
 use crate::body::Body;
-use crate::inst::{Op, Phase, Space};
+use crate::inst::{Address, Op, Phase, Space};
 use crate::operand::Operand;
 
 pub(super) fn decode(body: &mut Body, base: &str, m: &mut Mods, o: &[Operand]) -> Decoded {
@@ -66,6 +66,9 @@ fn bulk(body: &mut Body, m: &mut Mods, o: &[Operand]) -> Decoded {
         let [Operand::Number(keep)] = o else { return Ok(None) };
         return Ok(Some(vec![Op::BulkWait { keep: *keep as u32 }]));
     }
+    if m.flag("tensor") {
+        return tensor(body, m, o);
+    }
     m.left.retain(|word| !word.starts_with("L2::"));
     let to_shared = m.left.first().is_some_and(|word| word.starts_with("shared"));
     if !shared(m) || !m.flag("global") {
@@ -80,6 +83,17 @@ fn bulk(body: &mut Body, m: &mut Mods, o: &[Operand]) -> Decoded {
     };
     let (to, from) = (body.address(&o[0], to)?, body.address(&o[1], from)?);
     Ok(Some(vec![Op::Bulk { to, from, bytes: body.src(&o[2], 32)?, bar }]))
+}
+
+/// Boxes of tensors of two dimensions, to shared memory.
+fn tensor(body: &mut Body, m: &mut Mods, o: &[Operand]) -> Decoded {
+    m.flag("tile");
+    let known = m.flag("2d") && shared(m) && m.flag("global") && m.flag("mbarrier::complete_tx::bytes");
+    let [to, Operand::Place(map, place), bar] = o else { return Ok(None) };
+    let ([x, y], true) = (&place[..], known) else { return Ok(None) };
+    let map = Address { space: Space::Generic, base: body.src(map, 64)?, offset: 0 };
+    let (to, bar) = (body.address(to, Space::Shared)?, body.address(bar, Space::Shared)?);
+    Ok(Some(vec![Op::BulkBox { to, map, place: [body.src(x, 32)?, body.src(y, 32)?], bar }]))
 }
 
 /// `mbarrier.*`. Orders and scopes other than the block's acquire and release are not told apart.

@@ -6,7 +6,7 @@ use crate::body::Body;
 use crate::float::{E4M3, E5M2, Mode, flush, from_bf16, from_f16, to_bf16, to_f16, to_f32};
 use crate::inst::{F1, F2, Op};
 use crate::lanes::{bin, un};
-use crate::memory::{LOCAL_BASE, SHARED_BASE};
+use crate::memory::{LOCAL_BASE, PARAM_BASE, SHARED_BASE};
 use crate::operand::Operand;
 
 pub(super) fn decode(body: &mut Body, base: &str, m: &mut Mods, o: &[Operand]) -> Decoded {
@@ -18,7 +18,7 @@ pub(super) fn decode(body: &mut Body, base: &str, m: &mut Mods, o: &[Operand]) -
     }
 }
 
-/// Generic addresses are global ones, or ones in windows for shared and local memory.
+/// Generic addresses are global ones, or ones in windows for shared and local memory and parameters.
 fn address(body: &mut Body, m: &mut Mods, o: &[Operand]) -> Decoded {
     let to = m.flag("to");
     let space = m.next();
@@ -31,6 +31,8 @@ fn address(body: &mut Body, m: &mut Mods, o: &[Operand]) -> Decoded {
         (Some("shared" | "shared::cta"), true) => un!(|a| a.wrapping_sub(SHARED_BASE)),
         (Some("local"), false) => un!(|a| a.wrapping_add(LOCAL_BASE)),
         (Some("local"), true) => un!(|a| a.wrapping_sub(LOCAL_BASE)),
+        (Some("param"), false) => un!(|a| a.wrapping_add(PARAM_BASE)),
+        (Some("param"), true) => un!(|a| a.wrapping_sub(PARAM_BASE)),
         _ => return Ok(None),
     };
     Ok(Some(vec![Op::Un { f, g: None, d: body.dst(&o[0])?, a: body.src(&o[1], 64)? }]))

@@ -17,8 +17,16 @@ pub(super) fn decode(body: &mut Body, base: &str, m: &mut Mods, o: &[Operand]) -
             Ok(gpu.map(|gpu| vec![Op::Fence { gpu }]))
         }
         ("fence", 0) => {
-            if m.flag("proxy") || m.flag("mbarrier_init") {
-                let known = ["async", "async::generic", "alias", "release", "acquire", "cluster", "global", "shared::cta"];
+            let init = m.flag("mbarrier_init");
+            if init || m.left.starts_with(&["proxy", "async"]) {
+                // Of global memory alone: nothing here works on it beside the threads.
+                let done = init || !m.flag("global");
+                let known = ["proxy", "async", "release", "acquire", "cluster", "shared::cta", "shared::cluster"];
+                m.left.retain(|word| !known.contains(word));
+                return Ok(Some(vec![if done { Op::FenceAsync { barriers_only: init } } else { Op::Nop }]));
+            }
+            if m.flag("proxy") {
+                let known = ["async::generic", "alias", "release", "acquire", "cluster", "global", "shared::cta"];
                 m.left.retain(|word| !known.contains(word) && !word.starts_with("async."));
                 return Ok(Some(vec![Op::Nop]));
             }

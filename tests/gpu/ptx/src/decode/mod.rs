@@ -8,6 +8,7 @@ mod convert;
 mod floating;
 mod halves;
 mod memory;
+mod product;
 mod tensor;
 mod warp;
 
@@ -138,6 +139,7 @@ pub(crate) fn decode(body: &mut Body, opcode: &str, o: &[Operand]) -> Result<Vec
         asynchronous::decode,
         asynchronous::decode_barriers,
         tensor::decode,
+        product::decode,
         halves::decode,
         floating::decode,
         arithmetic::decode,

@@ -13,6 +13,8 @@ use crate::warp::{Copy, Warp, lanes};
 pub(crate) enum Later {
     /// A bulk copy to shared memory, and the mbarrier that counts its bytes.
     In { to: usize, from: u64, bytes: usize, bar: usize, pc: usize },
+    /// A box of a tensor: pieces of 16 bytes in shared memory, and how many bytes there are of each in global memory, and where.
+    Box { pieces: Vec<(usize, u64, usize)>, bar: usize, pc: usize },
     /// A bulk copy to global memory: of a warp's group.
     Out { to: u64, from: usize, bytes: usize, warp: usize, group: u32, pc: usize },
     /// Copies of a lane, and the mbarrier at which it arrives when they are done.
@@ -173,12 +175,14 @@ impl Block<'_> {
             if let Some(bar) = bar {
                 totals.global_read_bytes += bytes as u64;
                 totals.global_read_sectors += sectors;
+                parts.shared.behind_fence(inside, bytes, parts.clocks.fenced(warp.id), lane)?;
                 parts.shared.begin_copy(inside, bytes, &by)?;
-                let bar = self.bar_address(warp, bar, lane)?;
+                let bar = self.copies_barrier(warp, bar, lane)?;
                 self.later.push(Later::In { to: inside, from, bytes, bar, pc: warp.pc });
             } else {
                 totals.global_written_bytes += bytes as u64;
                 totals.global_written_sectors += sectors;
+                parts.shared.behind_fence(inside, bytes, parts.clocks.fenced(warp.id), lane)?;
                 parts.shared.read(inside, bytes, &by)?;
                 self.later.push(Later::Out { to, from: inside, bytes, warp: warp.id, group: warp.bulk_group, pc: warp.pc });
             }
@@ -186,7 +190,14 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn touch_global(&mut self, address: u64, bytes: usize, access: Access, warp: usize, lane: usize) -> Result<(), Wrong> {
+    pub(super) fn touch_global(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        access: Access,
+        warp: usize,
+        lane: usize,
+    ) -> Result<(), Wrong> {
         let parts = &*self.parts;
         let toucher = self.toucher(&parts.clocks, &parts.between, warp);
         let (allocation, at) = self.global.find(address, bytes, lane.into())?;
@@ -207,6 +218,19 @@ impl Block<'_> {
                 let value = source.bytes[at..at + bytes].to_vec();
                 self.arrived(agent, to, &value);
                 self.arrive(bar, (0, -(bytes.cast_signed() as i64), false), agent, 0)?;
+            }
+            Later::Box { pieces, bar, pc } => {
+                self.blame = pc;
+                let bytes = 16 * pieces.len() as i64;
+                for (to, from, there) in pieces {
+                    let mut value = [0; 16];
+                    if there > 0 {
+                        let (source, at) = self.global.find(from, there, None)?;
+                        value[..there].copy_from_slice(&source.bytes[at..at + there]);
+                    }
+                    self.arrived(agent, to, &value);
+                }
+                self.arrive(bar, (0, -bytes, false), agent, 0)?;
             }
             Later::Out { to, from, bytes, pc, .. } => {
                 self.blame = pc;

@@ -21,6 +21,8 @@ pub(crate) struct Mbarrier {
     done: Vec<u32>,
     /// Who made it, and when: others must have been told.
     made: (usize, u32),
+    /// It was made before a `fence.mbarrier_init` of who made it.
+    fenced: bool,
 }
 
 /// After so many failures in a row a warp that only looks is taken to wait.
@@ -97,6 +99,24 @@ impl Block<'_> {
         Ok(found)
     }
 
+    /// `fence.mbarrier_init`: copies may know of the mbarriers that this warp has made.
+    pub(super) fn fence_barriers(&mut self, warp: &Warp) {
+        for bar in self.mbarriers.iter_mut().filter(|bar| bar.made.0 == warp.id) {
+            bar.fenced = true;
+        }
+    }
+
+    /// The mbarrier of a copy: what copies must know of it, too.
+    pub(super) fn copies_barrier(&mut self, warp: &Warp, bar: Address, lane: usize) -> Result<usize, Wrong> {
+        let at = self.bar_address(warp, bar, lane)?;
+        let (who, when) = self.find_mbarrier(at, Some((warp, lane)))?.made;
+        let is_late = self.launch.races && when > self.parts.clocks.fenced(warp.id)[who];
+        if is_late && !self.find_mbarrier(at, None)?.fenced {
+            return wrong(FaultKind::Unfenced, lane, "an mbarrier that was initialised without fence.proxy.async between");
+        }
+        Ok(at)
+    }
+
     fn bar_init(&mut self, warp: &mut Warp, bar: Address, count: usize, mask: u32) -> Result<(), Wrong> {
         for lane in lanes(mask) {
             let at = self.bar_address(warp, bar, lane)?;
@@ -106,7 +126,7 @@ impl Block<'_> {
             }
             let made = (warp.id, self.parts.clocks.own(warp.id));
             let (clock, done) = (Vec::new(), Vec::new());
-            self.mbarriers.push(Mbarrier { at, count, pending: count, bytes: 0, phase: 0, clock, done, made });
+            self.mbarriers.push(Mbarrier { at, count, pending: count, bytes: 0, phase: 0, clock, done, made, fenced: false });
             self.parts.shared.set_barrier(at, true);
         }
         Ok(())

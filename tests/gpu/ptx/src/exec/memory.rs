@@ -4,7 +4,7 @@ use crate::block::{Block, Count, Parts};
 use crate::counters::{bank_phases, sectors};
 use crate::fault::{FaultKind, Wrong, wrong};
 use crate::inst::{Address, F1, Lanes, Order, R, Space, Update};
-use crate::memory::{LOCAL_BASE, SHARED_BASE, get, put};
+use crate::memory::{LOCAL_BASE, PARAM_BASE, SHARED_BASE, get, put};
 use crate::shadow::{Access, Toucher};
 use crate::warp::{Warp, lanes};
 
@@ -24,6 +24,7 @@ pub(crate) fn resolve(warp: &Warp, at: Address, mask: u32) -> Result<Where, Wron
     }
     if space == Space::Generic {
         let of = |a: u64| match a {
+            PARAM_BASE.. => Space::Param,
             LOCAL_BASE.. => Space::Local,
             SHARED_BASE.. => Space::Shared,
             _ => Space::Global,
@@ -33,6 +34,7 @@ pub(crate) fn resolve(warp: &Warp, at: Address, mask: u32) -> Result<Where, Wron
             return wrong(FaultKind::Unsupported, lane, "generic addresses in different state spaces");
         }
         let base = match space {
+            Space::Param => PARAM_BASE,
             Space::Local => LOCAL_BASE,
             Space::Shared => SHARED_BASE,
             _ => 0,

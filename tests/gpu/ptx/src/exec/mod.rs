@@ -1,10 +1,12 @@
 //! Executes one instruction for a warp.
 
 pub(crate) mod barriers;
+mod boxes;
 mod collective;
 pub(crate) mod copies;
 pub(crate) mod mbarrier;
 mod memory;
+mod product;
 mod tensor;
 
 use crate::block::Block;
@@ -128,15 +130,33 @@ impl Block<'_> {
             | Op::Bulk { .. }
             | Op::BulkCommit
             | Op::BulkWait { .. } => self.copy_step(warp, op, mask),
-            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::MoveMatrix { .. } | Op::Mma(_) => {
-                if mask != u32::MAX {
-                    return wrong(FaultKind::Divergence, None, format!("needs all lanes of the warp, has {mask:#010x}"));
+            Op::BulkBox { to, map, place, bar } => self.bulk_box(warp, (*to, *map, *bar), *place, mask),
+            Op::FenceAsync { barriers_only } => {
+                if *barriers_only {
+                    self.fence_barriers(warp);
+                } else {
+                    self.parts.clocks.fence(warp.id);
                 }
+                Ok(())
+            }
+            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::MoveMatrix { .. } | Op::Mma(_) => {
+                whole(mask)?;
                 self.tensor_step(warp, op)
+            }
+            Op::Product(_) | Op::ProductFence | Op::ProductCommit | Op::ProductWait { .. } => {
+                whole(mask)?;
+                self.product_step(warp, op)
             }
             other => self.mbarrier_step(warp, other, mask),
         }
     }
+}
+
+fn whole(mask: u32) -> Result<(), Wrong> {
+    if mask == u32::MAX {
+        return Ok(());
+    }
+    wrong(FaultKind::Divergence, None, format!("needs all lanes of the warp, has {mask:#010x}"))
 }
 
 fn branch_table(warp: &mut Warp, index: usize, targets: &[usize], mask: u32) -> Result<(), Wrong> {

@@ -108,7 +108,7 @@ fn bytes(register: u64) -> [u8; 4] {
     (register as u32).to_le_bytes()
 }
 
-fn rows(a: &mut [[f32; 32]; 16], warp: &Warp, registers: &[R], element: Element) {
+pub(super) fn rows(a: &mut [[f32; 32]; 16], warp: &Warp, registers: &[R], element: Element) {
     fn fill<const N: usize>(a: &mut [[f32; 32]; 16], warp: &Warp, registers: &[R], values: impl Fn(u64) -> [f32; N]) {
         for (i, r) in registers.iter().enumerate() {
             for (lane, &register) in warp.regs[*r].iter().enumerate() {

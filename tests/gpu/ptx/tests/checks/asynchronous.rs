@@ -83,7 +83,7 @@ fn bulk(init: &str, expect: u32, wait: &str, sync: &str) -> String {
     )
 }
 
-const INIT: &str = "mbarrier.init.shared::cta.b64 [%r2], 1;";
+const INIT: &str = "mbarrier.init.shared::cta.b64 [%r2], 1;\n fence.mbarrier_init.release.cluster;";
 const WAIT: &str = "W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n @!%p2 bra W;";
 const SYNC: &str = "bar.sync 0;";
 
@@ -102,7 +102,7 @@ fn mbarriers_that_are_used_wrongly() {
     let twin = bulk(INIT, 256, WAIT, SYNC);
     bytes().planted(FaultKind::Barrier, &bulk("", 256, WAIT, SYNC), &twin);
     bytes().planted(FaultKind::Deadlock, &bulk(INIT, 272, WAIT, SYNC), &twin);
-    bytes().planted(FaultKind::Deadlock, &bulk("mbarrier.init.shared::cta.b64 [%r2], 2;", 256, WAIT, SYNC), &twin);
+    bytes().planted(FaultKind::Deadlock, &bulk(&INIT.replace("], 1", "], 2"), 256, WAIT, SYNC), &twin);
     bytes().planted(FaultKind::InFlight, &bulk(INIT, 256, SYNC, SYNC), &twin);
     let twice = format!("{INIT}\n{INIT}");
     bytes().planted(FaultKind::Barrier, &bulk(&twice, 256, WAIT, SYNC), &twin);
@@ -110,6 +110,20 @@ fn mbarriers_that_are_used_wrongly() {
     bytes().planted(FaultKind::Misaligned, &odd, &twin);
     let touched = bulk(INIT, 256, &format!("{WAIT}\n ld.shared.u32 %r7, [%r2];"), SYNC);
     bytes().planted(FaultKind::Barrier, &touched, &twin);
+    let fences = INIT.replace("fence.mbarrier_init.release.cluster", "fence.proxy.async.shared::cta");
+    bytes().out(&bulk(&fences, 256, WAIT, SYNC));
+    let unfenced = INIT.replace("fence.mbarrier_init.release.cluster;", "");
+    bytes().planted(FaultKind::Unfenced, &bulk(&unfenced, 256, WAIT, SYNC), &twin);
+}
+
+/// What threads wrote is overwritten by a copy: it must know of that.
+#[test]
+fn bulk_copies_over_what_was_written() {
+    let write = |fence: &str| {
+        let written = format!("{INIT}\nA:\n mad.lo.s32 %r3, %tid, 4, %r1;\n st.shared.u32 [%r3], 1;\n {fence}");
+        bulk(INIT, 256, WAIT, SYNC).replace(&format!("{INIT}\nA:\n"), &written)
+    };
+    bytes().planted(FaultKind::Unfenced, &write(""), &write("fence.proxy.async.shared::cta;"));
 }
 
 /// Whoever did not wait at the barrier does not know that there is an mbarrier.
@@ -165,14 +179,16 @@ fn copies_arrive_for_their_lane() {
 
 #[test]
 fn bulk_copies_to_global_memory() {
-    let body = |wait: &str| {
+    let fence = "fence.proxy.async;";
+    let body = |fence: &str, wait: &str| {
         format!(
-            ".shared .align 16 .b8 tile[32];\n mov.u32 %r1, tile;\n st.shared.u64 [tile], 7;\n st.shared.u64 [tile+8], 8;\n\
+            ".shared .align 16 .b8 tile[32];\n mov.u32 %r1, tile;\n st.shared.u64 [tile], 7;\n st.shared.u64 [tile+8], 8;\n {fence}\n\
              cp.async.bulk.global.shared::cta.bulk_group [%out], [%r1], 16;\n cp.async.bulk.commit_group;\n {wait}\n st.shared.u64 [tile], 9;\n ret;"
         )
     };
     let case = Case { block: 1, ..Case::default() };
-    assert_eq!(case.out(&body("cp.async.bulk.wait_group 0;"))[..2], [7, 8]);
+    assert_eq!(case.out(&body(fence, "cp.async.bulk.wait_group 0;"))[..2], [7, 8]);
     // The copy is done as late as it may be: it takes what was written after it.
-    assert_eq!(case.out(&body(""))[..2], [9, 8]);
+    assert_eq!(case.out(&body(fence, ""))[..2], [9, 8]);
+    case.planted(FaultKind::Unfenced, &body("", "cp.async.bulk.wait_group 0;"), &body(fence, "cp.async.bulk.wait_group 0;"));
 }

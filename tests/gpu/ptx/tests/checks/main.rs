@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod asynchronous;
+mod boxes;
 mod common;
 mod compiled;
 mod control;
@@ -13,6 +14,7 @@ mod integers;
 mod memory;
 mod planted;
 mod planted_global;
+mod product;
 mod registers;
 mod tensor;
 mod text;
