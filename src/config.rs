@@ -7,7 +7,7 @@ mod memory;
 mod prompts;
 pub mod serve;
 
-use crate::device::cpu::{Isa, Kv, Numerics};
+use crate::device::cpu::{Isa, Kv, Numerics, default_threads};
 use crate::device::cuda::{KernelPlace, Launching};
 use crate::format::PartSize;
 use crate::hub::remote::Remote;
@@ -147,13 +147,13 @@ pub const KEEP_SECONDS: f64 = 20.0;
 /// Between progress lines where there is no terminal, if nothing is said.
 pub const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
-/// Threads that compute: as many as asked for, or as the machine has.
+/// Threads that compute: as many as asked for, or as there are cores.
 ///
 /// # Errors
 /// 0, or more than any machine has.
 pub fn n_threads(wanted: Option<usize>) -> Result<usize> {
     match wanted {
-        None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        None => Ok(default_threads()),
         Some(n) if (1..=1024).contains(&n) => Ok(n),
         Some(n) => bail!("{n} threads are outside 1 to 1024"),
     }

@@ -325,7 +325,7 @@ pub struct EngineSpec {
     /// Memory for weights, KV cache and workspace, such as "4GiB"; without it, half of what is free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
-    /// Threads that compute; without it, all cores.
+    /// Threads that compute; without it, one for each core that the process may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// Tokens per step.

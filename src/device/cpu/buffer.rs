@@ -63,6 +63,13 @@ impl<T: Plain> Aligned<T> {
         Self { memory: Memory::Large(map), start: 0, len, element: PhantomData }
     }
 
+    /// Lets the pages, none of which was touched yet, go round some nodes of memory: an advice, and nothing for small buffers.
+    pub(super) fn spread_over(&mut self, nodes: &[usize]) {
+        if let Memory::Large(map) = &mut self.memory {
+            spread(map, nodes);
+        }
+    }
+
     /// Makes room for at least `len` elements; what was stored may be lost.
     pub(super) fn reserve(&mut self, len: usize) {
         if self.len < len {
@@ -103,6 +110,32 @@ impl<T: Plain> DerefMut for Aligned<T> {
         // SAFETY: as in `deref`; the borrow of `self` is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_bytes().cast(), self.len) }
     }
+}
+
+/// Lets the pages of a map go round nodes. Whether the system did.
+#[cfg(target_os = "linux")]
+fn spread(map: &mut MmapMut, nodes: &[usize]) -> bool {
+    // From linux/mempolicy.h, which the crate does not have.
+    const MPOL_INTERLEAVE: libc::c_long = 3;
+    // As many as Linux can be built for.
+    const MAX_NODES: usize = 1024;
+    let mut mask = [0u64; MAX_NODES / 64];
+    for &node in nodes.iter().filter(|&&node| node < MAX_NODES) {
+        mask[node / 64] |= 1 << (node % 64);
+    }
+    if mask.iter().all(|&word| word == 0) {
+        return false;
+    }
+    // SAFETY: the range is the map's, the mask has as many bits as is said; where pages lie changes nothing of what they hold.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mbind, map.as_mut_ptr(), map.len(), MPOL_INTERLEAVE, mask.as_ptr(), MAX_NODES, 0 as libc::c_long)
+    };
+    result == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn spread(_: &mut MmapMut, _: &[usize]) -> bool {
+    false
 }
 
 /// A slice that several workers write at once, each its own part.
@@ -200,4 +233,26 @@ pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = (start, n);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As far as a machine of one node can tell: the system takes the call, and says so of the map.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pages_are_spread_where_the_system_lets_them() {
+        let mut buffer = Aligned::<f32>::zeroed(LARGE / size_of::<f32>());
+        let start = buffer.as_ptr() as usize;
+        let Memory::Large(map) = &mut buffer.memory else { unreachable!("it is a large one") };
+        assert!(!spread(map, &[]), "no nodes");
+        if spread(map, &[0]) {
+            let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+            let line = maps.lines().find(|line| line.starts_with(&format!("{start:x} "))).unwrap();
+            assert!(line.contains("interleave"), "{line}");
+        }
+        buffer.fill(1.0);
+        assert!(buffer.iter().all(|&x| x == 1.0));
+    }
 }

@@ -120,6 +120,13 @@ impl Cache {
         Self { cells, ints: Aligned::zeroed(n_ints), scales: Aligned::zeroed(n_scales), layout }
     }
 
+    /// Lets its pages, none of which was touched yet, go round some nodes of memory.
+    pub(super) fn spread_over(&mut self, nodes: &[usize]) {
+        self.cells.spread_over(nodes);
+        self.ints.spread_over(nodes);
+        self.scales.spread_over(nodes);
+    }
+
     /// Writes all of it once: what is read before it was ever written comes from one page of zeros, and faster.
     pub(super) fn touch(&mut self) {
         self.cells.fill(0x3c00);

@@ -60,6 +60,7 @@ mod simd_neon;
 mod simd_x86;
 mod team;
 mod tile;
+mod topology;
 mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod unpack_x86;
@@ -69,6 +70,7 @@ pub use cache::Cache;
 pub use isa::Isa;
 pub use numerics::{Kv, Numerics};
 pub use quant::Act;
+pub use topology::default_threads;
 pub use weights::Weight;
 
 use super::batch::{Batch, StepOutput};
@@ -249,7 +251,9 @@ impl Device for CpuDevice {
 
     fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
         assert_eq!(spec.n_heads % spec.n_kv_heads, 0);
-        Cache::new(Layout::new(self.numerics, self.kv, spec), n_blocks)
+        let mut cache = Cache::new(Layout::new(self.numerics, self.kv, spec), n_blocks);
+        cache.spread_over(&self.team.plan().cache_nodes);
+        cache
     }
 
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {

@@ -6,22 +6,29 @@
 //! the next, and may be asked for ahead. Who has none left takes others' last ones. There is no barrier at the start: a
 //! worker that sleeps, or whose core is taken by another program, just misses the operation, and the others do its tiles. At
 //! the end the leader waits only for tiles that are being computed.
+//!
+//! What all threads write at each operation would be handed from core to core: threads come in groups, side by side, with a gate
+//! each, so that many cores queue at many lines of cache, and a group that has no tiles left is passed over as one.
 
 use super::Scratch;
+use super::topology::{self, Plan};
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{JoinHandle, Thread};
 
 /// Rounds a waiting worker spins (some 10 µs: longer than the leader's gap between two operations of a step).
 const SPINS: u32 = 200;
 /// Rounds it then gives its core away before it sleeps.
 const YIELDS: u32 = 20;
 
-/// Set in the gate while an operation takes workers in.
+/// Threads of a group.
+const GROUP: usize = 16;
+
+/// Set in a gate while an operation takes workers in.
 const OPEN: u64 = 1 << 31;
 
 /// What the team runs: a function of a worker's scratch memory and a tile's index.
@@ -32,24 +39,39 @@ pub(super) struct Team {
     common: Arc<Common>,
     workers: Vec<JoinHandle<()>>,
     n_threads: usize,
+    plan: Plan,
 }
 
 /// What leader and workers share.
 struct Common {
-    /// Number of the operation (high 32 bits), OPEN, and how many workers are inside (low 31 bits).
-    gate: AtomicU64,
+    /// Of each group.
+    groups: Vec<Group>,
     /// Each thread's tiles that are still to be claimed.
     shares: Vec<Share>,
-    /// The operation; written by the leader while the gate is closed and nobody is inside, read by workers inside.
+    /// The operation; written by the leader while the gates are closed and nobody is inside, read by workers inside.
     job: UnsafeCell<Option<Job>>,
     /// For each worker, whether it sleeps or is about to.
     asleep: Vec<AtomicBool>,
+    /// The workers' threads, to wake them; there before the first operation.
+    threads: OnceLock<Vec<Thread>>,
     stop: AtomicBool,
     /// The leader's memory and each worker's. Only its owner locks it, but for `each_scratch` between operations.
     scratch: Vec<Mutex<Scratch>>,
     /// The first panic of a tile that a worker ran.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
+
+/// Threads side by side: the leader and the first workers, the next `GROUP` workers, and so on.
+struct Group {
+    /// Number of the operation (high 32 bits), OPEN, and how many of the group's workers are inside (low 31 bits).
+    gate: Line,
+    /// Number of the last operation in which somebody found all the group's tiles claimed; none where there is but one group.
+    done: Line,
+}
+
+/// On lines of its own, as a share is.
+#[repr(align(128))]
+struct Line(AtomicU64);
 
 /// A range of tiles: the first of them in the high 32 bits, their end in the low ones. On lines of its own, since every claim
 /// writes it.
@@ -86,29 +108,46 @@ unsafe impl Sync for Common {}
 unsafe impl Send for Common {}
 
 impl Team {
-    /// Starts `n_threads - 1` workers.
+    /// Starts `n_threads - 1` workers, where the machine's plan has them. The leader, which is the caller, is left where it is:
+    /// threads that it starts would inherit its place. The system finds the core that no worker has.
     ///
     /// # Panics
     /// If the machine refuses a thread.
     pub(super) fn new(n_threads: usize) -> Self {
         let n_threads = n_threads.max(1);
+        Self::with_plan(n_threads, topology::plan(n_threads))
+    }
+
+    fn with_plan(n_threads: usize, plan: Plan) -> Self {
         let common = Arc::new(Common {
-            gate: AtomicU64::new(0),
+            groups: (0..n_threads.div_ceil(GROUP)).map(|_| Group { gate: Line(0.into()), done: Line(u64::MAX.into()) }).collect(),
             shares: (0..n_threads).map(|_| Share(AtomicU64::new(0))).collect(),
             job: UnsafeCell::new(None),
             asleep: (1..n_threads).map(|_| AtomicBool::new(false)).collect(),
+            threads: OnceLock::new(),
             stop: AtomicBool::new(false),
             scratch: (0..n_threads).map(|_| Mutex::default()).collect(),
             panic: Mutex::new(None),
         });
-        let workers = (0..n_threads - 1)
+        let workers: Vec<JoinHandle<()>> = (0..n_threads - 1)
             .map(|worker| {
                 let common = Arc::clone(&common);
+                let place = plan.places.get(worker + 1).cloned();
                 let thread = std::thread::Builder::new().name(format!("cpu-{}", worker + 1));
-                thread.spawn(move || common.work(worker)).expect("the machine lets the process start its threads")
+                let life = move || {
+                    place.iter().for_each(|processors| topology::stay_on(processors));
+                    common.work(worker);
+                };
+                thread.spawn(life).expect("the machine lets the process start its threads")
             })
             .collect();
-        Self { common, workers, n_threads }
+        common.threads.get_or_init(|| workers.iter().map(|worker| worker.thread().clone()).collect());
+        Self { common, workers, n_threads, plan }
+    }
+
+    /// Where threads and data are.
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// Threads that may run tiles, the leader included.
@@ -136,7 +175,7 @@ impl Team {
         // inside, and a worker uses the pointer only while inside: it is never used after the borrow ends.
         let operation = unsafe { std::mem::transmute::<&Operation<'_>, &Operation<'static>>(operation) };
         let job = Job { operation };
-        // SAFETY: the gate is closed and nobody is inside (the last `run` waited for it): no one reads the job now.
+        // SAFETY: the gates are closed and nobody is inside (the last `run` waited for it): no one reads the job now.
         unsafe { *common.job.get() = Some(job) };
         for (thread, share) in common.shares.iter().enumerate() {
             share.set(thread * n_tiles / self.n_threads..(thread + 1) * n_tiles / self.n_threads);
@@ -144,15 +183,15 @@ impl Team {
         // Left over if the leader's own tile panicked last time.
         common.panic.lock().expect("no panic while the lock is held").take();
         let closing = Closing(common);
-        let number = common.gate.load(Ordering::Relaxed) >> 32;
-        // SeqCst here and at the sleeper's: either it sees the gate open, or this thread sees it asleep.
-        common.gate.store((number.wrapping_add(1) << 32) | OPEN, Ordering::SeqCst);
-        for (worker, asleep) in self.workers.iter().zip(&common.asleep).take(n_tiles - 1) {
-            if asleep.load(Ordering::SeqCst) && asleep.swap(false, Ordering::SeqCst) {
-                worker.thread().unpark();
-            }
+        let number = (common.groups[0].gate.0.load(Ordering::Relaxed) >> 32).wrapping_add(1) & u64::from(u32::MAX);
+        for group in &common.groups {
+            // SeqCst here and at the sleeper's: either it sees the gate open, or this thread sees it asleep.
+            group.gate.0.store(number << 32 | OPEN, Ordering::SeqCst);
         }
-        common.run_tiles(job, 0, &mut scratch);
+        common.wake(1..GROUP.min(n_tiles), GROUP);
+        // Of other groups one, which wakes the others (see `work`).
+        (GROUP..self.n_threads.min(n_tiles)).step_by(GROUP).for_each(|first| common.wake(first..first + GROUP, 1));
+        common.run_tiles((job, number), 0, &mut scratch);
         drop(closing);
         let panicked = common.panic.lock().expect("no panic while the lock is held").take();
         if let Some(panic) = panicked {
@@ -178,16 +217,19 @@ impl Drop for Team {
     }
 }
 
-/// Closes the gate and waits for the workers inside, also when the leader's own tile panics.
+/// Closes the gates and waits for the workers inside, also when the leader's own tile panics.
 struct Closing<'a>(&'a Common);
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
-        let gate = &self.0.gate;
-        gate.fetch_and(!OPEN, Ordering::AcqRel);
+        for Group { gate, .. } in &self.0.groups {
+            gate.0.fetch_and(!OPEN, Ordering::AcqRel);
+        }
         let mut rounds = 0;
-        while gate.load(Ordering::Acquire) & (OPEN - 1) != 0 {
-            wait_a_little(&mut rounds);
+        for Group { gate, .. } in &self.0.groups {
+            while gate.0.load(Ordering::Acquire) & (OPEN - 1) != 0 {
+                wait_a_little(&mut rounds);
+            }
         }
     }
 }
@@ -210,46 +252,77 @@ fn wait_a_little(rounds: &mut u32) {
 impl Common {
     /// A worker's life.
     fn work(&self, worker: usize) {
+        let group = (worker + 1) / GROUP;
         let mut last = 0;
-        while let Some(number) = self.enter(worker, last) {
+        while let Some((number, has_slept)) = self.enter(worker, last) {
             last = number;
+            if has_slept && group > 0 {
+                self.wake(group * GROUP..(group + 1) * GROUP, GROUP);
+            }
             // SAFETY: this worker is inside: the leader wrote the job before it opened the gate and leaves it until
             // everyone is out.
             let job = unsafe { *self.job.get() }.expect("the gate opens only after a job is set");
-            if let Err(panic) =
-                catch_unwind(AssertUnwindSafe(|| self.run_tiles(job, worker + 1, &mut lock(&self.scratch[worker + 1]))))
-            {
+            let run = || self.run_tiles((job, number), worker + 1, &mut lock(&self.scratch[worker + 1]));
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
                 self.panic.lock().expect("no panic while the lock is held").get_or_insert(panic);
             }
-            self.gate.fetch_sub(1, Ordering::Release);
+            self.groups[group].gate.0.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// Claims and runs tiles until none is left: a thread's own, then what others have not begun.
-    fn run_tiles(&self, job: Job, thread: usize, scratch: &mut Scratch) {
+    /// Wakes up to `n` of some threads that sleep.
+    fn wake(&self, threads: Range<usize>, n: usize) {
+        // The leader never sleeps: thread 1 is the first worker.
+        let workers = self.threads.get().into_iter().flatten().zip(&self.asleep);
+        let asleep = workers.skip(threads.start - 1).take(threads.len()).filter(|(_, asleep)| asleep.load(Ordering::SeqCst));
+        for (worker, _) in asleep.filter(|(_, asleep)| asleep.swap(false, Ordering::SeqCst)).take(n) {
+            worker.unpark();
+        }
+    }
+
+    /// Claims and runs tiles until none is left: a thread's own, then what others have not begun, those of its group first.
+    fn run_tiles(&self, (job, number): (Job, u64), thread: usize, scratch: &mut Scratch) {
         // SAFETY: the caller is the leader in `run`, or a worker inside: the operation is alive.
         let operation = unsafe { &*job.operation };
         while let Some(tile) = self.shares[thread].claim(true) {
             operation(scratch, tile);
         }
-        let (before, after) = self.shares.split_at(thread);
-        for share in after[1..].iter().chain(before) {
-            while let Some(tile) = share.claim(false) {
-                operation(scratch, tile);
+        let n_groups = self.groups.len();
+        for group in (0..n_groups).map(|i| (thread / GROUP + i) % n_groups) {
+            let done = &self.groups[group].done.0;
+            if done.load(Ordering::Relaxed) == number {
+                continue;
+            }
+            let shares = &self.shares[group * GROUP..self.shares.len().min((group + 1) * GROUP)];
+            // Not all thieves at the same share.
+            let (before, after) = shares.split_at((thread % GROUP).min(shares.len()));
+            for share in after.iter().chain(before) {
+                while let Some(tile) = share.claim(false) {
+                    operation(scratch, tile);
+                }
+            }
+            if n_groups > 1 {
+                // Shares are never filled again in an operation.
+                done.store(number, Ordering::Relaxed);
             }
         }
     }
 
-    /// Waits for an operation after `last`, enters it and gives its number; `None` when the team ends.
-    fn enter(&self, worker: usize, last: u64) -> Option<u64> {
-        let mut rounds = 0;
+    /// Waits for an operation after `last`, enters it and gives its number, and whether it was slept for; `None` when the team
+    /// ends.
+    fn enter(&self, worker: usize, last: u64) -> Option<(u64, bool)> {
+        let gate = &self.groups[(worker + 1) / GROUP].gate.0;
+        let (mut rounds, mut has_slept) = (0, false);
         loop {
-            let gate = self.gate.load(Ordering::SeqCst);
-            let number = gate >> 32;
-            if gate & OPEN != 0 && number != last {
-                if self.gate.compare_exchange_weak(gate, gate + 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                    self.asleep[worker].store(false, Ordering::Relaxed);
-                    return Some(number);
+            let seen = gate.load(Ordering::SeqCst);
+            let number = seen >> 32;
+            if seen & OPEN != 0 && number != last {
+                if gate.compare_exchange_weak(seen, seen + 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                    // Others' words are on this line: it is written only if it must be.
+                    if self.asleep[worker].load(Ordering::Relaxed) {
+                        self.asleep[worker].store(false, Ordering::Relaxed);
+                    }
+                    return Some((number, has_slept));
                 }
                 continue;
             }
@@ -267,7 +340,7 @@ impl Common {
             } else {
                 std::thread::park();
                 self.asleep[worker].store(false, Ordering::SeqCst);
-                rounds = 0;
+                (rounds, has_slept) = (0, true);
             }
         }
     }
@@ -280,7 +353,8 @@ mod tests {
 
     #[test]
     fn every_tile_runs_once_with_more_threads_than_cores() {
-        for n_threads in [1, 2, 3, 5, 9] {
+        // The last: three groups, the third of two threads.
+        for n_threads in [1, 2, 3, 5, 9, 2 * GROUP + 2] {
             let team = Team::new(n_threads);
             for n_tiles in [0, 1, 2, 3, 7, 100, 1000, 1, 5].into_iter().cycle().take(400) {
                 let runs: Vec<AtomicU32> = (0..n_tiles).map(|_| AtomicU32::new(0)).collect();
@@ -290,6 +364,36 @@ mod tests {
                 assert!(runs.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{n_threads} threads, {n_tiles} tiles");
             }
         }
+    }
+
+    /// A plan is kept by the workers and leaves the caller alone. (What plans there are: `topology`.)
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn workers_stay_in_their_places() {
+        let before = topology::allowed().unwrap();
+        let (first, last) = (before[0], before[before.len() - 1]);
+        let places = vec![vec![last], vec![first], vec![last], vec![first, last]];
+        let team = Team::with_plan(4, Plan { places: places.clone(), ..Plan::default() });
+        let seen = Mutex::new(vec![None; 4]);
+        // Whoever comes: the leader's tiles wait until the workers have done theirs.
+        let waiting = AtomicUsize::new(3);
+        team.run(4, &|_, _| {
+            let thread = std::thread::current();
+            if let Some(number) = thread.name().and_then(|name| name.strip_prefix("cpu-")) {
+                let number: usize = number.parse().unwrap();
+                if seen.lock().unwrap()[number].replace(topology::allowed().unwrap()).is_none() {
+                    waiting.fetch_sub(1, Ordering::SeqCst);
+                }
+            }
+            while waiting.load(Ordering::SeqCst) > 0 {
+                std::thread::yield_now();
+            }
+        });
+        let mut places: Vec<_> = places.into_iter().map(Some).collect();
+        places.iter_mut().flatten().for_each(|place| place.dedup());
+        places[0] = None;
+        assert_eq!(*seen.lock().unwrap(), places);
+        assert_eq!(topology::allowed().unwrap(), before);
     }
 
     #[test]

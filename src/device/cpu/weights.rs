@@ -142,6 +142,7 @@ impl Part {
         let layout = numerics.layout(dtype);
         let panel_bytes = panel_bytes(layout, k);
         let mut bytes = Aligned::zeroed(n_panels * panel_bytes);
+        bytes.spread_over(&team.plan().weight_nodes);
         let shared = Shared::new(&mut bytes);
         team.run(n_panels, &|_, panel| {
             // SAFETY: each panel is one tile, and a tile is run once.
