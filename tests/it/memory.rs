@@ -1,19 +1,26 @@
 //! The engine on the CPU device with a real, small model: a step allocates nothing, and rows that lose their memory and
-//! get it back have the bits of rows that never did; what scoring a long prompt takes.
+//! get it back have the bits of rows that never did; what scoring a long prompt takes; that weights and KV take what was said.
 
-use crate::common::Sandbox;
+use crate::common::{Sandbox, model_path};
 use crate::fake::FakeTokens;
 use crate::families;
 use crate::model::TinyModel;
 use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file;
 use serde_json::{Value, json};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
-use valar::device::cpu::{CpuDevice, Isa, Numerics};
+use valar::device::BLOCK_TOKENS;
+use valar::device::batch::{Batch, BatchSeq, StepOutput};
+use valar::device::cpu::{CpuDevice, Isa, Kv, Numerics};
 use valar::engine::sampling::SeqParams;
 use valar::engine::{Due, Engine, EngineConfig, Finished, Submission};
-use valar::model::{ModelFile, ModelRunner, Runner as _};
+use valar::gguf::Gguf;
+use valar::model::{Model, ModelFile, ModelRunner, Runner as _, sizing};
 use valar::window::Class;
 
 /// The system's allocator, counting each thread's calls.
@@ -159,4 +166,163 @@ fn scoring_a_long_prompt_takes_no_more_memory_than_completing_it() {
     let scored = peak("scored", json!({"prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": 1}));
     println!("{} MiB to score, {} MiB to complete", scored >> 20, completed >> 20);
     assert!(scored < completed + (48 << 20), "{scored} and {completed} bytes");
+}
+
+/// Tokens of a step of `a_process_of_its_own`.
+const STEP: usize = 64;
+/// Says to `a_process_of_its_own` which file it loads, numerics, form of keys and values, and how many blocks of them.
+const LOADS: &str = "VALAR_TEST_LOADS";
+
+/// A number of `/proc/self/status`, bytes.
+fn own_bytes(name: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// Loads a model's weights, or, if there is to be a cache, all of it, and stores a key and a value in every block: that touches all
+/// pages. Says what was predicted and what was taken, bytes; `most` is with what of the file was held then.
+#[test]
+#[ignore = "what weights_and_kv_take_what_was_predicted runs in processes of their own"]
+fn a_process_of_its_own() {
+    let loads = std::env::var(LOADS).unwrap();
+    let [numerics, kv, n_blocks, path] = *loads.splitn(4, ' ').collect::<Vec<_>>() else { panic!("{loads}") };
+    let file = Gguf::open(Path::new(path)).unwrap();
+    let spec = file.spec().unwrap();
+    let n_blocks: usize = n_blocks.parse().unwrap();
+    let device = CpuDevice::new(Isa::detect(), Numerics::named(numerics).unwrap(), 1).with_kv(Kv::named(kv).unwrap());
+    let sizes = sizing(&device, &spec, &file, STEP);
+    file.release();
+    let (before, resident_before) = (own_bytes("RssAnon:"), own_bytes("VmRSS:"));
+    let (mut model, mut runner) = (None, None);
+    if n_blocks == 0 {
+        model.replace(Model::load(&device, &file).unwrap());
+    } else {
+        let runner = runner.insert(ModelRunner::load(device, &file, n_blocks, STEP).unwrap());
+        for first in (0..n_blocks).step_by(STEP) {
+            let mut batch = Batch::default();
+            for block in first..n_blocks.min(first + STEP) {
+                let (token_start, table_start) = (batch.tokens.len() as u32, batch.block_tables.len() as u32);
+                batch.seqs.push(BatchSeq { token_start, n_tokens: 1, first_position: 0, table_start, n_blocks: 1 });
+                batch.tokens.push(1);
+                batch.positions.push(0);
+                batch.block_tables.push(block as u32);
+            }
+            runner.run(&batch, &mut StepOutput::default()).unwrap();
+        }
+    }
+    let (taken, most) = (own_bytes("RssAnon:") - before, own_bytes("VmHWM:") - resident_before);
+    let found = json!({"weights": sizes.weights_bytes, "kv_block": sizes.kv_block_bytes, "taken": taken, "most": most});
+    println!("{found}");
+}
+
+/// What a process says that loads a model.
+fn taken(path: &Path, (numerics, kv): (Numerics, Kv), n_blocks: usize) -> BTreeMap<String, u64> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "memory::a_process_of_its_own", "--ignored", "--nocapture"]);
+    let loads = format!("{} {} {n_blocks} {}", numerics.name(), kv.name(), path.display());
+    let output = command.env(LOADS, loads).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_str(said.lines().find(|line| line.starts_with('{')).unwrap()).unwrap()
+}
+
+/// How far what a model takes is from what was predicted.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn check(&mut self, what: &str, (numerics, kv): (Numerics, Kv), (taken, predicted): (u64, u64)) {
+        const BOUND: f64 = 0.05;
+        let off = taken as f64 / predicted as f64 - 1.0;
+        let line =
+            format!("{what}, {}, {}: {taken} bytes, predicted {predicted}, {:+.2} %", numerics.name(), kv.name(), 100.0 * off);
+        println!("{line}");
+        if off.abs() > BOUND {
+            self.0.push(line);
+        }
+    }
+
+    /// Weights alone. What the process says.
+    fn weights(&mut self, path: &Path, name: &str, numerics: Numerics) -> BTreeMap<String, u64> {
+        let found = taken(path, (numerics, Kv::Floats), 0);
+        self.check(&format!("{name}: weights"), (numerics, Kv::Floats), (found["taken"], found["weights"]));
+        found
+    }
+
+    /// The cache: what more blocks take, besides what a step needs. Bytes of a block as predicted.
+    fn kv(&mut self, path: &Path, name: &str, (numerics, kv): (Numerics, Kv)) -> u64 {
+        let [few, many] = [1, 9].map(|n| taken(path, (numerics, kv), n * STEP));
+        let predicted = 8 * STEP as u64 * few["kv_block"];
+        self.check(&format!("{name}: KV"), (numerics, kv), (many["taken"] - few["taken"], predicted));
+        few["kv_block"]
+    }
+}
+
+/// A llama of some ten million random weights.
+fn middle_model(dtype: GgmlDType) -> TinyModel {
+    const WIDTH: usize = 512;
+    const FFN: usize = 1536;
+    let mut model = TinyModel { tensors: BTreeMap::new(), ..TinyModel::new(GgmlDType::F32) };
+    let numbers = [("block_count", 4), ("embedding_length", WIDTH), ("feed_forward_length", FFN), ("attention.head_count", 8)];
+    for (key, number) in [&numbers[..], &[("attention.head_count_kv", 4), ("attention.key_length", 64)]].concat() {
+        model.set(&format!("llama.{key}"), gguf_file::Value::U32(number as u32));
+    }
+    model.add("token_embd.weight", &[4096, WIDTH], dtype);
+    model.add("output_norm.weight", &[WIDTH], GgmlDType::F32);
+    for layer in 0..4 {
+        for part in ["attn_norm", "ffn_norm"] {
+            model.add(&format!("blk.{layer}.{part}.weight"), &[WIDTH], GgmlDType::F32);
+        }
+        for (part, rows, columns) in [
+            ("attn_q", 512, WIDTH),
+            ("attn_k", 256, WIDTH),
+            ("attn_v", 256, WIDTH),
+            ("attn_output", WIDTH, 512),
+            ("ffn_gate", FFN, WIDTH),
+            ("ffn_up", FFN, WIDTH),
+            ("ffn_down", WIDTH, FFN),
+        ] {
+            model.add(&format!("blk.{layer}.{part}.weight"), &[rows, columns], dtype);
+        }
+    }
+    model
+}
+
+/// What a user plans a machine by: weights and KV cache take what `valar inspect` says, within 5 %, in each type of weights,
+/// numerics and form of keys and values; and while they are loaded, most of the file is not held.
+#[test]
+#[cfg(target_os = "linux")]
+fn weights_and_kv_take_what_was_predicted() {
+    let (sandbox, mut faults) = (Sandbox::new(), Faults::default());
+    for dtype in [GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q8_0, GgmlDType::BF16, GgmlDType::F32] {
+        let (path, model) = (sandbox.path("model.gguf"), middle_model(dtype));
+        let metadata: Vec<_> = model.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        let tensors: Vec<_> = model.tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        gguf_file::write(&mut std::fs::File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+        for numerics in Numerics::ALL {
+            faults.weights(&path, &format!("{dtype:?}"), numerics);
+            if dtype == GgmlDType::Q4_0 {
+                for kv in Kv::ALL {
+                    faults.kv(&path, &format!("{dtype:?}"), (numerics, kv));
+                }
+            }
+        }
+    }
+    // The default model, and inspect itself.
+    let output = sandbox.run(&["inspect", model_path().to_str().unwrap(), "--json"]);
+    let inspected: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let file_bytes = std::fs::metadata(model_path()).unwrap().len();
+    for numerics in Numerics::ALL {
+        let found = faults.weights(&model_path(), "the default model", numerics);
+        let memory = &inspected["memory"][numerics.name()];
+        assert_eq!(memory["weights_bytes"], found["weights"]);
+        let held = found["most"].saturating_sub(found["taken"]);
+        assert!(held < file_bytes / 2, "{held} of {file_bytes} bytes of the file");
+    }
+    for (kv, name) in [(Kv::Floats, "kv_bytes_per_1k_tokens"), (Kv::Int8, "int8_kv_bytes_per_1k_tokens")] {
+        let of_block = faults.kv(&model_path(), "the default model", (Numerics::Int8, kv));
+        assert_eq!(inspected["memory"]["int8"][name], of_block * 1000_u64.div_ceil(BLOCK_TOKENS as u64));
+    }
+    assert!(faults.0.is_empty(), "{}", faults.0.join("\n"));
 }
