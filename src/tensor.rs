@@ -76,7 +76,7 @@ pub struct Group {
 }
 
 /// The values that 4-bit indexes of `Iq4Nl` and `Iq4Xs` stand for.
-const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl DType {
     /// Elements per block (1 for plain floats).

@@ -5,6 +5,7 @@
 //! As `llama-perplexity` counts: chunks of 512 tokens, each from an empty context, of which the second half is scored. The mean of
 //! KL(f32 ‖ other) over the positions, in nats, is what is lost of what f32 knows; unlike perplexity it cannot be better by luck.
 
+mod iq4;
 mod requantised;
 
 use super::load;
@@ -93,7 +94,7 @@ struct Quality {
 /// Measures all choices and prints a table, or a JSON object a line.
 ///
 /// # Errors
-/// No such model, a text that is too short, a type that nothing here makes.
+/// No such model, a text that is too short.
 pub fn show(setting: &Setting<'_>, choices: &Choices, place: (&Path, Option<&Remote>), json: bool) -> Result<()> {
     let local = hub::resolve(setting.model, place.0, place.1, &mut say)?;
     let load::Opened { file, tokenizer, .. } = load::open_files(&local)?;

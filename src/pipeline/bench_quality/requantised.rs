@@ -1,8 +1,9 @@
 //! A model's weights in another element type, in memory: what a file of that type would hold. Knows nothing of devices.
 
+use super::iq4;
 use crate::model::{ModelFile, ModelSpec};
 use crate::tensor::{DType, Tensor};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor as CandleTensor};
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ impl Requantised {
     /// llama.cpp's quantiser falls back on: of 256 elements, that with blocks of 32 and the next more bits.
     ///
     /// # Errors
-    /// A type that there is no quantiser for.
+    /// As [`ModelFile::spec`].
     pub(super) fn new(file: &dyn ModelFile, dtype: DType) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for name in file.tensor_names() {
@@ -36,8 +37,7 @@ impl Requantised {
             let dtype = if tensor.shape.len() < 2 { DType::F32 } else { fitting(dtype, n_columns) };
             let mut values = vec![0.0; tensor.shape.iter().product()];
             tensor.dtype.dequantise(tensor.bytes, &mut values);
-            let values = CandleTensor::from_vec(values, tensor.shape.as_slice(), &Device::Cpu)?;
-            let bytes = QTensor::quantize(&values, quantiser(dtype)?)?.data()?.into_owned();
+            let bytes = rounded(values, &tensor.shape, dtype)?;
             tensors.insert(name.to_owned(), Owned { dtype, shape: tensor.shape.clone(), bytes });
         }
         let (path, architecture, spec) = (file.path().to_owned(), file.architecture(), file.spec()?);
@@ -85,13 +85,15 @@ fn fitting(dtype: DType, n_columns: usize) -> DType {
         DType::Q4K => DType::Q5_0,
         DType::Q5K => DType::Q5_1,
         DType::Q6K => DType::Q8_0,
+        DType::Iq4Xs => DType::Iq4Nl,
         _ => DType::F16,
     };
     fitting(next, n_columns)
 }
 
-fn quantiser(dtype: DType) -> Result<GgmlDType> {
-    Ok(match dtype {
+/// Values in a type, as a file has them.
+fn rounded(values: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Vec<u8>> {
+    let quantiser = match dtype {
         DType::F32 => GgmlDType::F32,
         DType::F16 => GgmlDType::F16,
         DType::Bf16 => GgmlDType::BF16,
@@ -105,6 +107,9 @@ fn quantiser(dtype: DType) -> Result<GgmlDType> {
         DType::Q4K => GgmlDType::Q4K,
         DType::Q5K => GgmlDType::Q5K,
         DType::Q6K => GgmlDType::Q6K,
-        DType::Iq4Nl | DType::Iq4Xs => bail!("--types: nothing here makes {dtype}"),
-    })
+        DType::Iq4Nl => return Ok(iq4::nl(&values)),
+        DType::Iq4Xs => return Ok(iq4::xs(&values)),
+    };
+    let values = CandleTensor::from_vec(values, shape, &Device::Cpu)?;
+    Ok(QTensor::quantize(&values, quantiser)?.data()?.into_owned())
 }
