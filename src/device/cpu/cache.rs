@@ -10,6 +10,7 @@ use super::simd::{LANES, Simd};
 use super::tile::TILE_K;
 use crate::device::batch::BlockCopy;
 use crate::device::{AttentionSpec, BLOCK_TOKENS, RopeStyle};
+use std::ops::Range;
 
 /// One layer's cache. A block is, for each key/value head, its keys, then its values. As IEEE halves: keys
 /// `[head_dim][16 slots]` (so that 16 keys are the lanes of a vector), values `[16 slots][head_dim]`. As bfloat16, both are
@@ -80,6 +81,12 @@ impl Layout {
     #[inline(always)]
     fn head_cells(self) -> usize {
         self.padded * BLOCK_TOKENS
+    }
+
+    /// Bytes of one head's keys and values in a block.
+    #[inline(always)]
+    pub(super) fn head_bytes(self) -> usize {
+        2 * self.head_cells() * if self.ints { size_of::<i8>() } else { size_of::<u16>() }
     }
 
     /// Cells of a block.
@@ -188,15 +195,15 @@ impl Cache {
         Ints { q: &self.ints[first..][..self.layout.head_cells()], scales }
     }
 
-    /// Asks for a head's keys and values in a block.
+    /// Asks for some bytes of a head's keys and values in a block, which lie behind each other.
     #[inline(always)]
-    pub(super) fn prefetch(&self, block: u32, kv_head: usize) {
+    pub(super) fn prefetch(&self, block: u32, kv_head: usize, bytes: Range<usize>) {
+        let (first, n_cells) = (self.layout.keys(block, kv_head), 2 * self.layout.head_cells());
         if self.layout.ints {
-            prefetch_far(self.int_keys(block, kv_head).q);
-            prefetch_far(self.int_values(block, kv_head).q);
+            prefetch_far(&self.ints[first..][bytes.start..bytes.end.min(n_cells)]);
         } else {
-            prefetch_far(self.keys(block, kv_head));
-            prefetch_far(self.values(block, kv_head));
+            let cells = bytes.start / size_of::<u16>()..(bytes.end / size_of::<u16>()).min(n_cells);
+            prefetch_far(&self.cells[first..][cells]);
         }
     }
 

@@ -6,6 +6,7 @@
 //! token came in, and the thread change nothing. Masked keys enter neither score nor sum, and their values, which may
 //! never have been written, are not multiplied.
 
+mod ahead;
 mod ints;
 mod lanes;
 mod pairs;
@@ -20,6 +21,7 @@ use super::simd::{LANES, Simd};
 use super::team::Team;
 use crate::device::batch::{Batch, BatchSeq};
 use crate::device::{AttentionSpec, BLOCK_TOKENS};
+use ahead::Next;
 use std::ops::Range;
 
 /// Keys of a tile: one step of the fold. Part of the fingerprint: another value gives other bits.
@@ -242,13 +244,6 @@ impl<'a> Rows<'a> {
         let table = &self.attention.batch.block_table(self.of_seq(r).0)[start / BLOCK_TOKENS..];
         Next { blocks: &table[..TILE_BLOCKS.min(table.len())], kv_head: self.item.kv_head }
     }
-}
-
-/// A tile that is to be folded later.
-#[derive(Clone, Copy, Default)]
-struct Next<'a> {
-    blocks: &'a [u32],
-    kv_head: u32,
 }
 
 /// The keys of a tile that somebody sees.

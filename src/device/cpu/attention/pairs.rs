@@ -3,7 +3,8 @@
 
 use super::super::dots::{self, COLUMNS, Left, Right, Target};
 use super::super::simd::{LANES, Simd};
-use super::tiles::{Scratch, keys_of, load_keys, load_values, mask_values, prefetch_next};
+use super::ahead::{Ahead, Next};
+use super::tiles::{Scratch, keys_of, load_keys, load_values, mask_values};
 use super::{AttentionScratch, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded, rescale, softmax};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
@@ -25,17 +26,16 @@ enum Values<'a> {
 /// Folds a tile's keys into some rows.
 #[inline(always)]
 pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &Keys<'_>, scratch: &mut AttentionScratch) {
-    if range.len() < GROUP {
-        // Decoding. With more rows a tile takes so long that its loads do not matter.
-        prefetch_next(rows, keys);
-    }
+    // Decoding. With more rows a tile takes so long that its loads do not matter.
+    let next = if range.len() < GROUP { keys.next } else { Next::default() };
+    let mut ahead = Ahead::new(rows.attention.cache, next, 4);
     load_keys(s, rows, keys, &mut scratch.tiles.k);
     // Integers are never taken as they are.
     let mut all = !rows.attention.cache.layout.ints;
     for row in range.clone() {
         all &= rows.seen(row, keys.start).all();
     }
-    let healthy = all || load_values(s, rows, keys, &mut scratch.tiles.v);
+    let healthy = all || load_values(s, rows, keys, &mut scratch.tiles.v, &mut ahead);
     for row in range.clone().step_by(GROUP) {
         let n = GROUP.min(range.end - row);
         let mut seen = [Seen::default(); GROUP];
@@ -43,9 +43,10 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
             *seen = rows.seen(row + r, keys.start);
         }
         if seen[..n].iter().any(Seen::any) {
-            fold_group(s, rows, (row, keys), &seen[..n], (all, healthy), scratch);
+            fold_group(s, rows, (row, keys), &seen[..n], ((all, healthy), &mut ahead), scratch);
         }
     }
+    ahead.rest();
 }
 
 /// Folds a tile into rows `row..`, of which row r sees the keys `seen[r]`.
@@ -55,16 +56,19 @@ fn fold_group<S: Simd>(
     rows: &Rows<'_>,
     (row, keys): (usize, &Keys<'_>),
     seen: &[Seen],
-    (all, healthy): (bool, bool),
+    ((all, healthy), ahead): ((bool, bool), &mut Ahead<'_>),
     scratch: &mut AttentionScratch,
 ) {
     let AttentionScratch { tiles: Scratch { k, v, q, p, weights, masked, .. }, out, largest, sum, .. } = scratch;
     let spec = rows.attention.spec;
     let width = padded(spec.head_dim);
     let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
+    ahead.piece();
     scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], p, seen.len());
+    ahead.piece();
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
     let decay = softmax(s, spec, seen, (p, weights), state);
+    ahead.piece();
     let out = &mut out[row * width..][..seen.len() * width];
     rescale(s, seen, &decay, width, out);
     if healthy {

@@ -4,8 +4,9 @@
 
 use super::super::buffer::{Aligned, prefetch};
 use super::super::simd::{LANES, Simd};
-use super::super::tile::{self, TILE, TILE_CELLS, TILE_K, Target, Tiles};
-use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_KEYS, ints, padded, rescale, softmax};
+use super::super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
+use super::ahead::{Ahead, Next};
+use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, padded, rescale, softmax};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
 
@@ -73,12 +74,13 @@ pub(super) fn load_queries<S: Simd>(s: S, rows: &Rows<'_>, scratch: &mut Scratch
 /// Folds a tile's keys into some rows.
 #[inline(always)]
 pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &Keys<'_>, scratch: &mut AttentionScratch) {
-    if range.len() < TILE {
-        // Decoding. With more rows a tile takes so long that its loads do not matter.
-        prefetch_next(rows, keys);
-    }
+    let spec = rows.attention.spec;
+    // Decoding. With more rows a tile takes so long that its loads do not matter.
+    let next = if range.len() < TILE { keys.next } else { Next::default() };
+    // A piece with each block of values, each product of tiles, and each half of the softmax.
+    let mut ahead = Ahead::new(rows.attention.cache, next, TILE_BLOCKS + 4 * padded(spec.head_dim) / TILE_K + 2);
     load_keys(s, rows, keys, &mut scratch.tiles.k);
-    let healthy = load_values(s, rows, keys, &mut scratch.tiles.v);
+    let healthy = load_values(s, rows, keys, &mut scratch.tiles.v, &mut ahead);
     for row in range.clone().step_by(TILE) {
         let n = TILE.min(range.end - row);
         let mut seen = [Seen::default(); TILE];
@@ -86,17 +88,10 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
             *seen = rows.seen(row + r, keys.start);
         }
         if seen[..n].iter().any(Seen::any) {
-            fold_group(s, rows, (row, keys), &seen[..n], healthy, scratch);
+            fold_group(s, rows, (row, keys), &seen[..n], (healthy, &mut ahead), scratch);
         }
     }
-}
-
-/// Asks for the next tile's keys and values while this one is folded: a decoding row reads each but once, from far away.
-#[inline(always)]
-pub(super) fn prefetch_next(rows: &Rows<'_>, keys: &Keys<'_>) {
-    for &block in keys.next.blocks {
-        rows.attention.cache.prefetch(block, keys.next.kv_head as usize);
-    }
+    ahead.rest();
 }
 
 /// Makes a tile's keys ready, if they do not lie in the cache as they are taken.
@@ -120,7 +115,7 @@ pub(super) fn keys_of(rows: &Rows<'_>, k: &[u16], b: usize, block: u32) -> *cons
 
 /// Copies a tile's values, with zeros after those of its last key; says whether all are numbers.
 #[inline(always)]
-pub(super) fn load_values<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16]) -> bool {
+pub(super) fn load_values<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, v: &mut [u16], ahead: &mut Ahead<'_>) -> bool {
     let (width, cache) = (padded(rows.attention.spec.head_dim), rows.attention.cache);
     if cache.layout.ints {
         return ints::load_pair_values(s, rows, keys, &mut v[..TILE_KEYS * width]);
@@ -128,6 +123,7 @@ pub(super) fn load_values<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, v: &m
     let n_cells = keys.n.next_multiple_of(2) * width;
     let mut most = 0;
     for (b, &block) in keys.blocks.iter().enumerate() {
+        ahead.piece();
         let from = cache.values(block, rows.item.kv_head as usize);
         let (start, end) = (b * BLOCK_TOKENS * width, n_cells.min((b + 1) * BLOCK_TOKENS * width));
         let (to, from) = (&mut v[start..end], &from[..end - start]);
@@ -159,33 +155,42 @@ fn fold_group<S: Simd>(
     rows: &Rows<'_>,
     (row, keys): (usize, &Keys<'_>),
     seen: &[Seen],
-    healthy: bool,
+    (healthy, ahead): (bool, &mut Ahead<'_>),
     scratch: &mut AttentionScratch,
 ) {
     let AttentionScratch { tiles: Scratch { k, v, q, p, weights, sums, masked }, out, largest, sum, .. } = scratch;
     let spec = rows.attention.spec;
     let width = padded(spec.head_dim);
     let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
-    scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], p, seen.len());
+    scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], (p, seen.len()), ahead);
+    ahead.piece();
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
     let decay = softmax(s, spec, seen, (p, weights), state);
+    ahead.piece();
     let out = &mut out[row * width..][..seen.len() * width];
     rescale(s, seen, &decay, width, out);
     if !healthy {
         masked_sums(s, rows, (weights, v), seen, (out, sums, masked));
     } else if seen.len() == TILE {
-        weighted_sum(s, rows, (weights, v), end, (out, TILE));
+        weighted_sum(s, rows, (weights, v), end, (out, TILE), ahead);
     } else {
         // A unit writes 16 rows; the rows after these are others'.
         sums[..out.len()].copy_from_slice(out);
-        weighted_sum(s, rows, (weights, v), end, (sums, seen.len()));
+        weighted_sum(s, rows, (weights, v), end, (sums, seen.len()), ahead);
         out.copy_from_slice(&sums[..out.len()]);
     }
 }
 
 /// Scores of `n_rows` rows against the keys of some blocks, to `p`, `[16][64]`. `q` begins with the first row.
 #[inline(always)]
-fn scores<S: Simd>(s: S, rows: &Rows<'_>, (blocks, k): (&[u32], &[u16]), q: &[u16], p: &mut [f32], n_rows: usize) {
+fn scores<S: Simd>(
+    s: S,
+    rows: &Rows<'_>,
+    (blocks, k): (&[u32], &[u16]),
+    q: &[u16],
+    (p, n_rows): (&mut [f32], usize),
+    meanwhile: &mut impl Meanwhile,
+) {
     let width = padded(rows.attention.spec.head_dim);
     assert!(q.len() >= TILE * width && p.len() >= TILE * TILE_KEYS);
     let a = Tiles { start: [q.as_ptr()], stride: width * size_of::<u16>(), step: STRIDE };
@@ -198,13 +203,20 @@ fn scores<S: Simd>(s: S, rows: &Rows<'_>, (blocks, k): (&[u32], &[u16]), q: &[u1
         let p = &mut p[pair * 2 * BLOCK_TOKENS..];
         let target = Target { start: p.as_mut_ptr(), stride: TILE_KEYS, n_rows, add: false };
         // SAFETY: a head's keys in a block are `width / 32` tiles, as are 16 queries; `p` has 16 rows of 64.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target, &mut ()) };
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target, meanwhile) };
     }
 }
 
 /// Adds the weighted values of a tile's first `end` keys to outputs, `[rows][padded head_dim]`.
 #[inline(always)]
-fn weighted_sum<S: Simd>(s: S, rows: &Rows<'_>, (weights, v): (&[u16], &[u16]), end: usize, (out, n_rows): (&mut [f32], usize)) {
+fn weighted_sum<S: Simd>(
+    s: S,
+    rows: &Rows<'_>,
+    (weights, v): (&[u16], &[u16]),
+    end: usize,
+    (out, n_rows): (&mut [f32], usize),
+    meanwhile: &mut impl Meanwhile,
+) {
     let width = padded(rows.attention.spec.head_dim);
     // Bytes of a pair of keys.
     let stride = 2 * width * size_of::<u16>();
@@ -216,7 +228,7 @@ fn weighted_sum<S: Simd>(s: S, rows: &Rows<'_>, (weights, v): (&[u16], &[u16]), 
         assert!(out.len() >= (TILE - 1) * width + column + 2 * TILE);
         let target = Target { start: out[column..].as_mut_ptr(), stride: width, n_rows, add: true };
         // SAFETY: weights and values hold 64 keys, of which the tiles of the first `end` are read; `out` has 16 rows.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target, &mut ()) };
+        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target, meanwhile) };
     }
 }
 
@@ -234,7 +246,7 @@ fn masked_sums<S: Simd>(
     for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
         mask_values(width, v, *seen, masked);
         sums[r * width..][..width].copy_from_slice(&out[r * width..][..width]);
-        weighted_sum(s, rows, (weights, masked), seen.end, (sums, TILE));
+        weighted_sum(s, rows, (weights, masked), seen.end, (sums, TILE), &mut ());
         out[r * width..][..width].copy_from_slice(&sums[r * width..][..width]);
     }
 }
