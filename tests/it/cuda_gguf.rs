@@ -67,7 +67,7 @@ fn write(path: &Path) {
     let number = |n: usize| Value::U32(n as u32);
     // With a merge: a list of none has no type.
     let mut letters = letters();
-    *letters.last_mut().unwrap() = "ab".to_owned();
+    "ab".clone_into(letters.last_mut().unwrap());
     let kinds = (0..letters.len()).map(|i| Value::I32(if i < 3 { 3 } else { 1 })).collect();
     let metadata = [
         ("general.architecture", text("llama")),

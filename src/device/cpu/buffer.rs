@@ -253,6 +253,6 @@ mod tests {
             assert!(line.contains("interleave"), "{line}");
         }
         buffer.fill(1.0);
-        assert!(buffer.iter().all(|&x| x == 1.0));
+        assert!(buffer.iter().all(|x| x.to_bits() == 1.0f32.to_bits()));
     }
 }

@@ -135,7 +135,9 @@ impl Team {
                 let place = plan.places.get(worker + 1).cloned();
                 let thread = std::thread::Builder::new().name(format!("cpu-{}", worker + 1));
                 let life = move || {
-                    place.iter().for_each(|processors| topology::stay_on(processors));
+                    if let Some(processors) = &place {
+                        topology::stay_on(processors);
+                    }
                     common.work(worker);
                 };
                 thread.spawn(life).expect("the machine lets the process start its threads")
@@ -390,7 +392,7 @@ mod tests {
             }
         });
         let mut places: Vec<_> = places.into_iter().map(Some).collect();
-        places.iter_mut().flatten().for_each(|place| place.dedup());
+        places.iter_mut().flatten().for_each(Vec::dedup);
         places[0] = None;
         assert_eq!(*seen.lock().unwrap(), places);
         assert_eq!(topology::allowed().unwrap(), before);

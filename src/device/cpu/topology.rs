@@ -36,12 +36,17 @@ pub(super) struct Plan {
     pub(super) cache_nodes: Vec<usize>,
 }
 
-/// Threads that use what this process may have of the machine: as many as cores, or as the time that a container's quota
-/// allows.
+/// Up to so many cores a team has a thread for every processor: on a machine that small, which is one core or two of a larger
+/// one, what a thread leaves of its core is more than what two take from each other. (Not measured, as everything here.)
+const FEW_CORES: usize = 2;
+
+/// Threads that use what this process may have of the machine: as many as cores (as processors, if cores are few), or as the
+/// time that a container's quota allows.
 pub fn default_threads() -> usize {
     // Of affinity and quota; but two threads of a core count twice.
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    processors.min(this_machine().cores.len()).max(1)
+    let cores = this_machine().cores.len();
+    if cores <= FEW_CORES { processors } else { processors.min(cores) }
 }
 
 /// The plan of a team on this machine.
@@ -289,7 +294,8 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_thread_stays_where_it_is_put() {
         let machine = this_machine();
-        assert!((1..=machine.cores.len()).contains(&default_threads()));
+        let processors: usize = machine.cores.iter().map(|core| core.processors.len()).sum();
+        assert!((1..=processors).contains(&default_threads()));
         for core in &machine.cores {
             let processors = core.processors.clone();
             let there = std::thread::spawn(move || {

@@ -31,7 +31,7 @@ impl Matrix {
         if matrix.start >> 7 & 7 != 0
             || within > 128
             || !matrix.stride.is_multiple_of(1024)
-            || by_columns && matrix.lead % 1024 != 0
+            || by_columns && !matrix.lead.is_multiple_of(1024)
         {
             let message = format!("descriptor {descriptor:#x}: patterns of 128-byte swizzle begin at multiples of 1024");
             return wrong(FaultKind::Misaligned, None, message);

@@ -55,7 +55,7 @@ fn boxes_are_swizzled_and_filled_up() {
                 let (in_row, in_column) = (y + row, x + column);
                 let there = (0..ROWS as i32).contains(&in_row) && (0..COLUMNS as i32).contains(&in_column);
                 let right = if there { in_row * STRIDE as i32 + in_column + 1 } else { 0 };
-                let at = row * 64 + (column / 8 ^ row % 8) * 8 + column % 8;
+                let at = row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8;
                 assert_eq!(i32::from(got[at as usize]), right, "box at ({x}, {y}): ({row}, {column})");
             }
             // Rows begin at multiples of 16 bytes: at every second, half a sector more is touched.

@@ -22,7 +22,7 @@ fn bf16(x: i32) -> u16 {
 /// Where 128-byte swizzle has an element of rows of 64: the ISA's table, eight rows of eight pieces of 16 bytes, the pieces of row r
 /// exchanged by r.
 fn place(row: usize, column: usize) -> usize {
-    row * 128 + (column / 8 ^ row % 8) * 16 + column % 8 * 2
+    row * 128 + ((column / 8) ^ (row % 8)) * 16 + column % 8 * 2
 }
 
 /// Shared memory with both, then each thread's registers of A.
@@ -81,8 +81,9 @@ impl Text {
         let Self { n, in_registers, by_columns, adds, filled, fence, after, wait, shift } = *self;
         let n_sums = n / 2;
         let sums = (0..n_sums).map(|i| format!("%f{i}")).collect::<Vec<_>>().join(",");
-        let ones: String = (0..n_sums).map(|i| format!("mov.f32 %f{i}, 0f3F800000;\n")).collect();
-        let stores: String = (0..n_sums).map(|i| format!("st.global.f32 [%o+{}], %f{i};\n", 4 * i)).collect();
+        let lines = |line: &dyn Fn(usize) -> String| (0..n_sums).map(line).collect::<Vec<_>>().join("\n");
+        let ones = lines(&|i| format!("mov.f32 %f{i}, 0f3F800000;"));
+        let stores = lines(&|i| format!("st.global.f32 [%o+{}], %f{i};", 4 * i));
         // Swizzle of 128 bytes, 1024 from eight rows to the next, 2048 from panel to panel.
         let form = 1u64 << 62 | (1024 / 16) << 32 | (2048 / 16) << 16;
         let (a_form, b_form) = (form + 32 / 16, form + (A_BYTES as u64 + shift) / 16);
@@ -95,7 +96,7 @@ impl Text {
              setp.lt.u32 %p1, %r2, {rounds};\n @%p1 bra FILL;\n {filled}\n bar.sync 0;\n mad.wide.u32 %d1, %tid, 16, %in;\n\
              ld.global.v4.u32 {{%r10,%r11,%r12,%r13}}, [%d1+{BYTES}];\n shr.u32 %r4, %r1, 4;\n cvt.u64.u32 %d3, %r4;\n add.s64 %d4, %d3, {a_form};\n\
              add.s64 %d5, %d3, {b_form};\n setp.eq.u32 %p2, %tid, 999;\n setp.eq.u32 %p3, %tid, 0;\n setp.gt.u32 %p4, %tid, 95;\n mov.u64 %d6, 0x4040404040404040;\n\
-             {ones}{fence}\n {product}{product}{after}\n {wait}\n mad.wide.u32 %o, %tid, 144, %out;\n{stores}PAST:\n ret;",
+             {ones}\n {fence}\n {product}{product}{after}\n {wait}\n mad.wide.u32 %o, %tid, 144, %out;\n{stores}\nPAST:\n ret;",
             rounds = BYTES / 1024
         )
     }
