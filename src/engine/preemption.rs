@@ -19,7 +19,7 @@ impl Scheduler {
         own + others <= self.blocks.n_total()
     }
 
-    /// Frees blocks for the tokens of the first asap row; false if only asap rows have any left.
+    /// Frees blocks for the tokens of the first asap row; false if only asap rows have any left, or some come with the step under way.
     pub(super) fn make_room_for_asap(&mut self) -> bool {
         loop {
             let beginning = self.beginning(Class::Asap);
@@ -27,7 +27,11 @@ impl Scheduler {
             if self.has_blocks(n_new, beginning) {
                 return true;
             }
-            if !(self.drop_idle_trunks() || self.preempt_below_asap() || self.drop_trunks()) {
+            if self.drop_idle_trunks() || self.preempt_below_asap() {
+                continue;
+            }
+            // What a step gives back by itself is waited for before rows lose the beginnings that they share.
+            if self.blocks_come() || !self.drop_trunks() {
                 return false;
             }
         }

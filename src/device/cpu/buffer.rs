@@ -247,8 +247,10 @@ mod tests {
         let start = buffer.as_ptr() as usize;
         let Memory::Large(map) = &mut buffer.memory else { unreachable!("it is a large one") };
         assert!(!spread(map, &[]), "no nodes");
-        if spread(map, &[0]) {
-            let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+        if spread(map, &[0])
+            // Some systems take the call and tell nothing.
+            && let Ok(maps) = std::fs::read_to_string("/proc/self/numa_maps")
+        {
             let line = maps.lines().find(|line| line.starts_with(&format!("{start:x} "))).unwrap();
             assert!(line.contains("interleave"), "{line}");
         }
