@@ -171,8 +171,7 @@ type OfModel = (&'static str, &'static str, &'static str, fn(&LiveModel) -> f64)
 const MODELS: [OfModel; 4] = [
     ("valar_recompute_ratio", "gauge", "Part of all computed tokens that was computed again.", |live| {
         let stats = live.stats();
-        let all = stats.prefill_tokens + stats.decode_tokens + stats.recomputed_tokens;
-        stats.recomputed_tokens as f64 / all.max(1) as f64
+        stats.recomputed_tokens as f64 / stats.computed_tokens().max(1) as f64
     }),
     ("valar_engine_busy_seconds_total", "counter", "Time of steps.", |live| live.observed.busy_s()),
     ("valar_engine_idle_ratio", "gauge", "Part of the time since the start without a step.", |live| live.observed.idle()),

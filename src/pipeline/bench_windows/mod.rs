@@ -82,7 +82,6 @@ impl Turns {
 impl Summary {
     fn of(load: &Load, outcome: &Outcome) -> Self {
         let stats = &outcome.stats;
-        let computed = stats.prefill_tokens + stats.decode_tokens + stats.recomputed_tokens;
         Self {
             asap: Turns::of(&outcome.turns_s(load, Class::Asap)),
             asap_begins: Turns::of(&outcome.begins_s(load, Class::Asap)),
@@ -92,7 +91,7 @@ impl Summary {
             least_standard_share: outcome.least_share(Class::Standard),
             least_batch_share: outcome.least_share(Class::Batch),
             preemptions: stats.preemptions,
-            recomputed: stats.recomputed_tokens as f64 / computed.max(1) as f64,
+            recomputed: stats.recomputed_tokens as f64 / stats.computed_tokens().max(1) as f64,
             busy: outcome.busy,
         }
     }

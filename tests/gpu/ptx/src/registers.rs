@@ -295,18 +295,13 @@ fn visit_many(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
             // They are written, too; but not instead of what was there.
             each(&mut product.d, Read);
         }
-        other => visit_copies(other, f),
+        other => visit_copies(other, &mut each),
     }
 }
 
 /// Those that copy memory, or wait for copies.
-fn visit_copies(op: &mut Op, f: &mut impl FnMut(&mut R, Role)) {
+fn visit_copies(op: &mut Op, each: &mut impl FnMut(&mut [R], Role)) {
     use Role::{Read, Written};
-    let mut each = |list: &mut [R], role: Role| {
-        for r in list {
-            f(r, role);
-        }
-    };
     let one = std::slice::from_mut::<R>;
     match op {
         Op::BulkBox { to, map, place, bar } => {
