@@ -37,7 +37,7 @@ pub fn show_roof(isa: Isa, n_threads: usize) -> Result<()> {
     writeln!(out, "{} threads, {} path", n_threads, isa.name())?;
     for peak in peaks(isa, n_threads) {
         let per_cycle = peak.per_cycle.map_or(String::new(), |n| format!("  {n:.2} instructions per cycle and thread"));
-        writeln!(out, "{:<40}{:>9.1} G{}{per_cycle}", peak.name, peak.per_second / 1e9, peak.unit())?;
+        writeln!(out, "{:<28}{:>9.1} G{}{per_cycle}", peak.name, peak.per_second / 1e9, peak.unit())?;
     }
     Ok(())
 }

@@ -169,41 +169,9 @@ twelve_of!(int8_512, "vpdpbusd", "zmm");
 #[cfg(target_arch = "x86_64")]
 twelve_of!(bf16_512, "vdpbf16ps", "zmm");
 
-/// Of zeros, which the registers hold once they are made ready: what the clock allows.
 #[cfg(target_arch = "x86_64")]
 fn tiles() {
     super::tile::Unit::Amx.prepare();
-    multiply_tiles();
-}
-
-/// Of numbers whose bits are as weights' and activations' are: what the power allows. (On a 2.6 GHz Xeon a third less than of zeros.)
-#[cfg(target_arch = "x86_64")]
-fn tiles_of_numbers() {
-    /// Two tiles of each operand.
-    #[repr(align(64))]
-    struct Numbers([u16; 4 * 512]);
-    static NUMBERS: Numbers = {
-        let (mut numbers, mut state, mut i) = ([0; 4 * 512], 1u64, 0);
-        while i < numbers.len() {
-            // Knuth's generator (MMIX). A sign, 7 bits of mantissa, an exponent of 1/4 to 2.
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let bits = (state >> 40) as u16;
-            numbers[i] = bits & 0x807f | (125 + (bits >> 7) % 4) << 7;
-            i += 1;
-        }
-        Numbers(numbers)
-    };
-    super::tile::Unit::Amx.prepare();
-    // SAFETY: called only where the unit exists; the array holds four tiles of 16 rows of 64 bytes.
-    unsafe {
-        std::arch::asm!("tileloadd tmm4, [{p} + {s}]", "tileloadd tmm5, [{p} + {s} + 1024]", "tileloadd tmm6, [{p} + {s} + 2048]",
-            "tileloadd tmm7, [{p} + {s} + 3072]", p = in(reg) NUMBERS.0.as_ptr(), s = in(reg) 64usize, options(nostack, readonly));
-    }
-    multiply_tiles();
-}
-
-#[cfg(target_arch = "x86_64")]
-fn multiply_tiles() {
     // SAFETY: called only where the unit exists; its registers hold nothing of anybody's.
     unsafe {
         std::arch::asm!("2:", "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7", "tdpbf16ps tmm2, tmm5, tmm6",
@@ -226,9 +194,7 @@ fn loops(isa: Isa) -> Vec<Loop> {
     }
     if isa.has_tiles() {
         let ops = 2.0 * 16.0 * 16.0 * 32.0;
-        let instructions = 4.0 * ROUNDS as f64;
-        loops.push(Loop { name: "bf16 tiles (AMX)", ops, instructions, run: tiles });
-        loops.push(Loop { name: "bf16 tiles (AMX) of numbers, not zeros", ops, instructions, run: tiles_of_numbers });
+        loops.push(Loop { name: "bf16 tiles (AMX)", ops, instructions: 4.0 * ROUNDS as f64, run: tiles });
     }
     if isa.name() == "avx2" {
         loops.push(Loop { name: "f32 fma, 256 bits", ops: 16.0, instructions: twelve, run: fma_256 });
