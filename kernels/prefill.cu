@@ -11,99 +11,16 @@
 // tables per tile, and 4 for the item and positions; and 4 D + 8 per row, twice, for each segment that is merged. Operations, always for
 // all rows and whole tiles: 4 D per row and key of tensor cores (6 D for D = 256, where two warps have the same scores), 6 of others.
 // Bank conflicts: as in decode.cu.
-#include "attention.cuh"
-
-#define WARPS 8
+#include "rows.cuh"
 
 template <int D> struct Shape {
-    // Warps that share rows, each with its part of the columns.
+    static const int DIM = D, WARPS = 8;
     static const int SPLIT = D == 256 ? 2 : 1;
     static const int ROWS = 16 * WARPS / SPLIT;
-    // Accumulators of 8 columns.
     static const int OUTS = D / 8 / SPLIT;
     // Queries stay in registers where these suffice.
     static const bool KEEPS_QUERIES = D <= 128;
 };
-
-// The first of the columns that a warp adds up.
-template <int D> DEVICE u32 first_column() { return threadIdx.x / 32 / (Shape<D>::ROWS / 16) * (8 * Shape<D>::OUTS); }
-
-// The item's row that is a lane's i-th.
-template <int D> DEVICE u32 row_of_lane(int i) {
-    u32 thread = opaque(threadIdx.x);
-    return thread / 32 * 16 % Shape<D>::ROWS + thread % 32 / 4 + 8 * i;
-}
-
-template <int D> DEVICE void store_state(const Attention& a, const Item& item, u32 segment, const State& state,
-    const float (&out)[Shape<D>::OUTS][4]) {
-    u32 t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        Row row = row_of(a, item, row_of_lane<D>(i));
-        if (!row.there || !has_segment(a, row.position, segment)) continue;
-        u64 part = part_of(a, row, segment);
-        if (t == 0 && first_column<D>() == 0) a.part_state[part] = make_float2(state.largest[i], state.sum[i]);
-#pragma unroll
-        for (int j = 0; j < Shape<D>::OUTS; j++)
-            *reinterpret_cast<float2*>(a.part_out + part * D + first_column<D>() + 8 * j + 2 * t) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
-    }
-}
-
-template <int D> DEVICE void load_state(const Attention& a, const Item& item, u32 segment, State& state,
-    float (&out)[Shape<D>::OUTS][4]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        Row row = row_of(a, item, row_of_lane<D>(i));
-        if (!row.there) continue;
-        u64 part = part_of(a, row, segment);
-        float2 had = a.part_state[part];
-        state.largest[i] = had.x;
-        state.sum[i] = had.y;
-#pragma unroll
-        for (int j = 0; j < Shape<D>::OUTS; j++) {
-            float2 v = *reinterpret_cast<const float2*>(a.part_out + part * D + first_column<D>() + 8 * j + 2 * (threadIdx.x % 4));
-            out[j][2 * i] = v.x;
-            out[j][2 * i + 1] = v.y;
-        }
-    }
-}
-
-// Merges the state of a segment into the block's totals, or begins them. With `is_last`, the totals come back in its place.
-template <int D> DEVICE void merge_segment(float* totals, float2* states, bool is_first, bool is_last, State& state,
-    float (&out)[Shape<D>::OUTS][4]) {
-    u32 t = threadIdx.x % 4, row = row_of_lane<D>(0);
-    totals += (u64)blockIdx.x * Shape<D>::ROWS * D;
-    // Each warp has its own, for it reads what it wrote.
-    states += blockIdx.x * 16 * WARPS + (first_column<D>() == 0 ? 0 : Shape<D>::ROWS);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float2 part = make_float2(state.largest[i], state.sum[i]);
-        float2 had = is_first ? part : states[row + 8 * i];
-        Merge m = merge(had, part);
-        float2 now = is_first ? part : make_float2(m.largest, m.sum);
-        __syncwarp();
-        if (t == 0) states[row + 8 * i] = now;
-        state.largest[i] = now.x;
-        state.sum[i] = now.y;
-        float* total = totals + (row + 8 * i) * D + first_column<D>() + 2 * t;
-#pragma unroll
-        for (int j = 0; j < Shape<D>::OUTS; j++) {
-            float2* at = reinterpret_cast<float2*>(total + 8 * j);
-            float2 v = make_float2(out[j][2 * i], out[j][2 * i + 1]);
-            if (!is_first) {
-                float2 old = *at;
-                v = make_float2(merged(m, old.x, v.x), merged(m, old.y, v.y));
-            }
-            if (is_last) {
-                out[j][2 * i] = v.x;
-                out[j][2 * i + 1] = v.y;
-            } else {
-                *at = v;
-            }
-        }
-    }
-    __syncwarp();
-}
 
 // Writes outputs through shared memory, so that rows are stored 16 bytes at a time. A warp reads there what it wrote.
 template <int D> DEVICE void store_outputs(const Attention& a, const Item& item, const State& state, const float (&out)[Shape<D>::OUTS][4],
@@ -112,7 +29,7 @@ template <int D> DEVICE void store_outputs(const Attention& a, const Item& item,
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float inverse = inverse_sum(state.sum[i]);
-        char* row = shared + (first + lane / 4 + 8 * i) * Tile<D>::STRIDE + 2 * first_column<D>() + lane % 4 * 4;
+        char* row = shared + (first + lane / 4 + 8 * i) * Tile<D>::STRIDE + 2 * first_column<Shape<D>>() + lane % 4 * 4;
 #pragma unroll
         for (int j = 0; j < Shape<D>::OUTS; j++)
             *reinterpret_cast<u32*>(row + 16 * j) = to_bf16x2(out[j][2 * i] * inverse, out[j][2 * i + 1] * inverse);
@@ -120,7 +37,7 @@ template <int D> DEVICE void store_outputs(const Attention& a, const Item& item,
     __syncwarp();
     const u32 pieces = Shape<D>::OUTS;
     for (u32 i = lane; i < 16 * pieces; i += 32) {
-        u32 r = first + i / pieces, piece = first_column<D>() / 8 + i % pieces;
+        u32 r = first + i / pieces, piece = first_column<Shape<D>>() / 8 + i % pieces;
         Row row = row_of(a, item, r);
         if (!row.there) continue;
         uint4 v = *reinterpret_cast<const uint4*>(shared + r * Tile<D>::STRIDE + piece * 16);
@@ -139,13 +56,13 @@ template <int D> DEVICE void multiply_keys(float (&s)[PAIRS][4], const u32 (&q)[
 }
 
 template <int D> DEVICE void attend(const Attention& a, const Item& item, float* totals, float2* states) {
-    const int THREADS = 32 * WARPS;
+    const int THREADS = 32 * Shape<D>::WARPS;
     extern __shared__ __align__(128) char shared[];
     u32 keys = shared_address(shared), values = keys + Tile<D>::BYTES;
     u32 queries = Shape<D>::KEEPS_QUERIES ? keys : values + Tile<D>::BYTES;
     u32 warp_row = threadIdx.x / 32 * 16 % Shape<D>::ROWS;
     u32 my_queries = rows_then_columns<D>(queries + warp_row * Tile<D>::STRIDE);
-    u32 positions[2] = {row_of(a, item, row_of_lane<D>(0)).position, row_of(a, item, row_of_lane<D>(1)).position};
+    u32 positions[2] = {row_of(a, item, row_of_lane<Shape<D>>(0)).position, row_of(a, item, row_of_lane<Shape<D>>(1)).position};
 
     copy_queries<D, THREADS>(a, item, Shape<D>::ROWS, queries);
     u32 q[Shape<D>::KEEPS_QUERIES ? D / 16 : 1][4];
@@ -161,7 +78,7 @@ template <int D> DEVICE void attend(const Attention& a, const Item& item, float*
     State state;
     float out[Shape<D>::OUTS][4] = {};
     clear(state);
-    if (item.flags & RESUMES) load_state<D>(a, item, item.key_begin / SEGMENT, state, out);
+    if (item.flags & RESUMES) load_state<Shape<D>>(a, item, item.key_begin / SEGMENT, state, out);
     copy_tile<D, THREADS>(a, item, a.keys, item.key_begin, keys);
     copies_commit();
     for (u32 key = item.key_begin; key < item.key_end; key += TILE) {
@@ -191,7 +108,7 @@ template <int D> DEVICE void attend(const Attention& a, const Item& item, float*
         __syncthreads();
 #pragma unroll
         for (int pair = 0; pair < Shape<D>::OUTS / 2; pair++)
-            add_values<D>(out[2 * pair], out[2 * pair + 1], weights, values, first_column<D>() / 16 + pair);
+            add_values<D>(out[2 * pair], out[2 * pair + 1], weights, values, first_column<Shape<D>>() / 16 + pair);
         __syncthreads();
 
         // The end of a segment, or of the item.
@@ -199,9 +116,9 @@ template <int D> DEVICE void attend(const Attention& a, const Item& item, float*
         if ((key + TILE) % SEGMENT != 0 && !is_last) continue;
         u32 segment = key / SEGMENT, first_segment = item.key_begin / SEGMENT;
         if (item.flags & TO_PARTS) {
-            store_state<D>(a, item, segment, state, out);
+            store_state<Shape<D>>(a, item, segment, state, out);
         } else if (!is_last || segment != first_segment) {
-            merge_segment<D>(totals, states, segment == first_segment, is_last, state, out);
+            merge_segment<Shape<D>>(totals, states, segment == first_segment, is_last, state, out);
         }
         if (is_last) break;
         clear(state);
@@ -223,7 +140,7 @@ DEVICE void prefill(const Attention& a, const Item* items, u32 n_items, float* t
 }
 
 #define PREFILL(D)                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * Shape<D>::WARPS, 1)                                                  \
         prefill_##D(Attention a, const Item* items, u32 n_items, float* totals, float2* total_states) {                    \
         prefill<D>(a, items, n_items, totals, total_states);                                                               \
     }

@@ -147,6 +147,103 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// ---- compute capability 9.0: copies of boxes of tensors, mbarriers, products of warpgroups (four warps each) ----
+
+// What the driver makes of a tensor's address and sizes (cuTensorMapEncodeTiled). A kernel's parameter, `const __grid_constant__`.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// Makes an mbarrier whose phases end after `n` arrivals and all bytes that were announced. Others see it after a barrier; copies, if
+// fence_async comes before that.
+DEVICE void mbarrier_init(u32 bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory"); }
+
+// Arrives, and announces bytes of copies.
+DEVICE void mbarrier_expect(u32 bar, u32 n_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(n_bytes) : "memory");
+}
+
+// Waits until the phase of this parity has ended; what its copies put is seen then.
+DEVICE void mbarrier_wait(u32 bar, u32 parity) {
+    u32 is_done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(is_done)
+                     : "r"(bar), "r"(parity)
+                     : "memory");
+    } while (is_done == 0);
+}
+
+// What was written to shared memory before is seen by products and copies of boxes that are ordered behind this.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Starts copying the box of a tensor of rows that begins in this column and row; elements outside of the tensor become zeros.
+DEVICE void copy_box(u32 to, const TensorMap* map, i32 column, i32 row, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(bar)
+                 : "memory");
+}
+
+// Where byte `piece` * 16 of row `row` lies in rows of 128 bytes as boxes of 128-byte swizzle put them, and products read them.
+DEVICE u32 swizzled(u32 row, u32 piece) { return row * 128 + (piece ^ row % 8) * 16; }
+
+// Describes an operand of rows of 128 bytes, swizzled, 8 of them after 8 others; `at` is in the first 8, which begin at a multiple of
+// 1024. Its rows are those of a matrix of 16 columns or, transposed, of one of 64: of neither is there a next one beside it, and how far
+// that would be does not matter.
+DEVICE u64 describe(u32 at) { return 1ull << 62 | (u64)(1024 / 16) << 32 | (1024 / 16) << 16 | (at & 0x3ffff) / 16; }
+
+// Orders what was done with registers before products of which they are operands.
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Ends a group of products, and waits for all.
+DEVICE void products_wait() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// The compiler has these values in their registers here: none that comes before products is computed after, none after them before.
+template <int N> DEVICE void settle(float (&c)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(c[j][i])::"memory");
+}
+
+// c += a · b for a: 64 rows x 16 k, b: 16 k x 64 columns of bfloat16 (as 64 rows of k), c in f32: the eight accumulators from `first` on.
+// Warp w of the warpgroup has rows 16 w .., its lanes as in multiply_add.
+template <int N> DEVICE void multiply_add_64(float (&c)[N][4], int first, u64 a, u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, 1, 1, 1, 0, 0;"
+        : "+f"(c[first + 0][0]), "+f"(c[first + 0][1]), "+f"(c[first + 0][2]), "+f"(c[first + 0][3]),
+          "+f"(c[first + 1][0]), "+f"(c[first + 1][1]), "+f"(c[first + 1][2]), "+f"(c[first + 1][3]),
+          "+f"(c[first + 2][0]), "+f"(c[first + 2][1]), "+f"(c[first + 2][2]), "+f"(c[first + 2][3]),
+          "+f"(c[first + 3][0]), "+f"(c[first + 3][1]), "+f"(c[first + 3][2]), "+f"(c[first + 3][3]),
+          "+f"(c[first + 4][0]), "+f"(c[first + 4][1]), "+f"(c[first + 4][2]), "+f"(c[first + 4][3]),
+          "+f"(c[first + 5][0]), "+f"(c[first + 5][1]), "+f"(c[first + 5][2]), "+f"(c[first + 5][3]),
+          "+f"(c[first + 6][0]), "+f"(c[first + 6][1]), "+f"(c[first + 6][2]), "+f"(c[first + 6][3]),
+          "+f"(c[first + 7][0]), "+f"(c[first + 7][1]), "+f"(c[first + 7][2]), "+f"(c[first + 7][3])
+        : "l"(a), "l"(b));
+}
+
+// The same, a warp's 16 rows of a in registers as multiply_add has them, b as 16 rows of 64 columns.
+template <int N> DEVICE void multiply_add_64(float (&c)[N][4], int first, const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        : "+f"(c[first + 0][0]), "+f"(c[first + 0][1]), "+f"(c[first + 0][2]), "+f"(c[first + 0][3]),
+          "+f"(c[first + 1][0]), "+f"(c[first + 1][1]), "+f"(c[first + 1][2]), "+f"(c[first + 1][3]),
+          "+f"(c[first + 2][0]), "+f"(c[first + 2][1]), "+f"(c[first + 2][2]), "+f"(c[first + 2][3]),
+          "+f"(c[first + 3][0]), "+f"(c[first + 3][1]), "+f"(c[first + 3][2]), "+f"(c[first + 3][3]),
+          "+f"(c[first + 4][0]), "+f"(c[first + 4][1]), "+f"(c[first + 4][2]), "+f"(c[first + 4][3]),
+          "+f"(c[first + 5][0]), "+f"(c[first + 5][1]), "+f"(c[first + 5][2]), "+f"(c[first + 5][3]),
+          "+f"(c[first + 6][0]), "+f"(c[first + 6][1]), "+f"(c[first + 6][2]), "+f"(c[first + 6][3]),
+          "+f"(c[first + 7][0]), "+f"(c[first + 7][1]), "+f"(c[first + 7][2]), "+f"(c[first + 7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
 // The same number, but one that the compiler can't trace: what depends on it is computed here, not kept from before.
 DEVICE u32 opaque(u32 x) {
     u32 y;

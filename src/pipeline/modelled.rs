@@ -27,7 +27,11 @@ pub fn show(json: bool) -> Result<()> {
 
 /// Seconds of a step: of the launches that are taken.
 fn step_seconds(card: &Card, launches: &[Launch], takes: impl Fn(&Launch) -> bool) -> f64 {
-    launches.iter().filter(|launch| takes(launch)).map(|launch| launch.times as f64 * card.seconds(&launch.cost).0).sum()
+    launches
+        .iter()
+        .filter(|launch| launch.is_on(card) && takes(launch))
+        .map(|launch| launch.times as f64 * card.seconds(&launch.cost).0)
+        .sum()
 }
 
 /// A launch a line: what it moves and computes, and its microseconds by architecture, with m, t or s for what it waits for.
@@ -39,13 +43,18 @@ fn table(shape: &Shape, step: &StepShape) -> String {
         let _ = write!(text, "{:>12}", card.arch);
     }
     let _ = writeln!(text, "  us; {MARK}");
-    for Launch { kernel, times, cost, .. } in &all {
+    for launch in &all {
+        let Launch { kernel, times, cost, .. } = launch;
         let Cost { read, written, tensor, scalar, .. } = *cost;
         let [bytes, tensor, scalar] = [(read + written) as f64 / 1e6, tensor as f64 / 1e9, scalar as f64 / 1e9];
         let _ = write!(text, "  {kernel:<28}{times:>6}{bytes:>11.3}{tensor:>11.3}{scalar:>11.3}");
         for card in CARDS {
             let (seconds, bound) = card.seconds(cost);
-            let _ = write!(text, "{:>10.2} {}", seconds * 1e6, &bound.name()[..1]);
+            let _ = if launch.is_on(&card) {
+                write!(text, "{:>10.2} {}", seconds * 1e6, &bound.name()[..1])
+            } else {
+                write!(text, "{:>12}", "- ")
+            };
         }
         let _ = writeln!(text, "  {MARK}");
     }
@@ -66,13 +75,15 @@ fn gpu(card: &Card) -> Value {
 
 /// A launch an object.
 fn objects(shape: &Shape, step: &StepShape) -> Vec<Value> {
-    let of = |Launch { kernel, times, cost, .. }: Launch| {
-        let Cost { read, written, cached, tensor, scalar, .. } = cost;
+    let of = |launch: Launch| {
+        let by_arch = CARDS.iter().filter(|card| launch.is_on(card));
+        let Launch { kernel, times, cost, .. } = &launch;
+        let Cost { read, written, cached, tensor, scalar, .. } = *cost;
         let times_of = |card: &Card| {
-            let (seconds, bound) = card.seconds(&cost);
+            let (seconds, bound) = card.seconds(cost);
             (card.arch.to_owned(), json!({"microseconds": seconds * 1e6, "bound_by": bound.name()}))
         };
-        let by_arch: serde_json::Map<String, Value> = CARDS.iter().map(times_of).collect();
+        let by_arch: serde_json::Map<String, Value> = by_arch.map(times_of).collect();
         json!({
             "model": shape.name, "step": step.name, "kernel": kernel, "launches": times, "bytes_read": read, "bytes_written": written,
             "bytes_cached": cached, "tensor_operations": tensor, "other_operations": scalar, "by_arch": by_arch, "is": MARK,

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # For whoever has an NVIDIA GPU: runs valar's CUDA device on it and writes a report to attach to an issue. What it asks:
 #   1. are results what the reference device says, and the same bits however a job runs (tests/it/cuda_device.rs and cuda_gguf.rs, without the stand-in)
+#      On compute capability 9.0 that is attention by products of warpgroups (kernels/prefill_sm90.cu), elsewhere by mma.sync;
+#      in both cases it has never run on a GPU before.
 #   2. does compute-sanitizer find anything (if it is installed)
 #   3. how many tokens a second (valar bench, the GPU against the CPU; vLLM on the same prompts, if Python has it)
 #   4. how near to the GPU's peaks each kernel comes: its time, and shares of memory's and of the multiprocessors' throughput

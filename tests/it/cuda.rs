@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use valar::device::cuda::{ARCHS, PROGRAMS};
 
 /// Instructions that are counted: by how they start.
-const COUNTED: &[&str] = &["HMMA", "LDSM", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"];
+const COUNTED: &[&str] = &["HMMA", "LDSM", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128", "HGMMA", "UTMALDG"];
 
 /// Where the tools are.
 pub(crate) struct Tools {
@@ -110,6 +110,11 @@ fn launch(kernel: &str) -> (u32, u32) {
     let (family, last) = kernel.rsplit_once('_').unwrap_or((kernel, ""));
     let row = last.parse::<u32>().map_or(0, |dim| 2 * dim + 16);
     match family {
+        // Queries, two stages of keys and values, mbarriers.
+        "prefill_sm90" => {
+            let dim: u32 = last.parse().unwrap();
+            (256, 2 * dim * (if dim == 256 { 64 } else { 128 } + 4 * 64) + 32)
+        }
         "prefill" => (256, if last == "256" { 3 * 64 * row } else { 2 * 64 * row }),
         "decode" => (128, 2 * 64 * row + 16 * row + 16 * 72 * 4),
         "sample" => (512, 0),
@@ -172,6 +177,7 @@ fn table(tools: &Tools, folder: &Path) -> String {
 fn needs(kernel: &str, arch: &str, resources: &Resources) {
     let wanted: &[usize] = match kernel {
         "merge_parts" | "sample" | "choose_experts" | "list_uses" => &[],
+        _ if kernel.starts_with("prefill_sm90") => &[2, 4, 5, 6],
         _ if kernel.starts_with("prefill") => &[0, 1, 2, 4],
         _ if kernel.starts_with("decode") => &[0, 1, 2],
         _ if kernel.starts_with("quant_rows") => &[],

@@ -1,9 +1,9 @@
 //! The attention kernels in the PTX interpreter: against attention in f64, and prefill, decode and shared prefixes against
 //! each other, bit for bit.
 
-use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module};
+use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module, module_for};
 use half::bf16;
-use ptx::{Arg, Module};
+use ptx::{Arg, Module, TensorMap};
 use std::sync::Arc;
 
 const TILE: u32 = 64;
@@ -202,7 +202,10 @@ pub(crate) struct Loaded<'a> {
     pub(crate) machine: Machine,
     out: u64,
     attention: Vec<u8>,
+    /// Descriptions of keys and values.
+    maps: [Vec<u8>; 2],
     prefill: Arc<Module>,
+    prefill_sm90: Arc<Module>,
     decode: Arc<Module>,
     merge: Arc<Module>,
 }
@@ -242,7 +245,15 @@ impl<'a> Loaded<'a> {
         attention.extend(bytes(floats.map(f32::to_le_bytes)));
         // With the padding that the struct has at its end.
         attention.extend(bytes([layer.window, 0].map(u32::to_le_bytes)));
-        Self { layer, machine: m, out, attention, prefill: module("prefill"), decode: module("decode"), merge: module("merge") }
+        let columns = u64::from(layer.dim);
+        let maps = [pointers[1], pointers[2]].map(|address| {
+            let rows = layer.k.len() as u64 / columns;
+            let map = TensorMap { address, columns, rows, stride: 2 * columns, box_columns: 64, box_rows: 16 };
+            map.encode().unwrap().to_vec()
+        });
+        let [prefill, decode, merge] = ["prefill", "decode", "merge"].map(module);
+        let prefill_sm90 = module_for("prefill_sm90", "compute_90a");
+        Self { layer, machine: m, out, attention, maps, prefill, prefill_sm90, decode, merge }
     }
 
     fn items(&mut self, items: &[Item]) -> u64 {
@@ -253,7 +264,7 @@ impl<'a> Loaded<'a> {
         self.machine.u32s(&fields)
     }
 
-    pub(crate) fn prefill(&mut self, items: &[Item], n_blocks: u32) {
+    fn prefill(&mut self, items: &[Item], n_blocks: u32) {
         let dim = self.layer.dim;
         let tile = 64 * (2 * dim as usize + 16);
         let rows = if dim == 256 { 64 } else { 128 };
@@ -266,13 +277,37 @@ impl<'a> Loaded<'a> {
         self.machine.run(&self.prefill, &format!("prefill_{dim}"), ((n_blocks, 1), 256, shared), &args);
     }
 
-    pub(crate) fn decode(&mut self, items: &[Item]) {
+    /// Items of prefill or decode by products of warpgroups.
+    fn wide(&mut self, items: &[Item], n_blocks: u32) {
+        let dim = self.layer.dim;
+        let rows = if dim == 256 { 64 } else { 128 };
+        let at = self.items(items);
+        let totals = self.machine.room((n_blocks * rows * dim * 4) as usize);
+        let states = self.machine.room((n_blocks * 128 * 8) as usize);
+        let attention = Arg::Bytes(self.attention.clone());
+        let mut args = vec![attention, Arg::U64(at), Arg::U32(items.len() as u32), Arg::U64(totals), Arg::U64(states)];
+        args.extend(self.maps.clone().map(Arg::Bytes));
+        let shared = 2 * dim * (rows + 4 * 64) + 32;
+        self.machine.run(&self.prefill_sm90, &format!("prefill_sm90_{dim}"), ((n_blocks, 1), 256, shared as usize), &args);
+    }
+
+    fn decode(&mut self, items: &[Item]) {
         let dim = self.layer.dim;
         let row = 2 * dim as usize + 16;
         let at = self.items(items);
         let args = [Arg::Bytes(self.attention.clone()), Arg::U64(at)];
         let shared = 2 * 64 * row + 16 * row + 16 * 72 * 4;
         self.machine.run(&self.decode, &format!("decode_{dim}"), ((items.len() as u32, 1), 128, shared), &args);
+    }
+
+    /// Items of prefill, by products of warpgroups or not.
+    pub(crate) fn many(&mut self, wide: bool, items: &[Item], n_blocks: u32) {
+        if wide { self.wide(items, n_blocks) } else { self.prefill(items, n_blocks) }
+    }
+
+    /// Items of decode.
+    pub(crate) fn few(&mut self, wide: bool, items: &[Item]) {
+        if wide { self.wide(items, items.len() as u32) } else { self.decode(items) }
     }
 
     pub(crate) fn merge(&mut self) {
@@ -286,26 +321,45 @@ impl<'a> Loaded<'a> {
     }
 }
 
-/// Prefill is near the reference, decode the same bits; both from the machine's memory as it is at first.
+/// Sizes of heads that products of warpgroups are for.
+pub(crate) const WIDE_DIMS: [u32; 3] = [64, 128, 256];
+
+fn bits(values: Vec<bf16>) -> Vec<u16> {
+    values.into_iter().map(bf16::to_bits).collect()
+}
+
+/// Prefill is near the reference, decode the same bits, and so, here, are both by products of warpgroups: the interpreter rounds all
+/// products alike. Each from the machine's memory as it is at first.
 fn check(dim: u32, group: u32, window: u32, cap: f32, seqs: &[Seq]) {
     let layer = Layer::new(dim, group, window, cap, seqs);
     let what = format!("head size {dim}, group {group}, window {window}, cap {cap}");
     let mut loaded = Loaded::new(&layer);
-    let mut items = layer.prefill_items(if dim == 256 { 64 } else { 128 });
+    let mut many = layer.prefill_items(if dim == 256 { 64 } else { 128 });
     // What only fills up a step.
-    items.push(Item::NONE);
+    many.push(Item::NONE);
     // Fewer blocks than items, so that a block takes several.
-    loaded.prefill(&items, (items.len() as u32 / 2).max(1));
+    let n_blocks = (many.len() as u32 / 2).max(1);
+    loaded.prefill(&many, n_blocks);
     let prefilled = loaded.out();
     assert_near(prefilled.iter().map(|x| x.to_f64()), &layer.reference(), 0.0, TOLERANCE, &what);
 
     let mut loaded = Loaded::new(&layer);
-    let mut items = layer.decode_items(0);
-    items.insert(1, Item::NONE);
-    loaded.decode(&items);
+    let mut few = layer.decode_items(0);
+    few.insert(1, Item::NONE);
+    loaded.decode(&few);
     loaded.merge();
-    let bits = |values: Vec<bf16>| values.into_iter().map(bf16::to_bits).collect::<Vec<_>>();
-    assert_eq!(bits(loaded.out()), bits(prefilled), "decode and prefill: {what}");
+    let prefilled = bits(prefilled);
+    assert_eq!(bits(loaded.out()), prefilled, "decode and prefill: {what}");
+    if !WIDE_DIMS.contains(&dim) {
+        return;
+    }
+    let mut loaded = Loaded::new(&layer);
+    loaded.wide(&many, n_blocks);
+    assert_eq!(bits(loaded.out()), prefilled, "prefill by warpgroups: {what}");
+    let mut loaded = Loaded::new(&layer);
+    loaded.wide(&few, few.len() as u32);
+    loaded.merge();
+    assert_eq!(bits(loaded.out()), prefilled, "decode by warpgroups: {what}");
 }
 
 #[test]
@@ -345,6 +399,20 @@ fn segments_are_merged_from_left_to_right() {
     check(64, 2, 1030, 0.0, &[seq(3, 2047)]);
 }
 
+/// Up to four sequences of whatever lengths, before and in the step.
+#[test]
+fn whatever_shapes() {
+    let mut noise = Noise(90);
+    let mut below = |n: u32| ((noise.next().midpoint(1.0) * n as f32) as u32).min(n - 1);
+    for _ in 0..16 {
+        let (dim, group) = ([64, 128, 256][below(3) as usize], 1 + below(8));
+        let window = if below(2) == 0 { 0 } else { 1 + below(150) };
+        let cap = if below(3) == 0 { 20.0 } else { 0.0 };
+        let seqs: Vec<Seq> = (0..=below(4)).map(|_| seq(1 + below(40), below(200))).collect();
+        check(dim, group, window, cap, &seqs);
+    }
+}
+
 #[test]
 fn a_shared_prefix_changes_no_bit() {
     let shared = 20;
@@ -353,12 +421,14 @@ fn a_shared_prefix_changes_no_bit() {
     let mut alone = Loaded::new(&layer);
     alone.decode(&layer.decode_items(0));
     alone.merge();
-    let mut together = Loaded::new(&layer);
+    let alone = bits(alone.out());
     let n_keys = shared * 16 / TILE * TILE;
-    let items = layer.prefix_items(n_keys);
-    together.prefill(&items, items.len() as u32);
-    together.decode(&layer.decode_items(n_keys));
-    together.merge();
-    let (alone, together) = (alone.out(), together.out());
-    assert_eq!(alone.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), together.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    let (prefix, rest) = (layer.prefix_items(n_keys), layer.decode_items(n_keys));
+    for wide in [false, true] {
+        let mut together = Loaded::new(&layer);
+        together.many(wide, &prefix, prefix.len() as u32);
+        together.few(wide, &rest);
+        together.merge();
+        assert_eq!(bits(together.out()), alone, "by warpgroups: {wide}");
+    }
 }

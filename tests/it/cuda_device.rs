@@ -87,6 +87,35 @@ fn tiny_models_with_experts_are_what_the_reference_device_says() {
     }
 }
 
+/// On a GPU whose attention is by products of warpgroups: against the reference device, with prefixes that are shared, and a row's
+/// bits alone and in chunks.
+#[test]
+fn warpgroups_give_what_the_reference_device_says() {
+    // A GPU is what it is: the other tests are of these kernels where it has them.
+    if std::env::var_os("VALAR_TEST_GPU").is_some() {
+        return;
+    }
+    let mut stage = Stage::new(Family::Llama);
+    stage.set("STANDIN_CC", "9.0");
+    let lines = scored();
+    let on_gpu = stage.job("cuda", &[], &lines);
+    compare_scores(&on_gpu, &stage.job("reference", &[], &lines), 0.0);
+    let last = lines.len() - 2..lines.len() - 1;
+    for settings in [&["engine.budget_tokens=23"][..], &[]] {
+        for (id, choices) in stage.job("cuda", settings, &lines[last.clone()]) {
+            assert_eq!(choices, on_gpu[&id], "row {id}, {settings:?}");
+        }
+    }
+    let counters = stage.sandbox.path("counters.json");
+    stage.set("STANDIN_COUNTERS", counters.to_str().unwrap());
+    let lines = rows();
+    let expected = stage.job("cuda", &[], &lines);
+    let counters = stage.sandbox.read("counters.json");
+    assert!(counters.contains("prefill_sm90_64") && !counters.contains("decode_64"), "{counters}");
+    stage.set("STANDIN_SEED", "5");
+    assert_eq!(stage.job("cuda", &["engine.max_running=3"], &lines), expected);
+}
+
 /// A real model, whose weights stay packed integers.
 #[test]
 fn the_default_model_is_what_the_reference_device_says() {

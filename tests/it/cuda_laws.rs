@@ -2,7 +2,7 @@
 //! over several shapes; and that no order of warps and blocks races, or changes a bit.
 
 use crate::common::Sandbox;
-use crate::cuda_attention::{Item, KV_HEADS, Layer, Loaded, RESUMES, SEGMENT, Seq, TO_PARTS, seq};
+use crate::cuda_attention::{Item, KV_HEADS, Layer, Loaded, RESUMES, SEGMENT, Seq, TO_PARTS, WIDE_DIMS, seq};
 use crate::cuda_machine::{Launch, Machine, Noise, bytes, module};
 use ptx::{Arg, Counters};
 use serde_json::Value;
@@ -219,8 +219,12 @@ impl Kernel {
         }
     }
 
-    fn cost(self, layer: &Layer) -> Cost {
-        let of = if matches!(self, Self::Prefill | Self::Prefix(_)) { costs::prefill } else { costs::decode };
+    fn cost(self, layer: &Layer, wide: bool) -> Cost {
+        let of = match self {
+            _ if wide => costs::prefill_sm90,
+            Self::Prefill | Self::Prefix(_) => costs::prefill,
+            _ => costs::decode,
+        };
         pieces(&self.items(layer)).into_iter().map(|piece| of(u64::from(layer.dim), piece)).sum()
     }
 }
@@ -236,25 +240,25 @@ fn pieces(items: &[Item]) -> Vec<Piece> {
     items.iter().map(piece).collect()
 }
 
-/// The launch of one kernel, with those that come before and after it.
-fn attend(layer: &Layer, kernel: Kernel, seed: u64) -> Done {
+/// The launch of one kernel, with those that come before and after it; by products of warpgroups or not.
+fn attend(layer: &Layer, kernel: Kernel, wide: bool, seed: u64) -> Done {
     let mut loaded = Loaded::on(Machine::seeded(seed), layer);
     let items = kernel.items(layer);
     let n_items = items.len() as u32;
     let mut counters = None;
     match kernel {
         // Fewer blocks than items, so that a block takes several.
-        Kernel::Prefill => loaded.prefill(&items, (n_items / 2).max(1)),
+        Kernel::Prefill => loaded.many(wide, &items, (n_items / 2).max(1)),
         Kernel::Prefix(keys) => {
-            loaded.prefill(&items, n_items);
+            loaded.many(wide, &items, n_items);
             counters = Some(loaded.machine.counters.clone());
-            loaded.decode(&layer.decode_items(keys));
+            loaded.few(wide, &layer.decode_items(keys));
         }
         Kernel::Rest(keys) => {
-            loaded.prefill(&layer.prefix_items(keys), 2);
-            loaded.decode(&items);
+            loaded.many(wide, &layer.prefix_items(keys), 2);
+            loaded.few(wide, &items);
         }
-        Kernel::Decode | Kernel::Whole | Kernel::Merge => loaded.decode(&items),
+        Kernel::Decode | Kernel::Whole | Kernel::Merge => loaded.few(wide, &items),
     }
     if !matches!(kernel, Kernel::Prefill | Kernel::Whole) {
         if kernel != Kernel::Merge {
@@ -267,8 +271,10 @@ fn attend(layer: &Layer, kernel: Kernel, seed: u64) -> Done {
 }
 
 fn hold_attention(layer: &Layer, kernel: Kernel) {
-    let what = format!("{kernel:?}, heads of {}", layer.dim);
-    hold(&what, &kernel.cost(layer), |seed| attend(layer, kernel, seed));
+    for wide in [false, true].into_iter().filter(|wide| !wide || WIDE_DIMS.contains(&layer.dim)) {
+        let what = format!("{kernel:?}, heads of {}, by warpgroups: {wide}", layer.dim);
+        hold(&what, &kernel.cost(layer, wide), |seed| attend(layer, kernel, wide, seed));
+    }
 }
 
 #[test]
@@ -303,7 +309,7 @@ fn parts_are_read_once() {
     for dim in [64u32, 128] {
         let layer = Layer::new(dim, 2, 0, 0.0, &[seq(1, 1100)]);
         let cost = costs::merge(u64::from(2 * KV_HEADS), 2, u64::from(dim));
-        hold(&format!("merge_parts, heads of {dim}"), &cost, |seed| attend(&layer, Kernel::Merge, seed));
+        hold(&format!("merge_parts, heads of {dim}"), &cost, |seed| attend(&layer, Kernel::Merge, false, seed));
     }
 }
 
@@ -354,17 +360,31 @@ fn what_is_modelled_is_marked_as_such() {
     for model in ["1B", "8B", "70B"] {
         let of = kernels.iter().filter(|kernel| kernel["model"].as_str().unwrap().starts_with(model));
         let names: Vec<&str> = of.map(|kernel| kernel["kernel"].as_str().unwrap()).collect();
-        for family in
-            ["embed", "add_norm", "finish_qkv", "prefill", "decode", "merge", "gate", "gather", "sample", "linear_q", "cuBLASLt"]
-        {
+        for family in [
+            "embed",
+            "add_norm",
+            "finish_qkv",
+            "prefill",
+            "prefill_sm90",
+            "decode",
+            "merge",
+            "gate",
+            "gather",
+            "sample",
+            "linear_q",
+            "cuBLASLt",
+        ] {
             assert!(names.iter().any(|name| name.starts_with(family)), "{model} has no {family}: {names:?}");
         }
     }
-    assert!(
-        kernels
-            .iter()
-            .all(|kernel| kernel["is"] == "modelled, not measured" && kernel["by_arch"].as_object().unwrap().len() == 6)
-    );
+    for kernel in kernels {
+        let (name, archs) = (kernel["kernel"].as_str().unwrap(), kernel["by_arch"].as_object().unwrap());
+        // Products of warpgroups are for one architecture, and what they replace for the others.
+        let wide = name.starts_with("prefill_sm90");
+        let narrow = name.starts_with("prefill_") && !wide || name.starts_with("decode_");
+        assert!(kernel["is"] == "modelled, not measured" && archs.contains_key("sm_90a") != narrow, "{name}");
+        assert_eq!(archs.len(), if wide { 1 } else { 6 - usize::from(narrow) }, "{name}");
+    }
     // The gate of the 1B model's decoding: 64 rows of 8192, six bytes each, over 2039 GB/s.
     let gate = kernels.iter().find(|kernel| kernel["kernel"] == "gate_silu").unwrap();
     let cost = costs::gate(Activation::Silu, 64, 8192);

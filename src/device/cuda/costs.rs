@@ -79,8 +79,9 @@ const SECTOR: u64 = 32;
 /// Bytes of a bfloat16, and of an f32.
 const BF16: u64 = 2;
 const F32: u64 = 4;
-/// Keys of a tile of attention.
+/// Keys of a tile of attention, and of a block of the cache.
 const TILE: u64 = 64;
+const BLOCK: u64 = 16;
 
 /// Threads of a norm's block, and elements of a round of them.
 const NORM_THREADS: u64 = 256;
@@ -247,20 +248,42 @@ pub fn decode(dim: u64, piece: Piece) -> Cost {
     }
 }
 
-/// `prefill_D`.
-pub fn prefill(dim: u64, piece: Piece) -> Cost {
-    let (tiles, warps) = (piece.keys.div_ceil(TILE), 8);
-    // Heads of 256: two warps have the same rows, and half of the columns each.
-    let (rows, scores_of_row) = if dim == 256 { (64, 2) } else { (128, 1) };
+/// Warps of a block of many rows.
+const WARPS: u64 = 8;
+
+/// Rows of an item of many rows, and warps that have the same ones: of heads of 256 two, with half of the columns each.
+fn rows_of_item(dim: u64) -> (u64, u64) {
+    if dim == 256 { (64, 2) } else { (128, 1) }
+}
+
+/// What folding so many rows asks of GPUs, but for copies.
+fn folded(dim: u64, piece: &Piece, rows: u64) -> Cost {
+    let (tiles, (_, scores_of_row)) = (piece.keys.div_ceil(TILE), rows_of_item(dim));
     let scores = rows * TILE * tiles;
     let merged = if piece.to_parts { 0 } else { 2 * (piece.segments - 1) * rows * (F32 * dim + 8 * scores_of_row) };
     Cost {
-        cached: SECTOR * warps * (4 + 2 * tiles) + merged,
+        // The item, and its rows' positions.
+        cached: SECTOR * WARPS * 4 + merged,
         tensor: 2 * scores * dim * (1 + scores_of_row),
         scalar: 6 * scores * scores_of_row + rows * dim * tiles + if piece.to_parts { 0 } else { rows * dim * 3 / 2 },
-        conflicts: piece.conflicts(dim, 2 * rows),
-        ..piece.moved(dim)
+        ..Cost::default()
     }
+}
+
+/// `prefill_D`.
+pub fn prefill(dim: u64, piece: Piece) -> Cost {
+    let rows = rows_of_item(dim).0;
+    let tables = Cost { cached: SECTOR * WARPS * 2 * piece.keys.div_ceil(TILE), ..Cost::default() };
+    let copied = Cost { conflicts: piece.conflicts(dim, 2 * rows), ..piece.moved(dim) };
+    folded(dim, &piece, rows) + tables + copied
+}
+
+/// `prefill_sm90_D`: whole blocks of keys and values are copied, and warpgroups without rows do nothing.
+pub fn prefill_sm90(dim: u64, piece: Piece) -> Cost {
+    let rows = piece.rows.next_multiple_of(64).min(rows_of_item(dim).0);
+    let blocks = piece.keys.div_ceil(BLOCK);
+    let tables = Cost { cached: SECTOR * blocks, ..Cost::default() };
+    folded(dim, &piece, rows) + tables + Piece { keys: BLOCK * blocks, ..piece }.moved(dim)
 }
 
 /// `merge_parts`: rows (a token's heads) of so many parts each.

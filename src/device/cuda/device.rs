@@ -5,11 +5,11 @@
 //! the driver do so, see `graphs`). The first error of the driver is kept: nothing is launched after it, and `finish` tells it.
 
 use super::blas::{Blas, Output};
-use super::driver::{Facts, Gpu};
+use super::driver::{Facts, Function, Gpu, TensorMap};
 use super::experts;
 use super::graphs::Turn;
 use super::images::{Images, KernelPlace};
-use super::kernels::{HEAD_DIMS, Kernels, check_width};
+use super::kernels::{BOX_COLUMNS, HEAD_DIMS, Kernels, check_width};
 use super::memory::{Arena, aligned};
 use super::operations::broken;
 use super::step::{self, Step};
@@ -89,6 +89,14 @@ pub struct Act {
 pub struct Cache {
     pub(super) keys: u64,
     pub(super) values: u64,
+    pub(super) wide: Option<Wide>,
+}
+
+/// The kernel of attention that copies boxes of keys and values, and these as it takes them.
+pub(super) struct Wide {
+    pub(super) f: Function,
+    pub(super) keys: TensorMap,
+    pub(super) values: TensorMap,
 }
 
 impl CudaDevice {
@@ -283,7 +291,15 @@ impl Device for CudaDevice {
 
     fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Cache {
         let half = n_blocks * self.cache_block_bytes(spec) / 2;
-        Cache { keys: self.room(half), values: self.room(half) }
+        let (keys, values) = (self.room(half), self.room(half));
+        let wide = self.kernels.wide(spec.head_dim).and_then(|f| {
+            self.attempt(|| {
+                let shape = (n_blocks * spec.n_kv_heads * BLOCK_TOKENS, spec.head_dim);
+                let map = |at| self.gpu.tensor_map(at, shape, (BLOCK_TOKENS as u32, BOX_COLUMNS as u32));
+                Ok(Wide { f, keys: map(keys)?, values: map(values)? })
+            })
+        });
+        Cache { keys, values, wide }
     }
 
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {

@@ -104,6 +104,14 @@ unsafe impl Param for u64 {}
 // SAFETY: plain numbers.
 unsafe impl Param for f32 {}
 
+/// A tensor of two dimensions, as copies of its boxes are told of it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct TensorMap(sys::CUtensorMap);
+
+// SAFETY: the driver's own words, all of which are written.
+unsafe impl Param for TensorMap {}
+
 /// A parameter of a launch.
 #[derive(Clone, Copy)]
 pub(super) struct Arg<'a>(&'a dyn Param);
@@ -290,6 +298,34 @@ impl Gpu {
     pub(super) fn clear_later(&self, at: u64, n_bytes: usize) -> Result<()> {
         // SAFETY: as `upload`.
         said("cuMemsetD8Async", unsafe { result::memset_d8_async(at, 0, n_bytes, self.stream) })
+    }
+
+    /// Rows of bfloat16 from that address on, `(rows, columns)`, of which boxes of so many rows and columns are copied with 128-byte
+    /// swizzle, zeros for what lies outside.
+    pub(super) fn tensor_map(&self, at: u64, (rows, columns): (usize, usize), of_box: (u32, u32)) -> Result<TensorMap> {
+        self.enter()?;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (sizes, strides) = ([columns as u64, rows as u64], [2 * columns as u64]);
+        let (of_box, steps) = ([of_box.1, of_box.0], [1, 1]);
+        // SAFETY: arrays have as many numbers as the tensor has dimensions (strides one less); the address is looked at only by copies.
+        let made = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                at as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                of_box.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        said("cuTensorMapEncodeTiled", made.result())?;
+        Ok(TensorMap(map))
     }
 
     /// Has a kernel run.

@@ -8,6 +8,12 @@ use anyhow::{Context, Result, ensure};
 
 /// Sizes of heads that attention has kernels for.
 pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+/// Those of them for which there are products of warpgroups, on GPUs that have these.
+pub(super) const WIDE_DIMS: [usize; 3] = [64, 128, 256];
+/// The compute capability that has them.
+const WIDE_CAPABILITY: (i32, i32) = (9, 0);
+/// Elements of a row of the boxes in which their keys and values are copied.
+pub(super) const BOX_COLUMNS: usize = 64;
 /// What a norm's kernel is called by: rounds of 1024 elements.
 pub(super) const ROUNDS: [usize; 4] = [1, 4, 8, 16];
 /// Rows of a block of `linear_q`, in tiles of 16.
@@ -35,6 +41,8 @@ pub(super) struct Kernels {
     norm_add: [Function; ROUNDS.len()],
     prefill: [Function; HEAD_DIMS.len()],
     decode: [Function; HEAD_DIMS.len()],
+    /// If the GPU has products of warpgroups.
+    wide: Option<[Function; WIDE_DIMS.len()]>,
     /// By bits (4, 8), whether results are added to f32 or stored as bfloat16, tiles.
     linear_q: [[[Function; TILES.len()]; 2]; 2],
     pub(super) choose_experts: Function,
@@ -72,6 +80,12 @@ impl Kernels {
             of("prefill", &format!("prefill_{dim}"), n_tiles * keys * stride(dim))
         };
         let decode = |dim: usize| of("decode", &format!("decode_{dim}"), (2 * keys + 16) * stride(dim) + 16 * 72 * 4);
+        let wide = |dim: usize| {
+            // Queries, two stages of keys and values, mbarriers.
+            let n_bytes = 2 * dim * (prefill_rows(dim) + 4 * keys) + 32;
+            of("prefill_sm90", &format!("prefill_sm90_{dim}"), n_bytes)
+        };
+        let has_wide = gpu.facts().capability == WIDE_CAPABILITY;
         let linear_q =
             |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
         let of_experts = |form: &str| each(TILES, |tiles| of("linear_experts", &format!("linear_experts_{form}_{tiles}"), 0));
@@ -89,6 +103,7 @@ impl Kernels {
             norm_add: each(ROUNDS, |rounds| of("norm", &format!("norm_add_{rounds}"), 0))?,
             prefill: each(HEAD_DIMS, prefill)?,
             decode: each(HEAD_DIMS, decode)?,
+            wide: has_wide.then(|| each(WIDE_DIMS, wide)).transpose()?,
             linear_q: [[linear_q(4, "bf16")?, linear_q(4, "add")?], [linear_q(8, "bf16")?, linear_q(8, "add")?]],
             choose_experts: of("experts", "choose_experts", 0)?,
             list_uses: of("experts", "list_uses", 0)?,
@@ -117,6 +132,13 @@ impl Kernels {
         (self.prefill[i], self.decode[i])
     }
 
+    /// Attention of both kinds by products of warpgroups. If there is one, it is all that this size of heads gets: whether it gives the
+    /// bits of the others is for the hardware to say.
+    pub(super) fn wide(&self, head_dim: usize) -> Option<Function> {
+        let i = WIDE_DIMS.iter().position(|&dim| dim == head_dim)?;
+        Some(self.wide?[i])
+    }
+
     /// A quantised linear layer over so many rows, whose results are added to f32 or stored as bfloat16, and how many rows a block
     /// has. The bits do not depend on it.
     pub(super) fn linear_q(&self, bits: usize, adds: bool, n_rows: usize) -> (Function, usize) {
@@ -132,6 +154,11 @@ impl Kernels {
         let tiles = tiles(n_rows);
         (self.linear_experts[form][usize::from(tiles != TILES[0])], 16 * tiles)
     }
+}
+
+/// Rows of an item of prefill.
+pub(super) fn prefill_rows(head_dim: usize) -> usize {
+    if head_dim == 256 { 64 } else { 128 }
 }
 
 /// Tiles of 16 rows that a block of `linear_q` has, for so many rows.

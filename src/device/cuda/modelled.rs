@@ -67,6 +67,11 @@ impl Bound {
 }
 
 impl Card {
+    /// Whether its attention is by products of warpgroups.
+    fn is_wide(&self) -> bool {
+        self.arch == "sm_90a"
+    }
+
     /// Seconds of a launch at best, and what for.
     pub fn seconds(&self, cost: &Cost) -> (f64, Bound) {
         let memory = (cost.read + cost.written) as f64 / self.bandwidth;
@@ -117,6 +122,17 @@ pub const STEPS: [StepShape; 2] = [
     StepShape { name: "prefill, 2 prompts of 1024 tokens", seqs: 2, length: 1024, tokens: 1024 },
 ];
 
+/// Which GPUs launch a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    /// All.
+    Every,
+    /// Those whose attention is by products of warpgroups.
+    Wide,
+    /// The others.
+    Narrow,
+}
+
 /// A kernel in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
@@ -126,12 +142,25 @@ pub struct Launch {
     pub times: u64,
     /// Whether the step of a model with weights in bfloat16 does, and one with packed ones.
     pub of: (bool, bool),
+    /// Which GPUs do.
+    pub on: On,
     /// Of one launch.
     pub cost: Cost,
 }
 
-/// The launches of attention: prefill, decode, merge.
-fn attention(of: Heads, step: &StepShape) -> [Cost; 3] {
+impl Launch {
+    /// Whether that GPU launches it.
+    pub fn is_on(&self, card: &Card) -> bool {
+        match self.on {
+            On::Every => true,
+            On::Wide => card.is_wide(),
+            On::Narrow => !card.is_wide(),
+        }
+    }
+}
+
+/// The launches of attention: prefill, decode, both by products of warpgroups, merge.
+fn attention(of: Heads, step: &StepShape) -> [Cost; 5] {
     let n_blocks = step.length.div_ceil(BLOCK_TOKENS as u32);
     let mut batch = Batch::default();
     for seq in 0..step.seqs {
@@ -156,7 +185,9 @@ fn attention(of: Heads, step: &StepShape) -> [Cost; 3] {
     // Items of a prompt read the same keys.
     let (keys, queries) = (u64::from(step.seqs * step.length) * of.kv_heads, batch.tokens.len() as u64 * of.heads);
     let distinct = 2 * of.dim * (2 * keys + queries);
-    [of_items(&work.prefill, costs::prefill).of_distinct(distinct), of_items(&work.decode, costs::decode), merge]
+    let many = |cost| of_items(&work.prefill, cost).of_distinct(distinct);
+    let few = |cost| of_items(&work.decode, cost);
+    [many(costs::prefill), few(costs::decode), many(costs::prefill_sm90), few(costs::prefill_sm90), merge]
 }
 
 fn piece(item: &Item) -> Piece {
@@ -175,9 +206,9 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
     let (rows, drawn) = (u64::from(step.seqs * step.tokens), u64::from(step.seqs));
     let q_width = of.heads * of.dim;
     let mut all = Vec::new();
-    let mut add = |kernel: String, times: u64, of: (bool, bool), cost: Cost| all.push(Launch { kernel, times, of, cost });
+    let mut add =
+        |kernel: String, times: u64, of: (bool, bool), cost: Cost| all.push(Launch { kernel, times, of, on: On::Every, cost });
     let both = (true, true);
-    let [prefill, decode, merge] = attention(of, step);
     add("embed_bf16".to_owned(), 1, both, costs::embed(rows, width));
     add("add_norm_bf16".to_owned(), 2 * layers, both, costs::add_norm(rows, width, false, 2));
     for (what, n, k, adds) in [
@@ -194,19 +225,22 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
         add(format!("linear_q4, {what}"), layers, (false, true), packed);
     }
     add("finish_qkv".to_owned(), layers, both, costs::finish_qkv(rows, of, of.dim / 2, false, false));
-    for (name, cost) in [("prefill", prefill), ("decode", decode)] {
-        if cost != Cost::default() {
-            add(format!("{name}_{}", of.dim), layers, both, cost);
-        }
-    }
-    if merge != Cost::default() {
-        add("merge_parts".to_owned(), layers, both, merge);
-    }
     add("gate_silu".to_owned(), layers, both, costs::gate(Activation::Silu, rows, ffn_width));
     add("gather_rows".to_owned(), 1, both, costs::gather(drawn, width));
     add("add_norm_bf16".to_owned(), 1, both, costs::add_norm(drawn, width, false, 2));
     add("cuBLASLt, head".to_owned(), 1, both, costs::product((drawn, vocab, width), 4));
     add("sample".to_owned(), 1, both, costs::sample(drawn, vocab, Asked { drawn: true, ..Asked::default() }));
+    let [prefill, decode, wide_prefill, wide_decode, merge] = attention(of, step);
+    let dim = of.dim;
+    let of_attention = [
+        (format!("prefill_{dim}"), On::Narrow, prefill),
+        (format!("decode_{dim}"), On::Narrow, decode),
+        (format!("prefill_sm90_{dim}"), On::Wide, wide_prefill),
+        (format!("prefill_sm90_{dim}, few rows"), On::Wide, wide_decode),
+        ("merge_parts".to_owned(), On::Every, merge),
+    ];
+    let there = of_attention.into_iter().filter(|(.., cost)| *cost != Cost::default());
+    all.extend(there.map(|(kernel, on, cost)| Launch { kernel, times: layers, of: both, on, cost }));
     all
 }
 
@@ -228,7 +262,7 @@ mod tests {
     fn a_step_is_all_of_a_model() {
         let shape = &SHAPES[1];
         let of = |step: &StepShape, packed: bool| -> Cost {
-            let all = launches(shape, step).into_iter().filter(|l| if packed { l.of.1 } else { l.of.0 });
+            let all = launches(shape, step).into_iter().filter(|l| l.on != On::Wide && if packed { l.of.1 } else { l.of.0 });
             all.map(|l| l.cost.times(l.times)).sum()
         };
         let decode = of(&STEPS[0], false);

@@ -2,7 +2,7 @@
 //! comment.
 
 use super::blas::{Output, Product};
-use super::device::{Act, Cache, CudaDevice, Hidden, Place, Vector, Weight};
+use super::device::{Act, Cache, CudaDevice, Hidden, Place, Vector, Weight, Wide};
 use super::driver::{Arg, Function, Param, arg};
 use super::graphs::{Form, Turn, has_room};
 use super::staging::{self, DRAWN_WORDS, HEAD_ROWS};
@@ -220,15 +220,27 @@ impl CudaDevice {
             padding: 0,
         };
         let (prefill, decode) = self.kernels.attention(spec.head_dim);
-        let n_items = work.prefill.len() as u32;
-        if n_items > 0 {
-            let items = step.at(staged.prefill);
-            let args = [arg(&attention), arg(&items), arg(&n_items), arg(&step.totals.0), arg(&step.totals.1)];
-            self.run(prefill, (n_items.min(step.n_blocks), 1), 256, &args)?;
+        let (n_many, n_few) = (work.prefill.len() as u32, work.decode.len() as u32);
+        let (many, few) = (step.at(staged.prefill), step.at(staged.decode));
+        let (totals, states) = step.totals;
+        let wide = |wide: &Wide, items: u64, n_items: u32, n_blocks: u32| {
+            let args =
+                [arg(&attention), arg(&items), arg(&n_items), arg(&totals), arg(&states), arg(&wide.keys), arg(&wide.values)];
+            self.run(wide.f, (n_blocks, 1), 256, &args)
+        };
+        if n_many > 0 {
+            let n_blocks = n_many.min(step.n_blocks);
+            let args = [arg(&attention), arg(&many), arg(&n_many), arg(&totals), arg(&states)];
+            match &cache.wide {
+                Some(of) => wide(of, many, n_many, n_blocks)?,
+                None => self.run(prefill, (n_blocks, 1), 256, &args)?,
+            }
         }
-        if !work.decode.is_empty() {
-            let items = step.at(staged.decode);
-            self.run(decode, (work.decode.len() as u32, 1), 128, &[arg(&attention), arg(&items)])?;
+        if n_few > 0 {
+            match &cache.wide {
+                Some(of) => wide(of, few, n_few, n_few)?,
+                None => self.run(decode, (n_few, 1), 128, &[arg(&attention), arg(&few)])?,
+            }
         }
         if !work.merges {
             return Ok(());

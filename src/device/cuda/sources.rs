@@ -27,6 +27,7 @@ pub const PROGRAMS: &[Program] = &[
     program!("copy"),
     program!("decode"),
     program!("prefill"),
+    program!("prefill_sm90"),
     program!("merge"),
     program!("sample"),
     program!("linear_q"),
@@ -40,6 +41,7 @@ pub(super) const HEADERS: &[(&str, &str)] = &[
     ("exact.cuh", include_str!("../../../kernels/exact.cuh")),
     ("linear_q.cuh", include_str!("../../../kernels/linear_q.cuh")),
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
+    ("rows.cuh", include_str!("../../../kernels/rows.cuh")),
 ];
 
 /// The architectures that kernels are written and checked for, as NVRTC names them.

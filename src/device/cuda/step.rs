@@ -3,6 +3,7 @@
 use super::driver::{Gpu, Graph, Mark};
 use super::experts::ExpertRoom;
 use super::graphs::{Form, Graphs};
+use super::kernels::prefill_rows;
 use super::memory::{Arena, Pinned, aligned};
 use super::staging::{self, DRAWN_WORDS, HEAD_ROWS, Staged};
 use super::work::{Attended, Work};
@@ -109,7 +110,7 @@ impl Sizes {
         let attention = &sizes.attention[0];
         let segments = sizes.max_context.div_ceil(super::kernels::SEGMENT as usize);
         let max_parts = (sizes.max_tokens * segments).min(MAX_PARTS);
-        let prefill_rows: usize = if attention.head_dim == 256 { 64 } else { 128 };
+        let prefill_rows = prefill_rows(attention.head_dim);
         let mut attended: Vec<Attended> = Vec::new();
         for spec in sizes.attention {
             let one = Attended {

@@ -9,4 +9,5 @@ mod module;
 mod native;
 mod start;
 mod stream;
+mod tensor;
 mod transfer;
