@@ -2,8 +2,8 @@
 // w[expert][n][k], for the uses that the lists of `list_uses` (experts.cu) name.
 //
 // Names: linear_experts_FORM_TILES. FORM says how weights are kept: `bf16` is [N][K] bfloat16; `q4` and `q8` are packed as linear_q.cu says.
-// An expert's weights begin `weight_stride` bytes after those of the one before, its scales `scale_stride`. x [..][K] bfloat16, K a
-// multiple of 8; the row of a use is use / uses_per_row. out [uses][N] bfloat16. lists [n_experts][list_stride], counts [n_experts] u32.
+// An expert's weights, and its scales, begin `stride` bytes after those of the one before. x [..][K] bfloat16, K a multiple of 8; the row
+// of a use is use / uses_per_row. out [uses][N] bfloat16. lists [n_experts][list_stride], counts [n_experts] u32.
 // Grid: (N / 64 rounded up, items) blocks of 128 threads, a warp per 16 columns; an item is 16 · TILES entries of one expert's list, or
 // fewer at its end. The host knows how many items there are at most; blocks that find none end. So a step needs no count on
 // the host. An output is one chain of products in steps of 16 elements of k (for bf16 in an order of its own): its bits depend on its row,
@@ -18,7 +18,7 @@
 #define DENSE_STRIDE (2 * K_STEP + 64)
 
 struct Sizes {
-    u64 weight_stride, scale_stride;
+    u64 stride;
     u32 n, k, n_experts, list_stride, uses_per_row, padding;
 };
 
@@ -90,8 +90,8 @@ DEVICE void linear(const u16* x, const u8* weights, const u8* scales, const u32*
     if (!find_item(blockIdx.y, counts, sizes.n_experts, 16 * TILES, expert, first)) return;
     const u32* list = lists + (u64)expert * sizes.list_stride + first;
     u32 n_rows = counts[expert] - first;
-    const u8* w = weights + expert * sizes.weight_stride;
-    const float2* by = (const float2*)(scales + expert * sizes.scale_stride);
+    const u8* w = weights + expert * sizes.stride;
+    const float2* by = (const float2*)(scales + expert * sizes.stride);
     u32 panel = blockIdx.x * (COLUMNS / 16) + threadIdx.x / 32;
     u32 k_steps = (sizes.k + K_STEP - 1) / K_STEP;
     u32 to = shared_address(rows) + threadIdx.x / 8 * stride + threadIdx.x % 8 * 16;

@@ -112,15 +112,18 @@ fn uses_are_listed_by_expert_in_their_order() {
     }
 }
 
+/// What addresses of weights are multiples of.
+const ALIGNED: usize = 256;
+
 /// The weights of some experts in a form, and their values.
 struct Weights {
     form: &'static str,
     /// Columns, and elements that are added up.
     shape: (usize, usize),
+    /// Of each expert: values, then scales, filled up as the loader fills them.
     bytes: Vec<u8>,
-    scales: Vec<f32>,
-    /// Of an expert: bytes of values and of scales.
-    strides: (usize, usize),
+    /// Where an expert's scales are in them.
+    scales_at: usize,
     /// `[n_experts][n][k]`
     values: Vec<f64>,
 }
@@ -128,7 +131,7 @@ struct Weights {
 impl Weights {
     fn new((form, bits): (&'static str, usize), n_experts: usize, shape: (usize, usize), noise: &mut Noise) -> Self {
         let (n, k) = shape;
-        let mut own = Self { form, shape, bytes: Vec::new(), scales: Vec::new(), strides: (0, 0), values: Vec::new() };
+        let mut own = Self { form, shape, bytes: Vec::new(), scales_at: 0, values: Vec::new() };
         for _ in 0..n_experts {
             if bits == 16 {
                 let values = noise.bf16s(n * k);
@@ -145,11 +148,13 @@ impl Weights {
                 };
                 own.values.extend((0..n * k).map(value));
                 let (q, scales) = packed(bits, shape, &q, &scales);
+                own.scales_at = q.len().next_multiple_of(ALIGNED);
                 own.bytes.extend(q);
-                own.scales.extend(scales);
+                own.bytes.resize(own.bytes.len().next_multiple_of(ALIGNED), 0);
+                own.bytes.extend(bytes(scales.into_iter().map(f32::to_le_bytes)));
             }
+            own.bytes.resize(own.bytes.len().next_multiple_of(ALIGNED), 0);
         }
-        own.strides = (own.bytes.len() / n_experts, 4 * own.scales.len() / n_experts);
         own
     }
 
@@ -158,8 +163,9 @@ impl Weights {
         let ((n, k), n_experts) = (self.shape, self.values.len() / self.shape.0 / self.shape.1);
         let stride = chosen.len().next_multiple_of(8);
         let (lists, counts) = list(m, chosen, n_experts, stride);
-        let (x, weights, scales, out) = (m.bf16s(x), m.put(&self.bytes), m.f32s(&self.scales), m.room(2 * chosen.len() * n));
-        let mut sizes = bytes([self.strides.0, self.strides.1].map(|v| (v as u64).to_le_bytes()));
+        let (x, weights, out) = (m.bf16s(x), m.put(&self.bytes), m.room(2 * chosen.len() * n));
+        let scales = weights + self.scales_at as u64;
+        let mut sizes = (self.bytes.len() as u64 / n_experts as u64).to_le_bytes().to_vec();
         sizes.extend(bytes([n, k, n_experts, stride, per_row, 0].map(|v| (v as u32).to_le_bytes())));
         let args = [x, weights, scales, lists, counts, out].map(Arg::U64).into_iter().chain([Arg::Bytes(sizes)]).collect();
         let grid = (n.div_ceil(64) as u32, n_items as u32);

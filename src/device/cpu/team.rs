@@ -132,7 +132,7 @@ impl Team {
         let workers: Vec<JoinHandle<()>> = (0..n_threads - 1)
             .map(|worker| {
                 let common = Arc::clone(&common);
-                let place = plan.places.get(worker + 1).cloned();
+                let place = plan.places.get(worker).cloned();
                 let thread = std::thread::Builder::new().name(format!("cpu-{}", worker + 1));
                 let life = move || {
                     if let Some(processors) = &place {
@@ -374,7 +374,7 @@ mod tests {
     fn workers_stay_in_their_places() {
         let before = topology::allowed().unwrap();
         let (first, last) = (before[0], before[before.len() - 1]);
-        let places = vec![vec![last], vec![first], vec![last], vec![first, last]];
+        let places = vec![vec![first], vec![last], vec![first, last]];
         let team = Team::with_plan(4, Plan { places: places.clone(), ..Plan::default() });
         let seen = Mutex::new(vec![None; 4]);
         // Whoever comes: the leader's tiles wait until the workers have done theirs.
@@ -391,9 +391,8 @@ mod tests {
                 std::thread::yield_now();
             }
         });
-        let mut places: Vec<_> = places.into_iter().map(Some).collect();
+        let mut places: Vec<_> = std::iter::once(None).chain(places.into_iter().map(Some)).collect();
         places.iter_mut().flatten().for_each(Vec::dedup);
-        places[0] = None;
         assert_eq!(*seen.lock().unwrap(), places);
         assert_eq!(topology::allowed().unwrap(), before);
     }

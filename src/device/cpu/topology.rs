@@ -28,7 +28,7 @@ struct Core {
 /// Where a team and its data are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// For each thread the processors that it stays on; empty where the system chooses.
+    /// For each thread but the leader, which is left where it is, the processors that it stays on; empty where the system chooses.
     pub(super) places: Vec<Vec<usize>>,
     /// Nodes that pages of weights go round; none where they lie well as they are.
     pub(super) weight_nodes: Vec<usize>,
@@ -117,7 +117,7 @@ impl Machine {
         let has_siblings = self.cores.iter().any(|core| core.processors.len() > 1);
         let is_placed = n_threads == self.cores.len() && n_threads > 1 && (has_siblings || !nodes.is_empty());
         Plan {
-            places: if is_placed { self.cores.iter().map(|core| core.processors.clone()).collect() } else { Vec::new() },
+            places: if is_placed { self.cores[1..].iter().map(|core| core.processors.clone()).collect() } else { Vec::new() },
             weight_nodes: if is_placed { Vec::new() } else { nodes.clone() },
             cache_nodes: nodes,
         }
@@ -195,14 +195,14 @@ mod tests {
         Machine::read(&|path| files.get(path).cloned(), allowed)
     }
 
-    /// What holds of every plan: each core's processors for one thread, all of them allowed, none for two threads.
+    /// What holds of every plan: each core's processors for one thread, all of them allowed, none for two threads; the leader has no place.
     fn check(machine: &Machine, allowed: &[usize]) {
         let mut all: Vec<usize> = machine.cores.iter().flat_map(|core| core.processors.clone()).collect();
         all.sort_unstable();
         assert_eq!(all, allowed);
         for n_threads in 0..=2 * machine.cores.len() {
             let plan = machine.plan(n_threads);
-            assert!(plan.places.is_empty() || plan.places.len() == n_threads);
+            assert!(plan.places.is_empty() || plan.places.len() + 1 == n_threads);
             assert!(plan.weight_nodes.is_empty() || plan.places.is_empty());
         }
     }
@@ -215,7 +215,7 @@ mod tests {
             let machine = made_up(&files(&cores, &[(0, "0-63")]), None);
             check(&machine, &(0..64).collect::<Vec<_>>());
             let plan = machine.plan(32);
-            assert_eq!(plan, Plan { places: cores, ..Plan::default() });
+            assert_eq!(plan, Plan { places: cores[1..].to_vec(), ..Plan::default() });
             // Fewer: another process may have the others. More: no core is anybody's.
             for n in [1, 16, 31, 33, 64] {
                 assert_eq!(machine.plan(n), Plan::default(), "{n} threads");
@@ -228,7 +228,7 @@ mod tests {
         let cores: Vec<Vec<usize>> = (0..96).map(|core| vec![core, core + 96]).collect();
         let machine = made_up(&files(&cores, &[(0, "0-47,96-143"), (1, "48-95,144-191")]), None);
         check(&machine, &(0..192).collect::<Vec<_>>());
-        assert_eq!(machine.plan(96), Plan { places: cores, weight_nodes: vec![], cache_nodes: vec![0, 1] });
+        assert_eq!(machine.plan(96), Plan { places: cores[1..].to_vec(), weight_nodes: vec![], cache_nodes: vec![0, 1] });
         assert_eq!(machine.plan(40), Plan { places: vec![], weight_nodes: vec![0, 1], cache_nodes: vec![0, 1] });
     }
 
@@ -238,7 +238,7 @@ mod tests {
         let nodes = [(0, "0,4,8,12"), (1, "1,5,9,13"), (2, "2,6,10,14"), (3, "3,7,11,15")];
         let machine = made_up(&files(&cores, &nodes), None);
         let plan = machine.plan(16);
-        assert_eq!(plan.places.concat(), [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]);
+        assert_eq!(plan.places.concat(), [4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]);
         assert_eq!(plan.cache_nodes, [0, 1, 2, 3]);
     }
 
@@ -251,7 +251,7 @@ mod tests {
         let machine = made_up(&files, Some((0..8).collect()));
         check(&machine, &[0, 1, 3, 4, 6, 7]);
         let plan = machine.plan(6);
-        assert_eq!((plan.places.concat(), plan.cache_nodes), (vec![0, 1, 3, 4, 6, 7], vec![0, 2]));
+        assert_eq!((plan.places.concat(), plan.cache_nodes), (vec![1, 3, 4, 6, 7], vec![0, 2]));
     }
 
     #[test]
@@ -261,9 +261,9 @@ mod tests {
         // One core whole, one in part; all of one node.
         let machine = made_up(&files, Some(vec![3, 7, 35]));
         check(&machine, &[3, 7, 35]);
-        assert_eq!(machine.plan(2), Plan { places: vec![vec![3, 35], vec![7]], ..Plan::default() });
+        assert_eq!(machine.plan(2), Plan { places: vec![vec![7]], ..Plan::default() });
         let confined = made_up(&files, Some(vec![3, 20]));
-        assert_eq!(confined.plan(2), Plan { places: vec![vec![3], vec![20]], weight_nodes: vec![], cache_nodes: vec![0, 1] });
+        assert_eq!(confined.plan(2), Plan { places: vec![vec![20]], weight_nodes: vec![], cache_nodes: vec![0, 1] });
     }
 
     #[test]

@@ -19,8 +19,7 @@ const MAX_USED: usize = 32;
 /// struct Sizes of `linear_experts.cu`
 #[repr(C)]
 struct LinearSizes {
-    weight_stride: u64,
-    scale_stride: u64,
+    stride: u64,
     n: u32,
     k: u32,
     n_experts: u32,
@@ -203,8 +202,7 @@ impl CudaDevice {
         // Where experts have few rows each, small pieces of their lists.
         let (function, rows) = self.kernels.linear_experts(bits(of.first), n_uses.div_ceil(n_experts));
         let sizes = LinearSizes {
-            weight_stride: of.stride,
-            scale_stride: of.stride,
+            stride: of.stride,
             n: n as u32,
             k: k as u32,
             n_experts: n_experts as u32,
