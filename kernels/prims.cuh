@@ -48,6 +48,22 @@ DEVICE uint4 pack8(const float (&x)[8]) {
     return make_uint4(to_bf16x2(x[0], x[1]), to_bf16x2(x[2], x[3]), to_bf16x2(x[4], x[5]), to_bf16x2(x[6], x[7]));
 }
 
+// ---- f16 ----
+
+// Two f32 rounded to f16, to infinity beyond 65504, `low` in the low half.
+DEVICE u32 to_f16x2(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// The f32 of an f16's bits.
+DEVICE float from_f16(u32 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+    return x;
+}
+
 #if __CUDA_ARCH__ >= 890
 // Two f32 rounded to e4m3 (largest finite value 448, to which larger ones are clamped), `low` in the low byte.
 DEVICE u16 to_e4m3x2(float low, float high) {

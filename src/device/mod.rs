@@ -200,6 +200,10 @@ pub trait Device: Send {
     }
     /// Loads the gate and up projections, each `[n, k]`, for [`Device::gate_up`].
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Self::Weight>;
+    /// Loads one of a layer's experts, by the gate, up and down projections.
+    fn load_expert(&self, gate: &Tensor<'_>, up: &Tensor<'_>, down: &Tensor<'_>) -> anyhow::Result<Expert<Self::Weight>> {
+        Ok(Expert { gate_up: self.load_gate_up(gate, up)?, down: self.load_weight(std::slice::from_ref(down))? })
+    }
     /// Told of a layer's experts when they are loaded. (Devices that can use any leave it as it is.)
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::file::ModelFile;
 use super::spec::layer_tensor;
 use super::workspace::Workspace;
 use crate::device::batch::Batch;
-use crate::device::{AttentionSpec, Device, Expert, Experts, HeadNorms, QkvExtra};
+use crate::device::{AttentionSpec, Device, Experts, HeadNorms, QkvExtra};
 use crate::tensor::Tensor;
 use anyhow::{Result, ensure};
 
@@ -129,10 +129,7 @@ impl<W> FeedForward<W> {
                 tensor(&format!("{part}.{e}.weight"))
             }
         };
-        let expert = |e| -> Result<_> {
-            let gate_up = dev.load_gate_up(&part("ffn_gate", e)?, &part("ffn_up", e)?)?;
-            Ok(Expert { gate_up, down: dev.load_weight(&[part("ffn_down", e)?])? })
-        };
+        let expert = |e| dev.load_expert(&part("ffn_gate", e)?, &part("ffn_up", e)?, &part("ffn_down", e)?);
         let router = tensor("ffn_gate_inp.weight")?;
         ensure!(router.dtype.block_elements() == 1, "{}: a router of type {:?} is not supported", router.name, router.dtype);
         let experts = Experts {

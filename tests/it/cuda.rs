@@ -185,7 +185,8 @@ fn needs(kernel: &str, arch: &str, resources: &Resources) {
         _ if kernel.starts_with("linear_q") || kernel.starts_with("linear_experts") => &[0, 1, 2, 3],
         _ if kernel.starts_with("add_norm") => &[3, 4],
         "embed_bf16" => &[4],
-        "add_experts" | "finish_qkv" | "copy_blocks" | "gather_rows" | "gate_silu" | "gate_gelu" => &[3, 4],
+        "add_experts" | "finish_qkv" | "copy_blocks" | "gather_rows" | "gate_silu" | "gate_gelu" | "bf16_to_f16"
+        | "f16_to_bf16" => &[3, 4],
         _ => &[3],
     };
     for &i in wanted {

@@ -87,6 +87,24 @@ fn tiny_models_with_experts_are_what_the_reference_device_says() {
     }
 }
 
+/// Weights in f16 stay so, but for experts'; and the bits of rows are the same in chunks.
+#[test]
+fn weights_in_f16_are_multiplied_in_f16() {
+    for (family, spared) in [(Family::Llama, 0.0), (Family::Mixtral, SPARED)] {
+        let mut stage = Stage::with_values(family, true);
+        let counters = stage.sandbox.path("counters.json");
+        stage.set("STANDIN_COUNTERS", counters.to_str().unwrap());
+        let lines = scored();
+        let on_gpu = stage.job("cuda", &[], &lines);
+        if std::env::var_os("VALAR_TEST_GPU").is_none() {
+            let counters = stage.sandbox.read("counters.json");
+            assert!(counters.contains("cublasLt f16") && !counters.contains("cublasLt bf16"), "{counters}");
+        }
+        compare_scores(&on_gpu, &stage.job("reference", &[], &lines), spared);
+        assert_eq!(stage.job("cuda", &["engine.budget_tokens=23"], &lines), on_gpu, "{family:?}");
+    }
+}
+
 /// On a GPU whose attention is by products of warpgroups: against the reference device, with prefixes that are shared, and a row's
 /// bits alone and in chunks.
 #[test]

@@ -100,6 +100,20 @@ fn rows_are_moved_once() {
 }
 
 #[test]
+fn values_are_cast_in_one_pass() {
+    for n in [2048usize, 3 * 576] {
+        for (kernel, to_f16) in [("bf16_to_f16", true), ("f16_to_bf16", false)] {
+            hold_case("cast", kernel, &format!("{n} values"), &costs::cast(n as u64, to_f16), |m| {
+                let x = m.bf16s(&Noise(30).bf16s(n));
+                let out = if to_f16 { m.room(2 * n) } else { x };
+                let args = vec![Arg::U64(x), Arg::U64(out), Arg::U32(n as u32)];
+                Case { launch: ((n.div_ceil(2048) as u32, 1), 256, 0), args, outs: vec![(out, 2 * n)] }
+            });
+        }
+    }
+}
+
+#[test]
 fn norms_read_rows_once() {
     for (rows, width, rounds) in [(3usize, 1024usize, 1), (2, 2048, 4)] {
         let (what, n) = (format!("{rows} rows of {width}"), rows * width);

@@ -2,7 +2,7 @@
 //! f64, and against the host's own draws.
 
 use crate::cuda_machine::{Machine, Noise, UNMAPPED, assert_near, bytes, module, module_for};
-use half::bf16;
+use half::{bf16, f16};
 use ptx::{Arg, Module};
 use valar::device::batch::{Draw, HeadRow, LogitEdit, Shaping, Want, mask_words};
 use valar::device::sample::{self, Scratch};
@@ -124,6 +124,28 @@ fn gates() {
                 rows.flat_map(|(gate, up)| gate.iter().zip(up).map(|(g, u)| f(g.to_f64()) * u.to_f64())).collect();
             assert_near(m.read_bf16s(out, 2 * width).into_iter().map(bf16::to_f64), &want, BF16, 1e-5, kernel);
         }
+    }
+}
+
+/// All bfloat16 to f16, all f16 to bfloat16, where they were; what does not fit is infinite, NaN stays NaN.
+#[test]
+fn values_are_cast() {
+    let (program, all) = (module("cast"), (0..=u16::MAX).collect::<Vec<u16>>());
+    let cast = |kernel: &str, to_other: bool| {
+        let mut m = Machine::new();
+        let x = m.put(&bytes(all.iter().map(|bits| bits.to_le_bytes())));
+        let out = if to_other { m.room(2 << 16) } else { x };
+        // A block more than there are values for.
+        m.run(&program, kernel, ((33, 1), 256, 0), &[Arg::U64(x), Arg::U64(out), Arg::U32(1 << 16)]);
+        m.read(out, 2 << 16).as_chunks().0.iter().map(|bits| u16::from_le_bytes(*bits)).collect::<Vec<u16>>()
+    };
+    for (bits, got) in all.iter().zip(cast("bf16_to_f16", true)) {
+        let (got, want) = (f16::from_bits(got), f16::from_f32(bf16::from_bits(*bits).to_f32()));
+        assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got}, not {want}");
+    }
+    for (bits, got) in all.iter().zip(cast("f16_to_bf16", false)) {
+        let (got, want) = (bf16::from_bits(got), bf16::from_f32(f16::from_bits(*bits).to_f32()));
+        assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got}, not {want}");
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::common::{Sandbox, model_path};
 use crate::cuda::tools;
 use crate::cuda_machine::Noise;
+use half::f16;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -124,8 +125,8 @@ pub(crate) fn tensors(family: Family) -> Vec<(String, Vec<usize>, f32)> {
     all
 }
 
-/// Writes a model's folder.
-pub(crate) fn write_model(folder: &Path, family: Family) {
+/// Writes a model's folder: values in f32, or in f16.
+pub(crate) fn write_model(folder: &Path, family: Family, in_f16: bool) {
     fs::create_dir(folder).unwrap();
     let mut noise = Noise(7);
     let mut header = serde_json::Map::new();
@@ -134,8 +135,13 @@ pub(crate) fn write_model(folder: &Path, family: Family) {
         let start = data.len();
         let values =
             (0..shape.iter().product()).map(|_| if largest == 0.0 { 1.0 + 0.3 * noise.next() } else { largest * noise.next() });
-        data.extend(values.flat_map(f32::to_le_bytes));
-        header.insert(name, json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]}));
+        if in_f16 {
+            data.extend(values.flat_map(|value| f16::from_f32(value).to_le_bytes()));
+        } else {
+            data.extend(values.flat_map(f32::to_le_bytes));
+        }
+        let kind = if in_f16 { "F16" } else { "F32" };
+        header.insert(name, json!({"dtype": kind, "shape": shape, "data_offsets": [start, data.len()]}));
     }
     let header = Value::Object(header).to_string();
     let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
@@ -195,8 +201,13 @@ pub(crate) struct Stage {
 impl Stage {
     /// With a model of that family in the folder `tiny`.
     pub(crate) fn new(family: Family) -> Self {
+        Self::with_values(family, false)
+    }
+
+    /// The same, with values in f32, or in f16.
+    pub(crate) fn with_values(family: Family, in_f16: bool) -> Self {
         let sandbox = Sandbox::new();
-        write_model(&sandbox.path("tiny"), family);
+        write_model(&sandbox.path("tiny"), family, in_f16);
         Self { libraries: install(&sandbox), sandbox, model: "tiny".to_owned(), knobs: Vec::new() }
     }
 

@@ -1,4 +1,4 @@
-//! Products of matrices in bfloat16 by NVIDIA's cuBLASLt. Knows nothing of what the matrices mean.
+//! Products of matrices in bfloat16 or f16 by NVIDIA's cuBLASLt. Knows nothing of what the matrices mean.
 //!
 //! Invariant (exactness.md R1): the algorithm of a weight is chosen once, by its shape and result alone, and used for any number
 //! of rows; algorithms that split k, and so add partial sums in another order, are never among those to choose from.
@@ -18,10 +18,17 @@ const CHOSEN_FOR: usize = 128;
 /// `CUBLAS_OP_T` of `cublasOperation_t`.
 const TRANSPOSED: i32 = 1;
 
+/// The type of what is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Factors {
+    Bf16,
+    F16,
+}
+
 /// The type of a result, and whether it is added to what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Output {
-    /// `[m][n]` bfloat16, stored.
+    /// `[m][n]` bfloat16, stored. (The library gives f16 where the factors are.)
     Bf16,
     /// `[m][n]` f32, stored.
     F32,
@@ -34,6 +41,7 @@ pub(super) enum Output {
 pub(super) struct Product {
     /// Rows, columns, elements that are added up.
     pub(super) sizes: (usize, usize, usize),
+    pub(super) factors: Factors,
     /// Addresses on the GPU.
     pub(super) x: u64,
     pub(super) weight: u64,
@@ -45,7 +53,7 @@ pub(super) struct Product {
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     description: sys::cublasLtMatmulDesc_t,
-    algorithms: RefCell<HashMap<(usize, usize, Output), sys::cublasLtMatmulAlgo_t>>,
+    algorithms: RefCell<HashMap<(usize, usize, Factors, Output), sys::cublasLtMatmulAlgo_t>>,
 }
 
 // SAFETY: the handles may be used by any thread, one at a time; whoever owns a `Blas` is the only one that uses it.
@@ -81,10 +89,13 @@ struct Layouts {
 }
 
 impl Layouts {
-    fn new((m, n, k): (usize, usize, usize), output: Output) -> Result<Self> {
-        let (bf16, f32) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
-        let kind = if output == Output::Bf16 { bf16 } else { f32 };
-        Ok(Self { weight: Layout::new(bf16, k, n)?, x: Layout::new(bf16, k, m)?, out: Layout::new(kind, n, m)? })
+    fn new((m, n, k): (usize, usize, usize), factors: Factors, output: Output) -> Result<Self> {
+        let half = match factors {
+            Factors::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+            Factors::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        };
+        let kind = if output == Output::Bf16 { half } else { sys::cudaDataType_t::CUDA_R_32F };
+        Ok(Self { weight: Layout::new(half, k, n)?, x: Layout::new(half, k, m)?, out: Layout::new(kind, n, m)? })
     }
 }
 
@@ -132,17 +143,17 @@ impl Blas {
     ///
     /// # Errors
     /// The library has none for this shape.
-    pub(super) fn prepare(&self, (n, k): (usize, usize), output: Output) -> Result<()> {
-        if self.algorithms.borrow().contains_key(&(n, k, output)) {
+    pub(super) fn prepare(&self, (n, k): (usize, usize), factors: Factors, output: Output) -> Result<()> {
+        if self.algorithms.borrow().contains_key(&(n, k, factors, output)) {
             return Ok(());
         }
-        let layouts = Layouts::new((CHOSEN_FOR, n, k), output)?;
+        let layouts = Layouts::new((CHOSEN_FOR, n, k), factors, output)?;
         let preference = said("cublasLtMatmulPreferenceCreate", result::create_matmul_pref())?;
         let chosen = self.choose(&layouts, preference);
         // SAFETY: it was created just now.
         let _destroyed = unsafe { result::destroy_matmul_pref(preference) };
-        let algorithm = chosen.map_err(|error| error.context(format!("a weight of {n} rows of {k} elements in bfloat16")))?;
-        self.algorithms.borrow_mut().insert((n, k, output), algorithm);
+        let algorithm = chosen.map_err(|error| error.context(format!("a weight of {n} rows of {k} elements of 16 bits")))?;
+        self.algorithms.borrow_mut().insert((n, k, factors, output), algorithm);
         Ok(())
     }
 
@@ -177,11 +188,11 @@ impl Blas {
     /// # Safety
     /// The addresses are of memory of these sizes on the stream's GPU, which lives until the stream has been waited for.
     pub(super) unsafe fn multiply(&self, stream: CUstream, product: &Product) -> Result<()> {
-        let Product { sizes, x, weight, out, output } = *product;
-        let key = (sizes.1, sizes.2, output);
-        self.prepare((sizes.1, sizes.2), output)?;
+        let Product { sizes, factors, x, weight, out, output } = *product;
+        let key = (sizes.1, sizes.2, factors, output);
+        self.prepare((sizes.1, sizes.2), factors, output)?;
         let algorithm = self.algorithms.borrow()[&key];
-        let layouts = Layouts::new(sizes, output)?;
+        let layouts = Layouts::new(sizes, factors, output)?;
         let (alpha, beta) = (1.0f32, if output == Output::Sum { 1.0f32 } else { 0.0 });
         // SAFETY: the layouts are those of the matrices (the caller's promise); both scales are f32, as the description says;
         // no workspace is asked for, as the algorithm was chosen for none.

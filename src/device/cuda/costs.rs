@@ -155,6 +155,12 @@ pub fn gate(f: Activation, rows: u64, width: u64) -> Cost {
     Cost { read: 2 * BF16 * n, written: BF16 * n, scalar, ..Cost::default() }
 }
 
+/// `bf16_to_f16`, or `f16_to_bf16`: `n` elements.
+pub fn cast(n: u64, to_f16: bool) -> Cost {
+    let scalar = n.next_multiple_of(256) * if to_f16 { 1 } else { 3 } / 2;
+    Cost { read: BF16 * n, written: BF16 * n, scalar, ..Cost::default() }
+}
+
 /// The heads of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {

@@ -4,7 +4,7 @@
 //! Invariants: all memory is one arena, made before anything is loaded; a step allocates nothing on the GPU (a graph that is made has
 //! the driver do so, see `graphs`). The first error of the driver is kept: nothing is launched after it, and `finish` tells it.
 
-use super::blas::{Blas, Output};
+use super::blas::{Blas, Factors, Output};
 use super::driver::{Facts, Function, Gpu, TensorMap};
 use super::experts;
 use super::graphs::Turn;
@@ -15,9 +15,10 @@ use super::operations::broken;
 use super::step::{self, Step};
 use super::weights::{self, Form};
 use crate::device::batch::{Batch, StepOutput};
-use crate::device::{Activation, AttentionSpec, BLOCK_TOKENS, Device, Experts, HeadSpec, Lost, QkvExtra, StepSizes};
+use crate::device::{Activation, AttentionSpec, BLOCK_TOKENS, Device, Expert, Experts, HeadSpec, Lost, QkvExtra, StepSizes};
 use crate::tensor::Tensor;
 use anyhow::{Context, Result, bail, ensure};
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 /// Tokens that a vocabulary may have: keys of the sampling kernel have so many bits for them.
@@ -57,6 +58,8 @@ pub struct Weight {
 pub(super) enum Place {
     /// `[n][k]` bfloat16.
     Bf16(u64),
+    /// `[n][k]` f16. No expert's.
+    F16(u64),
     /// As `linear_q.cu` says.
     Packed { bits: usize, q: u64, scales: u64 },
 }
@@ -83,6 +86,8 @@ impl Hidden {
 /// Activations, `[max_tokens][k]` bfloat16.
 pub struct Act {
     pub(super) at: u64,
+    /// Where there is room for them as f16, for a weight that is.
+    pub(super) f16: u64,
 }
 
 /// One layer's keys and values, `[n_blocks][n_kv_heads][16][head_dim]` bfloat16 each.
@@ -177,22 +182,33 @@ impl CudaDevice {
                 let (q, scales) = weights::pack(parts, bits)?;
                 Place::Packed { bits, q: self.put(&q)?, scales: self.put(&scales)? }
             }
-            Form::Bf16 => {
-                let at = self.arena.take(2 * n * k)?;
-                let mut to = at;
-                for part in parts {
-                    let bytes = weights::bf16_bytes(part);
-                    self.gpu.upload(to, &bytes)?;
-                    to += bytes.len() as u64;
-                }
-                for output in [Output::Bf16, Output::F32, Output::Sum] {
-                    self.blas.prepare((n, k), output)?;
-                }
-                Place::Bf16(at)
-            }
+            Form::F16 if !parts.iter().all(weights::fits_bf16) => Place::F16(self.put_dense(parts, (n, k), Factors::F16)?),
+            Form::Bf16 | Form::F16 => Place::Bf16(self.put_dense(parts, (n, k), Factors::Bf16)?),
         };
         Ok(Weight { n, k, place })
     }
+
+    /// Room in the arena, with all values of these tensors of f16, or as bfloat16. The products with them are prepared.
+    fn put_dense(&self, parts: &[Tensor<'_>], (n, k): (usize, usize), factors: Factors) -> Result<u64> {
+        let at = self.arena.take(2 * n * k)?;
+        let mut to = at;
+        for part in parts {
+            let bytes = if factors == Factors::F16 { part.bytes.into() } else { Cow::from(weights::bf16_bytes(part)) };
+            self.gpu.upload(to, &bytes)?;
+            to += bytes.len() as u64;
+        }
+        for output in [Output::Bf16, Output::F32, Output::Sum] {
+            self.blas.prepare((n, k), factors, output)?;
+        }
+        Ok(at)
+    }
+}
+
+/// Whether the gate's kernel takes so many columns.
+fn check_gate(gate: &Tensor<'_>) -> Result<()> {
+    let n = gate.shape[0];
+    ensure!(n.is_multiple_of(8), "{}: {n} rows are not supported on CUDA, only multiples of 8", gate.name);
+    Ok(())
 }
 
 /// Everything that bits depend on besides the model.
@@ -253,9 +269,18 @@ impl Device for CudaDevice {
     }
 
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> Result<Weight> {
-        let n = gate.shape[0];
-        ensure!(n.is_multiple_of(8), "{}: {n} rows are not supported on CUDA, only multiples of 8", gate.name);
+        check_gate(gate)?;
         self.load_weight(&[gate.clone(), up.clone()])
+    }
+
+    /// The kernels of experts have no form for f16.
+    fn load_expert(&self, gate: &Tensor<'_>, up: &Tensor<'_>, down: &Tensor<'_>) -> Result<Expert<Weight>> {
+        check_gate(gate)?;
+        let load = |parts: &[Tensor<'_>]| match weights::form(parts) {
+            Form::F16 => self.load(parts, Form::Bf16),
+            form => self.load(parts, form),
+        };
+        Ok(Expert { gate_up: load(&[gate.clone(), up.clone()])?, down: load(std::slice::from_ref(down))? })
     }
 
     fn check_experts(&self, experts: &Experts<Weight>) -> Result<()> {
@@ -307,14 +332,15 @@ impl Device for CudaDevice {
     }
 
     fn new_act(&self, max_tokens: usize, width: usize) -> Act {
-        let (at, n_bytes) = (self.room(2 * max_tokens * width), 2 * max_tokens * width);
+        let n_bytes = 2 * max_tokens * width;
+        let at = self.room(2 * n_bytes);
         // Rows that only fill up a step are read as they are.
         self.attempt(|| {
             self.gpu.enter()?;
             self.gpu.clear_later(at, n_bytes)?;
             self.gpu.wait()
         });
-        Act { at }
+        Act { at, f16: at + n_bytes as u64 }
     }
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
@@ -372,11 +398,11 @@ impl Device for CudaDevice {
     }
 
     fn linear(&self, act: &Act, weight: &Weight, _batch: &Batch, out: &mut Hidden) {
-        self.attempt_step(|step| self.multiply(act.at, weight, step.staged.n_rows, Output::Bf16, out.at));
+        self.attempt_step(|step| self.multiply(act, weight, step.staged.n_rows, Output::Bf16, out.at));
     }
 
     fn linear_add(&self, act: &Act, weight: &Weight, _batch: &Batch, x: &mut Hidden) {
-        self.attempt_step(|step| self.multiply(act.at, weight, step.staged.n_rows, Output::Sum, x.at));
+        self.attempt_step(|step| self.multiply(act, weight, step.staged.n_rows, Output::Sum, x.at));
     }
 
     fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
@@ -398,7 +424,7 @@ impl Device for CudaDevice {
         out: &mut Act,
     ) {
         self.attempt_step(|step| {
-            self.multiply(act.at, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
+            self.multiply(act, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
             self.gate(scratch.at, weight.n / 2, f, step.staged.n_rows, out.at)
         });
     }

@@ -129,7 +129,7 @@ impl<'a> Row<'a> {
 /// Of its values, or integers and scales.
 fn addresses(weight: &Weight) -> (u64, u64) {
     match weight.place {
-        Place::Bf16(at) => (at, at),
+        Place::Bf16(at) | Place::F16(at) => (at, at),
         Place::Packed { q, scales, .. } => (q, scales),
     }
 }
@@ -137,7 +137,7 @@ fn addresses(weight: &Weight) -> (u64, u64) {
 /// Bits of a weight's value.
 fn bits(weight: &Weight) -> usize {
     match weight.place {
-        Place::Bf16(_) => 16,
+        Place::Bf16(_) | Place::F16(_) => 16,
         Place::Packed { bits, .. } => bits,
     }
 }
@@ -167,7 +167,7 @@ impl CudaDevice {
         let (n_rows, n_experts, n_used) = (step.staged.n_rows, experts.experts.len(), experts.n_used);
         let n_uses = n_rows * n_used;
         let (gate_up, down) = (Row::of(&experts.experts, |e| &e.gate_up)?, Row::of(&experts.experts, |e| &e.down)?);
-        self.multiply(act.at, &experts.router, n_rows, Output::F32, room.scores)?;
+        self.multiply(act, &experts.router, n_rows, Output::F32, room.scores)?;
 
         let [rows, all, used, uses, stride] = [n_rows, n_experts, n_used, n_uses, room.list_stride].map(|n| n as u32);
         let renormalise = u32::from(experts.renormalise);

@@ -1,7 +1,7 @@
 //! The operations of a step as launches on the device's stream. Each kernel's parameters, shapes and grid are in its source's head
 //! comment.
 
-use super::blas::{Output, Product};
+use super::blas::{Factors, Output, Product};
 use super::device::{Act, Cache, CudaDevice, Hidden, Place, Vector, Weight, Wide};
 use super::driver::{Arg, Function, Param, arg};
 use super::graphs::{Form, Turn, has_room};
@@ -131,13 +131,22 @@ impl CudaDevice {
     }
 
     /// `out = weight · act`, in the form asked for.
-    pub(super) fn multiply(&self, act: u64, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
+    pub(super) fn multiply(&self, act: &Act, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
         let Weight { n, k, .. } = *weight;
+        let dense = |factors: Factors, x: u64, weight: u64| {
+            let product = Product { sizes: (m, n, k), factors, x, weight, out, output };
+            // SAFETY: as in `run`.
+            unsafe { self.blas.multiply(self.gpu.stream(), &product) }
+        };
         match weight.place {
-            Place::Bf16(at) => {
-                let product = Product { sizes: (m, n, k), x: act, weight: at, out, output };
-                // SAFETY: as in `run`.
-                unsafe { self.blas.multiply(self.gpu.stream(), &product) }
+            Place::Bf16(at) => dense(Factors::Bf16, act.at, at),
+            Place::F16(at) => {
+                self.cast(self.kernels.to_f16, act.at, act.f16, m * k)?;
+                dense(Factors::F16, act.f16, at)?;
+                if output == Output::Bf16 {
+                    self.cast(self.kernels.from_f16, out, out, m * n)?;
+                }
+                Ok(())
             }
             Place::Packed { bits, q, scales } => {
                 if output == Output::F32 {
@@ -146,9 +155,15 @@ impl CudaDevice {
                 let (f, rows) = self.kernels.linear_q(bits, output != Output::Bf16, m);
                 let sizes = LinearSizes { m: m as u32, n: n as u32, k: k as u32 };
                 let grid = (n.div_ceil(64) as u32, m.div_ceil(rows) as u32);
-                self.run(f, grid, 128, &[arg(&act), arg(&q), arg(&scales), arg(&out), arg(&sizes)])
+                self.run(f, grid, 128, &[arg(&act.at), arg(&q), arg(&scales), arg(&out), arg(&sizes)])
             }
         }
+    }
+
+    /// Between bfloat16 and f16. (All rows that are cast are of multiples of 8 elements.)
+    fn cast(&self, f: Function, from: u64, to: u64, n: usize) -> Result<()> {
+        let n = n as u32;
+        self.run(f, (n.div_ceil(2048), 1), 256, &[arg(&from), arg(&to), arg(&n)])
     }
 
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
@@ -319,7 +334,8 @@ impl CudaDevice {
         let args = [arg(&indexes), arg(&x.at), arg(&step.rows), arg(&width)];
         self.run(self.kernels.gather, (n_rows as u32, 1), 128, &args)?;
         self.norm_rows((step.rows, x.width), norm, spec.eps, n_rows, step.normed)?;
-        self.multiply(step.normed, weight, n_rows, Output::F32, step.logits)?;
+        let normed = Act { at: step.normed, f16: step.normed + (2 * HEAD_ROWS * x.width) as u64 };
+        self.multiply(&normed, weight, n_rows, Output::F32, step.logits)?;
         let (n_vocab, cap) = (weight.n as u32, spec.soft_cap.unwrap_or(0.0));
         let wants = step.at(step.staged.wants + first * staging::WANT_WORDS);
         let masks = step.shaping;

@@ -25,6 +25,7 @@ pub const PROGRAMS: &[Program] = &[
     program!("qkv"),
     program!("gate"),
     program!("copy"),
+    program!("cast"),
     program!("decode"),
     program!("prefill"),
     program!("prefill_sm90"),

@@ -135,7 +135,8 @@ impl Sizes {
             drawn_words: sizes.max_seqs * DRAWN_WORDS,
             kept: 4 * staging::kept_words(sizes.n_vocab),
             rows: 4 * HEAD_ROWS * sizes.width,
-            normed: 2 * HEAD_ROWS * sizes.width,
+            // As bfloat16, and perhaps as f16.
+            normed: 2 * 2 * HEAD_ROWS * sizes.width,
             logits: 4 * HEAD_ROWS * sizes.n_vocab,
             parts: (4 * max_parts * attention.n_heads * attention.head_dim, 8 * max_parts * attention.n_heads),
             totals: (4 * n_blocks * prefill_rows * attention.head_dim, 8 * n_blocks * STATES),

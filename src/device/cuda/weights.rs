@@ -1,4 +1,4 @@
-//! Weights as the kernels take them: integers with scales, packed as `kernels/linear_q.cu` says, or bfloat16. Made on the host;
+//! Weights as the kernels take them: integers with scales, packed as `kernels/linear_q.cu` says, bfloat16, or f16. Made on the host;
 //! knows nothing of the GPU.
 //!
 //! Invariant: a packed weight's value is the file's, `scale · q + minimum`, rounded to bfloat16 by the kernel; what has no exact
@@ -7,7 +7,7 @@
 use super::memory::aligned;
 use crate::tensor::{DType, GROUP, Group, Tensor};
 use anyhow::{Result, ensure};
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Rows of a panel: what a warp multiplies with.
@@ -22,6 +22,8 @@ const PAD: usize = 64;
 pub(super) enum Form {
     /// `[n][k]`, two bytes each.
     Bf16,
+    /// The same; bfloat16 where that has the same values.
+    F16,
     /// Integers of 4 or 8 bits, a scale and a minimum per 32 elements.
     Packed(usize),
 }
@@ -33,6 +35,9 @@ pub(super) fn form(parts: &[Tensor<'_>]) -> Form {
         dtype if dtype.is_quantised() && !dtype.has_half_scales() => Some(8),
         _ => None,
     };
+    if parts.iter().all(|part| part.dtype == DType::F16) {
+        return Form::F16;
+    }
     let most = parts.iter().map(bits).try_fold(4, |most, bits| bits.map(|bits| most.max(bits)));
     most.map_or(Form::Bf16, Form::Packed)
 }
@@ -58,7 +63,7 @@ pub(super) fn packed_bytes(bits: usize, n: usize, k: usize) -> (usize, usize) {
 pub(super) fn stack_bytes(parts: &[Tensor<'_>]) -> usize {
     let elements = |part: &Tensor<'_>| part.shape.iter().product::<usize>();
     match form(parts) {
-        Form::Bf16 => aligned(2 * parts.iter().map(elements).sum::<usize>()),
+        Form::Bf16 | Form::F16 => aligned(2 * parts.iter().map(elements).sum::<usize>()),
         Form::Packed(bits) => {
             let k = parts[0].shape.last().copied().unwrap_or(0);
             let n = parts.iter().map(elements).sum::<usize>().checked_div(k).unwrap_or(0);
@@ -86,6 +91,16 @@ pub(super) fn bf16_bytes(part: &Tensor<'_>) -> Vec<u8> {
         }
     });
     out
+}
+
+/// Whether all values of f16 are ones of bfloat16, too: as those are that were made of it. Products in bfloat16 then lose nothing, and
+/// can have larger activations.
+pub(super) fn fits_bf16(part: &Tensor<'_>) -> bool {
+    let fits = |bytes: &[u8; 2]| {
+        let value = f16::from_le_bytes(*bytes).to_f32();
+        value.to_bits() & 0xffff == 0
+    };
+    part.bytes.as_chunks().0.par_chunks(1 << 16).all(|values| values.iter().all(fits))
 }
 
 /// All values of some tensors as f32, one after the other.
@@ -173,6 +188,21 @@ mod tests {
         // A scale per 16 elements has no place.
         assert_eq!(of(&[DType::Q4K, DType::Q6K]), Form::Bf16);
         assert_eq!(of(&[DType::Q8_0, DType::F16]), Form::Bf16);
+        assert_eq!(of(&[DType::F16, DType::F16]), Form::F16);
+        assert_eq!(of(&[DType::F16, DType::Bf16]), Form::Bf16);
+    }
+
+    #[test]
+    fn values_of_f16_that_are_ones_of_bfloat16() {
+        let fits = |values: &[f32]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
+            fits_bf16(&Tensor { name: "", dtype: DType::F16, shape: vec![1, values.len()], bytes: &bytes })
+        };
+        // Eight bits from the first to the last; also where f16 is subnormal.
+        assert!(fits(&[0.0, -1.0, 255.0 / 256.0, 65280.0, f32::exp2(-24.0), 255.0 * f32::exp2(-24.0)]));
+        for value in [257.0 / 256.0, 65504.0, 257.0 * f32::exp2(-24.0)] {
+            assert!(!fits(&[0.5, value, 0.5]), "{value}");
+        }
     }
 
     /// Value of row n, column k as a lane of the kernel finds it, by the words of `linear_q.cu`.
