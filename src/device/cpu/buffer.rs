@@ -215,26 +215,6 @@ pub(super) fn prefetch_far<T>(slice: &[T]) {
     let _ = slice;
 }
 
-/// Asks for memory that will be written soon, `n` elements from `start` on: a store that finds its line far away holds up
-/// those after it.
-#[inline(always)]
-pub(super) fn prefetch_for_writing<T>(start: *const T, n: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of::<T>() * n).step_by(LINE) {
-        let p = start.wrapping_byte_add(line).cast();
-        // SAFETY: as in `prefetch`.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p) };
-    }
-    #[cfg(target_arch = "aarch64")]
-    for line in (0..size_of::<T>() * n).step_by(LINE) {
-        let p = start.wrapping_byte_add(line);
-        // SAFETY: as in `prefetch`.
-        unsafe { std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) };
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = (start, n);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,16 +2,16 @@
 //! decoders. Invariant: a value is one fixed sequence of operations over k, made of its token's activations and its
 //! column's weights alone; tiles, row groups and instruction sets only choose what is computed when.
 
-use super::buffer::{Aligned, Shared, prefetch_for_writing};
+use super::buffer::{Aligned, Shared};
 use super::gemm_q::{Panel, QuantRows};
 use super::isa::{Isa, per_isa};
-use super::numerics::Layout;
+use super::numerics::{Layout, Numerics};
 use super::quant::{Act, ActWriter};
 use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::team::Team;
 use super::tile::TILE;
 use super::weights::{BLOCK, PANEL, Part, Weight};
-use super::{Scratch, gemm_f, gemm_q, gemm_t, unpack};
+use super::{Scratch, gemm_f, gemm_q, gemm_t};
 use crate::device::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
@@ -22,12 +22,12 @@ const MAX_ROWS: usize = 6;
 /// Most blocks of k that are unpacked at once: 12 · 1280 bytes, a third of a 48 KB L1 cache.
 const PIECE_BLOCKS: usize = 12;
 
-/// Elements of activations that a tile's rows may take: they are read once per panel, so they (256 KiB of integers, 512 KiB
-/// of bfloat16) should stay in the L2 cache.
+/// Elements of activations that a tile's rows may take where they are integers or floats: they are read once per panel, so they
+/// (256 KiB of integers) should stay in the L2 cache. Products of tiles take k in blocks.
 const TILE_ACT_ELEMENTS: usize = 256 << 10;
 
 /// Most panels of a worker's share of a product (a head's logits come by larger pieces).
-pub(super) const MAX_PANELS: usize = 16;
+const MAX_PANELS: usize = 16;
 
 /// Rows of a pair of tiles.
 pub(super) const PAIR: usize = 2 * TILE;
@@ -80,20 +80,6 @@ impl Out<'_> {
             Self::Act(act) => act.block(rows, columns),
         }
     }
-
-    /// Asks for the memory of [`Out::block`], or of the tiles that results are rounded into.
-    #[inline(always)]
-    pub(super) fn prefetch(&self, rows: &Range<usize>, columns: &Range<usize>) {
-        match self {
-            Self::Act(act) if act.is_tiles() => act.prefetch(rows, columns),
-            _ => {
-                let (start, stride) = self.block(rows, columns);
-                for row in 0..rows.len() {
-                    prefetch_for_writing(start.wrapping_add(row * stride), columns.len());
-                }
-            }
-        }
-    }
 }
 
 /// A worker's share: some panels of a part, for some rows.
@@ -102,12 +88,17 @@ pub(super) struct Tile<'a> {
     pub(super) part: &'a Part,
     pub(super) panels: Range<usize>,
     pub(super) rows: Range<usize>,
+    /// Up to which panel the worker goes on then, with the same rows, unless others take its shares.
+    pub(super) to_come: usize,
 }
 
 /// Makes a worker's memory for products of up to `max_rows` rows.
-pub(super) fn reserve(scratch: &mut Scratch, max_rows: usize) {
+pub(super) fn reserve(scratch: &mut Scratch, numerics: Numerics, max_rows: usize) {
     scratch.panel.reserve(PIECE_BLOCKS * gemm_q::MAX_UNPACKED_BLOCK);
-    scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS).max(2 * PAIR) * PANEL);
+    scratch.sums.reserve(max_rows.next_multiple_of(MAX_ROWS) * PANEL);
+    if numerics == Numerics::Bf16 {
+        gemm_t::reserve(scratch);
+    }
 }
 
 /// Computes a product.
@@ -118,11 +109,13 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
     for part in &weight.parts {
         let (rows_step, panels_step) = tile_shape(team.n_threads(), n_rows, act.k, part);
         let row_tiles = n_rows.div_ceil(rows_step);
-        team.run(part.n_panels.div_ceil(panels_step) * row_tiles, &|scratch, tile| {
-            let (panel, row) = (tile / row_tiles * panels_step, tile % row_tiles * rows_step);
+        let panel_tiles = part.n_panels.div_ceil(panels_step);
+        // A worker keeps its rows as long as it can: activations take more room than weights.
+        team.run(panel_tiles * row_tiles, &|scratch, tile| {
+            let (panel, row) = (tile % panel_tiles * panels_step, tile / panel_tiles * rows_step);
             let panels = panel..(panel + panels_step).min(part.n_panels);
             let rows = row..(row + rows_step).min(n_rows);
-            run_tile(product.isa, &Tile { product, part, panels, rows }, scratch);
+            run_tile(product.isa, &Tile { product, part, panels, rows, to_come: part.n_panels }, scratch);
         });
     }
 }
@@ -134,19 +127,21 @@ pub(super) fn multiply_window(product: &Product<'_>, columns: &Range<usize>, row
     assert!(act.k == weight.k && !weight.gated && columns.start.is_multiple_of(PANEL) && rows.start.is_multiple_of(TILE));
     let [part] = weight.parts.as_slice() else { unreachable!("a head's weight is one tensor") };
     let panels = columns.start / PANEL..columns.end.div_ceil(PANEL);
-    run_tile(product.isa, &Tile { product, part, panels, rows }, scratch);
+    let to_come = if rows.end == product.n_rows { part.n_panels } else { panels.end };
+    run_tile(product.isa, &Tile { product, part, panels, rows, to_come }, scratch);
 }
 
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels
 /// (an even number: the two of a gated pair's 32 columns stay together) as leave every thread several tiles.
 fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize, usize) {
-    let multiple = if matches!(part.layout, Layout::Tiles | Layout::PackedTiles(_)) { PAIR } else { MAX_ROWS };
-    let in_cache = (TILE_ACT_ELEMENTS / k).max(4 * multiple);
+    let is_tiles = matches!(part.layout, Layout::Tiles | Layout::PackedTiles(_));
+    let multiple = if is_tiles { PAIR } else { MAX_ROWS };
+    let in_cache = if is_tiles { gemm_t::MAX_ROWS } else { (TILE_ACT_ELEMENTS / k).max(4 * multiple) };
     let least = n_rows.div_ceil(in_cache);
     let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
     let row_tiles = least.max(wanted).max(1);
     let rows = n_rows.div_ceil(row_tiles).next_multiple_of(multiple);
-    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, unpack::kept_panels(part)) & !1;
+    let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, MAX_PANELS) & !1;
     (rows, panels)
 }
 

@@ -2,119 +2,215 @@
 //! in what order a value's products are added; whether a weight lies in memory as tiles or is unpacked on the way changes nothing.
 
 use super::Scratch;
-use super::buffer::{LINE, prefetch_far};
+use super::buffer::{LINE, Shared, prefetch_far};
 use super::gemm::{Epilogue, PAIR, Tile, columns_of, finish_row, seal};
 use super::numerics::Layout;
 use super::simd::Simd;
 use super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
-use super::unpack::{self, Unpacked, Unpacking};
-use super::weights::PANEL;
+use super::unpack::{PIECES, Packed, Unpacked, Unpacking};
+use super::weights::{PANEL, Part};
 use std::ops::Range;
 use std::slice::Chunks;
+
+/// Most k-tiles of a block: a panel's take 2 KiB each, and should stay in the L1 cache (48 KiB) while rows pass by it.
+const BLOCK_K: usize = 18;
+
+/// Elements of activations that stay in the L2 cache (of 2 MB).
+const CACHED_ELEMENTS: usize = 512 << 10;
+
+/// Sums that wait for their next blocks.
+const MAX_SUMS: usize = 128 << 10;
+
+/// Most rows of a share.
+pub(super) const MAX_ROWS: usize = 512;
+
+const _: () = assert!(MAX_ROWS * PANEL <= MAX_SUMS);
+
+/// A block of k of a panel: k-tiles `k.0..k.1`.
+#[derive(Clone, Copy)]
+struct Block {
+    panel: usize,
+    k: (usize, usize),
+}
+
+/// In which order a thread takes blocks. Where the activations of a share's rows are too many for the L2 cache, a block of k of
+/// theirs is multiplied with some panels before the next one is, while the panels' sums wait.
+#[derive(Clone, Copy)]
+struct Order {
+    /// K-tiles.
+    n_k: usize,
+    /// K-tiles of a block, less in the last.
+    length: usize,
+    /// Panels taken together, less at the end.
+    group: usize,
+    /// The first panel.
+    start: usize,
+    /// Up to which panel this thread goes on, as far as one can tell.
+    end: usize,
+}
+
+impl Order {
+    fn new(tile: &Tile<'_>) -> Self {
+        let (n_rows, k) = (tile.rows.len().next_multiple_of(PAIR), tile.product.act.k);
+        assert!(n_rows <= MAX_ROWS);
+        let n_k = k.div_ceil(TILE_K);
+        let all_cached = n_rows * k <= CACHED_ELEMENTS;
+        Self {
+            n_k,
+            length: n_k.div_ceil(n_k.div_ceil(BLOCK_K)),
+            group: if all_cached { 1 } else { (MAX_SUMS / PANEL / n_rows).min(tile.panels.len()) },
+            start: tile.panels.start,
+            end: tile.to_come,
+        }
+    }
+
+    /// A panel's block that begins there.
+    fn block(&self, panel: usize, start: usize) -> Block {
+        Block { panel, k: (start, self.n_k.min(start + self.length)) }
+    }
+
+    fn after(&self, block: Block) -> Option<Block> {
+        let first = block.panel - (block.panel - self.start) % self.group;
+        let end = self.end.min(first + self.group);
+        if block.panel + 1 < end {
+            Some(self.block(block.panel + 1, block.k.0))
+        } else if block.k.1 < self.n_k {
+            Some(self.block(first, block.k.1))
+        } else {
+            (end < self.end).then(|| self.block(end, 0))
+        }
+    }
+}
+
+/// Makes a worker's memory.
+pub(super) fn reserve(scratch: &mut Scratch) {
+    scratch.sums.reserve(MAX_SUMS);
+    scratch.unpacked.reserve(BLOCK_K);
+}
 
 /// All panels of a share.
 #[inline(always)]
 pub(super) fn panels<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
     tile.product.isa.unit().prepare();
-    for panel in tile.panels.clone() {
-        one_panel(s, tile, panel, scratch);
+    let order = Order::new(tile);
+    let mut next = Some(order.block(order.start, 0));
+    while let Some(block) = next.filter(|block| block.panel < tile.panels.end) {
+        one_block(s, tile, (&order, block), scratch);
+        next = order.after(block);
     }
     seal(s, tile);
 }
 
-/// One panel of tiles for all of the tile's rows, two tiles of rows at a time. What is to be done with two tiles' results
-/// is done while the next two are multiplied: the unit for tiles and the lanes work side by side.
+/// One block for all of the tile's rows, two tiles of rows at a time. What is to be done with two tiles' results is done while
+/// the next two are multiplied: the unit for tiles and the lanes work side by side.
 #[inline(always)]
-fn one_panel<S: Simd>(s: S, tile: &Tile<'_>, panel: usize, scratch: &mut Scratch) {
+fn one_block<S: Simd>(s: S, tile: &Tile<'_>, (order, block): (&Order, Block), scratch: &mut Scratch) {
     const STRIDE: usize = TILE_K * size_of::<u16>();
-    let (product, columns) = (tile.product, columns_of(tile, panel));
+    const STEP: usize = TILE_CELLS * size_of::<u16>();
+    let (product, columns) = (tile.product, columns_of(tile, block.panel));
     let act = product.act;
-    let n_k = act.k.div_ceil(TILE_K);
+    let (start, n_k) = (block.k.0, block.k.1 - block.k.0);
     assert!(tile.rows.start.is_multiple_of(TILE));
-    let n_steps = tile.rows.len().div_ceil(PAIR) * n_k;
-    let (weights, ahead) = weights(s, tile, panel, n_steps, &mut scratch.unpacked);
+    let n_rows = tile.rows.len().next_multiple_of(PAIR);
+    let (weights, ahead) = weights(s, tile.part, (order, block), n_rows / PAIR * n_k, &mut scratch.unpacked);
     assert_eq!(weights.len(), n_k * 2 * TILE_CELLS);
-    let weights = weights.as_ptr();
-    let b = Tiles { start: [weights, weights.wrapping_add(TILE_CELLS)], stride: STRIDE, step: 2 * TILE_CELLS * size_of::<u16>() };
-    scratch.sums.reserve(2 * PAIR * PANEL);
-    let (mut sums, mut done) = scratch.sums[..2 * PAIR * PANEL].split_at_mut(PAIR * PANEL);
+    let (is_all, is_last) = (n_k == order.n_k, block.k.1 == order.n_k);
+    // Of all of k two pairs' sums are enough, of which one is brought to memory while the other is made.
+    let (n_kept, n_sums) = if is_all { (2 * PAIR, 1) } else { (n_rows, order.group) };
+    scratch.sums.reserve(n_kept * n_sums * PANEL);
+    let sums = Shared::new(&mut scratch.sums[..n_kept * n_sums * PANEL]);
+    let first = (block.panel - order.start) % n_sums * n_kept * PANEL;
     let at_once = PAIR.div_ceil(n_k);
-    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], to_come: 0..0, ahead, at_once };
+    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], ahead, at_once };
     for row in tile.rows.clone().step_by(PAIR) {
         let rows = row..tile.rows.end.min(row + PAIR);
-        finish.to_come = rows.clone();
         // Whole tiles whose products need nothing more go where they belong.
-        let direct = product.epilogue == Epilogue::Store && rows.len() == PAIR && columns.len() == PANEL;
-        let (start, stride) = if direct { product.out.block(&rows, &columns) } else { (sums.as_mut_ptr(), PANEL) };
-        let target = Target { start, stride, n_rows: rows.len(), add: false };
-        let first = &act.tiles[act.tile_row(rows.start)..][..n_k * TILE_CELLS];
-        let step = TILE_CELLS * size_of::<u16>();
-        // SAFETY: the slices hold `n_k` tiles of each operand; the target is 32 rows of 32, `sums` or (each (row, panel)
+        let direct = product.epilogue == Epilogue::Store && is_all && rows.len() == PAIR && columns.len() == PANEL;
+        let place = first + (row - tile.rows.start) % n_kept * PANEL;
+        let (to, stride) = if direct { product.out.block(&rows, &columns) } else { (sums.at(place, PAIR * PANEL), PANEL) };
+        let target = Target { start: to, stride, n_rows: rows.len(), add: start > 0 };
+        let left = |row: usize| act.tiles[act.tile_row(row) + start * TILE_CELLS..][..n_k * TILE_CELLS].as_ptr();
+        let b = Tiles { start: [weights.as_ptr(), weights[TILE_CELLS..].as_ptr()], stride: STRIDE, step: 2 * STEP };
+        // SAFETY: the slices hold `n_k` tiles of each operand; the target is 32 rows of 32, in `sums` or (each (row, panel)
         // belongs to one tile, and panels share no columns) a block that was asserted to be there.
         unsafe {
             if rows.len() > TILE {
-                let second = &act.tiles[act.tile_row(rows.start + TILE)..][..n_k * TILE_CELLS];
-                let a = Tiles { start: [first.as_ptr(), second.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
+                let a = Tiles { start: [left(row), left(row + TILE)], stride: STRIDE, step: STEP };
+                tile::multiply::<_, 2, true>(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
             } else {
-                let a = Tiles { start: [first.as_ptr()], stride: STRIDE, step };
-                tile::multiply(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
+                let a = Tiles { start: [left(row)], stride: STRIDE, step: STEP };
+                tile::multiply::<_, 1, true>(s, product.isa.unit(), (&a, &b), n_k, target, &mut finish);
             }
         }
         finish.all();
-        if !direct {
-            let ahead = finish.ahead;
-            std::mem::swap(&mut sums, &mut done);
-            finish = Finish { s, tile, columns: &columns, rows, sums: done.as_chunks().0, to_come: 0..0, ahead, at_once };
+        if is_last && !direct {
+            // SAFETY: they are written again only after the next pair's are made, and these are in memory by then.
+            finish.sums = unsafe { sums.part(place, rows.len() * PANEL) }.as_chunks().0;
+            finish.rows = rows;
         }
     }
     finish.all();
 }
 
-/// A panel as tiles, and what is to be done for those that this thread takes next, as far as one can tell, in so many steps.
+/// A block's tiles, and what is to be done for those that this thread takes next, as far as one can tell, in so many steps.
 /// What is read once per step of the model comes from far away, and many requests at once would hold up what is needed now:
 /// it is asked for line by line.
 #[inline(always)]
 fn weights<'a, S: Simd>(
     s: S,
-    tile: &Tile<'a>,
-    panel: usize,
+    part: &'a Part,
+    (order, block): (&Order, Block),
     n_steps: usize,
     unpacked: &'a mut Unpacked,
 ) -> (&'a [u16], Ahead<'a>) {
-    let part = tile.part;
-    let end = if tile.rows.end == tile.product.n_rows { part.n_panels } else { tile.panels.end };
-    let later = |n: usize| Some(panel + n).filter(|&later| later < end);
-    let lines = |later: Option<usize>| {
-        let bytes = later.map_or(&[][..], |later| part.panel(later));
-        bytes.chunks(bytes.len().div_ceil(n_steps).next_multiple_of(LINE).max(LINE))
+    let bytes_of = |block: Block| {
+        let k_bytes = part.panel_bytes() / order.n_k;
+        &part.panel(block.panel)[block.k.0 * k_bytes..block.k.1 * k_bytes]
     };
+    let next = order.after(block);
     let Layout::PackedTiles(dtype) = part.layout else {
-        let bytes = part.panel(panel);
-        // SAFETY: all of the panel's bytes; any two are a bfloat16, and panels begin at lines.
+        let bytes = bytes_of(block);
+        // SAFETY: all of the block's bytes; any two are a bfloat16, and panels begin at lines.
         let tiles = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<u16>()) };
-        return (tiles, Ahead { lines: lines(later(1)), unpacking: None, at_once: 0 });
+        return (tiles, Ahead::new(n_steps, next.map_or(&[][..], bytes_of), None));
     };
-    let is_kept = tile.rows.len() < tile.product.n_rows;
-    let n_places = if is_kept { tile.panels.len().min(unpack::kept_panels(part)) + 1 } else { unpack::FEW };
-    let (tiles, unpacking) = unpacked.panels(s, (part, dtype), panel, (later(1), n_places));
-    let at_once = unpacking.as_ref().map_or(0, |unpacking| unpacking.n_left().div_ceil(n_steps));
-    (tiles, Ahead { lines: lines(later(2)), unpacking, at_once })
+    let packed = |block: Block| Packed { part: part.number, panel: block.panel, k: block.k, dtype, bytes: bytes_of(block) };
+    let (tiles, unpacking) = unpacked.block(s, packed(block), next.map(packed));
+    let later = next.and_then(|next| order.after(next));
+    (tiles, Ahead::new(n_steps, later.map_or(&[][..], bytes_of), unpacking))
 }
 
-/// What is done for later panels while one is multiplied, some of it with each k-tile.
+/// What is done for later blocks while one is multiplied, some of it every few k-tiles.
 struct Ahead<'a> {
     /// Of one that is to be read, what is asked for.
     lines: Chunks<'a, u8>,
     /// The next one, if it must be.
     unpacking: Option<Unpacking<'a>>,
-    /// Pieces of that for each k-tile.
+    /// Pieces of that that are made together.
     at_once: usize,
+    /// K-tiles from one time to the next, and until the next.
+    every: usize,
+    wait: usize,
 }
 
-impl Ahead<'_> {
+impl<'a> Ahead<'a> {
+    /// For so many k-tiles.
+    fn new(n_steps: usize, lines: &'a [u8], unpacking: Option<Unpacking<'a>>) -> Self {
+        let n_pieces = unpacking.as_ref().map_or(0, Unpacking::n_left);
+        // A whole tile at once: what its pieces need is made once.
+        let n_times = if n_pieces == 0 { n_steps.div_ceil(4) } else { n_steps.min(n_pieces.div_ceil(PIECES)) };
+        let every = n_steps / n_times;
+        let lines = lines.chunks(lines.len().div_ceil(n_times).next_multiple_of(LINE).max(LINE));
+        Self { lines, unpacking, at_once: n_pieces.div_ceil(n_times), every, wait: 0 }
+    }
+
     #[inline(always)]
     fn some<S: Simd>(&mut self, s: S) {
+        if self.wait > 0 {
+            self.wait -= 1;
+            return;
+        }
+        self.wait = self.every - 1;
         prefetch_far(self.lines.next().unwrap_or_default());
         if let Some(unpacking) = &mut self.unpacking
             && unpacking.n_left() > 0
@@ -125,7 +221,7 @@ impl Ahead<'_> {
 }
 
 /// What is done while two tiles of rows are multiplied, some of it with each k-tile: the products before them are brought to
-/// memory, that which theirs need is asked for, and later weights are made ready.
+/// memory, and later weights are made ready.
 struct Finish<'t, 'a, S> {
     s: S,
     tile: &'t Tile<'t>,
@@ -134,8 +230,6 @@ struct Finish<'t, 'a, S> {
     rows: Range<usize>,
     /// Theirs.
     sums: &'a [[f32; PANEL]],
-    /// The rows being multiplied for whose results no memory was asked yet.
-    to_come: Range<usize>,
     ahead: Ahead<'t>,
     /// Rows for each k-tile.
     at_once: usize,
@@ -161,11 +255,6 @@ impl<S: Simd> Meanwhile for Finish<'_, '_, S> {
     #[inline(always)]
     fn some(&mut self) {
         self.ahead.some(self.s);
-        let middle = self.to_come.end.min(self.to_come.start + self.at_once);
-        if self.to_come.start < middle {
-            self.tile.product.out.prefetch(&(self.to_come.start..middle), self.columns);
-            self.to_come.start = middle;
-        }
         self.rows(self.at_once);
     }
 }

@@ -91,7 +91,7 @@ use cache::{Layout, RopeTable};
 use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
 use head::HeadMemory;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use team::Team;
 
 /// A CPU.
@@ -101,8 +101,6 @@ pub struct CpuDevice {
     kv: Kv,
     team: Team,
     memory: RefCell<Memory>,
-    /// Elements of the widest panel that was loaded and must be unpacked into tiles.
-    widest_panel: Cell<usize>,
 }
 
 /// What the leader needs between operations; made by `reserve`, or at first use, and kept.
@@ -121,7 +119,7 @@ struct Memory {
 struct Scratch {
     /// A piece of a panel of weights, unpacked.
     panel: Aligned<u8>,
-    /// Panels of weights as tiles.
+    /// Blocks of weights as tiles.
     unpacked: unpack::Unpacked,
     /// The sums of a panel's columns, `[rows of a tile][32]`
     sums: Aligned<f32>,
@@ -135,7 +133,7 @@ struct Scratch {
 
 impl Scratch {
     fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>) {
-        gemm::reserve(self, sizes.max_tokens);
+        gemm::reserve(self, numerics, sizes.max_tokens);
         self.row.reserve(sizes.width);
         self.logits.get_or_insert_default().reserve(head::PIECE_LOGITS);
         sizes.attention.iter().for_each(|spec| self.attention.reserve(numerics, spec.head_dim));
@@ -183,7 +181,6 @@ impl CpuDevice {
             kv: Kv::default(),
             team: Team::new(n_threads),
             memory: RefCell::default(),
-            widest_panel: Cell::default(),
         }
     }
 
@@ -206,12 +203,6 @@ impl CpuDevice {
     /// The instructions in use.
     pub fn isa(&self) -> Isa {
         self.isa
-    }
-
-    /// What a weight needs of each thread is made by `reserve`.
-    fn loaded(&self, weight: Weight) -> Weight {
-        self.widest_panel.set(self.widest_panel.get().max(unpack::widest(&weight)));
-        weight
     }
 
     /// out = weight · act, or added to what is there.
@@ -239,11 +230,11 @@ impl Device for CpuDevice {
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Weight> {
-        Weight::stacked(&self.team, self.numerics, parts).map(|weight| self.loaded(weight))
+        Weight::stacked(&self.team, self.numerics, parts)
     }
 
     fn load_gate_up(&self, gate: &Tensor<'_>, up: &Tensor<'_>) -> anyhow::Result<Weight> {
-        Weight::gated(&self.team, self.numerics, gate, up).map(|weight| self.loaded(weight))
+        Weight::gated(&self.team, self.numerics, gate, up)
     }
 
     fn load_vector(&self, parts: &[Tensor<'_>]) -> anyhow::Result<Vector> {
@@ -281,11 +272,8 @@ impl Device for CpuDevice {
         }
         memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, (sizes.n_vocab, sizes.max_seqs)));
         memory.experts = sizes.experts.map(|experts| ExpertMemory::new(self.numerics, experts, sizes.width, sizes.max_tokens));
-        let (numerics, widest_panel) = (self.numerics, self.widest_panel.get());
-        self.team.each_scratch(|scratch| {
-            scratch.reserve(numerics, sizes);
-            scratch.unpacked.reserve(widest_panel);
-        });
+        let numerics = self.numerics;
+        self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes));
     }
 
     fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {

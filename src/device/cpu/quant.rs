@@ -1,7 +1,7 @@
 //! Activations in the forms that weights read: f32, integers (per token and block of 32, i8 with an f32 scale), tiles of
 //! bfloat16. Knows nothing of weights but which of these they want. Invariant: a block's integers and scale depend on its 32 values alone.
 
-use super::buffer::{Aligned, Shared, prefetch_for_writing};
+use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, per_isa};
 use super::numerics::{Form, Numerics};
 use super::simd::{LANES, Simd, to_bf16};
@@ -179,16 +179,6 @@ impl ActWriter<'_> {
             Form::Integers if self.takes(x.len()) => unsafe { self.quantise(token, start, x) },
             Form::Floats | Form::Integers => {}
             Form::Tiles => round(s, x, start, &self.tile_row(token)),
-        }
-    }
-
-    /// Asks for the tiles of some tokens' elements.
-    #[inline(always)]
-    pub(super) fn prefetch(&self, tokens: &Range<usize>, columns: &Range<usize>) {
-        for token in tokens.clone() {
-            let TileRow { tiles, first } = self.tile_row(token);
-            let at = first + columns.start / TILE_K * TILE_CELLS + columns.start % TILE_K;
-            prefetch_for_writing(tiles.at(at, 1), 1);
         }
     }
 

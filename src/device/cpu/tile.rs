@@ -82,12 +82,13 @@ impl Meanwhile for () {
     fn some(&mut self) {}
 }
 
-/// M (1 or 2) by 2 tiles of results over `n_k` k-tiles.
+/// M (1 or 2) by 2 tiles of results over `n_k` k-tiles. With `PASSING`, left tiles should not take the L1 cache from right ones,
+/// which will be read again sooner.
 ///
 /// # Safety
 /// The pointers must be valid for all tiles: 16 rows of 64 bytes each, and M · 16 rows of 32 f32 of the target.
 #[inline(always)]
-pub(super) unsafe fn multiply<S: Simd, const M: usize>(
+pub(super) unsafe fn multiply<S: Simd, const M: usize, const PASSING: bool>(
     s: S,
     unit: Unit,
     (a, b): (&Tiles<M>, &Tiles<2>),
@@ -99,7 +100,7 @@ pub(super) unsafe fn multiply<S: Simd, const M: usize>(
     unsafe {
         match unit {
             #[cfg(target_arch = "x86_64")]
-            Unit::Amx => amx::multiply(*a, *b, n_k, target, meanwhile),
+            Unit::Amx => amx::multiply::<M, PASSING>(*a, *b, n_k, target, meanwhile),
             Unit::Vector => {
                 vector(s, a, b, n_k, target);
                 (0..n_k).for_each(|_| meanwhile.some());
@@ -199,12 +200,47 @@ pub(super) mod amx {
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
     }
 
+    /// A k-tile for two tiles of rows, left tiles loaded by that instruction.
+    macro_rules! two_rows {
+        ($load:literal, $a:ident, $b:ident) => {
+            asm!(
+                concat!($load, " tmm4, [{a0} + {sa}]"),
+                "tileloadd tmm6, [{b0} + {sb}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {sb}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                concat!($load, " tmm5, [{a1} + {sa}]"),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                a0 = in(reg) $a.start[0], a1 = in(reg) $a.start[M - 1],
+                b0 = in(reg) $b.start[0], b1 = in(reg) $b.start[1],
+                sa = in(reg) $a.stride, sb = in(reg) $b.stride, options(nostack, preserves_flags, readonly),
+            )
+        };
+    }
+
+    /// The same for one.
+    macro_rules! one_row {
+        ($load:literal, $a:ident, $b:ident) => {
+            asm!(
+                concat!($load, " tmm4, [{a0} + {sa}]"),
+                "tileloadd tmm6, [{b0} + {sb}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {sb}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                a0 = in(reg) $a.start[0],
+                b0 = in(reg) $b.start[0], b1 = in(reg) $b.start[1],
+                sa = in(reg) $a.stride, sb = in(reg) $b.stride, options(nostack, preserves_flags, readonly),
+            )
+        };
+    }
+
     /// See [`super::multiply`].
     ///
     /// # Safety
     /// As there, on a thread that has called [`configure`].
     #[inline(always)]
-    pub(super) unsafe fn multiply<const M: usize>(
+    pub(super) unsafe fn multiply<const M: usize, const PASSING: bool>(
         mut a: Tiles<M>,
         mut b: Tiles<2>,
         n_k: usize,
@@ -236,30 +272,11 @@ pub(super) mod amx {
             }
             // One piece of assembly per k-tile: the tile registers keep their values in between, since nothing else uses them.
             for _ in 0..n_k {
-                match M {
-                    2 => asm!(
-                        "tileloadd tmm4, [{a0} + {sa}]",
-                        "tileloadd tmm6, [{b0} + {sb}]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{b1} + {sb}]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        "tileloadd tmm5, [{a1} + {sa}]",
-                        "tdpbf16ps tmm2, tmm5, tmm6",
-                        "tdpbf16ps tmm3, tmm5, tmm7",
-                        a0 = in(reg) a.start[0], a1 = in(reg) a.start[M - 1],
-                        b0 = in(reg) b.start[0], b1 = in(reg) b.start[1],
-                        sa = in(reg) a.stride, sb = in(reg) b.stride, options(nostack, preserves_flags, readonly),
-                    ),
-                    _ => asm!(
-                        "tileloadd tmm4, [{a0} + {sa}]",
-                        "tileloadd tmm6, [{b0} + {sb}]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{b1} + {sb}]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        a0 = in(reg) a.start[0],
-                        b0 = in(reg) b.start[0], b1 = in(reg) b.start[1],
-                        sa = in(reg) a.stride, sb = in(reg) b.stride, options(nostack, preserves_flags, readonly),
-                    ),
+                match (M, PASSING) {
+                    (2, true) => two_rows!("tileloaddt1", a, b),
+                    (2, false) => two_rows!("tileloadd", a, b),
+                    (_, true) => one_row!("tileloaddt1", a, b),
+                    (_, false) => one_row!("tileloadd", a, b),
                 }
                 a.advance();
                 b.advance();

@@ -4,11 +4,9 @@
 //! Invariant: a weight is what its file means, rounded to bfloat16 once, as in [`Layout::Tiles`].
 
 use super::buffer::Aligned;
-use super::gemm::MAX_PANELS;
-use super::numerics::Layout;
 use super::simd::{Format, LANES, Q40, Q41, Q80, Simd, Spread};
 use super::tile::TILE_CELLS;
-use super::weights::{BLOCK, PANEL, Part, Weight, block_bytes};
+use super::weights::{BLOCK, PANEL};
 use crate::tensor::DType;
 use std::ops::Range;
 
@@ -18,79 +16,83 @@ pub(super) const PIECES: usize = 4;
 /// Elements of a tile's row: a pair of elements of k for 16 columns.
 const ROW: usize = 2 * LANES;
 
-/// Places for one panel that is multiplied, and for the one that comes after it.
-pub(super) const FEW: usize = 2;
-
-/// Most places: for the panels of a share, and the one after them.
-const MANY: usize = MAX_PANELS + 1;
-
-/// Bytes that a thread's places should take at most: half of a 2 MB L2 cache.
-const PLACES_BYTES: usize = 1 << 20;
-
-/// A thread's panels as tiles.
-#[derive(Default)]
-pub(super) struct Unpacked {
-    places: [Place; MANY],
+/// A block of k of a panel of packed weights.
+#[derive(Clone, Copy)]
+pub(super) struct Packed<'a> {
+    /// The part's number.
+    pub(super) part: u64,
+    pub(super) panel: usize,
+    /// K-tiles, the first and the one after the last.
+    pub(super) k: (usize, usize),
+    pub(super) dtype: DType,
+    pub(super) bytes: &'a [u8],
 }
 
-/// Room for a panel.
+impl Packed<'_> {
+    fn name(&self) -> Name {
+        (self.part, self.panel, self.k)
+    }
+
+    /// Elements.
+    fn n_cells(&self) -> usize {
+        (self.k.1 - self.k.0) * 2 * TILE_CELLS
+    }
+}
+
+/// What tells a block from all others.
+type Name = (u64, usize, (usize, usize));
+
+/// A thread's blocks as tiles: the one that is multiplied, and the one that comes after it.
+#[derive(Default)]
+pub(super) struct Unpacked {
+    places: [Place; 2],
+}
+
+/// Room for a block.
 #[derive(Default)]
 struct Place {
     tiles: Aligned<u16>,
-    /// What is there: a part, by its number, and a panel of it.
-    holds: Option<(u64, usize)>,
+    holds: Option<Name>,
 }
 
-/// A panel that is being unpacked.
+/// A block that is being unpacked.
 pub(super) struct Unpacking<'a> {
-    dtype: DType,
-    packed: &'a [u8],
+    packed: Packed<'a>,
     /// The pieces still to do.
     pieces: Range<usize>,
     place: &'a mut Place,
-    name: (u64, usize),
 }
 
 impl Unpacked {
-    /// Makes room for panels of up to `n_cells` elements as tiles.
-    pub(super) fn reserve(&mut self, n_cells: usize) {
-        for (i, place) in self.places.iter_mut().enumerate() {
-            // Wide panels have fewer places.
-            let n_cells = if i <= FEW { n_cells } else { n_cells.min(PLACES_BYTES / size_of::<u16>() / (i + 1)) };
-            if place.tiles.len() < n_cells {
-                *place = Place { tiles: Aligned::zeroed(n_cells), holds: None };
-            }
-        }
+    /// Makes room for blocks of up to `n_k` k-tiles.
+    pub(super) fn reserve(&mut self, n_k: usize) {
+        self.places.iter_mut().for_each(|place| place.tiles.reserve(n_k * 2 * TILE_CELLS));
     }
 
-    /// A panel's tiles, unpacked now if they are not yet, and the unpacking of the panel after it, if that is to come. Of
-    /// `n_places` panels that follow each other, the latest are kept.
+    /// A block's tiles, unpacked now if they are not yet, and the unpacking of the block after it, if that is to come.
     #[inline(always)]
-    pub(super) fn panels<'a, S: Simd>(
+    pub(super) fn block<'a, S: Simd>(
         &'a mut self,
         s: S,
-        (part, dtype): (&'a Part, DType),
-        panel: usize,
-        (next, n_places): (Option<usize>, usize),
+        now: Packed<'a>,
+        next: Option<Packed<'a>>,
     ) -> (&'a [u16], Option<Unpacking<'a>>) {
-        let is_there = |place: &Place, panel: usize| place.holds == Some((part.number, panel));
-        let (now, later) = (panel % n_places, (panel + 1) % n_places);
-        let [now, later] = self.places.get_disjoint_mut([now, later]).expect("two places of several");
-        if !is_there(now, panel) {
-            Unpacking::new((part, dtype), panel, now).some(s, usize::MAX);
+        let [here, there] = &mut self.places;
+        let (here, there) = if there.holds == Some(now.name()) { (there, here) } else { (here, there) };
+        if here.holds != Some(now.name()) {
+            Unpacking::new(now, here).some(s, usize::MAX);
         }
-        let next = next.filter(|&next| !is_there(later, next)).map(|next| Unpacking::new((part, dtype), next, later));
-        (&now.tiles[..n_cells(part, dtype)], next)
+        let next = next.filter(|next| there.holds != Some(next.name())).map(|next| Unpacking::new(next, there));
+        (&here.tiles[..now.n_cells()], next)
     }
 }
 
 impl<'a> Unpacking<'a> {
     #[inline(always)]
-    fn new((part, dtype): (&'a Part, DType), panel: usize, place: &'a mut Place) -> Self {
-        let n_cells = n_cells(part, dtype);
+    fn new(packed: Packed<'a>, place: &'a mut Place) -> Self {
         place.holds = None;
-        place.tiles.reserve(n_cells);
-        Self { dtype, packed: part.panel(panel), pieces: 0..n_cells / TILE_CELLS * PIECES, place, name: (part.number, panel) }
+        place.tiles.reserve(packed.n_cells());
+        Self { packed, pieces: 0..packed.n_cells() / TILE_CELLS * PIECES, place }
     }
 
     /// Pieces still to do.
@@ -103,8 +105,8 @@ impl<'a> Unpacking<'a> {
     #[inline(always)]
     pub(super) fn some<S: Simd>(&mut self, s: S, n: usize) {
         let end = self.pieces.end.min(self.pieces.start.saturating_add(n));
-        let (packed, pieces, tiles) = (self.packed, self.pieces.start..end, &mut *self.place.tiles);
-        match self.dtype {
+        let (packed, pieces, tiles) = (self.packed.bytes, self.pieces.start..end, &mut *self.place.tiles);
+        match self.packed.dtype {
             DType::Q4_0 => s.unpack::<Q40>(packed, pieces, tiles),
             DType::Q4_1 => s.unpack::<Q41>(packed, pieces, tiles),
             DType::Q8_0 => s.unpack::<Q80>(packed, pieces, tiles),
@@ -112,41 +114,13 @@ impl<'a> Unpacking<'a> {
             DType::Q5_1 | DType::Q4K | DType::Q5K => s.unpack::<Spread<true, false>>(packed, pieces, tiles),
             DType::Q3K | DType::Q6K => s.unpack::<Spread<false, true>>(packed, pieces, tiles),
             DType::Q2K => s.unpack::<Spread<true, true>>(packed, pieces, tiles),
-            DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{} has no blocks", self.dtype),
+            DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{} has no blocks", self.packed.dtype),
         }
         self.pieces.start = end;
         if end == self.pieces.end {
-            self.place.holds = Some(self.name);
+            self.place.holds = Some(self.packed.name());
         }
     }
-}
-
-/// Elements of a panel as tiles.
-#[inline(always)]
-fn n_cells(part: &Part, dtype: DType) -> usize {
-    part.panel_bytes() / block_bytes(dtype) * 2 * TILE_CELLS
-}
-
-/// Places for panels of so many elements, where those of a share are kept for other rows' shares of the same panels.
-fn n_places(n_cells: usize) -> usize {
-    (PLACES_BYTES / (n_cells * size_of::<u16>()).max(1)).clamp(FEW + 1, MANY)
-}
-
-/// Panels that shares of a part may have, so that they are kept.
-pub(super) fn kept_panels(part: &Part) -> usize {
-    match part.layout {
-        Layout::PackedTiles(dtype) => (n_places(n_cells(part, dtype)) - 1) & !1,
-        _ => MAX_PANELS,
-    }
-}
-
-/// Elements of a weight's panels as tiles, where they must be unpacked; else none.
-pub(super) fn widest(weight: &Weight) -> usize {
-    let cells = weight.parts.iter().map(|part| match part.layout {
-        Layout::PackedTiles(dtype) => n_cells(part, dtype),
-        _ => 0,
-    });
-    cells.max().unwrap_or(0)
 }
 
 /// Some pieces of a panel in packed blocks (`weights.rs`), in plain steps.

@@ -203,7 +203,7 @@ fn scores<S: Simd>(
         let p = &mut p[pair * 2 * BLOCK_TOKENS..];
         let target = Target { start: p.as_mut_ptr(), stride: TILE_KEYS, n_rows, add: false };
         // SAFETY: a head's keys in a block are `width / 32` tiles, as are 16 queries; `p` has 16 rows of 64.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target, meanwhile) };
+        unsafe { tile::multiply::<_, 1, false>(s, rows.attention.isa.unit(), (&a, &b), width / TILE_K, target, meanwhile) };
     }
 }
 
@@ -228,7 +228,7 @@ fn weighted_sum<S: Simd>(
         assert!(out.len() >= (TILE - 1) * width + column + 2 * TILE);
         let target = Target { start: out[column..].as_mut_ptr(), stride: width, n_rows, add: true };
         // SAFETY: weights and values hold 64 keys, of which the tiles of the first `end` are read; `out` has 16 rows.
-        unsafe { tile::multiply(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target, meanwhile) };
+        unsafe { tile::multiply::<_, 1, false>(s, rows.attention.isa.unit(), (&a, &b), end.div_ceil(TILE_K), target, meanwhile) };
     }
 }
 
