@@ -175,13 +175,7 @@ pub struct Vector(Vec<f32>);
 impl CpuDevice {
     /// A device of `n_threads` threads (the caller's is one of them) that uses the instructions of `isa`.
     pub fn new(isa: Isa, numerics: Numerics, n_threads: usize) -> Self {
-        Self {
-            isa,
-            numerics,
-            kv: Kv::default(),
-            team: Team::new(n_threads),
-            memory: RefCell::default(),
-        }
+        Self { isa, numerics, kv: Kv::default(), team: Team::new(n_threads), memory: RefCell::default() }
     }
 
     /// The same with keys and values kept in that way.

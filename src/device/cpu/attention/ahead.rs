@@ -34,6 +34,9 @@ impl<'a> Ahead<'a> {
     /// Asks for some lines.
     #[inline(always)]
     fn lines(&mut self, n: usize) {
+        if self.lines.is_empty() {
+            return;
+        }
         let of_block = n_lines(self.cache);
         let mut lines = self.lines.start..self.lines.end.min(self.lines.start + n);
         self.lines.start = lines.end;

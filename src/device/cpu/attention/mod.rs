@@ -29,7 +29,7 @@ pub(super) const TILE_KEYS: usize = 64;
 /// Blocks of a tile.
 const TILE_BLOCKS: usize = TILE_KEYS / BLOCK_TOKENS;
 /// Rows of a work item: enough that making a tile ready costs little, few enough to stay in the cache.
-const ITEM_ROWS: usize = 48;
+const ITEM_ROWS: usize = 96;
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block's slots are the lanes of a vector");
 
@@ -357,6 +357,23 @@ fn softmax<S: Simd>(
     s: S,
     spec: &AttentionSpec,
     seen: &[Seen],
+    p: (&mut [f32], &mut [u16]),
+    state: (&mut [f32], &mut [f32]),
+) -> [f32; LANES] {
+    // Most rows see whole tiles: of those nothing is asked vector by vector.
+    if spec.soft_cap.is_none() && seen.iter().all(Seen::all) {
+        softmax_of::<S, true>(s, spec, seen, p, state)
+    } else {
+        softmax_of::<S, false>(s, spec, seen, p, state)
+    }
+}
+
+/// [`softmax`]; with `WHOLE`, of rows that see all keys, and without a cap.
+#[inline(always)]
+fn softmax_of<S: Simd, const WHOLE: bool>(
+    s: S,
+    spec: &AttentionSpec,
+    seen: &[Seen],
     (p, rounded): (&mut [f32], &mut [u16]),
     (largest, sum): (&mut [f32], &mut [f32]),
 ) -> [f32; LANES] {
@@ -366,10 +383,10 @@ fn softmax<S: Simd>(
     // e^(scale · score) = 2^(factor · score)
     let factor = spec.soft_cap.map_or(spec.scale, |_| 1.0) * std::f32::consts::LOG2_E;
     let (mut before, mut most) = ([0.0; LANES], [0.0; LANES]);
-    for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.any()) {
+    for (r, seen) in seen.iter().enumerate().filter(|(_, seen)| WHOLE || seen.any()) {
         before[r] = largest[r];
         // SAFETY: `p` has four vectors for each row.
-        let here = factor * unsafe { largest_score(s, spec, *seen, p.as_mut_ptr().add(r * TILE_KEYS)) };
+        let here = factor * unsafe { largest_score::<S, WHOLE>(s, spec, *seen, p.as_mut_ptr().add(r * TILE_KEYS)) };
         largest[r] = if here > before[r] { here } else { before[r] };
         most[r] = largest[r];
     }
@@ -377,14 +394,14 @@ fn softmax<S: Simd>(
     // SAFETY: the arrays are vectors.
     unsafe { s.store(decay.as_mut_ptr(), s.exp2(s.sub(s.load(before.as_ptr()), s.load(most.as_ptr())))) };
     for (r, seen) in seen.iter().enumerate() {
-        if !seen.any() {
+        if !WHOLE && !seen.any() {
             rounded.iter_mut().skip(r * TILE_KEYS).take(TILE_KEYS).for_each(|weight| *weight = 0);
             continue;
         }
         // SAFETY: `p` and `rounded` have four vectors for each row, `sum` one.
         unsafe {
             let (p, sum) = (p.as_mut_ptr().add(r * TILE_KEYS), sum.as_mut_ptr().add(r * LANES));
-            let total = exponentials(s, *seen, (s.splat(factor), s.splat(-most[r])), p);
+            let total = exponentials::<S, WHOLE>(s, *seen, (s.splat(factor), s.splat(-most[r])), p);
             s.store(sum, s.fma(s.load(sum), s.splat(decay[r]), total));
             if !rounded.is_empty() {
                 let rounded = rounded.as_mut_ptr().add(r * TILE_KEYS);
@@ -402,7 +419,7 @@ fn softmax<S: Simd>(
 /// # Safety
 /// `p` must be valid for 64 f32.
 #[inline(always)]
-unsafe fn largest_score<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut f32) -> f32 {
+unsafe fn largest_score<S: Simd, const WHOLE: bool>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut f32) -> f32 {
     let minus_infinity = s.splat(f32::NEG_INFINITY);
     let mut x = [minus_infinity; TILE_BLOCKS];
     for (b, x) in x.iter_mut().enumerate() {
@@ -410,6 +427,9 @@ unsafe fn largest_score<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut
         unsafe {
             let p = p.add(b * LANES);
             *x = s.load(p);
+            if WHOLE {
+                continue;
+            }
             if let Some(cap) = spec.soft_cap {
                 *x = s.soft_cap(s.mul(*x, s.splat(spec.scale)), cap);
             }
@@ -430,7 +450,7 @@ unsafe fn largest_score<S: Simd>(s: S, spec: &AttentionSpec, seen: Seen, p: *mut
 /// # Safety
 /// `p` must be valid for 64 f32.
 #[inline(always)]
-unsafe fn exponentials<S: Simd>(s: S, seen: Seen, (factor, offset): (S::V, S::V), p: *mut f32) -> S::V {
+unsafe fn exponentials<S: Simd, const WHOLE: bool>(s: S, seen: Seen, (factor, offset): (S::V, S::V), p: *mut f32) -> S::V {
     let zero = s.splat(0.0);
     let mut e = [zero; TILE_BLOCKS];
     for (b, e) in e.iter_mut().enumerate() {
@@ -438,7 +458,7 @@ unsafe fn exponentials<S: Simd>(s: S, seen: Seen, (factor, offset): (S::V, S::V)
         unsafe {
             let p = p.add(b * LANES);
             *e = s.exp2_below(s.fma(s.load(p), factor, offset));
-            if !seen.all() {
+            if !WHOLE && !seen.all() {
                 *e = s.first(seen.end.saturating_sub(b * LANES), *e, zero);
                 *e = s.first(seen.first.saturating_sub(b * LANES), zero, *e);
             }

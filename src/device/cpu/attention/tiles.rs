@@ -22,7 +22,7 @@ pub(super) struct Scratch {
     pub(super) v: Aligned<u16>,
     /// `[ITEM_ROWS + 15][padded head_dim]`: a product reads 16 rows from any row on.
     pub(super) q: Aligned<u16>,
-    /// Scores, then exponentials, `[16][64]`
+    /// Scores, then exponentials, `[2][16][64]`: of some rows, and of those after them
     pub(super) p: Aligned<f32>,
     /// The exponentials rounded, `[16][64]`
     pub(super) weights: Aligned<u16>,
@@ -37,7 +37,7 @@ impl Scratch {
         self.k.reserve(TILE_KEYS * padded(head_dim));
         self.v.reserve(TILE_KEYS * padded(head_dim));
         self.q.reserve((ITEM_ROWS + TILE - 1) * padded(head_dim));
-        self.p.reserve(TILE * TILE_KEYS);
+        self.p.reserve(2 * TILE * TILE_KEYS);
         self.weights.reserve(TILE * TILE_KEYS);
         self.sums.reserve(TILE * padded(head_dim));
         self.masked.reserve(TILE_KEYS * padded(head_dim));
@@ -81,6 +81,8 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
     let mut ahead = Ahead::new(rows.attention.cache, next, TILE_BLOCKS + 4 * padded(spec.head_dim) / TILE_K + 2);
     load_keys(s, rows, keys, &mut scratch.tiles.k);
     let healthy = load_values(s, rows, keys, &mut scratch.tiles.v, &mut ahead);
+    // The next rows' scores are asked of the unit before these rows' exponentials are made: the unit and the lanes work side by side.
+    let mut before: Option<Group> = None;
     for row in range.clone().step_by(TILE) {
         let n = TILE.min(range.end - row);
         let mut seen = [Seen::default(); TILE];
@@ -88,10 +90,31 @@ pub(super) fn fold<S: Simd>(s: S, rows: &Rows<'_>, range: Range<usize>, keys: &K
             *seen = rows.seen(row + r, keys.start);
         }
         if seen[..n].iter().any(Seen::any) {
-            fold_group(s, rows, (row, keys), &seen[..n], (healthy, &mut ahead), scratch);
+            let end = seen[..n].iter().fold(0, |end, seen| end.max(seen.end));
+            let group = Group { row, n, seen, end, place: before.as_ref().map_or(0, |before| TILE * TILE_KEYS - before.place) };
+            let Scratch { k, q, p, .. } = &mut scratch.tiles;
+            let blocks = &keys.blocks[..end.div_ceil(BLOCK_TOKENS)];
+            scores(s, rows, (blocks, k), &q[row * padded(spec.head_dim)..], (&mut p[group.place..], n), &mut ahead);
+            if let Some(before) = before.replace(group) {
+                fold_group(s, rows, &before, (healthy, &mut ahead), scratch);
+            }
         }
     }
+    if let Some(last) = before {
+        fold_group(s, rows, &last, (healthy, &mut ahead), scratch);
+    }
     ahead.rest();
+}
+
+/// Some rows, what they see of a tile, and where their scores are.
+struct Group {
+    row: usize,
+    n: usize,
+    /// The first `n`.
+    seen: [Seen; TILE],
+    /// The most that one of them sees.
+    end: usize,
+    place: usize,
 }
 
 /// Makes a tile's keys ready, if they do not lie in the cache as they are taken.
@@ -148,21 +171,20 @@ pub(super) fn load_values<S: Simd>(s: S, rows: &Rows<'_>, keys: &Keys<'_>, v: &m
     most < 0x7f80
 }
 
-/// Folds the loaded tile into rows `row..`, of which row r sees the keys `seen[r]`.
+/// Folds the loaded tile into rows whose scores are there.
 #[inline(always)]
 fn fold_group<S: Simd>(
     s: S,
     rows: &Rows<'_>,
-    (row, keys): (usize, &Keys<'_>),
-    seen: &[Seen],
+    group: &Group,
     (healthy, ahead): (bool, &mut Ahead<'_>),
     scratch: &mut AttentionScratch,
 ) {
-    let AttentionScratch { tiles: Scratch { k, v, q, p, weights, sums, masked }, out, largest, sum, .. } = scratch;
+    let AttentionScratch { tiles: Scratch { v, p, weights, sums, masked, .. }, out, largest, sum, .. } = scratch;
     let spec = rows.attention.spec;
     let width = padded(spec.head_dim);
-    let end = seen.iter().fold(0, |end, seen| end.max(seen.end));
-    scores(s, rows, (&keys.blocks[..end.div_ceil(BLOCK_TOKENS)], k), &q[row * width..], (p, seen.len()), ahead);
+    let (row, end, seen) = (group.row, group.end, &group.seen[..group.n]);
+    let p = &mut p[group.place..];
     ahead.piece();
     let state = (&mut largest[row..][..seen.len()], &mut sum[row * LANES..][..seen.len() * LANES]);
     let decay = softmax(s, spec, seen, (p, weights), state);
