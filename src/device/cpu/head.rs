@@ -2,7 +2,7 @@
 //!
 //! Rows that are scored or take the likeliest token go through the vocabulary piece by piece: a worker multiplies a piece of
 //! the weight with some rows, takes in what they want of it (`sample::pieces`) while it is in the cache, and forgets it. Their
-//! logits are never there all at once: of 2,000 rows over 49,152 tokens they would be 393 MB, a worker's piece is 384 KiB.
+//! logits are never there all at once: of 2,000 rows over 49,152 tokens they would be 393 MB, a worker's piece is 576 KiB.
 //! What is drawn at random, or after its logits were changed, has its logits made, for [`DRAWN_ROWS`] rows at a time.
 //!
 //! Invariant: a row's logits are products of its own, and both ways take them in by the same pieces: with whom a row goes
@@ -23,11 +23,11 @@ use crate::request::MAX_TOP_LOGPROBS;
 use std::ops::Range;
 
 /// Rows that share a pass over the weight. Of what is kept of pieces there are so many rows.
-const PASS_ROWS: usize = 192;
+const PASS_ROWS: usize = 288;
 /// Rows whose logits are made at once: bounds the memory for logits.
 const DRAWN_ROWS: usize = 64;
 /// Rows of a worker's piece: few enough that its logits stay in the L2 cache.
-const PIECE_ROWS: usize = 96;
+const PIECE_ROWS: usize = 144;
 /// Rows of pieces are multiples of what any kernel takes at once.
 const ROWS_STEP: usize = 48;
 /// Logits of a worker's piece.
