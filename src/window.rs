@@ -1,4 +1,6 @@
-//! Scheduling classes. A completion window names one; the scheduler knows only the class and when a row is due.
+//! Scheduling classes. A completion window names one; the scheduler knows only the class, when a row is due, and whose it is.
+
+pub mod turns;
 
 /// How soon a sequence wants the machine; the order is the priority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

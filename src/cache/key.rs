@@ -49,6 +49,7 @@ pub fn key(fingerprint: &str, submission: &Submission) -> Option<Key> {
         checkpoint: _,
         begun: _,
         keep: _,
+        share: _,
     } = params;
     let grammar = match grammar {
         None => [0; 32],

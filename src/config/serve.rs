@@ -85,7 +85,7 @@ pub struct KeyConfig {
     pub rates: Rates,
     /// Whether it sees what others have used.
     pub is_admin: bool,
-    /// How many turns it has, where background responses wait, for each of a key with weight 1.
+    /// How many turns what it asks for has, where that waits, for each of a key with weight 1.
     pub weight: u32,
 }
 

@@ -24,8 +24,7 @@ impl Scheduler {
         }
         for (queue, &n_queued) in self.waiting.iter().zip(&self.n_queued) {
             assert_eq!(queue.iter().filter(|r| !r.is_admitted).count(), n_queued);
-            let order = |r: &Sequence| (r.rank.order(), !r.is_admitted);
-            assert!(queue.iter().map(order).is_sorted(), "by rank, and preempted rows before new ones");
+            assert!(queue.iter().map(Sequence::order).is_sorted(), "by rank, preempted rows before new ones, then by turns");
             assert!(queue.iter().all(|r| r.phase == Phase::Live && r.computed == 0 && r.buffers.table.is_empty()));
             for row in queue {
                 n_live[row.stream_idx] += 1;

@@ -13,6 +13,7 @@ use anyhow::{Context, anyhow};
 use super::{Checkpoint, Due, Engine, EngineStats, Finished, Progress, Scheduled, Submission};
 use crate::model::RunnerLimits;
 use crate::window::Class;
+use crate::window::turns::{Share, Turns};
 
 /// Cancels and ends of streams that may be on their way to the engine before their senders wait.
 const CONTROL_COMMANDS: usize = 64;
@@ -98,7 +99,7 @@ impl EngineHandle {
     #[expect(clippy::result_large_err, reason = "a refused submission comes back whole, to be submitted again")]
     pub fn submit(&self, submission: Submission) -> Result<(), Submission> {
         submission.check(&self.limits);
-        if self.gate.enter(submission.class, submission.due, 1) == 0 {
+        if self.gate.enter(submission.class, (submission.due, submission.params.share), 1) == 0 {
             return Err(submission);
         }
         self.commands.send(Command::Submit(submission)).map_err(|refused| match refused.0 {
@@ -115,14 +116,14 @@ impl EngineHandle {
     #[must_use]
     pub fn submit_all(&self, submissions: impl Iterator<Item = Submission>) -> bool {
         let mut rest = submissions.inspect(|next| next.check(&self.limits)).peekable();
-        while let Some((class, due)) = rest.peek().map(|next| (next.class, next.due)) {
-            let n_places = self.gate.enter(class, due, GROUP);
+        while let Some((class, due, share)) = rest.peek().map(|next| (next.class, next.due, next.params.share)) {
+            let n_places = self.gate.enter(class, (due, share), GROUP);
             if n_places == 0 {
                 return false;
             }
             let same = std::iter::from_fn(|| rest.next_if(|next| next.class == class));
             let group: Vec<Submission> = same.take(n_places).collect();
-            self.gate.leave(class, n_places - group.len());
+            self.gate.give_back(class, share, n_places - group.len());
             if self.commands.send(Command::SubmitAll(group)).is_err() {
                 return false;
             }
@@ -345,13 +346,16 @@ struct Gate {
 struct Places {
     n_taken: [usize; Class::ALL.len()],
     /// Whoever wants one, by when that is due.
-    wanted: Vec<(Class, i64)>,
+    wanted: Vec<(Class, i64, Share)>,
+    /// By class: whose turn it is, of what is due at the same time.
+    turns: [Turns; Class::ALL.len()],
     is_closed: bool,
 }
 
 impl Gate {
     fn new(max_waiting: usize) -> Self {
-        let places = Mutex::new(Places { n_taken: [0; Class::ALL.len()], wanted: Vec::new(), is_closed: false });
+        let (n_taken, turns) = Default::default();
+        let places = Mutex::new(Places { n_taken, wanted: Vec::new(), turns, is_closed: false });
         Self { places, changed: Condvar::new(), max_waiting }
     }
 
@@ -360,12 +364,15 @@ impl Gate {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes up to `n_wanted` places, when there are some and nobody of the class wants any for what is due sooner; none if
-    /// the gate is closed.
-    fn enter(&self, class: Class, due: Due, n_wanted: usize) -> usize {
-        let own = (class, due.at_ms);
+    /// Takes up to `n_wanted` places, when there are some and nobody of the class wants any for what is due sooner, or at the
+    /// same time by an owner whose turn it is; none if the gate is closed.
+    fn enter(&self, class: Class, (due, share): (Due, Share), n_wanted: usize) -> usize {
+        let own = (class, due.at_ms, share);
         let must_wait = |p: &mut Places| {
-            let is_first = p.wanted.iter().all(|&(other, at_ms)| other != class || at_ms >= due.at_ms);
+            let turns = &p.turns[class as usize];
+            let order = |at_ms: i64, share| (at_ms, turns.next(share));
+            let first = order(due.at_ms, share);
+            let is_first = p.wanted.iter().all(|&(other, at_ms, share)| other != class || order(at_ms, share) >= first);
             !p.is_closed && (p.n_taken[class as usize] >= self.max_waiting || !is_first)
         };
         let mut places = self.lock();
@@ -382,7 +389,16 @@ impl Gate {
         let n_taken = &mut places.n_taken[class as usize];
         let n_places = n_wanted.min(self.max_waiting - *n_taken);
         *n_taken += n_places;
+        let turns = &mut places.turns[class as usize];
+        let at = turns.take(share, n_places);
+        turns.pass(at);
         n_places
+    }
+
+    /// Gives places back that nobody needed.
+    fn give_back(&self, class: Class, share: Share, n: usize) {
+        self.lock().turns[class as usize].give_back(share, n);
+        self.leave(class, n);
     }
 
     fn leave(&self, class: Class, n: usize) {
@@ -401,5 +417,46 @@ impl Drop for GateCloser {
     fn drop(&mut self) {
         self.0.lock().is_closed = true;
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who gets places that become free one after the other, of two that always want one.
+    fn winners(n: usize, dues: [i64; 2]) -> Vec<u32> {
+        let gate = Gate::new(4);
+        let share = |owner, weight| Share { owner, weight };
+        let (won, wins) = std::sync::mpsc::channel();
+        assert_eq!(gate.enter(Class::Batch, (Due::NEVER, share(9, 1)), 9), 4, "as many as there are");
+        std::thread::scope(|scope| {
+            for (share, at_ms) in [share(1, 1), share(2, 3)].into_iter().zip(dues) {
+                let (gate, won) = (&gate, won.clone());
+                let due = Due { at_ms, ramp_ms: 0 };
+                scope.spawn(move || while gate.enter(Class::Batch, (due, share), 1) == 1 && won.send(share.owner).is_ok() {});
+            }
+            let order = (0..n).map(|_| {
+                while gate.lock().wanted.len() < 2 {
+                    std::thread::yield_now();
+                }
+                gate.leave(Class::Batch, 1);
+                wins.recv().unwrap()
+            });
+            let order = order.collect();
+            gate.lock().is_closed = true;
+            gate.changed.notify_all();
+            order
+        })
+    }
+
+    #[test]
+    fn what_is_due_at_the_same_time_takes_turns_by_weight() {
+        let order = winners(24, [7, 7]);
+        assert_eq!(order.iter().filter(|owner| **owner == 2).count(), 18, "{order:?}");
+        for (i, turns) in order.chunks(4).enumerate() {
+            assert!(turns.contains(&1) || i == 0, "{order:?}");
+        }
+        assert_eq!(winners(24, [6, 7]), [1; 24], "what is due sooner goes first, whosever turn it is");
     }
 }

@@ -26,6 +26,7 @@ pub mod shaping;
 mod stats;
 pub mod stop;
 mod stream;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -159,7 +159,7 @@ impl Scheduler {
     fn take_back(&mut self, aside: Aside) {
         for (queue, mut others) in self.waiting.iter_mut().zip(aside) {
             queue.append(&mut others);
-            queue.make_contiguous().sort_by_key(|row| (row.rank.order(), !row.is_admitted));
+            queue.make_contiguous().sort_by_key(Sequence::order);
         }
     }
 

@@ -7,6 +7,7 @@ use super::keep::Keep;
 use super::shaping::Grammar;
 use crate::device::batch::{Draw, HeadRow, Want};
 use crate::request::Repetition;
+use crate::window::turns::Share;
 use std::sync::Arc;
 
 /// A sequence's parameters, all resolved: nothing is optional that has a default.
@@ -60,6 +61,8 @@ pub struct SeqParams {
     /// Whose KV it may begin with, and how long its own is kept; `None`: it shares with those of its stream that say nothing
     /// either, and leaves nothing.
     pub keep: Option<Keep>,
+    /// Whose it is. Changes who goes first, never a bit of the result.
+    pub share: Share,
 }
 
 impl Default for SeqParams {
@@ -89,6 +92,7 @@ impl Default for SeqParams {
             checkpoint: 0,
             begun: None,
             keep: None,
+            share: Share::default(),
         }
     }
 }

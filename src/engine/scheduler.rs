@@ -26,6 +26,7 @@ use crate::device::BLOCK_TOKENS;
 use crate::device::batch::BlockCopy;
 use crate::model::RunnerLimits;
 use crate::window::Class;
+use crate::window::turns::Turns;
 
 /// See the module.
 pub(super) struct Scheduler {
@@ -36,7 +37,7 @@ pub(super) struct Scheduler {
     pub(super) kept: Kept,
     /// Entries are reused, never removed: sequences hold their index.
     pub(super) streams: Vec<Stream>,
-    /// By class, in the order of their ranks; of equal ones, preempted rows come first.
+    /// By class, as [`Sequence::order`] has them.
     pub(super) waiting: [VecDeque<Sequence>; 3],
     /// By class: waiting rows that never ran.
     pub(super) n_queued: [usize; 3],
@@ -48,6 +49,8 @@ pub(super) struct Scheduler {
     pub(super) step: u64,
     /// Who goes first.
     pub(super) policy: Policy,
+    /// By class: whose turn it is, among rows of the same rank.
+    pub(super) turns: [Turns; 3],
     /// What this step runs, in order.
     pub(super) scheduled: Vec<Scheduled>,
     /// What this step copies, in order.
@@ -82,6 +85,7 @@ impl Scheduler {
             n_running: 0,
             step: 0,
             policy: Policy::new(config.share_floors.map(|percent| f64::from(percent) / 100.0)),
+            turns: Default::default(),
             scheduled: Vec::with_capacity(limits.max_step_seqs),
             copies: Vec::with_capacity(limits.max_step_seqs),
             held: Vec::with_capacity(limits.max_step_seqs),
@@ -115,17 +119,9 @@ impl Scheduler {
         let n_computed = row.prompt.len().saturating_sub(self.kept.touch(&row, self.policy.now_ms()));
         row.predict(self.policy.service_ms(n_computed, n_drawn as usize));
         row.restore(tokens);
+        row.turn = self.turns[class].take(row.params.share, 1);
         self.enqueue(row);
         Ok(())
-    }
-
-    /// Puts a row into its class's queue: behind those of its rank, or, if it was preempted, before them.
-    fn enqueue(&mut self, row: Sequence) {
-        let queue = &mut self.waiting[row.class as usize];
-        let order = |row: &Sequence| (row.rank.order(), !row.is_admitted);
-        let own = order(&row);
-        let place = queue.partition_point(|other| order(other) < own || (order(other) == own && !row.is_admitted));
-        queue.insert(place, row);
     }
 
     /// The stream's entry. A new stream takes the place of one without rows once there are as many as rows can be live.
@@ -141,41 +137,6 @@ impl Scheduler {
         self.streams[idle].trunk.truncate(0, &mut self.blocks);
         self.streams[idle] = Stream::new(id, self.limits.max_context);
         idle
-    }
-
-    /// Forgets a row; its blocks are free at once. Where a step `is_under_way`, its place in the list goes when that is settled.
-    /// False if there is none of that name.
-    pub(super) fn cancel(&mut self, id: u64, is_under_way: bool) -> bool {
-        let mut row = None;
-        if let Some(idx) = self.running.iter().position(|s| s.id == id && s.phase == Phase::Live) {
-            self.release_blocks(idx);
-            self.n_running -= 1;
-            if is_under_way {
-                self.running[idx].phase = Phase::Finished;
-                return true;
-            }
-            row = Some(self.running.remove(idx));
-        }
-        for queue in &mut self.waiting {
-            if let Some(idx) = queue.iter().position(|s| s.id == id) {
-                row = queue.remove(idx);
-            }
-        }
-        let Some(row) = row else { return false };
-        self.n_queued[row.class as usize] -= usize::from(!row.is_admitted);
-        self.streams[row.stream_idx].n_live -= 1;
-        true
-    }
-
-    /// Forgets a stream's rows, and frees its trunk: no submission that shares with earlier ones will come.
-    pub(super) fn end_stream(&mut self, id: u32, is_under_way: bool) {
-        let Some(idx) = self.streams.iter().position(|s| s.id == id) else { return };
-        let rows = self.running.iter().chain(self.waiting.iter().flatten());
-        let ids: Vec<u64> = rows.filter(|row| row.stream_idx == idx).map(|row| row.id).collect();
-        for id in ids {
-            self.cancel(id, is_under_way);
-        }
-        self.streams[idx].trunk.truncate(0, &mut self.blocks);
     }
 
     /// Fills `scheduled` and `copies` for the next step.
@@ -401,6 +362,7 @@ impl Scheduler {
             row.is_admitted = true;
             row.n_cached = n_shared;
             row.start_constraint();
+            self.turns[class as usize].pass(row.turn);
             self.n_queued[class as usize] -= 1;
         }
         row.n_shared_blocks = beginning.n_blocks();

@@ -80,6 +80,8 @@ pub(super) struct Sequence {
     due: Due,
     /// Its place in the order of its class.
     pub(super) rank: Rank,
+    /// Among those of its rank that never ran: when its owner's turn comes.
+    pub(super) turn: u64,
     /// At most `prompt.len()`.
     pub(super) keep_tokens: usize,
     /// Index of its stream in the scheduler.
@@ -117,6 +119,12 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
+    /// What its class's queue is ordered by, least first: its rank; of the same, those that have run go before those that have not,
+    /// and these by turns.
+    pub(super) fn order(&self) -> (i64, u64) {
+        (self.rank.order(), if self.is_admitted { 0 } else { self.turn.saturating_add(1) })
+    }
+
     /// A sequence that waits.
     pub(super) fn new(submission: Submission, stream_idx: usize, max_context: usize) -> Self {
         let buffers = Buffers::new(&submission, max_context);
@@ -129,6 +137,7 @@ impl Sequence {
             class: submission.class,
             due: submission.due,
             rank: Rank::new(submission.class, submission.due, 0),
+            turn: 0,
             stream_idx,
             buffers,
             history,

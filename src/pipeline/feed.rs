@@ -8,9 +8,10 @@ use super::estimate::JobEstimator;
 use super::reuse::Lookup;
 use super::rows::{FeedTimes, WindowReader};
 use super::window::{PlannedWindow, WindowRow, WindowSettings, plan_window};
-use crate::engine::Due;
 use crate::engine::handle::{EngineHandle, panic_message};
+use crate::engine::{Due, Submission};
 use crate::journal::RowSet;
+use crate::window::turns::Share;
 use anyhow::{Context, Result, anyhow};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
@@ -38,7 +39,7 @@ pub(super) struct Feed {
     /// The name of the first sequence.
     pub(super) first_id: u64,
     /// What rows share prefixes in and when they are due, where the engine is not the job's own.
-    pub(super) seat: Option<(u32, Due)>,
+    pub(super) seat: Option<(u32, Due, Share)>,
     pub(super) checkpoints: Arc<Checkpoints>,
 }
 
@@ -116,7 +117,7 @@ struct Planner<'a> {
     stop: &'a AtomicBool,
     lookup: Option<&'a Lookup>,
     estimator: Option<&'a Mutex<JobEstimator>>,
-    seat: Option<(u32, Due)>,
+    seat: Option<(u32, Due, Share)>,
     checkpoints: Arc<Checkpoints>,
 }
 
@@ -139,7 +140,8 @@ impl Planner<'_> {
             window.trie_tokens -= u64::from(from_before);
         }
         if let Some(seat) = self.seat {
-            window.submissions.iter_mut().for_each(|submission| (submission.stream, submission.due) = seat);
+            let place = |next: &mut Submission| (next.stream, next.due, next.params.share) = seat;
+            window.submissions.iter_mut().for_each(place);
         }
         for (submission, (group, _)) in window.submissions.iter_mut().zip(&window.sequences) {
             self.checkpoints.apply(window.groups[*group as usize].leader.row_idx, submission);

@@ -27,6 +27,7 @@ use crate::outcome::{ErrorCode, RowError};
 use crate::prepare::sequences::n_computed;
 use crate::prepare::{Origin, Preparer, Prompt, RowForm};
 use crate::storage::{Location, Storage};
+use crate::window::turns::Share;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -75,6 +76,8 @@ pub struct Seat {
     pub stream: u32,
     /// When they should all be done.
     pub due: Due,
+    /// Whose it is.
+    pub share: Share,
 }
 
 /// A row that can't be run.
@@ -371,7 +374,7 @@ impl HostedJob {
             lookup: None,
             estimator: None,
             first_id: seat.first_id,
-            seat: Some((seat.stream, seat.due)),
+            seat: Some((seat.stream, seat.due, seat.share)),
             checkpoints: Arc::default(),
         };
         let ends = (window_finished, Arc::clone(&stop));

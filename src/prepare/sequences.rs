@@ -11,6 +11,7 @@ use crate::text::thinking::{self, ThinkFormat};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 use crate::window::Class;
+use crate::window::turns::Share;
 use std::sync::Arc;
 
 /// Which of a request's stop strings has ended a completion: what was drawn goes on with it after the text.
@@ -261,6 +262,7 @@ pub fn submission(id: u64, prompt: &Prompt, draw: (Option<u64>, u32), keep_token
             checkpoint: 0,
             begun: None,
             keep: None,
+            share: Share::default(),
         },
         class: Class::Batch,
         keep_tokens,

@@ -7,6 +7,7 @@ use super::limits::{Allowance, Rates};
 use super::once::Claim;
 use super::spans::Spot;
 use crate::config::serve::KeyConfig;
+use crate::window::turns::Share;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -98,9 +99,10 @@ impl Keys {
         if self.known.is_empty() { Some(&self.shared) } else { self.find(owner).map(|known| &known.allowance) }
     }
 
-    /// How many turns an owner has for each of one with weight 1.
-    pub(super) fn weight(&self, owner: &str) -> u32 {
-        self.find(owner).map_or(1, |known| known.weight)
+    /// Whose turns an owner's work takes, and how many it has; all keys that are not taken any more have theirs together.
+    pub(super) fn share(&self, owner: &str) -> Share {
+        let known = (1..).zip(&self.known).find(|(_, known)| known.owner == owner);
+        known.map_or_else(Share::default, |(number, known)| Share { owner: number, weight: known.weight })
     }
 
     /// Whether an owner sees what others have used.

@@ -25,6 +25,7 @@ use crate::outcome::{ErrorCode, RowError};
 use crate::store::Connection;
 use crate::store::ledger::Entry;
 use crate::store::responses::{self, StoredEvent, StoredResponse};
+use crate::window::turns::Share;
 use anyhow::{Context, Result};
 use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
@@ -121,11 +122,11 @@ impl Background {
         self.with(|open| open.get_mut(id).map_or((None, None), |open| (open.ticket.take(), open.held.take())))
     }
 
-    fn enqueue(&self, id: String, (owner, weight): (&str, u32), model: &str, window: Window) {
+    fn enqueue(&self, id: String, share: Share, model: &str, window: Window) {
         // Of a model that is not offered any more: whoever takes it up finds that out.
         let line = self.queues.get(&(model.to_owned(), window)).or_else(|| self.queues.values().next());
         if let Some(line) = line {
-            line.push(owner, weight, id);
+            line.push(share, id);
         }
     }
 
@@ -234,7 +235,7 @@ pub(super) async fn create(
             responses::update(connection, &new.id, "queued", None, &numbered(0, &first)).map(|_| Ok(()))
         });
         match stored.await.map_err(ApiError::from).and_then(|accepted| accepted) {
-            Ok(()) => app.background.enqueue(id.clone(), (&owner, app.keys.weight(&owner)), &model, window),
+            Ok(()) => app.background.enqueue(id.clone(), app.keys.share(&owner), &model, window),
             Err(error) => {
                 app.background.close(&id);
                 return Err(error);
@@ -275,7 +276,7 @@ pub(super) async fn start(app: &Arc<App>, n_running: usize) -> Result<()> {
             None => (String::new(), Window::Standard, None),
         };
         app.background.with(|open| open.insert(id.clone(), Open::new(None, ticket)));
-        app.background.enqueue(id, (&owner, app.keys.weight(&owner)), &model, window);
+        app.background.enqueue(id, app.keys.share(&owner), &model, window);
     }
     for line in app.background.queues.values() {
         let (app, line) = (Arc::clone(app), Arc::clone(line));

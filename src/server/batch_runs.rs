@@ -1,6 +1,6 @@
 //! Batches at work: each is checked, waits for a place, runs as a job on its model's engine, and ends in its files. How often that
 //! is tried is in `batch_tries`.
-//! Invariants: a batch that was accepted ends, whatever ends the process; of two that wait, the one that expires first runs
+//! Invariants: a batch that was accepted ends, whatever ends the process; of two that wait, the one that is due first runs
 //! first; what it ended as never changes.
 
 use super::App;
@@ -12,7 +12,7 @@ use super::batch_open::{CostLimit, Open};
 use super::batch_tokens::{Estimate, estimate};
 use super::log::say;
 use super::models::{Offered, now};
-use super::places::Place;
+use super::places::{Place, due};
 use super::prices::Amount;
 use super::residency::Lease;
 use super::{batch_tries, limits};
@@ -22,6 +22,7 @@ use crate::pipeline::hosted::{Checked, Ended, Ending, HostedJob, Inbox};
 use crate::pipeline::referenced::{Reference, Referenced, Refused};
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
+use crate::window::turns::Share;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -285,9 +286,10 @@ async fn wait_and_run(
             open.take_leave();
             continue;
         }
-        let (job, model, own, expires_at) = (job.clone(), Arc::clone(model), Arc::clone(open), stored.expires_at);
-        let ran =
-            spawn_blocking(move || run(&job, (&model, limit), lease, &own, expires_at)).await.context("the batch panicked")?;
+        let (job, model, own) = (job.clone(), Arc::clone(model), Arc::clone(open));
+        let (expires_at, share) = (stored.expires_at, app.keys.share(&stored.owner));
+        let ran = spawn_blocking(move || run(&job, (&model, limit), lease, &own, (expires_at, share)));
+        let ran = ran.await.context("the batch panicked")?;
         drop(place);
         let must_leave = open.take_leave();
         if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
@@ -304,9 +306,9 @@ async fn wait<'a>(
     model: &'a Offered,
 ) -> (Option<Place<'a>>, Option<Lease>) {
     let Some(mut woken) = open.wake() else { return (None, None) };
-    let key = (stored.expires_at, stored.id.clone());
-    let asked = Arc::clone(open);
-    let rung = app.batches.places.enter(&model.id, key.clone(), Box::new(move || asked.leave()));
+    let key = (due(stored.created_at, stored.expires_at), stored.expires_at, stored.id.clone());
+    let (share, asked) = (app.keys.share(&stored.owner), Arc::clone(open));
+    let rung = app.batches.places.enter(&model.id, (key.clone(), share), Box::new(move || asked.leave()));
     let place = Place { places: &app.batches.places, model: &model.id, key };
     tokio::select! {
         // An error would mean that the places are gone.
@@ -328,11 +330,11 @@ fn run(
     (model, limit): (&Offered, Option<CostLimit>),
     lease: Option<Lease>,
     open: &Arc<Open>,
-    expires_at: u64,
+    (expires_at, share): (u64, Share),
 ) -> Result<Option<Ended>> {
     let (link, inbox) = Inbox::new();
-    let [left, window] = [now(), job.created_unix_s].map(|from| Duration::from_secs(expires_at.saturating_sub(from)));
-    let at = model.live.seat(lease, &link, (&open.machine_ns, open.ticket()), (left, window));
+    let (due, window_s) = (due(job.created_unix_s, expires_at), expires_at.saturating_sub(job.created_unix_s));
+    let at = model.live.seat(lease, &link, (&open.machine_ns, open.ticket()), (due, window_s, share));
     open.begin_run(link);
     let told = Arc::clone(open);
     let ran = job.run(&at.seat, inbox, &|| open.stop(), move |totals| told.note(totals, limit));

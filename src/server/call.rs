@@ -131,6 +131,7 @@ impl Call {
             credit_ms: turn.credit_ms(),
             seed: identity.seed,
             keep: turn.keep(owner, app.kept_for),
+            share: app.keys.share(owner),
         };
         let flow = model.live.submit(at, prompts, terms);
         flow.count_as(ticket.take());

@@ -1,72 +1,50 @@
-//! Whose turn it is among those that wait. Knows nothing of who they are or what they wait for. Invariants: of owners that
-//! wait all the time, each gets turns in proportion to its weight, whatever the others have waiting; what is an owner's keeps its
-//! order; who had nothing waiting has saved no turns.
+//! Things that wait, and are taken by turns (`window::turns`). Knows nothing of what they are. Invariants: what is an owner's keeps
+//! its order; one that nobody wants any more takes no turn.
 
-use std::collections::{HashMap, VecDeque};
+use crate::window::turns::{Share, Turns};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use tokio::sync::Notify;
 
-/// What a turn takes of an owner's time, if its weight is 1.
-const TURN: u64 = 1 << 32;
-
-/// Whose turn it is. Pure.
+/// See the module. Pure.
 #[derive(Debug)]
-struct Fair<T> {
-    /// Every owner that ever waited: there are as many as there are keys.
-    owners: HashMap<String, Waiting<T>>,
-    /// The time of the last turn: it passes by turns alone.
-    now: u64,
+pub(super) struct Fair<T> {
+    /// By owner, what it has waiting, with their numbers, in the order in which they came.
+    waiting: BTreeMap<u32, (Share, VecDeque<(u64, T)>)>,
+    turns: Turns,
     n_pushed: u64,
-}
-
-#[derive(Debug)]
-struct Waiting<T> {
-    /// With their numbers, in the order in which they came.
-    items: VecDeque<(u64, T)>,
-    /// The time of its next turn.
-    next: u64,
-    weight: u32,
 }
 
 impl<T> Default for Fair<T> {
     fn default() -> Self {
-        Self { owners: HashMap::new(), now: 0, n_pushed: 0 }
+        Self { waiting: BTreeMap::new(), turns: Turns::default(), n_pushed: 0 }
     }
 }
 
 impl<T> Fair<T> {
-    /// One more waits, behind what its owner has waiting. The weight is at least 1.
-    fn push(&mut self, owner: &str, weight: u32, item: T) {
-        let number = self.n_pushed;
+    /// One more waits, behind what its owner has waiting.
+    pub(super) fn push(&mut self, share: Share, item: T) {
+        let (_, items) = self.waiting.entry(share.owner).or_insert_with(|| (share, VecDeque::new()));
+        items.push_back((self.n_pushed, item));
         self.n_pushed += 1;
-        let now = self.now;
-        if let Some(own) = self.owners.get_mut(owner) {
-            if own.items.is_empty() {
-                own.next = own.next.max(now);
-            }
-            own.items.push_back((number, item));
-        } else {
-            let own = Waiting { items: VecDeque::from([(number, item)]), next: now, weight };
-            self.owners.insert(owner.to_owned(), own);
-        }
     }
 
     /// Forgets those at the head of their owners' that nobody wants any more: they take no turn.
-    fn skip(&mut self, is_wanted: impl Fn(&T) -> bool) {
-        for own in self.owners.values_mut() {
-            while own.items.front().is_some_and(|(_, item)| !is_wanted(item)) {
-                own.items.pop_front();
+    pub(super) fn skip(&mut self, is_wanted: impl Fn(&T) -> bool) {
+        for (_, items) in self.waiting.values_mut() {
+            while items.front().is_some_and(|(_, item)| !is_wanted(item)) {
+                items.pop_front();
             }
         }
     }
 
     /// The one whose turn it is: of those whose time it is, the one that came first.
-    fn pop(&mut self) -> Option<T> {
-        let waiting = self.owners.values_mut().filter(|own| !own.items.is_empty());
-        let own = waiting.min_by_key(|own| (own.next, own.items.front().map(|(number, _)| *number)))?;
-        self.now = own.next;
-        own.next += TURN / u64::from(own.weight.max(1));
-        own.items.pop_front().map(|(_, item)| item)
+    pub(super) fn pop(&mut self) -> Option<T> {
+        let firsts = self.waiting.values().filter_map(|(share, items)| Some((*share, items.front()?.0)));
+        let (share, _) = firsts.min_by_key(|&(share, number)| (self.turns.next(share), number))?;
+        let at = self.turns.take(share, 1);
+        self.turns.pass(at);
+        self.waiting.get_mut(&share.owner)?.1.pop_front().map(|(_, item)| item)
     }
 }
 
@@ -82,9 +60,9 @@ impl Line {
         work(&mut self.ids.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// One more waits, behind what its owner has waiting. The weight is at least 1.
-    pub(super) fn push(&self, owner: &str, weight: u32, id: String) {
-        self.with(|ids| ids.push(owner, weight, id));
+    /// One more waits, behind what its owner has waiting.
+    pub(super) fn push(&self, share: Share, id: String) {
+        self.with(|ids| ids.push(share, id));
         self.bell.notify_one();
     }
 
@@ -111,8 +89,9 @@ mod tests {
     #[test]
     fn turns_are_by_weight_and_one_owner_waits_in_order() {
         let mut fair = Fair::default();
-        (0..100).for_each(|i| fair.push("a", 1, ("a", i)));
-        (0..100).for_each(|i| fair.push("b", 3, ("b", i)));
+        let share = |owner, weight| Share { owner, weight };
+        (0..100).for_each(|i| fair.push(share(0, 1), ("a", i)));
+        (0..100).for_each(|i| fair.push(share(1, 3), ("b", i)));
         let first: Vec<(&str, i32)> = (0..40).filter_map(|_| fair.pop()).collect();
         assert_eq!(first.iter().filter(|(owner, _)| *owner == "b").count(), 30, "{first:?}");
         for name in ["a", "b"] {
@@ -120,7 +99,7 @@ mod tests {
             assert!(own.is_sorted(), "{own:?}");
         }
         // One that comes now is served soon, and gets no turns for the time before.
-        (0..100).for_each(|i| fair.push("c", 1, ("c", i)));
+        (0..100).for_each(|i| fair.push(share(7, 1), ("c", i)));
         let then: Vec<&str> = (0..10).filter_map(|_| fair.pop()).map(|(owner, _)| owner).collect();
         assert_eq!(then.iter().filter(|owner| **owner == "c").count(), 2, "{then:?}");
         let alone: Vec<(&str, i32)> = std::iter::from_fn(|| fair.pop()).collect();
@@ -140,7 +119,7 @@ mod tests {
             for (owner, is_push) in steps {
                 let owner = owner % weights.len();
                 if is_push {
-                    fair.push(&owner.to_string(), weights[owner], (owner, n_pushed));
+                    fair.push(Share { owner: owner as u32, weight: weights[owner] }, (owner, n_pushed));
                     n_waiting[owner] += 1;
                     n_pushed += 1;
                 } else if let Some((owner, number)) = fair.pop() {

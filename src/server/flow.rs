@@ -137,6 +137,8 @@ struct Job {
     machine_ns: Arc<AtomicU64>,
     /// Its part of the work that is open.
     ticket: Option<Arc<BatchTicket>>,
+    /// When it is due: unix seconds, and milliseconds of the engine's clock.
+    due: Option<(u64, i64)>,
 }
 
 impl Routes {
@@ -155,15 +157,25 @@ impl Routes {
         }
     }
 
-    /// Sequences of a job's are its own from now on.
-    pub(super) fn open_job(&self, number: u64, link: &Link, machine_ns: &Arc<AtomicU64>, ticket: Option<Arc<BatchTicket>>) {
-        let is_closed = self.with(|table| {
-            table.jobs.insert(number, Job { link: link.clone(), machine_ns: Arc::clone(machine_ns), ticket });
-            table.is_closed
+    /// Sequences of a job's are its own from now on. It is `due` then, in unix seconds and by the engine's clock: by that clock,
+    /// what this gives. Those that are due in the same second are due in the same millisecond, or they would not take turns.
+    pub(super) fn open_job(
+        &self,
+        number: u64,
+        link: &Link,
+        (machine_ns, ticket): (&Arc<AtomicU64>, Option<Arc<BatchTicket>>),
+        due: Option<(u64, i64)>,
+    ) -> i64 {
+        let (is_closed, due) = self.with(|table| {
+            let same = table.jobs.values().filter_map(|other| other.due).find(|other| due.is_some_and(|own| own.0 == other.0));
+            let due = same.or(due);
+            table.jobs.insert(number, Job { link: link.clone(), machine_ns: Arc::clone(machine_ns), ticket, due });
+            (table.is_closed, due)
         });
         if is_closed {
             link.engine_ended();
         }
+        due.map_or(0, |(_, at_ms)| at_ms)
     }
 
     /// The job has ended.

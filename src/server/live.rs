@@ -4,7 +4,9 @@
 //! behind; memory held for a caller that reads slowly is bounded by its answer; what is loaded again has the same bits.
 
 use super::backlog::{Backlog, BatchTicket, Full, Ticket};
+use super::fair::Fair;
 use super::flow::{Cancel, Flow, Mailbox, Routes, first_id};
+use super::models::now;
 use super::observed::Observed;
 use super::pace::Pace;
 use super::receiving::Receiving;
@@ -24,6 +26,7 @@ use crate::prepare::sequences::{PromptMeta, draw_number, n_computed, submission}
 use crate::prepare::{Preparer, Prompt, RowForm};
 use crate::request::{Params, Request};
 use crate::window::Class;
+use crate::window::turns::Share;
 use anyhow::{Context, Result, ensure};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
@@ -98,14 +101,12 @@ pub(super) struct Shared<'a> {
 
 /// A call's prompts on their way to the engine.
 struct Work {
+    share: Share,
     submissions: Vec<Submission>,
     cancelled: Arc<AtomicBool>,
     /// Its call counts as waiting while it is here, even if nobody wants it any more.
     _place: Arc<Place>,
 }
-
-/// Batches are to be done so much of their window before its end: a twentieth.
-const DEADLINE_MARGIN: u32 = 20;
 
 /// What a call's prompts have in common.
 #[derive(Debug, Clone, Copy)]
@@ -120,6 +121,8 @@ pub struct Terms {
     pub seed: u64,
     /// Whose KV it finds, and how long its own is kept.
     pub keep: Keep,
+    /// Whose turn it takes.
+    pub share: Share,
 }
 
 /// Too many calls wait already.
@@ -290,7 +293,7 @@ impl LiveModel {
 
     /// Starts a call: its prompts run side by side, in their class.
     pub(super) fn submit(&self, (lease, place): (Lease, Place), prompts: &[Prompt], terms: Terms) -> Flow {
-        let Terms { class, accepted_ago, credit_ms, seed, keep } = terms;
+        let Terms { class, accepted_ago, credit_ms, seed, keep, share } = terms;
         let engine = Arc::clone(&lease.work.engine);
         let due = self.windows.due(class, engine.now_ms(), accepted_ago, credit_ms);
         let metas: Vec<PromptMeta> = prompts.iter().map(|prompt| PromptMeta::new(prompt, || seed)).collect();
@@ -303,7 +306,7 @@ impl LiveModel {
                 let draw = (meta.seed, draw_number(prompt, prompt_idx, choice));
                 let mut next = submission(id, prompt, draw, keep_tokens);
                 (next.class, next.stream, next.params.watch, next.due) = (class, class as u32, true, due);
-                next.params.keep = Some(keep);
+                (next.params.keep, next.params.share) = (Some(keep), share);
                 submissions.push(next);
                 sequences.push((id, prompt_idx));
             }
@@ -320,27 +323,26 @@ impl LiveModel {
         };
         let place = Arc::new(place);
         // Refused only by an engine that has ended; then its mailboxes are closed.
-        drop(lease.work.feeds[class as usize].send(Work { submissions, cancelled, _place: Arc::clone(&place) }));
+        drop(lease.work.feeds[class as usize].send(Work { share, submissions, cancelled, _place: Arc::clone(&place) }));
         let seen = (Arc::clone(&self.observed), class);
         Flow::new(metas, sequences, mailbox, (Arc::clone(&self.routes), lease), (cancel, place), seen)
     }
 
     /// A place for a job on the engine, in class batch. Its sequences' ends go to the link until the place is dropped.
-    /// Their shares of the machine's time are added to `machine_ns`, and what they do is taken from `ticket`. It has so much time
-    /// `left` of its window. Without a lease it can only be ended.
+    /// Their shares of the machine's time are added to `machine_ns`, and what they do is taken from `ticket`. It is `due` then (unix
+    /// seconds), in a window of so many seconds. Without a lease it can only be ended.
     pub(super) fn seat(
         &self,
         lease: Option<Lease>,
         link: &Link,
         (machine_ns, ticket): (&Arc<AtomicU64>, Option<Arc<BatchTicket>>),
-        (left, window): (Duration, Duration),
+        (due, window_s, share): (u64, u64, Share),
     ) -> JobPlace {
-        // What is only just done in time is done too late when a row takes longer than others.
-        let left = left.saturating_sub(window / DEADLINE_MARGIN);
         let number = self.next_job.fetch_add(1, Relaxed);
-        self.routes.open_job(number, link, machine_ns, ticket);
         let engine = lease.as_ref().map(|lease| Arc::clone(&lease.work.engine));
-        let now_ms = engine.as_ref().map_or(0, |engine| engine.now_ms());
+        let left_ms = (due as i64).saturating_sub(now() as i64).saturating_mul(1000);
+        let own = engine.as_ref().map(|engine| (due, engine.now_ms().saturating_add(left_ms)));
+        let at_ms = self.routes.open_job(number, link, (machine_ns, ticket), own);
         let seat = Seat {
             preparer: Arc::clone(&self.preparer),
             engine,
@@ -348,7 +350,8 @@ impl LiveModel {
             first_id: first_id(number),
             // Calls of each class have a stream of their own.
             stream: Class::ALL.len() as u32 + number as u32,
-            due: Due::window(now_ms + left.as_millis() as i64, window.as_millis() as i64),
+            due: Due::window(at_ms, 1000 * window_s as i64),
+            share,
         };
         JobPlace { seat, routes: Arc::clone(&self.routes), number, _lease: lease }
     }
@@ -404,12 +407,26 @@ impl Drop for Place {
     }
 }
 
-/// The thread that hands a class's prompts to the engine.
+/// The call whose turn it is; waits for one. `None`: none will come.
+fn next(work: &Receiver<Work>, waiting: &mut Fair<Work>) -> Option<Work> {
+    loop {
+        work.try_iter().for_each(|new| waiting.push(new.share, new));
+        waiting.skip(|next| !next.cancelled.load(SeqCst));
+        if let Some(next) = waiting.pop() {
+            return Some(next);
+        }
+        let new = work.recv().ok()?;
+        waiting.push(new.share, new);
+    }
+}
+
+/// The thread that hands a class's prompts to the engine, of several keys by turns.
 fn feed(class: Class, engine: Arc<EngineHandle>) -> Result<Sender<Work>> {
     let (sender, work): (_, Receiver<Work>) = channel();
     let thread = std::thread::Builder::new().name(format!("feed-{class:?}").to_lowercase());
     let run = move || {
-        for Work { submissions, cancelled, .. } in work {
+        let mut waiting = Fair::default();
+        while let Some(Work { submissions, cancelled, .. }) = next(&work, &mut waiting) {
             let ids: Vec<u64> = submissions.iter().map(|next| next.id).collect();
             let wanted = submissions.into_iter().take_while(|_| !cancelled.load(SeqCst));
             if !engine.submit_all(wanted) {

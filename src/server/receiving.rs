@@ -159,7 +159,7 @@ mod tests {
             }
             let (link, job) = Inbox::new();
             let (routes, job_ns) = (Arc::<Routes>::default(), Arc::default());
-            routes.open_job(0, &link, &job_ns, None);
+            routes.open_job(0, &link, (&job_ns, None), None);
             let receiving = Receiving {
                 routes,
                 stats: Arc::default(),

@@ -241,24 +241,28 @@ fn tokens_in_batches_are_limited_and_come_back() {
     assert_eq!(json!([long["status"], long["errors"]["data"][0]["code"]]), json!(["failed", "token_limit_exceeded"]), "{long}");
 }
 
-/// Whose background responses ended, in that order.
-fn turns(server: &Server) -> Vec<String> {
+/// Whose calls or batches of a window were charged, in that order.
+fn turns(server: &Server, window: &str) -> Vec<String> {
     let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
-    let mut ended = database.prepare("SELECT key FROM ledger WHERE window = 'standard' ORDER BY seq").unwrap();
-    let keys = ended.query_map([], |row| row.get(0)).unwrap();
+    let mut ended = database.prepare("SELECT key FROM ledger WHERE window = ?1 AND n_requests > 0 ORDER BY seq").unwrap();
+    let keys = ended.query_map([window], |row| row.get(0)).unwrap();
     keys.collect::<rusqlite::Result<_>>().unwrap()
+}
+
+/// A server on which one call has a place in the engine, and two wait there; with two keys.
+fn narrow() -> Server {
+    let config = format!(
+        "[engine]\nmax_running = 1\n[[key]]\nname = \"ours\"\nkey = {KEY:?}\n\
+         [[key]]\nname = \"many\"\nkey = \"many\"\n[[key]]\nname = \"few\"\nkey = \"few\"\nweight = 3\n"
+    );
+    Server::with(&config, &[])
 }
 
 #[test]
 fn keys_take_turns_in_the_background() {
     const MANY: usize = 12;
     const FEW: usize = 6;
-    // One has a place in the engine, and another waits there.
-    let config = format!(
-        "[engine]\nmax_running = 1\n[[key]]\nname = \"ours\"\nkey = {KEY:?}\n\
-         [[key]]\nname = \"many\"\nkey = \"many\"\n[[key]]\nname = \"few\"\nkey = \"few\"\nweight = 3\n"
-    );
-    let mut server = Server::with(&config, &[]);
+    let mut server = narrow();
     let post = |server: &Server, key: &str, path: &str, body: &Value| {
         server.send("POST", path, &[("x-api-key", key)], body.to_string()).json()
     };
@@ -283,7 +287,7 @@ fn keys_take_turns_in_the_background() {
                 left = post(&server, key, "/v1/responses/wait", &json!({"ids": left}))["pending"].clone();
             }
         }
-        let ended = turns(&server).split_off(n_before);
+        let ended = turns(&server, "standard").split_off(n_before);
         n_before += ended.len();
         assert_eq!(ended.len(), MANY + FEW, "an order is all that is changed: {ended:?}");
         // Two of the first key may have gone before the second one came; then three of four turns are that one's. With equal
@@ -291,4 +295,76 @@ fn keys_take_turns_in_the_background() {
         let last = 1 + ended.iter().rposition(|key| key == "few").unwrap();
         assert!(last <= 11, "one key's calls had to wait for another's: {ended:?}");
     }
+}
+
+#[test]
+fn keys_take_turns_where_calls_wait() {
+    let server = narrow();
+    for window in ["asap", "standard"] {
+        let long = chat("Go on.", json!({"max_tokens": 7000, "ignore_eos": true, "stream": true}));
+        let mut running = server.open("/v1/chat/completions", &long);
+        read_until(&mut running, "\"content\":\"");
+        let body = chat("Hi", json!({"max_tokens": 1, "ignore_eos": true, "metadata": {"completion_window": window}}));
+        let call = |key| server.send("POST", "/v1/chat/completions", &[("x-api-key", key)], body.to_string());
+        std::thread::scope(|scope| {
+            let mut calls = Vec::new();
+            for (key, n) in [("many", 16), ("few", 6)] {
+                calls.extend((0..n).map(|_| scope.spawn(move || call(key))));
+                while (server.metric("valar_open_calls{") as usize) < 1 + calls.len() {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+            drop(running);
+            assert!(calls.into_iter().all(|call| call.join().unwrap().status == 200));
+        });
+        let mut ended = turns(&server, window);
+        ended.retain(|key| key != "ours");
+        // Of those of the first key that had been let into the engine's queue, some may have gone before; by arrival, the other
+        // key's last would be the last of all, and with equal weights about the fourteenth.
+        let last = 1 + ended.iter().rposition(|key| key == "few").unwrap();
+        assert!(ended.len() == 22 && last <= 13, "{window}: one key's calls had to wait for another's: {ended:?}");
+    }
+}
+
+#[test]
+fn batches_of_several_keys_take_turns() {
+    let server = narrow();
+    let post = |key: &str, n: usize, max_tokens: u32| {
+        let params = |i: usize| chat(&format!("Hi {i}"), json!({"max_tokens": max_tokens, "ignore_eos": true}));
+        let requests: Vec<Value> = (0..n).map(|i| json!({"custom_id": format!("a{i}"), "params": params(i)})).collect();
+        let body = json!({"endpoint": "/v1/chat/completions", "requests": requests}).to_string();
+        server.send("POST", "/v1/batches", &[("x-api-key", key)], body).json()
+    };
+    let state = |key: &str, batch: &Value| {
+        let path = format!("/v1/batches/{}", batch["id"].as_str().unwrap());
+        server.send("GET", &path, &[("x-api-key", key)], "").json()
+    };
+    let wait = |key: &str, batch: &Value, until: &str| {
+        while state(key, batch)["status"] != until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    // Nothing of them begins while this has the place.
+    let long = chat("Go on.", json!({"max_tokens": 7000, "ignore_eos": true, "stream": true}));
+    let mut running = server.open("/v1/chat/completions", &long);
+    read_until(&mut running, "\"content\":\"");
+    let batches = loop {
+        // Two of one key would have both places, but that the other key has a batch, too.
+        let first = [post("many", 60, 3), post("many", 60, 3)];
+        first.iter().for_each(|batch| wait("many", batch, "in_progress"));
+        let second = post("few", 12, 3);
+        wait("few", &second, "in_progress");
+        // What the end of a part of the day falls between is not due together: a twentieth of it before it ends.
+        let due = |batch: &Value| {
+            let part = (batch["expires_at"].as_u64().unwrap() - batch["created_at"].as_u64().unwrap()) / 20;
+            batch["expires_at"].as_u64().unwrap() / part
+        };
+        if due(&first[0]) == due(&second) && due(&first[1]) == due(&second) {
+            break [("few", second), ("many", first[0].clone()), ("many", first[1].clone())];
+        }
+    };
+    drop(running);
+    batches.iter().for_each(|(key, batch)| wait(key, batch, "completed"));
+    let ended = turns(&server, "batch");
+    assert_eq!(ended[ended.len() - 3..], ["few", "many", "many"], "in the order of arrival it would be the last");
 }

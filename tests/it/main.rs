@@ -97,6 +97,7 @@ mod tls;
 mod tokenizers;
 mod traces;
 mod trajectories;
+mod turns;
 mod webhooks;
 mod weights;
 mod window_terms;
