@@ -1,7 +1,9 @@
 //! The keys that callers of a server may have, of the file and of the flags; of each only its hash stays.
 
 use super::serve::KeyConfig;
+use crate::server::budgets::{Budget, Period};
 use crate::server::limits::Rates;
+use crate::server::prices::micro;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use std::ops::RangeInclusive;
@@ -20,10 +22,24 @@ pub(super) struct KeyEntry {
     requests_per_minute: Option<u64>,
     tokens_per_minute: Option<u64>,
     batch_tokens: Option<u64>,
+    max_cost: Option<f64>,
+    cost_period: Option<Period>,
 }
 
 fn one() -> u32 {
     1
+}
+
+impl KeyEntry {
+    fn budget(&self) -> Result<Option<Budget>> {
+        let Some(most) = self.max_cost else {
+            ensure!(self.cost_period.is_none(), "key.cost_period: needs key.max_cost");
+            return Ok(None);
+        };
+        let most = micro(most).context("key.max_cost")?;
+        ensure!(most > 0, "key.max_cost: must be more than 0; leave it out for a key without a budget");
+        Ok(Some(Budget { most, period: self.cost_period.unwrap_or_default() }))
+    }
 }
 
 /// What keys may weigh.
@@ -51,7 +67,7 @@ pub(super) fn keys<'k>(plain: impl Iterator<Item = &'k String>, entries: &[KeyEn
     let rates = common.rates();
     let plain = plain.map(|key| {
         ensure!(!key.is_empty(), "server.api_keys: a key is empty");
-        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false, weight: 1 })
+        Ok(KeyConfig { name: None, hash: blake3::hash(key.as_bytes()), rates, is_admin: false, weight: 1, budget: None })
     });
     let entries = entries.iter().map(|entry| {
         let hash = match (&entry.key, &entry.hash) {
@@ -65,7 +81,9 @@ pub(super) fn keys<'k>(plain: impl Iterator<Item = &'k String>, entries: &[KeyEn
             tokens_per_minute: entry.tokens_per_minute.unwrap_or(common.tokens_per_minute),
             batch_tokens: entry.batch_tokens.or(common.batch_tokens),
         };
-        Ok(KeyConfig { name: entry.name.clone(), hash, rates: own.rates(), is_admin: entry.admin, weight: entry.weight })
+        let budget = entry.budget()?;
+        let (name, rates) = (entry.name.clone(), own.rates());
+        Ok(KeyConfig { name, hash, rates, is_admin: entry.admin, weight: entry.weight, budget })
     });
     let keys: Vec<KeyConfig> = plain.chain(entries).collect::<Result<_>>()?;
     for (i, key) in keys.iter().enumerate() {

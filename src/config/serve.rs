@@ -8,6 +8,7 @@ use crate::device::cpu::{Kv, Numerics};
 use crate::pipeline::referenced::Places;
 use crate::pipeline::spec::{EngineSpec, SamplingSpec};
 use crate::request::Params;
+use crate::server::budgets::Budget;
 use crate::server::limits::Rates;
 use crate::server::prices::{self, PriceSpec, Prices, PricesSpec};
 use crate::server::trajectories::TrajectoriesSpec;
@@ -87,6 +88,8 @@ pub struct KeyConfig {
     pub is_admin: bool,
     /// How many turns what it asks for has, where that waits, for each of a key with weight 1.
     pub weight: u32,
+    /// What it may be charged, if that is limited.
+    pub budget: Option<Budget>,
 }
 
 /// A model under its public name.
@@ -351,11 +354,14 @@ impl ServeConfig {
         }
         let (kept_percent, kept_for) = spec.trajectories.checked().context("trajectories")?;
         let (models, memory_bytes, memory_is_given) = models(args, &spec)?;
+        let keys = keys(server.api_keys.iter().chain(&args.api_key), &spec.key, server.common())?;
+        let has_prices = models.iter().any(|offered| offered.prices.of_batch().is_some());
+        ensure!(has_prices || keys.iter().all(|key| key.budget.is_none()), "key.max_cost: there are no prices to count it by");
         Ok(Self {
             host: args.host.clone().unwrap_or_else(|| server.host.clone()),
             port: args.port.unwrap_or(server.port),
             data: args.data.clone().unwrap_or_else(|| server.data.clone()),
-            keys: keys(server.api_keys.iter().chain(&args.api_key), &spec.key, server.common())?,
+            keys,
             tls: TlsFiles::new(args, server)?,
             models,
             memory_bytes,

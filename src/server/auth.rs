@@ -1,6 +1,7 @@
 //! API keys: who calls, and how much it may ask for. Invariant: no key is kept as it was given, and comparing takes the same
 //! time whatever was sent.
 
+use super::budgets::Purse;
 use super::errors::ApiError;
 use super::ids;
 use super::limits::{Allowance, Rates};
@@ -70,17 +71,19 @@ struct Known {
     is_admin: bool,
     weight: u32,
     allowance: Arc<Allowance>,
+    purse: Option<Arc<Purse>>,
 }
 
 impl Keys {
-    /// These keys; `rates` are everybody's where there are none.
-    pub(super) fn new(keys: &[KeyConfig], rates: Rates) -> Self {
+    /// These keys; `rates` are everybody's where there are none, budgets are in that currency.
+    pub(super) fn new(keys: &[KeyConfig], rates: Rates, currency: &str) -> Self {
         let known = keys.iter().map(|key| {
             // Not the hash itself: what is stored must not be of use to whoever guesses keys.
             let owner = ids::derived("valar owner of stored objects 1", key.hash.as_bytes());
             let name = key.name.clone().unwrap_or_else(|| format!("key-{}", owner.get(..8).unwrap_or(&owner)));
             let allowance = Arc::new(Allowance::new(key.rates));
-            Known { hash: key.hash, owner, name, is_admin: key.is_admin, weight: key.weight, allowance }
+            let purse = key.budget.map(|budget| Arc::new(Purse::new(owner.clone(), budget, currency.to_owned())));
+            Known { hash: key.hash, owner, name, is_admin: key.is_admin, weight: key.weight, allowance, purse }
         });
         Self { known: known.collect(), shared: Arc::new(Allowance::new(rates)) }
     }
@@ -97,6 +100,11 @@ impl Keys {
     /// What an owner may ask for; `None` of a key that is not taken any more.
     pub(super) fn allowance(&self, owner: &str) -> Option<&Arc<Allowance>> {
         if self.known.is_empty() { Some(&self.shared) } else { self.find(owner).map(|known| &known.allowance) }
+    }
+
+    /// What an owner may be charged, if that is limited.
+    pub(super) fn purse(&self, owner: &str) -> Option<&Arc<Purse>> {
+        self.find(owner)?.purse.as_ref()
     }
 
     /// Whose turns an owner's work takes, and how many it has; all keys that are not taken any more have theirs together.

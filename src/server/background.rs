@@ -213,7 +213,7 @@ pub(super) async fn create(
     };
     let claim = owner.claim.clone().zip(Some(if is_streamed { once::RESPONSE_EVENTS } else { once::RESPONSE }));
     let first = [event(0, "response.created", &response), event(1, "response.queued", &response)];
-    let (ticket, held) = (prepared.admit(app)?, prepared.hold(app, owner)?);
+    let (ticket, held) = (prepared.admit(app)?, prepared.hold(app, owner).await?);
     if !app.background.open(&id, held, ticket) {
         return Err(ApiError::busy());
     }

@@ -95,7 +95,11 @@ pub(super) async fn accept(
             new.settings = serde_json::to_string(&settings).context("settings are JSON")?;
             new.n_tokens = if limit > 0 { estimate.most } else { 0 };
             let file = file.map(|file| StoredFile { bytes: n_bytes, ..file });
-            match enter(&model, &new, &settings, &estimate) {
+            let entered = match has_budget(&app, &new.owner, settings.tariff).await {
+                Ok(()) => enter(&model, &new, &settings, &estimate),
+                Err(refused) => Err(refused),
+            };
+            match entered {
                 Ok(ticket) => {
                     let written =
                         app.store.write(move |connection| store(connection, &new, file, (claim, receiver), limit)).await;
@@ -120,6 +124,14 @@ pub(super) async fn accept(
     }
     batch_tries::take_up(&app, id, Some(Arc::new(ticket)));
     Ok(())
+}
+
+/// Refuses what would be charged if nothing is left of its owner's budget.
+async fn has_budget(app: &App, owner: &str, tariff: Tariff) -> Result<(), ApiError> {
+    match app.keys.purse(owner) {
+        Some(purse) if !matches!(tariff, Tariff::Free) => purse.hold(app, 0).await.map(drop),
+        _ => Ok(()),
+    }
 }
 
 /// Counts it in as work to be done, if that can be done by its end, and what it costs can be known if it may only cost so much.

@@ -2,8 +2,9 @@
 //! `batch_runs`. Invariant: the first reason to end is the one that it ends for.
 
 use super::backlog::BatchTicket;
+use super::budgets::{Spending, USED_UP};
 use super::places::Places;
-use super::prices::{Amount, Price};
+use super::prices::Price;
 use crate::pipeline::hosted::{Ending, Link, Totals};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -61,23 +62,11 @@ struct Control {
     must_leave: bool,
 }
 
-/// What a batch may cost at most, and the prices that it is charged by.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct CostLimit {
-    pub(super) price: Price,
-    pub(super) most: Amount,
-}
-
 /// What a batch is called that costs what it may.
 pub(super) const OVER_COST: &str = "max_cost_reached";
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What so many tokens cost.
-fn cost(totals: Totals, price: Price) -> Amount {
-    Amount(price.charge(totals.prompt_tokens, totals.cached_tokens, totals.completion_tokens))
 }
 
 impl Progress {
@@ -93,7 +82,7 @@ impl Progress {
             Some((a_row * n_rows.saturating_sub(self.n_done()) as f64).ceil() as u64)
         });
         let tokens_done = self.totals.map(|totals| totals.prompt_tokens + totals.completion_tokens);
-        let cost = self.totals.zip(price).map(|(totals, price)| cost(totals, price).to_string());
+        let cost = self.totals.zip(price).map(|(totals, price)| Spending::cost(price, totals).to_string());
         json!({"tokens_done": tokens_done, "eta_s": eta_s, "cost": cost})
     }
 }
@@ -124,15 +113,25 @@ impl Open {
         lock(&self.progress).counts = counts;
     }
 
-    /// Its job has come to this; one that costs what it may ends.
-    pub(super) fn note(&self, totals: Totals, limit: Option<CostLimit>) {
+    /// Its job has come to this; one that costs what it may ends, and so does one whose key may not be charged more.
+    pub(super) fn note(&self, totals: Totals, spending: Option<&Spending>) {
         {
             let mut progress = lock(&self.progress);
             (progress.counts, progress.totals) = ((totals.n_ok, totals.n_failed), Some(totals));
         }
-        if limit.is_some_and(|limit| cost(totals, limit.price) >= limit.most) && self.ending().is_none() {
+        let Some(spending) = spending else { return };
+        if spending.note(totals) && self.ending().is_none() {
             let message = "the batch had cost what it may, its max_cost, before this request ran";
             self.end(Ending::Rest(OVER_COST, message.into()));
+        }
+        self.end_if_used_up(spending.used_up());
+    }
+
+    /// Ends it if that is said of its key's budget.
+    pub(super) fn end_if_used_up(&self, said: Option<String>) {
+        if let Some(said) = said.filter(|_| self.ending().is_none()) {
+            let message = format!("{said}; this request did not run, and can be retried with the others of its batch");
+            self.end(Ending::Rest(USED_UP, message));
         }
     }
 
@@ -267,6 +266,7 @@ impl Batches {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::prices::Amount;
 
     #[test]
     fn a_batch_ends_when_it_has_cost_what_it_may_and_for_the_first_reason() {
@@ -274,7 +274,8 @@ mod tests {
         let totals =
             |completion_tokens| Totals { n_ok: 3, prompt_tokens: 10, cached_tokens: 4, completion_tokens, ..Totals::default() };
         // 6 at 2, 4 at 1, and the rest at 5, of a million.
-        let limit = Some(CostLimit { price, most: Amount(36_000_000) });
+        let spending = Spending::new(price, Some(Amount(36_000_000)), None);
+        let limit = Some(&spending);
         let open = Open::default();
         open.note(totals(3), limit);
         assert_eq!(open.ending(), None);

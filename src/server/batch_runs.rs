@@ -8,8 +8,9 @@ use super::backlog::BatchTicket;
 use super::batch_accept::Tariff;
 use super::batch_ends::{conclude, fail, unwritten};
 use super::batch_inputs::{self, first_model, lines, model_of};
-use super::batch_open::{CostLimit, Open};
+use super::batch_open::Open;
 use super::batch_tokens::{Estimate, estimate};
+use super::budgets::Spending;
 use super::log::say;
 use super::models::{Offered, now};
 use super::places::{Place, due};
@@ -30,12 +31,15 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::task::spawn_blocking;
+use tokio::task::{AbortHandle, spawn_blocking};
 
 /// Faults of lines that are told.
 const MAX_FAULTS: usize = 1000;
 /// Of one that is to end, the input is looked for no longer than that.
 const LAST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How often it is looked what a batch's key was charged for other things.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is kept of a batch beside its object.
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,10 +65,11 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// What a batch of this model may cost; `None`: as much as it comes to.
-    fn cost_limit(&self, app: &App, model: &str) -> Option<CostLimit> {
-        let (most, price) = self.max_cost.zip(self.tariff.price(app, model))?;
-        Some(CostLimit { price, most: Amount::of_micro(most) })
+    /// What an owner's batch of this model may cost, if anything limits that.
+    fn spending(&self, app: &App, owner: &str, model: &str) -> Option<Arc<Spending>> {
+        let (most, purse) = (self.max_cost.map(Amount::of_micro), app.keys.purse(owner));
+        let price = self.tariff.price(app, model).filter(|_| most.is_some() || purse.is_some())?;
+        Some(Arc::new(Spending::new(price, most, purse)))
     }
 }
 
@@ -170,8 +175,9 @@ pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<
     if open.ticket().is_none() {
         open.count_as(count_in(&job, &model, open.counts(), stored.expires_at).await?);
     }
-    let limit = settings.cost_limit(app, &model.id);
-    let ended = wait_and_run(app, &stored, open, job, (&model, limit)).await;
+    // Until it is charged.
+    let spending = settings.spending(app, &stored.owner, &model.id);
+    let ended = wait_and_run(app, &stored, open, job, (&model, &spending)).await;
     timer.abort();
     if let Some(ended) = ended? {
         conclude(app, id, open, &settings, &ended).await?;
@@ -273,7 +279,7 @@ async fn wait_and_run(
     stored: &StoredBatch,
     open: &Arc<Open>,
     job: HostedJob,
-    (model, limit): (&Arc<Offered>, Option<CostLimit>),
+    (model, spending): (&Arc<Offered>, &Option<Arc<Spending>>),
 ) -> Result<Option<Ended>> {
     loop {
         let (place, lease) = wait(app, stored, open, model).await;
@@ -286,10 +292,12 @@ async fn wait_and_run(
             open.take_leave();
             continue;
         }
-        let (job, model, own) = (job.clone(), Arc::clone(model), Arc::clone(open));
+        let (job, model, own, spending) = (job.clone(), Arc::clone(model), Arc::clone(open), spending.clone());
         let (expires_at, share) = (stored.expires_at, app.keys.share(&stored.owner));
-        let ran = spawn_blocking(move || run(&job, (&model, limit), lease, &own, (expires_at, share)));
-        let ran = ran.await.context("the batch panicked")?;
+        let watch = watch(app, open, spending.clone()).await?;
+        let ran = spawn_blocking(move || run(&job, (&model, spending), lease, &own, (expires_at, share))).await;
+        watch.abort();
+        let ran = ran.context("the batch panicked")?;
         drop(place);
         let must_leave = open.take_leave();
         if !matches!(ran, Ok(None)) || !must_leave || open.ending() == Some(Ending::Pause) {
@@ -324,10 +332,27 @@ async fn wait<'a>(
     }
 }
 
+/// Ends it if nothing is left of its key's budget, now or, as long as this is not aborted, later.
+async fn watch(app: &Arc<App>, open: &Arc<Open>, spending: Option<Arc<Spending>>) -> Result<AbortHandle> {
+    if let Some(spending) = &spending {
+        open.end_if_used_up(spending.look(app).await?);
+    }
+    let (app, open) = (Arc::clone(app), Arc::clone(open));
+    let watching = tokio::spawn(async move {
+        let Some(spending) = spending else { return };
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            // What can't be read now is read a second later.
+            open.end_if_used_up(spending.look(&app).await.ok().flatten());
+        }
+    });
+    Ok(watching.abort_handle())
+}
+
 /// Without a lease it is only ended.
 fn run(
     job: &HostedJob,
-    (model, limit): (&Offered, Option<CostLimit>),
+    (model, spending): (&Offered, Option<Arc<Spending>>),
     lease: Option<Lease>,
     open: &Arc<Open>,
     (expires_at, share): (u64, Share),
@@ -337,7 +362,7 @@ fn run(
     let at = model.live.seat(lease, &link, (&open.machine_ns, open.ticket()), (due, window_s, share));
     open.begin_run(link);
     let told = Arc::clone(open);
-    let ran = job.run(&at.seat, inbox, &|| open.stop(), move |totals| told.note(totals, limit));
+    let ran = job.run(&at.seat, inbox, &|| open.stop(), move |totals| told.note(totals, spending.as_deref()));
     open.end_run();
     ran
 }

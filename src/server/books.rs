@@ -162,8 +162,8 @@ impl Bill {
         let mut state = lock(&self.state);
         if matches!(*state, State::Open(_)) {
             self.use_up(entry.output_tokens);
-            // What is left goes back.
-            lock(&self.tokens).held = None;
+            // What is left goes back; what it costs stays taken until it is in the ledger.
+            lock(&self.tokens).held.iter_mut().for_each(Held::give_back);
             *state = State::Closed(Box::new(entry));
         }
         cost
@@ -324,11 +324,12 @@ impl Drop for Call {
             self.bill.close(usage, self.flow.machine_ns());
         }
         if let (Some(entry), Ok(runtime)) = (self.bill.take(), tokio::runtime::Handle::try_current()) {
-            let app = Arc::clone(&self.app);
+            let (app, bill) = (Arc::clone(&self.app), Arc::clone(&self.bill));
             app.n_charging.fetch_add(1, SeqCst);
             runtime.spawn(async move {
                 app.charge(entry, None).await;
                 app.n_charging.fetch_sub(1, SeqCst);
+                drop(bill);
             });
         }
     }

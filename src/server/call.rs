@@ -105,7 +105,7 @@ impl Call {
     ) -> Result<Self, ApiError> {
         let ticket = prepared.admit(app)?;
         prepared.check_size()?;
-        let mut held = prepared.hold(app, owner)?;
+        let mut held = prepared.hold(app, owner).await?;
         let place = prepared.queue()?;
         let lease = app.models.lend(&prepared.model, prepared.window).await?;
         let mut call = Self::submit_held((app, owner), prepared, identity, (&mut Some(ticket), &mut held), (lease, place));
@@ -297,13 +297,17 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Takes what it may come to from what its owner may ask for.
+    /// Takes what it may come to from what its owner may ask for, and be charged.
     ///
     /// # Errors
     /// There is nothing left of that.
-    pub(super) fn hold(&self, app: &App, owner: &Owner) -> Result<Option<Held>, ApiError> {
+    pub(super) async fn hold(&self, app: &App, owner: &Owner) -> Result<Option<Held>, ApiError> {
         let n_tokens = self.prompts.iter().map(Prompt::most_tokens).sum();
-        app.keys.allowance(owner).map(|allowance| allowance.hold(n_tokens)).transpose()
+        let held = app.keys.allowance(owner).map(|allowance| allowance.hold(n_tokens)).transpose()?;
+        let (Some(purse), Some(price)) = (app.keys.purse(owner), self.model.prices.of(self.window)) else { return Ok(held) };
+        let n_input = self.prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
+        let cost = purse.hold(app, price.charge(n_input, 0, n_tokens.saturating_sub(n_input))).await?;
+        Ok(held.map(|held| held.with_cost(cost)))
     }
 }
 

@@ -2,6 +2,8 @@
 //! `/v1/messages`. Invariant: every answer that is no success is one of these, whatever went wrong.
 
 use super::backlog::Full;
+use super::budgets::USED_UP;
+use super::limits::IN_BATCHES;
 use super::log::say;
 use crate::format::openai::kind;
 use crate::outcome::{ErrorCode, RowError};
@@ -128,6 +130,9 @@ impl ApiError {
 
     /// `type` of `OpenAI`'s form.
     pub fn openai_type(&self) -> &'static str {
+        if self.code == Some(USED_UP) {
+            return USED_UP;
+        }
         match self.status.as_u16() {
             429 => "rate_limit_error",
             500.. => "server_error",
@@ -137,6 +142,7 @@ impl ApiError {
 
     fn anthropic_type(&self) -> &'static str {
         match self.status.as_u16() {
+            _ if self.code == Some(USED_UP) => "billing_error",
             401 => "authentication_error",
             403 => "permission_error",
             404 => "not_found_error",
@@ -176,12 +182,18 @@ impl ApiError {
     /// The answer in a dialect.
     pub fn response(&self, dialect: Dialect, request_id: &str) -> Response {
         let mut response = json_response(&self.body(dialect, request_id));
-        // What a service that asks for patience means has a status of its own there.
-        let is_overloaded = dialect == Dialect::Anthropic && self.status == StatusCode::SERVICE_UNAVAILABLE;
-        *response.status_mut() = if is_overloaded { StatusCode::from_u16(529).unwrap_or(self.status) } else { self.status };
+        // What a service that asks for patience, or for money, means has a status of its own there.
+        *response.status_mut() = match dialect {
+            Dialect::Anthropic if self.status == StatusCode::SERVICE_UNAVAILABLE => {
+                StatusCode::from_u16(529).unwrap_or(self.status)
+            }
+            Dialect::Anthropic if self.code == Some(USED_UP) => StatusCode::PAYMENT_REQUIRED,
+            _ => self.status,
+        };
         let headers = response.headers_mut();
-        // Tokens in batches come back when batches end, which takes longer than clients wait.
-        let can_retry = matches!(self.status.as_u16(), 408 | 429 | 503) && self.code != Some(super::limits::IN_BATCHES);
+        // Tokens in batches come back when batches end, and budgets another day, which takes longer than clients wait.
+        let is_for_long = self.code == Some(IN_BATCHES) || self.code == Some(USED_UP);
+        let can_retry = matches!(self.status.as_u16(), 408 | 429 | 503) && !is_for_long;
         headers.insert("x-should-retry", HeaderValue::from_static(if can_retry { "true" } else { "false" }));
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));

@@ -2,6 +2,7 @@
 //! gets no more than its rate and what it had saved up, but for one call, however many come at the same time: what a call may
 //! come to is taken before it runs, and what it does not use is given back when it ends.
 
+use super::budgets::HeldCost;
 use super::errors::ApiError;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
@@ -104,7 +105,7 @@ impl Allowance {
             tokens.left -= n_tokens as f64;
             Ok(())
         })?;
-        Ok(Held { allowance: Arc::clone(self), left: n_tokens })
+        Ok(Held { allowance: Arc::clone(self), left: n_tokens, cost: None })
     }
 
     /// Takes tokens, whether they are there or not.
@@ -151,6 +152,8 @@ impl Allowance {
 pub(super) struct Held {
     allowance: Arc<Allowance>,
     left: u64,
+    /// Of its owner's budget, until it is charged.
+    cost: Option<HeldCost>,
 }
 
 impl Held {
@@ -158,14 +161,26 @@ impl Held {
     pub(super) fn spend(&mut self, n_tokens: u64) {
         self.left = self.left.saturating_sub(n_tokens);
     }
+
+    /// With what was taken of its owner's budget.
+    pub(super) fn with_cost(self, cost: HeldCost) -> Self {
+        let mut own = self;
+        own.cost = Some(cost);
+        own
+    }
+
+    /// No more of its tokens are used.
+    pub(super) fn give_back(&mut self) {
+        let n_tokens = std::mem::take(&mut self.left) as f64;
+        self.allowance.with(|buckets| {
+            buckets[1].iter_mut().for_each(|tokens| tokens.left = (tokens.left + n_tokens).min(tokens.size));
+        });
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let n_tokens = self.left as f64;
-        self.allowance.with(|buckets| {
-            buckets[1].iter_mut().for_each(|tokens| tokens.left = (tokens.left + n_tokens).min(tokens.size));
-        });
+        self.give_back();
     }
 }
 

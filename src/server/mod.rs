@@ -17,6 +17,7 @@ mod batch_tries;
 mod batches;
 mod body;
 pub mod books;
+pub mod budgets;
 pub mod call;
 mod chat;
 mod completion_webhook;
@@ -186,7 +187,7 @@ pub fn serve(config: &ServeConfig) -> Result<()> {
             max_batch_rows: config.limits.max_batch_rows,
             windows: config.limits.windows.clone(),
             kept_for: config.limits.kept_for,
-            keys: Keys::new(&config.keys, config.limits.rates),
+            keys: Keys::new(&config.keys, config.limits.rates, &config.currency),
             once: Once::default(),
             errors: status::Errors::default(),
             readers: Arc::new(Semaphore::new(MAX_READERS)),

@@ -190,6 +190,9 @@ pub(super) async fn show(
     app.read_meters().await?;
     let mut report = app.store.read(move |connection| answer(connection, &question)).await?;
     report["currency"] = app.books.currency.clone().into();
+    if let Some(purse) = app.keys.purse(&owner) {
+        report["budget"] = purse.shown(&app).await?;
+    }
     Ok(json_response(&report))
 }
 

@@ -5,7 +5,7 @@
 use super::Connection;
 use super::trajectories::{self, Turn};
 use anyhow::Result;
-use rusqlite::{Row, params};
+use rusqlite::{Row, ToSql, params};
 use serde::{Deserialize, Serialize};
 
 /// The schema. Amounts are millionths of a millionth of the currency; prices millionths of it.
@@ -292,6 +292,33 @@ fn add_row(sums: &mut Sums, row: &Row<'_>, first: usize) -> Result<()> {
     Ok(())
 }
 
+/// What an owner was charged in whole hours from that second on, and the last entry that this counts.
+///
+/// # Errors
+/// The database's.
+pub fn charged_since(connection: &Connection, owner: &str, from: u64) -> Result<(u64, i128)> {
+    let sql =
+        "SELECT (SELECT coalesce(max(seq), 0) FROM ledger), coalesce(sum(charge_millions), 0), coalesce(sum(charge_rest), 0)
+               FROM ledger_hour WHERE hour >= ?1 AND owner = ?2";
+    charged(connection, sql, params![from / HOUR_S, owner])
+}
+
+/// What an owner was charged from that second on by entries after one, and the last entry that this counts.
+///
+/// # Errors
+/// The database's.
+pub fn charged_after(connection: &Connection, owner: &str, seq: u64, from: u64) -> Result<(u64, i128)> {
+    let sql = "SELECT coalesce(max(seq), ?1),
+               coalesce(sum((charge_high * 1000000000000 + charge / 1000000) * (owner = ?2 AND at >= ?3)), 0),
+               coalesce(sum((charge % 1000000) * (owner = ?2 AND at >= ?3)), 0) FROM ledger WHERE seq > ?1";
+    charged(connection, sql, params![seq, owner, from])
+}
+
+fn charged(connection: &Connection, sql: &str, values: &[&dyn ToSql]) -> Result<(u64, i128)> {
+    let sum = |row: &Row<'_>| Ok((row.get(0)?, i128::from(row.get::<_, i64>(1)?) * MILLION + i128::from(row.get::<_, i64>(2)?)));
+    Ok(connection.prepare_cached(sql)?.query_row(values, sum)?)
+}
+
 /// What a batch has taken of the machine so far: nanoseconds times millionths of the currency an hour.
 ///
 /// # Errors
@@ -374,6 +401,22 @@ mod tests {
                 prop_assert_eq!(sums(&connection, &question).unwrap(), expected);
             }
         }
+    }
+
+    #[test]
+    fn what_an_owner_was_charged_is_found_in_two_parts() {
+        let entry = |at, owner: &str, charge| Entry { at, owner: owner.into(), charge, ..Entry::default() };
+        let most = 3 * HIGH + 7;
+        let before = [entry(3599, "a", 1), entry(3600, "a", most), entry(9000, "b", 50)];
+        let connection = database(&before, 0);
+        let (seq, charged) = charged_since(&connection, "a", 3600).unwrap();
+        assert_eq!((seq, charged), (3, most));
+        assert_eq!(charged_after(&connection, "a", seq, 3600).unwrap(), (3, 0));
+        for next in [entry(9001, "a", most), entry(9002, "b", 5), entry(3500, "a", 9)] {
+            add(&connection, &next).unwrap();
+        }
+        assert_eq!(charged_after(&connection, "a", seq, 3600).unwrap(), (6, most), "of that time, and that owner");
+        assert_eq!(charged_since(&connection, "a", 0).unwrap(), (6, 2 * most + 10));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod assembly;
 mod background;
 mod batch_ends;
 mod batches;
+mod budgets;
 mod busy;
 mod cache_store;
 mod callers;
