@@ -206,9 +206,12 @@ impl PromptMeta {
 
 /// How many of a completion's tokens are its thoughts and their marks, if it begins with thoughts.
 pub fn n_thought(tokens: impl Iterator<Item = u32>, tokenizer: &Tokenizer) -> usize {
-    // What is special is not in the text.
-    let bytes = |id| if tokenizer.is_special(id) { &[][..] } else { tokenizer.token_bytes(id) };
-    thinking::n_thought(tokens.map(bytes))
+    thinking::n_thought(tokens.map(|id| text_bytes(id, tokenizer)))
+}
+
+/// What a token adds to the text: of a special one, nothing.
+pub fn text_bytes(id: u32, tokenizer: &Tokenizer) -> &[u8] {
+    if tokenizer.is_special(id) { &[][..] } else { tokenizer.token_bytes(id) }
 }
 
 /// An entry with its tokens' bytes.

@@ -14,7 +14,11 @@ use crate::store::Connection;
 use crate::store::batches::{self, StoredBatch};
 use crate::store::files::{self as stored_files, StoredFile};
 use anyhow::{Context as _, Result};
+use serde::Deserialize;
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, ErrorKind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::task::spawn_blocking;
@@ -64,7 +68,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         say(&format!("batch {id}: what it has done is lost: {damage:#}"));
         Totals::default()
     });
-    let not_run = not_run(app, id).await?;
+    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await?);
     let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
@@ -85,7 +89,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         body[at] = now().into();
         let has_files = totals != Totals::default();
         if has_files || machine_ns.load(Relaxed) > 0 {
-            charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, &machine_ns))?;
+            charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, n_thought, &machine_ns))?;
         }
         if let Some(not_run) = not_run {
             body["not_run"] = not_run;
@@ -108,7 +112,7 @@ fn charge(
     connection: &Connection,
     (stored, body): (&StoredBatch, &mut Value),
     tariff: Tariff,
-    (totals, machine_ns): (Totals, &AtomicU64),
+    (totals, n_thought, machine_ns): (Totals, u64, &AtomicU64),
 ) -> Result<()> {
     body["request_counts"]["completed"] = totals.n_ok.into();
     body["request_counts"]["failed"] = totals.n_failed.into();
@@ -116,7 +120,7 @@ fn charge(
         "input_tokens": totals.prompt_tokens,
         "input_tokens_details": {"cached_tokens": totals.cached_tokens},
         "output_tokens": totals.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": n_thought},
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
     });
     let model = body["model"].as_str().unwrap_or_default();
@@ -148,7 +152,7 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
     let tariff = settings.tariff;
     let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let (results, errors) = (file(app, id, "output", settings)?, file(app, id, "error", settings)?);
-    let not_run = not_run(app, id).await?;
+    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await?);
     let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
     let ended = app
         .store
@@ -171,7 +175,7 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             body["finalizing_at"] = now().into();
             body[at] = now().into();
             body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
-            charge(&own, connection, (&stored, &mut body), tariff, (totals, &machine_ns))?;
+            charge(&own, connection, (&stored, &mut body), tariff, (totals, n_thought, &machine_ns))?;
             if let Some(not_run) = not_run {
                 body["not_run"] = not_run;
             }
@@ -192,6 +196,62 @@ async fn not_run(app: &App, id: &str) -> Result<Option<Value>> {
     let path = app.data.join(folder(id)).join("output.errors.jsonl");
     let counted = spawn_blocking(move || message_batches::not_run(&path)).await.context("reading the errors panicked")?;
     counted.map(Some)
+}
+
+/// How many of the tokens of a batch's results are thoughts: as the usages of their answers say.
+async fn thoughts(app: &App, id: &str) -> Result<u64> {
+    // Where no model thinks, nothing is read for that.
+    if !app.models.all().iter().any(|model| model.live.preparer.template.thinks()) {
+        return Ok(0);
+    }
+    let path = app.data.join(folder(id)).join("output.jsonl");
+    spawn_blocking(move || n_thought(&path)).await.context("reading the results panicked")?
+}
+
+/// A result, as far as it tells of thoughts, in every dialect.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Line {
+    response: Answer,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Answer {
+    body: Body,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Body {
+    usage: Details,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Details {
+    #[serde(alias = "completion_tokens_details")]
+    output_tokens_details: Thoughts,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Thoughts {
+    #[serde(alias = "thinking_tokens")]
+    reasoning_tokens: u64,
+}
+
+fn n_thought(results: &Path) -> Result<u64> {
+    let file = match File::open(results) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        file => file.with_context(|| results.display().to_string())?,
+    };
+    let mut sum = 0;
+    for line in BufReader::new(file).lines() {
+        let line: Line = serde_json::from_str(&line?).context("a result has no usage")?;
+        sum += line.response.body.usage.output_tokens_details.reasoning_tokens;
+    }
+    Ok(sum)
 }
 
 /// A batch's `output` or `error` file, whoever owns it.

@@ -129,9 +129,9 @@ impl Bill {
         }
     }
 
-    /// The call has told this so far.
-    pub(super) fn note(&self, usage: Usage, machine_ns: u64) {
-        let entry = self.entry(usage, machine_ns);
+    /// The call has told this so far, of which so many tokens were thoughts.
+    pub(super) fn note(&self, (usage, n_thought): (Usage, u64), machine_ns: u64) {
+        let entry = Entry { reasoning_tokens: n_thought, ..self.entry(usage, machine_ns) };
         if let State::Open(told) = &mut *lock(&self.state) {
             self.use_up(entry.output_tokens);
             *told = Some(Box::new(entry));
@@ -196,7 +196,7 @@ pub(super) fn usage(entry: &Entry) -> Value {
         "input_tokens": entry.input_tokens,
         "input_tokens_details": {"cached_tokens": entry.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": entry.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": entry.reasoning_tokens},
         "total_tokens": entry.input_tokens + entry.output_tokens,
     });
     if let Some(cost) = cost(entry.prices != [0; 3], entry) {

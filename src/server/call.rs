@@ -195,10 +195,10 @@ impl Call {
         Ok(Prepared { model, window, prompts, echo, id_prefix: answer::id_prefix(endpoint), turn: Turn::default() })
     }
 
-    /// What was told of it until now is charged if it is cancelled.
-    pub fn note_told(&self) {
+    /// What was told of it until now is charged if it is cancelled; so many of its tokens were thoughts.
+    pub fn note_told(&self, n_thought: u64) {
         if let Some(usage) = self.flow.told() {
-            self.bill.note(usage, self.flow.machine_ns());
+            self.bill.note((usage, n_thought), self.flow.machine_ns());
         }
     }
 

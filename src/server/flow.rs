@@ -26,7 +26,7 @@ pub struct Gained {
     /// Its place among the call's sequences.
     pub sequence: usize,
     /// Tokens drawn.
-    pub n_tokens: usize,
+    pub tokens: Vec<u32>,
     /// Text.
     pub text: String,
     /// As `Finished::logprobs`.
@@ -91,7 +91,7 @@ impl Pending {
 
     fn note(&mut self, sequence: usize, progress: Progress) {
         let gained = self.of(sequence);
-        gained.n_tokens += progress.tokens.len();
+        gained.tokens.extend(progress.tokens);
         gained.text.push_str(&progress.text);
         gained.logprobs.extend(progress.logprobs);
         gained.cached_tokens = progress.cached_tokens;
@@ -427,14 +427,14 @@ impl Flow {
     /// Takes in what was gained.
     fn take(&mut self, mut gained: Vec<Gained>) -> Result<Vec<Gained>, RowError> {
         self.place = None;
-        if self.first_token.is_none() && gained.iter().any(|next| next.n_tokens > 0) {
+        if self.first_token.is_none() && gained.iter().any(|next| !next.tokens.is_empty()) {
             let time = self.submitted.elapsed();
             let (seen, class) = &self.seen;
             seen.first_tokens[*class as usize].note(time.as_secs_f64());
             self.first_token = Some(time);
         }
         for next in &mut gained {
-            self.n_told += (next.n_tokens * self.choices_of(next.sequence).len()) as u64;
+            self.n_told += (next.tokens.len() * self.choices_of(next.sequence).len()) as u64;
             let prompt = self.sequences[next.sequence].1;
             self.has_begun[prompt] = true;
             // A prompt counts once, and so does what its first sequence found in the cache.

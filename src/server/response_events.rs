@@ -330,6 +330,7 @@ pub fn events(mut call: Call, own: Own, told: Told) -> impl Stream<Item = Event>
             };
             let events = gained.into_iter().try_fold(Vec::new(), |mut events, next| {
                 let entry = |entry: &SeqLogprob| (entry.token, answer::chat_logprob(&token_logprob(entry, &tokenizer)));
+                shown.count(&next.tokens, &tokenizer);
                 let more = shown.push(&next.text);
                 // Entries of text that waits go with the text.
                 telling.note(next.logprobs.iter().map(entry), &shown, &tokenizer);
@@ -340,7 +341,7 @@ pub fn events(mut call: Call, own: Own, told: Told) -> impl Stream<Item = Event>
                 Ok(events) => {
                     // Before the first of them is taken: whoever stores them finds what they tell.
                     if !events.is_empty() {
-                        call.note_told();
+                        call.note_told(shown.n_thought());
                     }
                     for event in events {
                         yield event;

@@ -1,9 +1,10 @@
 //! Text as it is streamed, where it may turn out to be a thought or a function call. Invariant: what was shown is the beginning
-//! of what the whole completion has.
+//! of what the whole completion has, and so is what was counted of its thoughts.
 
 use crate::outcome::Choice;
-use crate::prepare::sequences::PromptMeta;
-use crate::text::thinking::{Split, Splitter};
+use crate::prepare::sequences::{PromptMeta, text_bytes};
+use crate::text::thinking::{Counted, Split, Splitter};
+use crate::text::tokenizer::Tokenizer;
 use crate::text::tool_calls::CallFormat;
 
 /// One completion's text so far.
@@ -16,13 +17,14 @@ pub(super) struct Shown {
     text: String,
     n_told: usize,
     n_thought_told: usize,
+    counted: Counted,
 }
 
 impl Shown {
     /// Of a completion of that prompt.
     pub(super) fn new(prompt: &PromptMeta) -> Self {
         let (splitter, format) = (prompt.thinking.map(Splitter::new), prompt.call_format);
-        Self { splitter, format, text: String::new(), n_told: 0, n_thought_told: 0 }
+        Self { splitter, format, text: String::new(), n_told: 0, n_thought_told: 0, counted: Counted::default() }
     }
 
     /// Takes in more text; gives what can be shown of it by now.
@@ -37,6 +39,18 @@ impl Shown {
         let answer = self.text[self.n_told.min(plain)..plain].to_owned();
         self.n_told += answer.len();
         Split { answer, ..split }
+    }
+
+    /// Takes in the tokens of the text, so that those of thoughts are counted.
+    pub(super) fn count(&mut self, tokens: &[u32], tokenizer: &Tokenizer) {
+        if self.splitter.is_some() {
+            tokens.iter().for_each(|&id| _ = self.counted.push(text_bytes(id, tokenizer)));
+        }
+    }
+
+    /// Tokens that were thoughts and their marks, by now.
+    pub(super) fn n_thought(&self) -> u64 {
+        if self.has_thought() { self.counted.n_tokens as u64 } else { 0 }
     }
 
     /// Whether what comes now is no thought any more.

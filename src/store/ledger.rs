@@ -116,6 +116,9 @@ pub struct Entry {
     pub machine_ns: i64,
     /// What an hour of it costs, in millionths.
     pub hour_price: u64,
+    /// Those of them that were thoughts, as far as that is known; not kept.
+    #[serde(default)]
+    pub reasoning_tokens: u64,
     /// What trajectory it is a turn of, if it is one; its sums are kept, not which entries they are of.
     #[serde(default)]
     pub turn: Option<Turn>,

@@ -45,17 +45,32 @@ impl ThinkFormat {
 
 /// How many of a completion's tokens are thoughts and their marks, given the tokens' bytes: all, if the thoughts do not end.
 pub fn n_thought<'t>(tokens: impl Iterator<Item = &'t [u8]>) -> usize {
-    let (mut tail, mut n_tokens) = (Vec::new(), 0);
-    for bytes in tokens {
-        tail.extend_from_slice(bytes);
-        n_tokens += 1;
-        if tail.windows(CLOSE.len()).any(|window| window == CLOSE.as_bytes()) {
-            break;
+    let mut counted = Counted::default();
+    tokens.take_while(|bytes| counted.push(bytes)).for_each(drop);
+    counted.n_tokens
+}
+
+/// As [`n_thought`], of a completion that comes token by token.
+#[derive(Debug, Clone, Default)]
+pub struct Counted {
+    /// So many by now.
+    pub n_tokens: usize,
+    tail: Vec<u8>,
+    has_ended: bool,
+}
+
+impl Counted {
+    /// One more token, by its bytes; whether the next one may be of a thought, too.
+    pub fn push(&mut self, bytes: &[u8]) -> bool {
+        if !self.has_ended {
+            self.n_tokens += 1;
+            self.tail.extend_from_slice(bytes);
+            self.has_ended = self.tail.windows(CLOSE.len()).any(|window| window == CLOSE.as_bytes());
+            let n_old = self.tail.len().saturating_sub(CLOSE.len() - 1);
+            self.tail.drain(..n_old);
         }
-        let n_old = tail.len().saturating_sub(CLOSE.len() - 1);
-        tail.drain(..n_old);
+        !self.has_ended
     }
-    n_tokens
 }
 
 /// Text of both kinds.

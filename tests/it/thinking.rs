@@ -2,7 +2,7 @@
 //! is told is what `/v1/completions` gives for the same tokens and seed, taken apart by hand.
 
 use crate::common::{Sandbox, tiny_llama};
-use crate::serving::{FOREVER, KEY, MODEL, Server};
+use crate::serving::{FOREVER, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -291,6 +291,51 @@ fn thoughts_are_told_apart_in_every_dialect() {
         let (row, call) = (&results[&format!("r{seed}")]["response"]["body"], server.good("/v1/chat/completions", chat(seed)));
         assert_eq!(row["choices"], call["choices"], "{ended}");
         assert_eq!(row["usage"]["completion_tokens_details"], call["usage"]["completion_tokens_details"]);
+    }
+    let count = |row: &Value| row["response"]["body"]["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64().unwrap();
+    let sum: u64 = results.values().map(count).sum();
+    assert!(sum > 0, "{ended}");
+    assert_eq!(ended["usage"]["output_tokens_details"]["reasoning_tokens"], sum, "{ended}");
+    for (endpoint, params) in [("/v1/responses", response(1)), ("/v1/chat/completions", chat(1))] {
+        let requests = json!([{"custom_id": "a", "params": params}]);
+        let batch = server.good("/v1/batches", json!({"endpoint": endpoint, "requests": requests}));
+        let ended = server.ended(&batch["id"]);
+        let usage = &server.results(&ended["output_file_id"])["a"]["response"]["body"]["usage"];
+        let of_row =
+            [&usage["output_tokens_details"], &usage["completion_tokens_details"]].map(|at| at["reasoning_tokens"].as_u64());
+        assert_eq!(ended["usage"]["output_tokens_details"]["reasoning_tokens"].as_u64(), of_row[0].or(of_row[1]), "{ended}");
+    }
+}
+
+#[test]
+fn thoughts_of_a_cancelled_response_are_counted() {
+    let server = server();
+    // One thinks for as long as it runs, one has thought and answers for as long.
+    for (regex, delta) in [
+        ("<think>[a-z ]{5000}", "response.reasoning_text.delta"),
+        ("<think>Hm, [a-z]{2,5}[.]</think>[a-z ]{5000}", "response.output_text.delta"),
+    ] {
+        let body = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 6000, "temperature": 0, "regex": regex, "background": true});
+        let made = server.good("/v1/responses", body.clone());
+        let path = format!("/v1/responses/{}", made["id"].as_str().unwrap());
+        let head = format!("GET {path}?stream=true HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\n\r\n");
+        read_until(&mut server.raw(head.as_bytes()), delta);
+        let cancelled = server.good(&format!("{path}/cancel"), Value::Null);
+        assert_eq!(cancelled["status"], "cancelled", "{cancelled}");
+        let count = |response: &Value| {
+            let usage = &response["usage"];
+            [&usage["output_tokens"], &usage["output_tokens_details"]["reasoning_tokens"]].map(|n| n.as_u64().unwrap())
+        };
+        let [n_output, n_thought] = count(&cancelled);
+        if delta == "response.reasoning_text.delta" {
+            assert!(n_thought > 0 && n_thought == n_output, "{cancelled}");
+        } else {
+            let mut body = body;
+            body["max_output_tokens"] = 60.into();
+            body["background"] = false.into();
+            assert_eq!(n_thought, count(&server.good("/v1/responses", body))[1], "{cancelled}");
+            assert!(n_thought > 3 && n_thought < n_output, "{cancelled}");
+        }
     }
 }
 
