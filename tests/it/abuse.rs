@@ -247,6 +247,50 @@ fn thousands_read_slowly() {
     slow_readers(2000);
 }
 
+/// So many background responses are accepted while none can run; then each runs to its end.
+fn wait_in_the_background(n: usize) {
+    let config = format!("[engine]\nmax_running = 1\n{PATIENT}[windows.standard]\nceiling_s = 2592000\n");
+    let server = Server::with(&config, &["--api-key", KEY]);
+    let rest = Rest::of(&server);
+    let long = json!({"model": MODEL, "prompt": "Go on", "max_tokens": 7000, "ignore_eos": true, "stream": true});
+    let mut running = server.open("/v1/completions", &long);
+    read_until(&mut running, "\"text\":\"");
+    let body = json!({"model": MODEL, "input": "Hi", "max_output_tokens": 1, "background": true});
+    let post = |_| {
+        let answer = server.post("/v1/responses", body.clone());
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()["id"].as_str().unwrap().to_owned()
+    };
+    let ids: Vec<String> = thread::scope(|scope| {
+        let posters: Vec<_> = (0..8).map(|i| scope.spawn(move || (0..n).skip(i).step_by(8).map(post).collect())).collect();
+        posters.into_iter().flat_map(|poster| -> Vec<String> { poster.join().unwrap() }).collect()
+    });
+    assert_eq!(server.metric("valar_background_responses"), n as u64, "all of them wait");
+    drop(running);
+    let (mut pending, mut ended) = (json!(ids), std::collections::BTreeSet::new());
+    while pending != json!([]) {
+        let waited = server.post("/v1/responses/wait", json!({"ids": pending, "timeout_s": 60})).json();
+        for response in waited["data"].as_array().unwrap() {
+            assert_eq!(response["usage"]["output_tokens"], 1, "{response}");
+            assert!(ended.insert(response["id"].as_str().unwrap().to_owned()), "{response} ended twice");
+        }
+        pending = waited["pending"].clone();
+    }
+    assert_eq!(ended.len(), n);
+    rest.comes_back(&server);
+}
+
+#[test]
+fn hundreds_wait_in_the_background() {
+    wait_in_the_background(300);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn ten_thousand_wait_in_the_background() {
+    wait_in_the_background(10_000);
+}
+
 #[test]
 fn bodies_at_and_over_the_limit() {
     const LIMIT: usize = 100_000;
