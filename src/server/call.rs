@@ -124,7 +124,8 @@ impl Call {
     ) -> Self {
         let Prepared { model, window, prompts, echo, id_prefix, turn } = prepared;
         let loading = at.0.loading;
-        let accepted_ago = identity.accepted_ago();
+        // At the same time: the engine may begin before the call is put together.
+        let (accepted_ago, began) = (identity.accepted_ago(), Instant::now());
         let terms = Terms {
             class: window.class(),
             accepted_ago,
@@ -141,7 +142,7 @@ impl Call {
         let trace = CallTrace::new(&owner.spot, prepared, object.clone(), loading);
         let turn = turn.entry(&object, identity.accepted_ms, *window);
         let bill = Arc::new(Bill::new((app, owner), (&*model, *window), (object, n_prompt as u64, turn), held.take()));
-        let (claim, request, began) = (owner.claim.clone(), owner.request.clone(), Instant::now());
+        let (claim, request) = (owner.claim.clone(), owner.request.clone());
         let (id, echo, app) = (identity.id.clone(), echo.clone(), Arc::clone(app));
         let counted = OpenCall::new(&model, *window);
         Self {
