@@ -410,7 +410,9 @@ impl Drop for Place {
 /// The call whose turn it is; waits for one. `None`: none will come.
 fn next(work: &Receiver<Work>, waiting: &mut Fair<Work>) -> Option<Work> {
     loop {
-        work.try_iter().for_each(|new| waiting.push(new.share, new));
+        for new in work.try_iter() {
+            waiting.push(new.share, new);
+        }
         waiting.skip(|next| !next.cancelled.load(SeqCst));
         if let Some(next) = waiting.pop() {
             return Some(next);

@@ -44,7 +44,9 @@ impl Shown {
     /// Takes in the tokens of the text, so that those of thoughts are counted.
     pub(super) fn count(&mut self, tokens: &[u32], tokenizer: &Tokenizer) {
         if self.splitter.is_some() {
-            tokens.iter().for_each(|&id| _ = self.counted.push(text_bytes(id, tokenizer)));
+            for &id in tokens {
+                self.counted.push(text_bytes(id, tokenizer));
+            }
         }
     }
 

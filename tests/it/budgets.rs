@@ -151,7 +151,7 @@ fn a_batch_ends_with_its_keys_budget_and_loses_no_row() {
     // The rest can be run when there is budget again: not before.
     let retry = format!("/v1/batches/{}/retry", ended["id"].as_str().unwrap());
     assert_eq!(server.poor("POST", &retry, &Value::Null).json()["error"]["code"], "insufficient_quota");
-    server.sandbox.write("valar.toml", &config("max_cost = 5"));
+    server.sandbox.write("valar.toml", config("max_cost = 5"));
     server.restart();
     let again = server.until(&server.poor("POST", &retry, &Value::Null).json(), &ENDS);
     assert_eq!(json!([again["status"], again["request_counts"]["completed"]]), json!(["completed", rest.len()]), "{again}");
@@ -170,7 +170,7 @@ fn a_batch_ends_when_other_work_has_used_up_its_keys_budget() {
     server.until(&batch, &["in_progress"]);
     // As if a call had been charged.
     let database = rusqlite::Connection::open(server.sandbox.path("data/valar.db")).unwrap();
-    database.busy_timeout(Duration::from_secs(60)).unwrap();
+    database.busy_timeout(Duration::from_mins(1)).unwrap();
     let sql =
         "INSERT INTO ledger SELECT NULL, unixepoch(), NULL, owner, 'poor', 'm', 'asap', '', 1, 0, 0, 0, 0, 0, 0, ?1, 0, 0, 0
                FROM batch LIMIT 1";

@@ -351,7 +351,9 @@ fn batches_of_several_keys_take_turns() {
     let batches = loop {
         // Two of one key would have both places, but that the other key has a batch, too.
         let first = [post("many", 60, 3), post("many", 60, 3)];
-        first.iter().for_each(|batch| wait("many", batch, "in_progress"));
+        for batch in &first {
+            wait("many", batch, "in_progress");
+        }
         let second = post("few", 12, 3);
         wait("few", &second, "in_progress");
         // What the end of a part of the day falls between is not due together: a twentieth of it before it ends.
@@ -364,7 +366,9 @@ fn batches_of_several_keys_take_turns() {
         }
     };
     drop(running);
-    batches.iter().for_each(|(key, batch)| wait(key, batch, "completed"));
+    for (key, batch) in &batches {
+        wait(key, batch, "completed");
+    }
     let ended = turns(&server, "batch");
     assert_eq!(ended[ended.len() - 3..], ["few", "many", "many"], "in the order of arrival it would be the last");
 }

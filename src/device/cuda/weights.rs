@@ -98,7 +98,7 @@ pub(super) fn bf16_bytes(part: &Tensor<'_>) -> Vec<u8> {
 pub(super) fn fits_bf16(part: &Tensor<'_>) -> bool {
     let fits = |bytes: &[u8; 2]| {
         let value = f16::from_le_bytes(*bytes).to_f32();
-        value.to_bits() & 0xffff == 0
+        value.to_bits().trailing_zeros() >= 16
     };
     part.bytes.as_chunks().0.par_chunks(1 << 16).all(|values| values.iter().all(fits))
 }

@@ -2,7 +2,8 @@
 
 use super::super::buffer::Aligned;
 use super::super::simd::{LANES, Simd};
-use super::{Attention, AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, rescale, softmax};
+use super::softmax::{rescale, softmax};
+use super::{Attention, AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints};
 use crate::device::{AttentionSpec, BLOCK_TOKENS};
 use std::ops::Range;
 

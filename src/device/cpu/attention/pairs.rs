@@ -4,8 +4,9 @@
 use super::super::dots::{self, COLUMNS, Left, Right, Target};
 use super::super::simd::{LANES, Simd};
 use super::ahead::{Ahead, Next};
+use super::softmax::{rescale, softmax};
 use super::tiles::{Scratch, keys_of, load_keys, load_values, mask_values};
-use super::{AttentionScratch, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded, rescale, softmax};
+use super::{AttentionScratch, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, padded};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
 

@@ -6,7 +6,8 @@ use super::super::buffer::{Aligned, prefetch};
 use super::super::simd::{LANES, Simd};
 use super::super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
 use super::ahead::{Ahead, Next};
-use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, padded, rescale, softmax};
+use super::softmax::{rescale, softmax};
+use super::{AttentionScratch, ITEM_ROWS, Keys, Rows, Seen, TILE_BLOCKS, TILE_KEYS, ints, padded};
 use crate::device::BLOCK_TOKENS;
 use std::ops::Range;
 
