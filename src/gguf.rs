@@ -54,7 +54,7 @@ impl Gguf {
     pub fn find_tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (name, entry) = self.tensors.get_key_value(name)?;
         let bytes = &self.map[entry.start..entry.start + entry.n_bytes];
-        Some(Tensor { name, dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+        Some(Tensor { name, dtype: entry.dtype, shape: entry.shape.clone(), bytes: bytes.into() })
     }
 
     /// Names of all tensors, sorted.

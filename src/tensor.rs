@@ -3,6 +3,10 @@
 //! Invariant: a quantised element's value is what the format's own arithmetic gives, in f32 and in its order (gguf-py's
 //! `dequantize`, bit for bit): the scale of a group is rounded once, then d·q, then the minimum.
 
+mod bytes;
+
+pub use bytes::Bytes;
+
 use half::{bf16, f16};
 use std::fmt;
 
@@ -39,10 +43,13 @@ pub enum DType {
     Iq4Nl,
     /// Blocks of 256: as `Iq4Nl` with a signed 6-bit scale per 32.
     Iq4Xs,
+    /// Blocks of 32: f32 scale d, a byte with the 4-bit zero z, 16 bytes of 4-bit q as in `Q4_0`; value d·(q − z). No type of a file:
+    /// what the linear layers of GPTQ and AWQ folders become whose zeros are not all 8.
+    Q4Z,
 }
 
 /// All element types.
-pub const DTYPES: [DType; 15] = [
+pub const DTYPES: [DType; 16] = [
     DType::F32,
     DType::F16,
     DType::Bf16,
@@ -58,6 +65,7 @@ pub const DTYPES: [DType; 15] = [
     DType::Q6K,
     DType::Iq4Nl,
     DType::Iq4Xs,
+    DType::Q4Z,
 ];
 
 /// Elements that [`DType::group`] gives at once.
@@ -83,7 +91,7 @@ impl DType {
     pub fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl => 32,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Q4Z => 32,
             Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => 256,
         }
     }
@@ -104,6 +112,7 @@ impl DType {
             Self::Q5K => 176,
             Self::Q6K => 210,
             Self::Iq4Xs => 136,
+            Self::Q4Z => 21,
         }
     }
 
@@ -155,8 +164,18 @@ impl DType {
                 let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * part) & 3;
                 ([half(0) * f32::from((low | (high as u8) << 4) as i8 - 32); 2], [0.0; 2])
             }
+            Self::Q4Z => ([f32::from_le_bytes([block[0], block[1], block[2], block[3]]); 2], [0.0; 2]),
         };
         Group { q: self.integers(block, part), d, m }
+    }
+
+    /// What was taken off the integers that stand in a block; 0 where a type has none.
+    pub fn zero(self, block: &[u8]) -> u8 {
+        match self {
+            Self::Q4_0 => 8,
+            Self::Q4Z => block[4] & 15,
+            _ => 0,
+        }
     }
 
     /// The integers of a group.
@@ -185,6 +204,7 @@ impl DType {
             }
             Self::Iq4Nl => IQ4_VALUES[usize::from(nibble(2, i))],
             Self::Iq4Xs => IQ4_VALUES[usize::from(nibble(8 + 16 * part, i))],
+            Self::Q4Z => nibble(5, i) as i8 - self.zero(block) as i8,
         })
     }
 
@@ -236,7 +256,7 @@ fn k_scale(bytes: &[u8], i: usize) -> (u8, u8) {
     ((rest & 15) | (bytes[i - 4] >> 6 << 4), (rest >> 4) | (bytes[i] >> 6 << 4))
 }
 
-/// The names that GGUF files and their makers use.
+/// The names that GGUF files and their makers use, where they have the type.
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -255,6 +275,7 @@ impl fmt::Display for DType {
             Self::Q6K => "Q6_K",
             Self::Iq4Nl => "IQ4_NL",
             Self::Iq4Xs => "IQ4_XS",
+            Self::Q4Z => "Q4_Z",
         })
     }
 }
@@ -269,7 +290,7 @@ pub struct Tensor<'a> {
     /// Row-major, outermost first: `[n, k]` for a linear layer (the reverse of GGUF's own order).
     pub shape: Vec<usize>,
     /// `shape.product() / block_elements · block_bytes` bytes.
-    pub bytes: &'a [u8],
+    pub bytes: Bytes<'a>,
 }
 
 impl Tensor<'_> {
@@ -282,7 +303,7 @@ impl Tensor<'_> {
         let row_bytes = self.bytes.len() / self.shape[0];
         let mut shape = self.shape.clone();
         shape[0] = range.len();
-        Self { shape, bytes: &self.bytes[range.start * row_bytes..range.end * row_bytes], ..*self }
+        Self { shape, bytes: self.bytes.slice(range.start * row_bytes..range.end * row_bytes), ..*self }
     }
 
     /// Entry `i` of the outermost dimension, without that dimension: one matrix of a stack.

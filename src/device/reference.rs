@@ -185,7 +185,7 @@ fn done<T>(result: Result<T>) -> T {
 /// Dequantises a tensor of the file.
 fn load(tensor: &FileTensor<'_>) -> Result<Tensor> {
     let mut values = vec![0.0; tensor.shape.iter().product()];
-    tensor.dtype.dequantise(tensor.bytes, &mut values);
+    tensor.dtype.dequantise(&tensor.bytes, &mut values);
     Tensor::from_vec(values, tensor.shape.as_slice(), &CandleDevice::Cpu)
 }
 

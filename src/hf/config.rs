@@ -2,12 +2,14 @@
 //!
 //! Invariant: a field that changes the arithmetic in a way the forward pass does not know is refused by name.
 
+use super::packed::Scheme;
 use crate::device::{Activation, ExpertSizes, RopeStyle};
 use crate::model::family::Family;
 use crate::model::rope::{self, RopeScaling};
 use crate::model::{ExpertSpec, Facts, MAX_LAYERS, Rope};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use serde_json::Value;
 
 /// The fields that are read. Others describe training, or name things for people.
 #[derive(Deserialize)]
@@ -27,7 +29,7 @@ pub(super) struct Config {
     hidden_activation: Option<String>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
-    quantization_config: Option<serde::de::IgnoredAny>,
+    quantization_config: Option<Value>,
     use_bidirectional_attention: Option<bool>,
     // Rotation.
     rope_theta: Option<f32>,
@@ -89,6 +91,11 @@ impl Config {
         self.tie_word_embeddings.unwrap_or(family.gemma)
     }
 
+    /// How linear layers are packed, if they are.
+    pub(super) fn scheme(&self) -> Result<Option<Scheme>> {
+        self.quantization_config.as_ref().map(|config| Scheme::new(config).context("quantization_config")).transpose()
+    }
+
     /// What the file says, checked.
     pub(super) fn facts(&self, family: &Family) -> Result<Facts> {
         self.refuse_unsupported(family)?;
@@ -145,7 +152,6 @@ impl Config {
     fn refuse_unsupported(&self, family: &Family) -> Result<()> {
         ensure!(self.attention_bias != Some(true), "attention_bias is not supported in {}", self.model_type);
         ensure!(self.mlp_bias != Some(true), "mlp_bias is not supported");
-        ensure!(self.quantization_config.is_none(), "quantization_config: quantised weights of this form are not supported");
         ensure!(self.use_bidirectional_attention != Some(true), "use_bidirectional_attention is not supported");
         let name = self.hidden_activation.as_ref().or(self.hidden_act.as_ref());
         let known = match family.activation {

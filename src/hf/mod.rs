@@ -5,17 +5,19 @@
 
 mod config;
 mod names;
+mod packed;
 
 use crate::map;
 use crate::model::family::{self, Family};
 use crate::model::{ModelFile, ModelSpec};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Bytes, DType, Tensor};
 use anyhow::{Context, Result, bail, ensure};
 use config::Config;
 use memmap2::Mmap;
+use packed::{Packed, Parts, Raw, Scheme, Span};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -27,8 +29,14 @@ pub struct HfFolder {
     family: &'static Family,
     /// Files with tensors, in the order of their names.
     files: Vec<Mmap>,
+    /// How linear layers are packed, if they are.
+    scheme: Option<Scheme>,
     /// By GGUF's names.
     tensors: HashMap<String, Entry>,
+    /// Packed layers whose files are being read, by GGUF's names.
+    parts: BTreeMap<String, Parts>,
+    /// Tensors of the folder that say nothing.
+    idle: HashSet<String>,
 }
 
 /// A tensor and where its bytes are.
@@ -39,8 +47,10 @@ struct Entry {
 }
 
 enum Place {
-    /// In a file; the range was checked against the file's length.
-    File { file: usize, start: usize, n_bytes: usize },
+    /// In a file.
+    File(Span),
+    /// In several tensors; made when it is read.
+    Packed(Packed),
     /// Here, since its values are not those of the file.
     Own(Vec<u8>),
 }
@@ -66,10 +76,22 @@ impl HfFolder {
         let config_bytes = read(&path.join("config.json"))?;
         let config: Config = serde_json::from_slice(&config_bytes).context("config.json")?;
         let family = family::find(&config.model_type, |family| family.hf).context("config.json: model_type")?;
-        let mut folder = Self { path: path.to_owned(), config_bytes, config, family, files: Vec::new(), tensors: HashMap::new() };
+        let scheme = config.scheme().context("config.json")?;
+        let mut folder = Self {
+            path: path.to_owned(),
+            config_bytes,
+            config,
+            family,
+            files: Vec::new(),
+            scheme,
+            tensors: HashMap::new(),
+            parts: BTreeMap::new(),
+            idle: HashSet::new(),
+        };
         let index_path = path.join("model.safetensors.index.json");
         if !index_path.exists() {
             folder.add_file("model.safetensors")?;
+            folder.join_parts()?;
             return Ok(folder);
         }
         let index: Index = serde_json::from_slice(&read(&index_path)?).context("model.safetensors.index.json")?;
@@ -78,8 +100,13 @@ impl HfFolder {
             ensure!(is_plain, "model.safetensors.index.json: {file:?} is no file name");
             folder.add_file(file)?;
         }
+        folder.join_parts()?;
         for (name, file) in &index.weight_map {
-            let Some(neutral) = names::neutral(name, family)? else { continue };
+            if folder.idle.contains(name) {
+                continue;
+            }
+            let name_there = folder.part(name).map(|(layer, _)| format!("{layer}.weight"));
+            let Some(neutral) = names::neutral(name_there.as_deref().unwrap_or(name), family)? else { continue };
             let found = folder.tensors.contains_key(&neutral) || folder.is_unused(&neutral);
             ensure!(found, "tensor {name} is not in {file}, where model.safetensors.index.json has it");
         }
@@ -91,6 +118,20 @@ impl HfFolder {
         let map = map::open(&self.path.join(name))?;
         let content = SafeTensors::deserialize(&map).with_context(|| format!("{name} is not a readable safetensors file"))?;
         for (tensor, view) in content.tensors() {
+            let (shape, bytes) = (view.shape().to_vec(), view.data());
+            let start = bytes.as_ptr() as usize - map.as_ptr() as usize;
+            let span = Span { file: self.files.len(), start, n_bytes: bytes.len() };
+            if let Some((layer, part)) = self.part(&tensor) {
+                let neutral = names::neutral(&format!("{layer}.weight"), self.family).with_context(|| name.to_owned())?;
+                let Some(neutral) = neutral.filter(|neutral| !self.is_unused(neutral)) else { continue };
+                let raw = Raw { dtype: view.dtype(), shape, span };
+                self.parts.entry(neutral).or_default().put(layer, part, raw).with_context(|| name.to_owned())?;
+                continue;
+            }
+            if self.is_idle_bias(&tensor, bytes) {
+                self.idle.insert(tensor);
+                continue;
+            }
             let Some(neutral) = names::neutral(&tensor, self.family).with_context(|| name.to_owned())? else { continue };
             if self.is_unused(&neutral) {
                 continue;
@@ -101,17 +142,39 @@ impl HfFolder {
                 Dtype::BF16 => DType::Bf16,
                 other => bail!("{name}: tensor {tensor} has type {other:?}, which is not supported (F32, F16 and BF16 are)"),
             };
-            let (shape, bytes) = (view.shape().to_vec(), view.data());
             let entry = if self.family.gemma && neutral.ends_with("_norm.weight") {
                 Entry { dtype: DType::F32, shape, place: Place::Own(plus_one(dtype, bytes)) }
             } else {
-                let start = bytes.as_ptr() as usize - map.as_ptr() as usize;
-                Entry { dtype, shape, place: Place::File { file: self.files.len(), start, n_bytes: bytes.len() } }
+                Entry { dtype, shape, place: Place::File(span) }
             };
             ensure!(self.tensors.insert(neutral, entry).is_none(), "{name}: tensor {tensor} is there twice");
         }
         self.files.push(map);
         Ok(())
+    }
+
+    /// The packed layer that a tensor is a part of, and which part, where layers are packed.
+    fn part<'n>(&self, name: &'n str) -> Option<(&'n str, usize)> {
+        packed::part(name).filter(|_| self.scheme.is_some())
+    }
+
+    /// Makes tensors of the packed layers, whose parts may stand in several files.
+    fn join_parts(&mut self) -> Result<()> {
+        let Some(scheme) = self.scheme else { return Ok(()) };
+        for (neutral, parts) in std::mem::take(&mut self.parts) {
+            let packed = Packed::new(scheme, &parts, &self.files)?;
+            let entry = Entry { dtype: packed.dtype(), shape: packed.shape(), place: Place::Packed(packed) };
+            let is_new = self.tensors.insert(neutral, entry).is_none();
+            ensure!(is_new, "tensor {}.weight is there, and packed, too", parts.layer());
+        }
+        Ok(())
+    }
+
+    /// Whether a tensor is a bias of zeros that packers give layers which have none.
+    fn is_idle_bias(&self, name: &str, bytes: &[u8]) -> bool {
+        let has_bias =
+            self.family.qkv_bias && [".q_proj.bias", ".k_proj.bias", ".v_proj.bias"].iter().any(|part| name.ends_with(part));
+        self.scheme.is_some() && name.ends_with("_proj.bias") && !has_bias && bytes.iter().all(|&byte| byte == 0)
     }
 
     /// A head that the configuration says is the embedding table, whatever the file holds.
@@ -140,8 +203,9 @@ impl ModelFile for HfFolder {
     fn find_tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (name, entry) = self.tensors.get_key_value(name)?;
         let bytes = match &entry.place {
-            &Place::File { file, start, n_bytes } => &self.files[file][start..start + n_bytes],
-            Place::Own(bytes) => bytes,
+            Place::File(span) => span.of(&self.files).into(),
+            Place::Packed(packed) => Bytes::made(packed.n_bytes(), || packed.bytes(&self.files)),
+            Place::Own(bytes) => bytes.into(),
         };
         Some(Tensor { name, dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }

@@ -148,7 +148,7 @@ fn weights(dev: &CpuDevice, n: usize, k: usize) -> Result<Vec<Weight>> {
         // Scale and minimum are halves of about 0.01.
         (block[1], block[3]) = (0x20, 0xa0);
     }
-    let tensor = || Tensor { name: "random", dtype, shape: vec![n, k], bytes: &bytes };
+    let tensor = || Tensor { name: "random", dtype, shape: vec![n, k], bytes: (&bytes).into() };
     let copies = WEIGHT_BYTES.div_ceil(dev.tensor_bytes(&tensor()));
     (0..copies).map(|_| dev.load_weight(&[tensor()])).collect()
 }
@@ -167,7 +167,7 @@ fn fill(values: &mut [f32]) {
 fn product_seconds(dev: &CpuDevice, weights: &[Weight], (m, n, k): (usize, usize, usize)) -> Result<f64> {
     let batch = rows(m);
     let ones = 1.0f32.to_le_bytes().repeat(k);
-    let norm = dev.load_vector(&[Tensor { name: "ones", dtype: DType::F32, shape: vec![k], bytes: &ones }])?;
+    let norm = dev.load_vector(&[Tensor { name: "ones", dtype: DType::F32, shape: vec![k], bytes: (&ones).into() }])?;
     let (mut x, mut act, mut out) = (dev.new_hidden(m, k), dev.new_act(m, k), dev.new_hidden(m, n));
     fill(x.values_mut());
     dev.norm(&x, &norm, 1e-5, &weights[0], &batch, &mut act);
@@ -233,7 +233,8 @@ fn attention_seconds(
         cache.cells_mut().fill(0x3c00);
     }
     let next_bytes = vec![0; q_width * 32];
-    let next = dev.load_weight(&[Tensor { name: "next", dtype: DType::F32, shape: vec![8, q_width], bytes: &next_bytes }])?;
+    let next =
+        dev.load_weight(&[Tensor { name: "next", dtype: DType::F32, shape: vec![8, q_width], bytes: (&next_bytes).into() }])?;
     let mut act = dev.new_act(n_rows, q_width);
     let seconds = best(&caches, |cache| dev.attention(&qkv, spec, cache, &next, &batch, &mut act));
     let keys: usize = batch.positions.iter().map(|&position| position as usize + 1).sum();

@@ -70,6 +70,10 @@ impl Matrix {
                     let extreme = [None, None, Some(0x00), Some(0xff), Some(0x80), Some(0x7f)][rng.below(6)];
                     let start = bytes.len();
                     bytes.extend((0..dtype.block_bytes()).map(|_| extreme.unwrap_or(rng.next() as u8)));
+                    if dtype == DType::Q4Z {
+                        bytes[start..start + 4].copy_from_slice(&(x * 0.1).to_le_bytes());
+                        continue;
+                    }
                     for (i, at) in halves(dtype).iter().enumerate() {
                         let scale = f16::from_f32(if i == 0 { x * 0.1 } else { rng.float() });
                         bytes[start + at..][..2].copy_from_slice(&scale.to_le_bytes());
@@ -81,7 +85,7 @@ impl Matrix {
     }
 
     pub(crate) fn tensor(&self) -> Tensor<'_> {
-        Tensor { name: "random", dtype: self.dtype, shape: vec![self.n, self.k], bytes: &self.bytes }
+        Tensor { name: "random", dtype: self.dtype, shape: vec![self.n, self.k], bytes: (&self.bytes).into() }
     }
 
     /// (d, integer, m) of a quantised element, (1, value, 0) of a float: the value is d · integer + m.

@@ -211,6 +211,13 @@ impl Stage {
         Self { libraries: install(&sandbox), sandbox, model: "tiny".to_owned(), knobs: Vec::new() }
     }
 
+    /// With a model that is written to the folder `tiny`.
+    pub(crate) fn with_folder(write: impl FnOnce(&Path)) -> Self {
+        let sandbox = Sandbox::new();
+        write(&sandbox.path("tiny"));
+        Self { libraries: install(&sandbox), sandbox, model: "tiny".to_owned(), knobs: Vec::new() }
+    }
+
     /// With a model in the file `tiny.gguf`.
     pub(crate) fn with_gguf(write: impl FnOnce(&Path)) -> Self {
         let sandbox = Sandbox::new();

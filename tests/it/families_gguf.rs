@@ -19,7 +19,7 @@ struct Conversion {
 }
 
 fn values(tensor: &FileTensor<'_>) -> Vec<f32> {
-    let bytes = tensor.bytes;
+    let bytes = &tensor.bytes;
     match tensor.dtype {
         DType::F16 => bytes.chunks(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         DType::Bf16 => bytes.chunks(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),

@@ -65,6 +65,7 @@ mod openapi;
 mod operations;
 mod oracle;
 mod other_stores;
+mod packed_folders;
 mod page;
 mod parameters;
 mod parts;

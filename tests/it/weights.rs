@@ -20,8 +20,9 @@ fn unhex(hex: &str) -> Vec<u8> {
 fn values_are_those_of_gguf_py() {
     let golden = fs::read_to_string(golden("dequantise.jsonl")).unwrap();
     let rows: Vec<Value> = golden.lines().skip(1).map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(rows.len(), DTYPES.len());
-    for dtype in DTYPES {
+    let of_gguf = DTYPES.into_iter().filter(|dtype| *dtype != DType::Q4Z);
+    assert_eq!(rows.len(), of_gguf.clone().count());
+    for dtype in of_gguf {
         let row = rows.iter().find(|row| row["type"] == dtype.to_string()).unwrap_or_else(|| panic!("no golden row of {dtype}"));
         let bytes = unhex(row["blocks"].as_str().unwrap());
         let mut values = vec![0.0f32; bytes.len() / dtype.block_bytes() * dtype.block_elements()];
@@ -58,12 +59,12 @@ fn devices_say_what_weights_take() {
             DType::Q4_0 => 9,
             DType::Q4_1 => 10,
             DType::Q8_0 => 17,
-            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => 18,
+            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs | DType::Q4Z => 18,
             DType::Q5_1 | DType::Q3K | DType::Q4K | DType::Q5K | DType::Q6K => 20,
             DType::Q2K => 24,
         };
         let bytes = vec![0; 64 * 512 / dtype.block_elements() * dtype.block_bytes()];
-        let tensor = Tensor { name: "t", dtype, shape: vec![64, 512], bytes: &bytes };
+        let tensor = Tensor { name: "t", dtype, shape: vec![64, 512], bytes: (&bytes).into() };
         assert_eq!(cpu.tensor_bytes(&tensor), 64 * 512 / 16 * half_bits, "{dtype}");
         assert_eq!(Reference.tensor_bytes(&tensor), 64 * 512 * 4, "{dtype}");
         let vector = Tensor { shape: vec![64 * 512], ..tensor };

@@ -152,7 +152,7 @@ fn run_tile(isa: Isa, tile: &Tile<'_>, scratch: &mut Scratch) {
             DType::Q4_0 => q40(isa, tile, scratch),
             DType::Q4_1 => q41(isa, tile, scratch),
             DType::Q8_0 => q80(isa, tile, scratch),
-            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => spread(isa, tile, scratch),
+            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs | DType::Q4Z => spread(isa, tile, scratch),
             DType::Q5_1 | DType::Q4K | DType::Q5K => spread_min(isa, tile, scratch),
             DType::Q3K | DType::Q6K => spread_halves(isa, tile, scratch),
             DType::Q2K => spread_min_halves(isa, tile, scratch),

@@ -110,7 +110,7 @@ impl<'a> Unpacking<'a> {
             DType::Q4_0 => s.unpack::<Q40>(packed, pieces, tiles),
             DType::Q4_1 => s.unpack::<Q41>(packed, pieces, tiles),
             DType::Q8_0 => s.unpack::<Q80>(packed, pieces, tiles),
-            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs => s.unpack::<Spread<false, false>>(packed, pieces, tiles),
+            DType::Q5_0 | DType::Iq4Nl | DType::Iq4Xs | DType::Q4Z => s.unpack::<Spread<false, false>>(packed, pieces, tiles),
             DType::Q5_1 | DType::Q4K | DType::Q5K => s.unpack::<Spread<true, false>>(packed, pieces, tiles),
             DType::Q3K | DType::Q6K => s.unpack::<Spread<false, true>>(packed, pieces, tiles),
             DType::Q2K => s.unpack::<Spread<true, true>>(packed, pieces, tiles),

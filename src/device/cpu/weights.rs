@@ -89,7 +89,7 @@ impl Weight {
         if gate.dtype != up.dtype {
             let [gate_values, up_values] = [gate, up].map(f32_bytes);
             let as_f32 = |bytes| Tensor { name: gate.name, dtype: DType::F32, shape: gate.shape.clone(), bytes };
-            return Self::gated(team, numerics, &as_f32(&gate_values), &as_f32(&up_values));
+            return Self::gated(team, numerics, &as_f32((&gate_values).into()), &as_f32((&up_values).into()));
         }
         let row_bytes = gate.bytes.len() / n;
         let row = |panel: usize, column: usize| {
@@ -200,7 +200,7 @@ fn matrix(tensor: &Tensor<'_>) -> Result<(usize, usize)> {
 /// All values of a matrix as the bytes of f32.
 fn f32_bytes(tensor: &Tensor<'_>) -> Vec<u8> {
     let mut values = vec![0.0; tensor.shape.iter().product()];
-    tensor.dtype.dequantise(tensor.bytes, &mut values);
+    tensor.dtype.dequantise(&tensor.bytes, &mut values);
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 

@@ -193,7 +193,7 @@ impl CudaDevice {
         let at = self.arena.take(2 * n * k)?;
         let mut to = at;
         for part in parts {
-            let bytes = if factors == Factors::F16 { part.bytes.into() } else { Cow::from(weights::bf16_bytes(part)) };
+            let bytes = if factors == Factors::F16 { Cow::from(&part.bytes[..]) } else { Cow::from(weights::bf16_bytes(part)) };
             self.gpu.upload(to, &bytes)?;
             to += bytes.len() as u64;
         }

@@ -31,7 +31,7 @@ pub(super) enum Form {
 /// The form of tensors that become one weight.
 pub(super) fn form(parts: &[Tensor<'_>]) -> Form {
     let bits = |part: &Tensor<'_>| match part.dtype {
-        DType::Q4_0 | DType::Q4_1 | DType::Q4K => Some(4),
+        DType::Q4_0 | DType::Q4_1 | DType::Q4K | DType::Q4Z => Some(4),
         dtype if dtype.is_quantised() && !dtype.has_half_scales() => Some(8),
         _ => None,
     };
@@ -107,7 +107,7 @@ pub(super) fn fits_bf16(part: &Tensor<'_>) -> bool {
 pub(super) fn f32_bytes(parts: &[Tensor<'_>]) -> Vec<u8> {
     let values = parts.iter().flat_map(|part| {
         let mut values = vec![0.0f32; part.shape.iter().product()];
-        part.dtype.dequantise(part.bytes, &mut values);
+        part.dtype.dequantise(&part.bytes, &mut values);
         values
     });
     values.flat_map(f32::to_le_bytes).collect()
@@ -152,9 +152,11 @@ fn group_of(part: &Tensor<'_>, row: usize, group: usize, bits: usize) -> Group {
     let (groups, row_bytes) = (dtype.block_elements() / GROUP, part.shape[1] / dtype.block_elements() * dtype.block_bytes());
     let block = &part.bytes[row * row_bytes + group / groups * dtype.block_bytes()..][..dtype.block_bytes()];
     let mut values = dtype.group(block, group % groups);
-    if bits == 4 && dtype == DType::Q4_0 {
-        values.q = values.q.map(|q| q + 8);
-        values.m = values.d.map(|d| -8.0 * d);
+    let zero = dtype.zero(block);
+    if bits == 4 && zero > 0 {
+        values.q = values.q.map(|q| q + zero as i8);
+        // Of scales of f16 or bfloat16 exact: four bits more than theirs.
+        values.m = values.d.map(|d| -f32::from(zero) * d);
     }
     values
 }
@@ -175,11 +177,12 @@ fn put_group(panel: &mut [u8], bits: usize, row: usize, group: usize, values: &G
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Bytes;
 
     #[test]
     fn forms() {
         let of = |dtypes: &[DType]| {
-            let tensor = |&dtype| Tensor { name: "", dtype, shape: vec![1, 256], bytes: &[] };
+            let tensor = |&dtype| Tensor { name: "", dtype, shape: vec![1, 256], bytes: Bytes::from(&[][..]) };
             form(&dtypes.iter().map(tensor).collect::<Vec<_>>())
         };
         assert_eq!(of(&[DType::Q4K, DType::Q4_0]), Form::Packed(4));
@@ -196,7 +199,7 @@ mod tests {
     fn values_of_f16_that_are_ones_of_bfloat16() {
         let fits = |values: &[f32]| {
             let bytes: Vec<u8> = values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
-            fits_bf16(&Tensor { name: "", dtype: DType::F16, shape: vec![1, values.len()], bytes: &bytes })
+            fits_bf16(&Tensor { name: "", dtype: DType::F16, shape: vec![1, values.len()], bytes: (&bytes).into() })
         };
         // Eight bits from the first to the last; also where f16 is subnormal.
         assert!(fits(&[0.0, -1.0, 255.0 / 256.0, 65280.0, f32::exp2(-24.0), 255.0 * f32::exp2(-24.0)]));
@@ -230,18 +233,22 @@ mod tests {
             let k = if dtype.block_elements() == 32 { 96 } else { 256 };
             let row_bytes = k / dtype.block_elements() * dtype.block_bytes();
             let mut state = 1u32;
-            let bytes: Vec<u8> = std::iter::repeat_with(|| {
+            let mut bytes: Vec<u8> = std::iter::repeat_with(|| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 // Exponents of f16 that are no infinity.
                 (state >> 24) as u8 & 0x7b
             })
             .take(20 * row_bytes)
             .collect();
+            if dtype == DType::Q4Z {
+                // Scales as files have them: of 8 bits, not near the end of the range.
+                bytes.chunks_exact_mut(dtype.block_bytes()).for_each(|block| (block[0], block[1], block[3]) = (0, 0, 0x3b));
+            }
             let parts = [(0, 7), (7, 13)].map(|(first, n)| Tensor {
                 name: "",
                 dtype,
                 shape: vec![n, k],
-                bytes: &bytes[first * row_bytes..(first + n) * row_bytes],
+                bytes: bytes[first * row_bytes..(first + n) * row_bytes][..].into(),
             });
             let Form::Packed(bits) = form(&parts) else { panic!("{dtype}") };
             let packed = pack(&parts, bits).unwrap();

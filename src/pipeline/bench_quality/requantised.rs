@@ -36,7 +36,7 @@ impl Requantised {
             let n_columns = tensor.shape.last().copied().unwrap_or(1);
             let dtype = if tensor.shape.len() < 2 { DType::F32 } else { fitting(dtype, n_columns) };
             let mut values = vec![0.0; tensor.shape.iter().product()];
-            tensor.dtype.dequantise(tensor.bytes, &mut values);
+            tensor.dtype.dequantise(&tensor.bytes, &mut values);
             let bytes = rounded(values, &tensor.shape, dtype)?;
             tensors.insert(name.to_owned(), Owned { dtype, shape: tensor.shape.clone(), bytes });
         }
@@ -60,7 +60,7 @@ impl ModelFile for Requantised {
 
     fn find_tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (name, tensor) = self.tensors.get_key_value(name)?;
-        Some(Tensor { name, dtype: tensor.dtype, shape: tensor.shape.clone(), bytes: &tensor.bytes })
+        Some(Tensor { name, dtype: tensor.dtype, shape: tensor.shape.clone(), bytes: (&tensor.bytes).into() })
     }
 
     fn tensor_names(&self) -> Vec<&str> {
@@ -109,6 +109,7 @@ fn rounded(values: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Vec<u8>> {
         DType::Q6K => GgmlDType::Q6K,
         DType::Iq4Nl => return Ok(iq4::nl(&values)),
         DType::Iq4Xs => return Ok(iq4::xs(&values)),
+        DType::Q4Z => anyhow::bail!("weights can't be rounded to {dtype}"),
     };
     let values = CandleTensor::from_vec(values, shape, &Device::Cpu)?;
     Ok(QTensor::quantize(&values, quantiser)?.data()?.into_owned())
