@@ -67,7 +67,7 @@ impl Packing {
         let (all, middle) = (1u32 << self.bits, 1u32 << (self.bits - 1));
         let group = usize::try_from(self.group).unwrap_or(k);
         let n_groups = k.div_ceil(group);
-        let mut below = |n: u32| (((noise.next() + 1.0) / 2.0 * n as f32) as u32).min(n - 1);
+        let mut below = |n: u32| ((f32::midpoint(noise.next(), 1.0) * n as f32) as u32).min(n - 1);
         let q = (0..n * k).map(|_| below(all)).collect();
         let zero = |below: &mut dyn FnMut(u32) -> u32| {
             if self.sym { middle } else { (middle + below(2 * spread + 1)).saturating_sub(spread).min(all - 1) }
