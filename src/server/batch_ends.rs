@@ -68,7 +68,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         say(&format!("batch {id}: what it has done is lost: {damage:#}"));
         Totals::default()
     });
-    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await?);
+    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await);
     let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
@@ -152,7 +152,7 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
     let tariff = settings.tariff;
     let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let (results, errors) = (file(app, id, "output", settings)?, file(app, id, "error", settings)?);
-    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await?);
+    let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await);
     let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
     let ended = app
         .store
@@ -198,14 +198,19 @@ async fn not_run(app: &App, id: &str) -> Result<Option<Value>> {
     counted.map(Some)
 }
 
-/// How many of the tokens of a batch's results are thoughts: as the usages of their answers say.
-async fn thoughts(app: &App, id: &str) -> Result<u64> {
+/// How many of the tokens of a batch's results are thoughts: as the usages of their answers say. A batch ends whether or not they
+/// can be counted.
+async fn thoughts(app: &App, id: &str) -> u64 {
     // Where no model thinks, nothing is read for that.
     if !app.models.all().iter().any(|model| model.live.preparer.template.thinks()) {
-        return Ok(0);
+        return 0;
     }
     let path = app.data.join(folder(id)).join("output.jsonl");
-    spawn_blocking(move || n_thought(&path)).await.context("reading the results panicked")?
+    let counted = spawn_blocking(move || n_thought(&path)).await.context("reading the results panicked").flatten();
+    counted.unwrap_or_else(|error| {
+        say(&format!("batch {id}: its thoughts are not counted: {error:#}"));
+        0
+    })
 }
 
 /// A result, as far as it tells of thoughts, in every dialect.

@@ -84,8 +84,17 @@ struct State {
     read: Option<(u64, u64)>,
     /// What it says.
     charged: i128,
+    /// What calls that run may come to.
+    calls: i128,
+    /// What batches that run have cost so far.
+    batches: i128,
+}
+
+impl State {
     /// What is not charged yet.
-    held: i128,
+    fn held(&self) -> i128 {
+        self.calls + self.batches
+    }
 }
 
 impl Purse {
@@ -121,8 +130,8 @@ impl Purse {
         Ok(())
     }
 
-    fn is_used_up(&self, state: &State) -> bool {
-        state.charged + state.held >= Amount::of_micro(self.budget.most).0
+    fn is_used_up_by(&self, cost: i128) -> bool {
+        cost >= Amount::of_micro(self.budget.most).0
     }
 
     /// What is said of it when it is used up.
@@ -134,7 +143,8 @@ impl Purse {
             Period::Month => " a month",
             Period::Total => "",
         };
-        let running = if state.held > 0 { format!(", and {} may come of what runs", Amount(state.held)) } else { String::new() };
+        let running =
+            if state.held() > 0 { format!(", and {} may come of what runs", Amount(state.held())) } else { String::new() };
         let end = end.and_then(|end| DateTime::<Utc>::from_timestamp(end as i64, 0));
         let end = end
             .map_or_else(String::new, |end| format!("; it is whole again at {}", end.to_rfc3339_opts(SecondsFormat::Secs, true)));
@@ -149,7 +159,7 @@ impl Purse {
         let (state, most) = (self.lock(), Amount::of_micro(self.budget.most));
         Ok(json!({
             "max_cost": most.to_string(), "cost_period": self.budget.period.as_str(), "charged": Amount(state.charged).to_string(),
-            "running": Amount(state.held).to_string(), "resets_at": end,
+            "running": Amount(state.held()).to_string(), "resets_at": end,
         }))
     }
 
@@ -161,9 +171,9 @@ impl Purse {
         self.read(app).await?;
         {
             let mut state = self.lock();
-            if !self.is_used_up(&state) {
-                state.held += cost;
-                return Ok(HeldCost { purse: Arc::clone(self), cost: Mutex::new(cost) });
+            if !self.is_used_up_by(state.charged + state.held()) {
+                state.calls += cost;
+                return Ok(HeldCost { purse: Arc::clone(self), is_batch: false, cost: Mutex::new(cost) });
             }
         }
         Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some(USED_UP), self.said()))
@@ -174,13 +184,16 @@ impl Purse {
 #[derive(Debug)]
 pub(super) struct HeldCost {
     purse: Arc<Purse>,
+    is_batch: bool,
     cost: Mutex<i128>,
 }
 
 impl HeldCost {
     fn set(&self, cost: i128) {
         let mut own = self.cost.lock().unwrap_or_else(PoisonError::into_inner);
-        self.purse.lock().held += cost - *own;
+        let mut state = self.purse.lock();
+        let held = if self.is_batch { &mut state.batches } else { &mut state.calls };
+        *held += cost - *own;
         *own = cost;
     }
 }
@@ -205,7 +218,7 @@ pub(super) struct Spending {
 impl Spending {
     /// Of a batch of a key that may have a budget.
     pub(super) fn new(price: Price, most: Option<Amount>, purse: Option<&Arc<Purse>>) -> Self {
-        let held = purse.map(|purse| HeldCost { purse: Arc::clone(purse), cost: Mutex::new(0) });
+        let held = purse.map(|purse| HeldCost { purse: Arc::clone(purse), is_batch: true, cost: Mutex::new(0) });
         Self { price, most, held }
     }
 
@@ -221,11 +234,20 @@ impl Spending {
         self.most.is_some_and(|most| cost >= most)
     }
 
-    /// What is said of its key's budget, if by what is known nothing is left of that.
+    /// It was charged: that is in the ledger from now on.
+    pub(super) fn charged(&self) {
+        self.held.iter().for_each(|held| held.set(0));
+    }
+
+    /// What is said of its key's budget, if by what is known nothing is left of that. What calls may come to but have not is not
+    /// counted: a batch does not end for it.
     pub(super) fn used_up(&self) -> Option<String> {
         let purse = &self.held.as_ref()?.purse;
-        let is_used_up = purse.is_used_up(&purse.lock());
-        is_used_up.then(|| purse.said())
+        let cost = {
+            let state = purse.lock();
+            state.charged + state.batches
+        };
+        purse.is_used_up_by(cost).then(|| purse.said())
     }
 
     /// As [`Spending::used_up`], with what was charged by now.
@@ -268,7 +290,22 @@ mod tests {
             said.starts_with("the key's budget of 0.000003 USD a month is used up: 0 USD were charged, and 0.000003 may"),
             "{said}"
         );
+        other.charged();
+        assert!(spending.used_up().is_none(), "it is in the ledger, which was not read again");
         drop(other);
         assert!(spending.used_up().is_none());
+    }
+
+    #[test]
+    fn a_batch_does_not_end_for_what_calls_may_come_to() {
+        let purse = Arc::new(Purse::new("a".into(), Budget { most: 3, period: Period::Total }, "USD".into()));
+        let spending = Spending::new(Price { input: 0, cached: 0, output: 1_000_000 }, None, Some(&purse));
+        let call = HeldCost { purse: Arc::clone(&purse), is_batch: false, cost: Mutex::new(0) };
+        call.set(Amount::of_micro(3).0);
+        assert!(!spending.note(Totals { completion_tokens: 2, ..Totals::default() }));
+        assert!(spending.used_up().is_none());
+        assert!(purse.said().contains("0.000005 may come"), "{}", purse.said());
+        assert!(!spending.note(Totals { completion_tokens: 3, ..Totals::default() }));
+        assert!(spending.used_up().is_some());
     }
 }
