@@ -389,6 +389,28 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_there_are() {
     }
 }
 
+/// Where activations are too many for a cache, k comes in blocks and several panels' sums wait: more panels than fit in one share.
+#[test]
+fn rows_have_the_bits_they_have_alone_where_their_sums_wait() {
+    let (n_rows, n, k) = (352, 3104, 1536);
+    let rng = &mut Random(26);
+    let matrix = Matrix::random(rng, DType::Q8_0, n, k);
+    let x = random_rows(rng, n_rows * k);
+    let fastest = Isa::available()[0];
+    for n_threads in [1, 2] {
+        let dev = CpuDevice::new(fastest, Numerics::Bf16, n_threads);
+        let (_, all) = project(&dev, &x, &[matrix.tensor()]);
+        for first in [0, 320] {
+            let (_, some) = project(&dev, &x[first * k..][..32 * k], &[matrix.tensor()]);
+            assert!(
+                bits(&some) == bits(&all[first * n..][..32 * n]),
+                "rows from {first}, {n_threads} threads, {}",
+                fastest.name()
+            );
+        }
+    }
+}
+
 #[test]
 fn a_nan_or_an_infinity_reaches_its_own_rows_result_and_no_other() {
     let rng = &mut Random(5);

@@ -41,26 +41,27 @@ struct Order {
     n_k: usize,
     /// K-tiles of a block, less in the last.
     length: usize,
-    /// Panels taken together, less at the end.
+    /// Panels of the share that are taken together, less at its end.
     group: usize,
-    /// The first panel.
-    start: usize,
+    /// The share's panels.
+    panels: (usize, usize),
     /// Up to which panel this thread goes on, as far as one can tell.
-    end: usize,
+    to_come: usize,
 }
 
 impl Order {
-    fn new(tile: &Tile<'_>) -> Self {
-        let (n_rows, k) = (tile.rows.len().next_multiple_of(PAIR), tile.product.act.k);
-        assert!(n_rows <= MAX_ROWS);
+    fn new(n_rows: usize, k: usize, panels: &Range<usize>, to_come: usize) -> Self {
+        let n_rows = n_rows.next_multiple_of(PAIR);
+        assert!(n_rows <= MAX_ROWS && !panels.is_empty() && panels.end <= to_come);
         let n_k = k.div_ceil(TILE_K);
         let all_cached = n_rows * k <= CACHED_ELEMENTS;
+        let n_groups = panels.len().div_ceil(MAX_SUMS / PANEL / n_rows);
         Self {
             n_k,
             length: n_k.div_ceil(n_k.div_ceil(BLOCK_K)),
-            group: if all_cached { 1 } else { (MAX_SUMS / PANEL / n_rows).min(tile.panels.len()) },
-            start: tile.panels.start,
-            end: tile.to_come,
+            group: if all_cached { 1 } else { panels.len().div_ceil(n_groups) },
+            panels: (panels.start, panels.end),
+            to_come,
         }
     }
 
@@ -69,15 +70,17 @@ impl Order {
         Block { panel, k: (start, self.n_k.min(start + self.length)) }
     }
 
+    /// The block after one. No group goes over the share's end: what comes then is another share, of which this is but a guess.
     fn after(&self, block: Block) -> Option<Block> {
-        let first = block.panel - (block.panel - self.start) % self.group;
-        let end = self.end.min(first + self.group);
+        let (start, end) = if block.panel < self.panels.1 { self.panels } else { (self.panels.1, self.to_come) };
+        let first = block.panel - (block.panel - start) % self.group;
+        let end = end.min(first + self.group);
         if block.panel + 1 < end {
             Some(self.block(block.panel + 1, block.k.0))
         } else if block.k.1 < self.n_k {
             Some(self.block(first, block.k.1))
         } else {
-            (end < self.end).then(|| self.block(end, 0))
+            (end < self.to_come).then(|| self.block(end, 0))
         }
     }
 }
@@ -92,8 +95,8 @@ pub(super) fn reserve(scratch: &mut Scratch) {
 #[inline(always)]
 pub(super) fn panels<S: Simd>(s: S, tile: &Tile<'_>, scratch: &mut Scratch) {
     tile.product.isa.unit().prepare();
-    let order = Order::new(tile);
-    let mut next = Some(order.block(order.start, 0));
+    let order = Order::new(tile.rows.len(), tile.product.act.k, &tile.panels, tile.to_come);
+    let mut next = Some(order.block(tile.panels.start, 0));
     while let Some(block) = next.filter(|block| block.panel < tile.panels.end) {
         one_block(s, tile, (&order, block), scratch);
         next = order.after(block);
@@ -119,7 +122,7 @@ fn one_block<S: Simd>(s: S, tile: &Tile<'_>, (order, block): (&Order, Block), sc
     let (n_kept, n_sums) = if is_all { (2 * PAIR, 1) } else { (n_rows, order.group) };
     scratch.sums.reserve(n_kept * n_sums * PANEL);
     let sums = Shared::new(&mut scratch.sums[..n_kept * n_sums * PANEL]);
-    let first = (block.panel - order.start) % n_sums * n_kept * PANEL;
+    let first = (block.panel - order.panels.0) % n_sums * n_kept * PANEL;
     let at_once = PAIR.div_ceil(n_k);
     let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], ahead, at_once };
     for row in tile.rows.clone().step_by(PAIR) {
@@ -256,5 +259,36 @@ impl<S: Simd> Meanwhile for Finish<'_, '_, S> {
     fn some(&mut self) {
         self.ahead.some(self.s);
         self.rows(self.at_once);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group that went on into the next share would leave its own last panels without their last blocks.
+    #[test]
+    fn a_share_takes_every_block_once_and_each_panels_in_order() {
+        for n_rows in (PAIR..=MAX_ROWS).step_by(PAIR) {
+            for k in [32, 576, 608, 1536, 2048, 4096, 14_336] {
+                for (n_panels, to_come) in (1..=34).flat_map(|n| [(n, n), (n, n + 1), (n, 3 * n)]) {
+                    let (start, n_k) = (5, k / TILE_K);
+                    let order = Order::new(n_rows, k, &(start..start + n_panels), start + to_come);
+                    assert!(order.group == 1 || order.group * n_rows * PANEL <= MAX_SUMS);
+                    let mut done = vec![0; n_panels];
+                    let mut next = Some(order.block(start, 0));
+                    while let Some(block) = next.filter(|block| block.panel < start + n_panels) {
+                        assert_eq!(done[block.panel - start], block.k.0, "{n_rows} rows, k {k}, {n_panels} panels");
+                        done[block.panel - start] = block.k.1;
+                        next = order.after(block);
+                    }
+                    assert!(
+                        done.iter().all(|&done| done == n_k),
+                        "{n_rows} rows, k {k}, {n_panels} of {to_come} panels: {done:?}"
+                    );
+                    assert_eq!(next.is_some(), to_come > n_panels);
+                }
+            }
+        }
     }
 }
