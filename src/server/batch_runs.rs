@@ -181,7 +181,9 @@ pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<
     timer.abort();
     if let Some(ended) = ended? {
         conclude(app, id, open, &settings, &ended).await?;
-        spending.iter().for_each(|spending| spending.charged());
+        if let Some(spending) = &spending {
+            spending.charged();
+        }
         spawn_blocking(move || ended.forget()).await.context("removing a journal panicked")??;
     }
     Ok(())
