@@ -300,7 +300,7 @@ fn keys_take_turns_in_the_background() {
 #[test]
 fn keys_take_turns_where_calls_wait() {
     let server = narrow();
-    for (window, most) in [("asap", 13), ("standard", 17)] {
+    for window in ["asap", "standard"] {
         let long = chat("Go on.", json!({"max_tokens": 7000, "ignore_eos": true, "stream": true}));
         let mut running = server.open("/v1/chat/completions", &long);
         read_until(&mut running, "\"content\":\"");
@@ -320,10 +320,10 @@ fn keys_take_turns_where_calls_wait() {
         let mut ended = turns(&server, window);
         ended.retain(|key| key != "ours");
         // Of those of the first key that had been let into the engine's queue, some may have gone before; by arrival, the other
-        // key's last would be the last of all, and with equal weights about the fourteenth. Inside that queue slack decides between
-        // standard calls, so on a busy machine some more go before.
-        let last = 1 + ended.iter().rposition(|key| key == "few").unwrap();
-        assert!(ended.len() == 22 && last <= most, "{window}: one key's calls had to wait for another's: {ended:?}");
+        // key's last but one would be the last but one of all. The last is not asked about: inside that queue slack decides between
+        // standard calls, and the last to be let in may wait there for all that came before it.
+        let place = ended.iter().enumerate().filter(|(_, key)| *key == "few").nth(4).unwrap().0;
+        assert!(ended.len() == 22 && place < 15, "{window}: one key's calls had to wait for another's: {ended:?}");
     }
 }
 
