@@ -391,7 +391,7 @@ impl Gate {
         *n_taken += n_places;
         let turns = &mut places.turns[class as usize];
         let at = turns.take(share, n_places);
-        turns.pass(at);
+        turns.pass(share, at);
         n_places
     }
 

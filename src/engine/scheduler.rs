@@ -362,7 +362,7 @@ impl Scheduler {
             row.is_admitted = true;
             row.n_cached = n_shared;
             row.start_constraint();
-            self.turns[class as usize].pass(row.turn);
+            self.turns[class as usize].pass(row.params.share, row.turn);
             self.n_queued[class as usize] -= 1;
         }
         row.n_shared_blocks = beginning.n_blocks();

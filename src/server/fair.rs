@@ -43,7 +43,7 @@ impl<T> Fair<T> {
         let firsts = self.waiting.values().filter_map(|(share, items)| Some((*share, items.front()?.0)));
         let (share, _) = firsts.min_by_key(|&(share, number)| (self.turns.next(share), number))?;
         let at = self.turns.take(share, 1);
-        self.turns.pass(at);
+        self.turns.pass(share, at);
         self.waiting.get_mut(&share.owner)?.1.pop_front().map(|(_, item)| item)
     }
 }

@@ -113,7 +113,7 @@ impl Queue {
             // Who does not wait any more needs none.
             if bell.send(()).is_ok() {
                 let at = self.turns.take(share, 1);
-                self.turns.pass(at);
+                self.turns.pass(share, at);
                 self.running.insert(key, Running { ask, is_asked: false, share });
             }
         }

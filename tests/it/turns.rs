@@ -84,13 +84,33 @@ fn a_turn_that_was_not_had_is_no_turn() {
 }
 
 #[test]
+fn turns_that_were_had_count_whatever_is_cancelled_then() {
+    let mut engine = alone();
+    let place = (Class::Asap, Due::NEVER);
+    submit(&mut engine, 100..140, THREE, place);
+    let (mut seen, mut order) = (HashSet::new(), Vec::new());
+    // One that takes a turn, has it, takes another one and gives it up would otherwise have every second one.
+    for id in (0..20).step_by(2) {
+        submit(&mut engine, id..id + 1, ONE, place);
+        while !seen.contains(&id) {
+            engine.step(&mut Vec::new()).expect("the fake runner does not fail");
+            order.extend(engine.last_step().iter().map(|share| share.id).filter(|&id| seen.insert(id)));
+        }
+        submit(&mut engine, id + 1..id + 2, ONE, place);
+        assert!(engine.cancel(id + 1));
+    }
+    let others = order.iter().filter(|&&id| id >= 100).count();
+    assert!(others >= 25, "three of four turns: {order:?}");
+}
+
+#[test]
 fn turns_are_counted_by_weight() {
     let mut turns = Turns::default();
     let mut counts = [0_u32; 2];
     for _ in 0..4000 {
         let (i, share) = [ONE, THREE].into_iter().enumerate().min_by_key(|&(_, share)| turns.next(share)).unwrap();
         let at = turns.take(share, 5);
-        turns.pass(at);
+        turns.pass(share, at);
         turns.give_back(share, 4);
         counts[i] += 1;
     }
@@ -101,7 +121,7 @@ fn turns_are_counted_by_weight() {
     for _ in 0..50 {
         let share = [ONE, THREE, new].into_iter().min_by_key(|&share| turns.next(share)).unwrap();
         let at = turns.take(share, 1);
-        turns.pass(at);
+        turns.pass(share, at);
         n_new += usize::from(share == new);
     }
     assert!((9..=11).contains(&n_new), "{n_new}");
