@@ -40,6 +40,12 @@ impl<'a> Bytes<'a> {
         self.range.is_empty()
     }
 
+    /// Makes them now, if they are not there. Making may share its work among `rayon`'s threads: read first inside one of their jobs,
+    /// it could take up another job that waits for the same bytes, for ever. Whoever reads them in such jobs calls this before.
+    pub fn make(&self) {
+        _ = &**self;
+    }
+
     /// A part of them; makes none.
     ///
     /// # Panics

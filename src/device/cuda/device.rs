@@ -332,7 +332,7 @@ impl Device for CudaDevice {
     }
 
     fn new_act(&self, max_tokens: usize, width: usize) -> Act {
-        let n_bytes = 2 * max_tokens * width;
+        let n_bytes = aligned(2 * max_tokens * width);
         let at = self.room(2 * n_bytes);
         // Rows that only fill up a step are read as they are.
         self.attempt(|| {
