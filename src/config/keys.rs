@@ -3,7 +3,7 @@
 use super::serve::KeyConfig;
 use crate::server::budgets::{Budget, Period};
 use crate::server::limits::Rates;
-use crate::server::prices::micro;
+use crate::server::prices::micro_sum;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use std::ops::RangeInclusive;
@@ -36,7 +36,7 @@ impl KeyEntry {
             ensure!(self.cost_period.is_none(), "key.cost_period: needs key.max_cost");
             return Ok(None);
         };
-        let most = micro(most).context("key.max_cost")?;
+        let most = micro_sum(most).context("key.max_cost")?;
         ensure!(most > 0, "key.max_cost: must be more than 0; leave it out for a key without a budget");
         Ok(Some(Budget { most, period: self.cost_period.unwrap_or_default() }))
     }

@@ -4,7 +4,7 @@ use super::App;
 use super::batch_accept::Tariff;
 use super::batch_open::{OVER_COST, Open};
 use super::batch_runs::{Settings, folder};
-use super::budgets::USED_UP;
+use super::budgets::{Spending, USED_UP};
 use super::files::BATCH_OUTPUT;
 use super::log::say;
 use super::models::now;
@@ -69,7 +69,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         Totals::default()
     });
     let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await);
-    let (key, own, ending, machine_ns) = (id.to_owned(), Arc::clone(app), open.ending(), Arc::clone(&open.machine_ns));
+    let (key, own, ending, costs) = (id.to_owned(), Arc::clone(app), open.ending(), Costs::of(open));
     let write = move |connection: &Connection| {
         let stored = batches::any(connection, &key)?.context("the batch is gone")?;
         if !stored.is_open() {
@@ -88,8 +88,8 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         body["status"] = state.into();
         body[at] = now().into();
         let has_files = totals != Totals::default();
-        if has_files || machine_ns.load(Relaxed) > 0 {
-            charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, n_thought, &machine_ns))?;
+        if has_files || costs.machine_ns.load(Relaxed) > 0 {
+            charge(&own, connection, (&stored, &mut body), settings.tariff, (totals, n_thought, &costs))?;
         }
         if let Some(not_run) = not_run {
             body["not_run"] = not_run;
@@ -106,13 +106,25 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
     removed.await.context("removing a journal panicked")
 }
 
+/// What of an open batch is charged beside its tokens, and what it holds until then.
+struct Costs {
+    machine_ns: Arc<AtomicU64>,
+    spending: Option<Arc<Spending>>,
+}
+
+impl Costs {
+    fn of(open: &Open) -> Self {
+        Self { machine_ns: Arc::clone(&open.machine_ns), spending: open.spending() }
+    }
+}
+
 /// Charges what was done of a batch, and says so in its object.
 fn charge(
     app: &App,
     connection: &Connection,
     (stored, body): (&StoredBatch, &mut Value),
     tariff: Tariff,
-    (totals, n_thought, machine_ns): (Totals, u64, &AtomicU64),
+    (totals, n_thought, costs): (Totals, u64, &Costs),
 ) -> Result<()> {
     body["request_counts"]["completed"] = totals.n_ok.into();
     body["request_counts"]["failed"] = totals.n_failed.into();
@@ -125,9 +137,11 @@ fn charge(
     });
     let model = body["model"].as_str().unwrap_or_default();
     let price = tariff.price(app, model);
-    if let Some(cost) = app.bill_batch(connection, (&stored.id, &stored.owner, model), price, (totals, machine_ns))? {
+    if let Some(cost) = app.bill_batch(connection, (&stored.id, &stored.owner, model), price, (totals, &costs.machine_ns))? {
         body["usage"]["cost"] = cost.to_string().into();
     }
+    // Here, so that nobody who reads the ledger after this counts it twice.
+    costs.spending.iter().for_each(|spending| spending.charged());
     Ok(())
 }
 
@@ -153,7 +167,7 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
     let (totals, is_whole, ending) = (ended.totals, ended.is_whole, open.ending());
     let (results, errors) = (file(app, id, "output", settings)?, file(app, id, "error", settings)?);
     let (not_run, n_thought) = (not_run(app, id).await?, thoughts(app, id).await);
-    let (id, own, machine_ns) = (id.to_owned(), Arc::clone(app), Arc::clone(&open.machine_ns));
+    let (id, own, costs) = (id.to_owned(), Arc::clone(app), Costs::of(open));
     let ended = app
         .store
         .write(move |connection| {
@@ -175,7 +189,7 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             body["finalizing_at"] = now().into();
             body[at] = now().into();
             body["request_counts"]["total"] = (totals.n_ok + totals.n_failed).into();
-            charge(&own, connection, (&stored, &mut body), tariff, (totals, n_thought, &machine_ns))?;
+            charge(&own, connection, (&stored, &mut body), tariff, (totals, n_thought, &costs))?;
             if let Some(not_run) = not_run {
                 body["not_run"] = not_run;
             }

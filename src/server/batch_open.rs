@@ -37,6 +37,8 @@ pub(super) struct Open {
     pub(super) machine_ns: Arc<AtomicU64>,
     /// Its part of the work that is open.
     ticket: Mutex<Option<Arc<BatchTicket>>>,
+    /// What it costs, until it is charged, whether or not its job runs.
+    spending: Mutex<Option<Arc<Spending>>>,
     control: Mutex<Control>,
 }
 
@@ -96,6 +98,20 @@ impl Open {
     /// Its part of the work that is open.
     pub(super) fn ticket(&self) -> Option<Arc<BatchTicket>> {
         lock(&self.ticket).clone()
+    }
+
+    /// What it costs, if anything limits that and its job has run since the server started.
+    pub(super) fn spending(&self) -> Option<Arc<Spending>> {
+        lock(&self.spending).clone()
+    }
+
+    /// The same, before its job runs.
+    pub(super) fn spend(&self, new: impl FnOnce() -> Option<Spending>) -> Option<Arc<Spending>> {
+        let mut spending = lock(&self.spending);
+        if spending.is_none() {
+            *spending = new().map(Arc::new);
+        }
+        spending.clone()
     }
 
     /// Counts it in as work that is open.

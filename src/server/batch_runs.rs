@@ -66,10 +66,10 @@ pub(super) struct Settings {
 
 impl Settings {
     /// What an owner's batch of this model may cost, if anything limits that.
-    fn spending(&self, app: &App, owner: &str, model: &str) -> Option<Arc<Spending>> {
+    fn spending(&self, app: &App, owner: &str, model: &str) -> Option<Spending> {
         let (most, purse) = (self.max_cost.map(Amount::of_micro), app.keys.purse(owner));
         let price = self.tariff.price(app, model).filter(|_| most.is_some() || purse.is_some())?;
-        Some(Arc::new(Spending::new(price, most, purse)))
+        Some(Spending::new(price, most, purse))
     }
 }
 
@@ -175,15 +175,11 @@ pub(super) async fn carry(app: &Arc<App>, id: &str, open: &Arc<Open>) -> Result<
     if open.ticket().is_none() {
         open.count_as(count_in(&job, &model, open.counts(), stored.expires_at).await?);
     }
-    // Until it is charged.
-    let spending = settings.spending(app, &stored.owner, &model.id);
+    let spending = open.spend(|| settings.spending(app, &stored.owner, &model.id));
     let ended = wait_and_run(app, &stored, open, job, (&model, &spending)).await;
     timer.abort();
     if let Some(ended) = ended? {
         conclude(app, id, open, &settings, &ended).await?;
-        if let Some(spending) = &spending {
-            spending.charged();
-        }
         spawn_blocking(move || ended.forget()).await.context("removing a journal panicked")??;
     }
     Ok(())

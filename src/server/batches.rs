@@ -252,8 +252,8 @@ fn max_cost(body: &Map<String, Value>) -> Result<Option<u64>, ApiError> {
         Some(Value::String(amount)) => amount.parse().ok(),
         Some(other) => return Err(ApiError::invalid_type(field, "an amount", other)),
     };
-    let found = amount.and_then(|amount| prices::micro(amount).ok()).filter(|&micro| micro > 0);
-    let fault = || ApiError::invalid_value(field, "must be an amount over 0, of at most six decimals");
+    let found = amount.and_then(|amount| prices::micro_sum(amount).ok()).filter(|&micro| micro > 0);
+    let fault = || ApiError::invalid_value(field, "must be an amount over 0 and up to 100000000, of at most six decimals");
     found.ok_or_else(fault).map(Some)
 }
 

@@ -15,6 +15,8 @@ const STANDARD_PERCENT: u64 = 55;
 const CACHED_PERCENT: u64 = 10;
 /// Highest price.
 const MAX_PRICE: f64 = 1e6;
+/// Most that may be said of a sum: an f64 is within a fiftieth of a millionth of it.
+const MAX_SUM: f64 = 1e8;
 /// Nanoseconds of an hour.
 const HOUR_NS: i128 = 3_600_000_000_000;
 
@@ -172,8 +174,21 @@ impl PriceSpec {
 /// It is none, or finer than that.
 pub fn micro(price: f64) -> Result<u64> {
     ensure!((0.0..=MAX_PRICE).contains(&price), "{price} is no price of 0 to {MAX_PRICE}");
-    let millionths = price * MILLION as f64;
-    ensure!((millionths - millionths.round()).abs() < 0.01, "{price} has more than six decimals");
+    millionths(price)
+}
+
+/// A sum of money in millionths.
+///
+/// # Errors
+/// It is none, or finer than that.
+pub fn micro_sum(sum: f64) -> Result<u64> {
+    ensure!((0.0..=MAX_SUM).contains(&sum), "{sum} is no sum of 0 to {MAX_SUM}");
+    millionths(sum)
+}
+
+fn millionths(value: f64) -> Result<u64> {
+    let millionths = value * MILLION as f64;
+    ensure!((millionths - millionths.round()).abs() < 0.05, "{value} has more than six decimals");
     Ok(millionths.round() as u64)
 }
 

@@ -54,6 +54,10 @@ impl Server {
             if states.contains(&batch["status"].as_str().unwrap()) {
                 return batch;
             }
+            assert!(
+                !["completed", "cancelled", "failed"].contains(&batch["status"].as_str().unwrap()),
+                "never {states:?}: {batch}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }

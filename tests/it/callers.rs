@@ -341,7 +341,12 @@ fn batches_of_several_keys_take_turns() {
         server.send("GET", &path, &[("x-api-key", key)], "").json()
     };
     let wait = |key: &str, batch: &Value, until: &str| {
-        while state(key, batch)["status"] != until {
+        loop {
+            let batch = state(key, batch);
+            if batch["status"] == until {
+                return;
+            }
+            assert_ne!(batch["status"], "completed", "it never was {until}: {batch}");
             std::thread::sleep(Duration::from_millis(20));
         }
     };

@@ -420,11 +420,11 @@ fn a_batch_ends_when_it_has_cost_what_it_may() {
     assert_eq!(again["request_counts"]["total"], rest.len(), "{again}");
     assert!(again["usage"]["output_tokens"].as_u64() > Some(0), "{again}");
     // One that costs less than it may is as any other.
-    let cheap = server.long_batch(2, &json!("1.5")).json();
+    let cheap = server.long_batch(2, &json!("98765432.123456")).json();
     let cheap = server.end_of_batch(cheap["id"].as_str().unwrap());
     let told = json!([cheap["status"], cheap["errors"], cheap["completed_with_errors"], cheap["max_cost"], cheap["progress"]]);
-    assert_eq!(told, json!(["completed", null, false, "1.5", null]), "{cheap}");
-    for wrong in [json!(0), json!(-1), json!("free"), json!(1e-9), json!(1e30), json!(true)] {
+    assert_eq!(told, json!(["completed", null, false, "98765432.123456", null]), "{cheap}");
+    for wrong in [json!(0), json!(-1), json!("free"), json!(1e-9), json!(2e8), json!(1e30), json!(true)] {
         let answer = server.long_batch(1, &wrong);
         assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("max_cost")), "{}", answer.text);
     }
