@@ -390,9 +390,10 @@ fn shards_and_idle_biases() {
     let write = |bias: u8| {
         let parts = layer.parts(NAME);
         let bias = ("model.layers.0.self_attn.o_proj.bias".to_owned(), "F16", vec![2], vec![0, 0, bias, 0]);
+        let experts = ("model.layers.0.block_sparse_moe.experts.0.w1.bias".to_owned(), "F16", vec![2], vec![0; 4]);
         let folder = folder_of(&AWQ.config(), &[]);
         fs::remove_file(folder.path().join("model.safetensors")).unwrap();
-        let files = [("a.safetensors", vec![parts[0].clone(), bias]), ("b.safetensors", parts[1..].to_vec())];
+        let files = [("a.safetensors", vec![parts[0].clone(), bias, experts]), ("b.safetensors", parts[1..].to_vec())];
         let mut index = BTreeMap::new();
         for (file, parts) in &files {
             write_tensors(&folder.path().join(file), parts);
