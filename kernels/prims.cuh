@@ -226,36 +226,30 @@ template <int N> DEVICE void settle(float (&c)[N][4]) {
         for (int i = 0; i < 4; i++) asm volatile("" : "+f"(c[j][i])::"memory");
 }
 
+// The accumulators of a product of 64 columns, from one on, as operands 0 to 31.
+#define FOUR(c, j) "+f"((c)[j][0]), "+f"((c)[j][1]), "+f"((c)[j][2]), "+f"((c)[j][3])
+#define ACCUMULATORS(c, first) \
+    FOUR(c, first), FOUR(c, first + 1), FOUR(c, first + 2), FOUR(c, first + 3), \
+    FOUR(c, first + 4), FOUR(c, first + 5), FOUR(c, first + 6), FOUR(c, first + 7)
+#define PLACES \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
 // c += a · b for a: 64 rows x 16 k, b: 16 k x 64 columns of bfloat16 (as 64 rows of k), c in f32: the eight accumulators from `first` on.
 // Warp w of the warpgroup has rows 16 w .., its lanes as in multiply_add.
 template <int N> DEVICE void multiply_add_64(float (&c)[N][4], int first, u64 a, u64 b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PLACES ", "
         "%32, %33, 1, 1, 1, 0, 0;"
-        : "+f"(c[first + 0][0]), "+f"(c[first + 0][1]), "+f"(c[first + 0][2]), "+f"(c[first + 0][3]),
-          "+f"(c[first + 1][0]), "+f"(c[first + 1][1]), "+f"(c[first + 1][2]), "+f"(c[first + 1][3]),
-          "+f"(c[first + 2][0]), "+f"(c[first + 2][1]), "+f"(c[first + 2][2]), "+f"(c[first + 2][3]),
-          "+f"(c[first + 3][0]), "+f"(c[first + 3][1]), "+f"(c[first + 3][2]), "+f"(c[first + 3][3]),
-          "+f"(c[first + 4][0]), "+f"(c[first + 4][1]), "+f"(c[first + 4][2]), "+f"(c[first + 4][3]),
-          "+f"(c[first + 5][0]), "+f"(c[first + 5][1]), "+f"(c[first + 5][2]), "+f"(c[first + 5][3]),
-          "+f"(c[first + 6][0]), "+f"(c[first + 6][1]), "+f"(c[first + 6][2]), "+f"(c[first + 6][3]),
-          "+f"(c[first + 7][0]), "+f"(c[first + 7][1]), "+f"(c[first + 7][2]), "+f"(c[first + 7][3])
+        : ACCUMULATORS(c, first)
         : "l"(a), "l"(b));
 }
 
 // The same, a warp's 16 rows of a in registers as multiply_add has them, b as 16 rows of 64 columns.
 template <int N> DEVICE void multiply_add_64(float (&c)[N][4], int first, const u32 (&a)[4], u64 b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PLACES ", "
         "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-        : "+f"(c[first + 0][0]), "+f"(c[first + 0][1]), "+f"(c[first + 0][2]), "+f"(c[first + 0][3]),
-          "+f"(c[first + 1][0]), "+f"(c[first + 1][1]), "+f"(c[first + 1][2]), "+f"(c[first + 1][3]),
-          "+f"(c[first + 2][0]), "+f"(c[first + 2][1]), "+f"(c[first + 2][2]), "+f"(c[first + 2][3]),
-          "+f"(c[first + 3][0]), "+f"(c[first + 3][1]), "+f"(c[first + 3][2]), "+f"(c[first + 3][3]),
-          "+f"(c[first + 4][0]), "+f"(c[first + 4][1]), "+f"(c[first + 4][2]), "+f"(c[first + 4][3]),
-          "+f"(c[first + 5][0]), "+f"(c[first + 5][1]), "+f"(c[first + 5][2]), "+f"(c[first + 5][3]),
-          "+f"(c[first + 6][0]), "+f"(c[first + 6][1]), "+f"(c[first + 6][2]), "+f"(c[first + 6][3]),
-          "+f"(c[first + 7][0]), "+f"(c[first + 7][1]), "+f"(c[first + 7][2]), "+f"(c[first + 7][3])
+        : ACCUMULATORS(c, first)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #endif

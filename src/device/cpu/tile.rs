@@ -200,26 +200,7 @@ pub(super) mod amx {
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
     }
 
-    /// A k-tile for two tiles of rows, left tiles loaded by that instruction.
-    macro_rules! two_rows {
-        ($load:literal, $a:ident, $b:ident) => {
-            asm!(
-                concat!($load, " tmm4, [{a0} + {sa}]"),
-                "tileloadd tmm6, [{b0} + {sb}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {sb}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                concat!($load, " tmm5, [{a1} + {sa}]"),
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                a0 = in(reg) $a.start[0], a1 = in(reg) $a.start[M - 1],
-                b0 = in(reg) $b.start[0], b1 = in(reg) $b.start[1],
-                sa = in(reg) $a.stride, sb = in(reg) $b.stride, options(nostack, preserves_flags, readonly),
-            )
-        };
-    }
-
-    /// The same for one.
+    /// A k-tile for a tile of rows, loaded by that instruction.
     macro_rules! one_row {
         ($load:literal, $a:ident, $b:ident) => {
             asm!(
@@ -231,6 +212,18 @@ pub(super) mod amx {
                 a0 = in(reg) $a.start[0],
                 b0 = in(reg) $b.start[0], b1 = in(reg) $b.start[1],
                 sa = in(reg) $a.stride, sb = in(reg) $b.stride, options(nostack, preserves_flags, readonly),
+            )
+        };
+    }
+
+    /// The same k-tile for the second one.
+    macro_rules! second_row {
+        ($load:literal, $a:ident) => {
+            asm!(
+                concat!($load, " tmm5, [{a1} + {sa}]"),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                a1 = in(reg) $a.start[M - 1], sa = in(reg) $a.stride, options(nostack, preserves_flags, readonly),
             )
         };
     }
@@ -270,13 +263,18 @@ pub(super) mod amx {
                     options(nostack, preserves_flags, nomem)
                 );
             }
-            // One piece of assembly per k-tile: the tile registers keep their values in between, since nothing else uses them.
+            // The tile registers keep their values between pieces of assembly, since nothing else uses them.
             for _ in 0..n_k {
-                match (M, PASSING) {
-                    (2, true) => two_rows!("tileloaddt1", a, b),
-                    (2, false) => two_rows!("tileloadd", a, b),
-                    (_, true) => one_row!("tileloaddt1", a, b),
-                    (_, false) => one_row!("tileloadd", a, b),
+                if PASSING {
+                    one_row!("tileloaddt1", a, b);
+                    if M == 2 {
+                        second_row!("tileloaddt1", a);
+                    }
+                } else {
+                    one_row!("tileloadd", a, b);
+                    if M == 2 {
+                        second_row!("tileloadd", a);
+                    }
                 }
                 a.advance();
                 b.advance();
