@@ -123,6 +123,36 @@ pub struct ExpertSizes {
     pub ffn_width: usize,
 }
 
+/// What a layer does before attention to each row by itself.
+#[derive(Debug)]
+pub struct BeforeAttention<'a, W, V> {
+    /// `[width]`
+    pub norm: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// `[(n_heads + 2 · n_kv_heads) · head_dim, width]`
+    pub qkv: &'a W,
+    /// What happens to q, k and v then.
+    pub extra: &'a QkvExtra<V>,
+}
+
+/// What a layer does after attention to each row by itself.
+#[derive(Debug)]
+pub struct AfterAttention<'a, W, V> {
+    /// `[width, n_heads · head_dim]`
+    pub attn_output: &'a W,
+    /// `[width]`
+    pub norm: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// As [`Device::load_gate_up`] makes it.
+    pub gate_up: &'a W,
+    /// Of the gate.
+    pub activation: Activation,
+    /// `[width, ffn_width]`
+    pub down: &'a W,
+}
+
 /// How large a step can get: what working memory is made for.
 #[derive(Debug, Clone, Copy)]
 pub struct StepSizes<'a> {
@@ -305,6 +335,40 @@ pub trait Device: Send {
     /// x[t] += Σ weight · down(activation(gate · act[t]) · (up · act[t])) over the experts that the token uses, in the order
     /// of their numbers. `act` has the form that the first expert's `gate_up` wants. No token is dropped.
     fn experts(&self, act: &Self::Act, experts: &Experts<Self::Weight>, f: Activation, batch: &Batch, x: &mut Self::Hidden);
+    /// [`Device::norm`], [`Device::linear`] and [`Device::finish_qkv`]; `normed` may be left as it was.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn before_attention(
+        &self,
+        layer: &BeforeAttention<'_, Self::Weight, Self::Vector>,
+        spec: &AttentionSpec,
+        batch: &Batch,
+        x: &Self::Hidden,
+        normed: &mut Self::Act,
+        qkv: &mut Self::Hidden,
+        cache: &mut Self::Cache,
+    ) {
+        self.norm(x, layer.norm, layer.eps, layer.qkv, batch, normed);
+        self.linear(normed, layer.qkv, batch, qkv);
+        self.finish_qkv(qkv, layer.extra, spec, batch, cache);
+    }
+    /// [`Device::linear_add`] of what attention gave, [`Device::norm`], [`Device::gate_up`] and `linear_add`; `normed`, `scratch`
+    /// (`[T, 2 · ffn_width]`) and `gated` may be left as they were.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]
+    fn after_attention(
+        &self,
+        layer: &AfterAttention<'_, Self::Weight, Self::Vector>,
+        attended: &Self::Act,
+        batch: &Batch,
+        x: &mut Self::Hidden,
+        normed: &mut Self::Act,
+        scratch: &mut Self::Hidden,
+        gated: &mut Self::Act,
+    ) {
+        self.linear_add(attended, layer.attn_output, batch, x);
+        self.norm(x, layer.norm, layer.eps, layer.gate_up, batch, normed);
+        self.gate_up(normed, layer.gate_up, layer.activation, layer.down, batch, scratch, gated);
+        self.linear_add(gated, layer.down, batch, x);
+    }
     /// For each of `batch.heads`: final norm, vocabulary logits, then the draw or the score it asks for
     /// (`sample::draw`), written to `out.rows` in the same order, at the latest by `collect`. The head weight is `[vocab, width]`.
     #[expect(clippy::too_many_arguments, reason = "one fused operation; its operands are distinct")]

@@ -6,7 +6,7 @@ use super::file::ModelFile;
 use super::spec::layer_tensor;
 use super::workspace::Workspace;
 use crate::device::batch::Batch;
-use crate::device::{AttentionSpec, Device, Experts, HeadNorms, QkvExtra};
+use crate::device::{AfterAttention, AttentionSpec, BeforeAttention, Device, Experts, HeadNorms, QkvExtra};
 use crate::tensor::Tensor;
 use anyhow::{Result, ensure};
 
@@ -74,10 +74,14 @@ impl<D: Device> Layer<D> {
         ws: &mut Workspace<D>,
     ) {
         let eps = spec.norm_eps;
-        dev.norm(&ws.x, &self.attn_norm, eps, &self.qkv, batch, &mut ws.normed);
-        dev.linear(&ws.normed, &self.qkv, batch, &mut ws.qkv);
-        dev.finish_qkv(&mut ws.qkv, &self.qkv_extra, attention, batch, cache);
+        let before = BeforeAttention { norm: &self.attn_norm, eps, qkv: &self.qkv, extra: &self.qkv_extra };
+        dev.before_attention(&before, attention, batch, &ws.x, &mut ws.normed, &mut ws.qkv, cache);
         dev.attention(&ws.qkv, attention, cache, &self.attn_output, batch, &mut ws.attended);
+        if let (FeedForward::Dense { gate_up, down }, None, None) = (&self.ffn, &self.post_attn_norm, &self.post_ffn_norm) {
+            let (attn_output, norm, activation) = (&self.attn_output, &self.ffn_norm, spec.activation);
+            let after = AfterAttention { attn_output, norm, eps, gate_up, activation, down };
+            return dev.after_attention(&after, &ws.attended, batch, &mut ws.x, &mut ws.normed, &mut ws.gate_up, &mut ws.gated);
+        }
         let branch = (&mut ws.branch, &mut ws.x);
         add(dev, &ws.attended, &self.attn_output, self.post_attn_norm.as_ref().map(|norm| (norm, eps)), batch, branch);
         match &self.ffn {

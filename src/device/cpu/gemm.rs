@@ -120,6 +120,19 @@ pub(super) fn multiply(team: &Team, product: &Product<'_>) {
     }
 }
 
+/// Computes a product for some rows, in the caller's thread. The first one begins a tile.
+pub(super) fn multiply_rows(product: &Product<'_>, rows: Range<usize>, scratch: &mut Scratch) {
+    let Product { act, weight, .. } = *product;
+    assert!(act.k == weight.k && weight.gated == matches!(product.epilogue, Epilogue::Gate(_)));
+    for part in &weight.parts {
+        let step = rows_in_cache(act.k, part);
+        for start in rows.clone().step_by(step) {
+            let (panels, rows) = (0..part.n_panels, start..rows.end.min(start + step));
+            run_tile(product.isa, &Tile { product, part, panels, rows, to_come: part.n_panels }, scratch);
+        }
+    }
+}
+
 /// Computes some columns of a product for some rows, in the caller's thread. The weight is one part, not gated; columns and
 /// rows begin at whole panels and at what every kernel takes at once (tiles of 16 rows).
 pub(super) fn multiply_window(product: &Product<'_>, columns: &Range<usize>, rows: Range<usize>, scratch: &mut Scratch) {
@@ -134,15 +147,22 @@ pub(super) fn multiply_window(product: &Product<'_>, columns: &Range<usize>, row
 /// Rows and panels of a tile: rows as many as the cache bears, since they share a panel's unpacking; then as many panels
 /// (an even number: the two of a gated pair's 32 columns stay together) as leave every thread several tiles.
 fn tile_shape(n_threads: usize, n_rows: usize, k: usize, part: &Part) -> (usize, usize) {
-    let is_tiles = matches!(part.layout, Layout::Tiles | Layout::PackedTiles(_));
-    let multiple = if is_tiles { PAIR } else { MAX_ROWS };
-    let in_cache = if is_tiles { gemm_t::MAX_ROWS } else { (TILE_ACT_ELEMENTS / k).max(4 * multiple) };
-    let least = n_rows.div_ceil(in_cache);
+    let multiple = if is_tiles(part) { PAIR } else { MAX_ROWS };
+    let least = n_rows.div_ceil(rows_in_cache(k, part));
     let wanted = (4 * n_threads).div_ceil(part.n_panels.div_ceil(2)).min(n_rows.div_ceil(4 * multiple));
     let row_tiles = least.max(wanted).max(1);
     let rows = n_rows.div_ceil(row_tiles).next_multiple_of(multiple);
     let panels = (part.n_panels * row_tiles / (8 * n_threads)).clamp(2, MAX_PANELS) & !1;
     (rows, panels)
+}
+
+/// Most rows of a tile.
+fn rows_in_cache(k: usize, part: &Part) -> usize {
+    if is_tiles(part) { gemm_t::MAX_ROWS } else { (TILE_ACT_ELEMENTS / k).max(4 * MAX_ROWS) }
+}
+
+fn is_tiles(part: &Part) -> bool {
+    matches!(part.layout, Layout::Tiles | Layout::PackedTiles(_))
 }
 
 /// Computes one tile.
@@ -315,7 +335,7 @@ pub(super) fn finish_row<S: Simd>(s: S, product: &Product<'_>, columns: &Range<u
 
 /// Stores values, or adds them to what is there; the last of them may find no place.
 #[inline(always)]
-fn put<S: Simd, const N: usize>(s: S, values: [S::V; N], add: bool, out: &mut [f32]) {
+pub(super) fn put<S: Simd, const N: usize>(s: S, values: [S::V; N], add: bool, out: &mut [f32]) {
     if out.len() == N * LANES {
         for (i, value) in values.into_iter().enumerate() {
             // SAFETY: N vectors, asked just now.
@@ -336,7 +356,7 @@ fn put<S: Simd, const N: usize>(s: S, values: [S::V; N], add: bool, out: &mut [f
 
 /// f(gate) · up
 #[inline(always)]
-fn gate<S: Simd>(s: S, f: Activation, gate: S::V, up: S::V) -> S::V {
+pub(super) fn gate<S: Simd>(s: S, f: Activation, gate: S::V, up: S::V) -> S::V {
     match f {
         Activation::Silu => s.mul(silu(s, gate), up),
         Activation::GeluTanh => s.mul(gelu(s, gate), up),

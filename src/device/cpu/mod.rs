@@ -60,8 +60,10 @@ mod head;
 mod isa;
 mod norm;
 mod numerics;
+mod qkv;
 mod quant;
 pub mod roof;
+mod rows;
 mod simd;
 #[cfg(target_arch = "aarch64")]
 mod simd_neon;
@@ -83,14 +85,19 @@ pub use topology::default_threads;
 pub use weights::Weight;
 
 use super::batch::{Batch, StepOutput};
-use super::{Activation, AttentionSpec, BLOCK_TOKENS, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes, sample};
+use super::{
+    Activation, AfterAttention, AttentionSpec, BeforeAttention, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes,
+    sample,
+};
 use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
-use buffer::{Aligned, Shared, prefetch};
+use buffer::{Aligned, Shared};
 use cache::{Layout, RopeTable};
 use experts::ExpertMemory;
 use gemm::{Epilogue, Out, Product};
 use head::HeadMemory;
+use qkv::FinishQkv;
+use rows::{OwnActs, Pieces};
 use std::cell::RefCell;
 use team::Team;
 
@@ -129,6 +136,8 @@ struct Scratch {
     logits: Option<Aligned<f32>>,
     attention: AttentionScratch,
     draw: Option<sample::Scratch>,
+    /// Activations of some rows; gone while they are used.
+    own_acts: Option<OwnActs>,
 }
 
 impl Scratch {
@@ -261,7 +270,7 @@ impl Device for CpuDevice {
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
         let memory = self.memory.get_mut();
         for spec in sizes.attention {
-            rope_table(&mut memory.rope, spec, sizes.max_context);
+            qkv::rope_table(&mut memory.rope, spec, sizes.max_context);
             memory.items.reserve(attention::max_items(spec, sizes.max_tokens));
         }
         memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, (sizes.n_vocab, sizes.max_seqs)));
@@ -290,13 +299,8 @@ impl Device for CpuDevice {
         let (isa, width) = (self.isa, x.width);
         let act = act.writer(isa, next);
         self.team.run_rows(batch.tokens.len(), &|scratch, rows| {
-            scratch.row.reserve(width);
-            for row in rows {
-                let (x, next) = x.values[row * width..].split_at(width);
-                prefetch(&next[..width.min(next.len())]);
-                // Each row is in one range.
-                norm::rms_norm(isa, x, &weight.0, eps, &mut scratch.row[..width], (&act, row));
-            }
+            let first = rows.start;
+            rows::normed(isa, (&x.values, width), rows, (weight, eps), (&act, first), scratch);
         });
     }
 
@@ -322,34 +326,75 @@ impl Device for CpuDevice {
 
     fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
         let memory = &mut *self.memory.borrow_mut();
-        let n_positions = batch.positions.iter().max().map_or(0, |&position| position as usize + 1);
-        let table = rope_table(&mut memory.rope, spec, n_positions);
-        let (isa, width, n_tokens) = (self.isa, qkv.width, batch.tokens.len());
-        let (hd, n_heads, n_kv_heads) = (spec.head_dim, spec.n_heads, spec.n_kv_heads);
-        assert!((n_heads + 2 * n_kv_heads) * hd <= width, "rows of {width} are too short for q, k and v");
-        let (qkv, writer) = (qkv.shared(n_tokens), cache.writer());
+        let (width, n_tokens) = (qkv.width, batch.tokens.len());
+        let finish = FinishQkv::new((self.isa, &mut memory.rope), extra, spec, batch, cache.writer());
+        let qkv = qkv.shared(n_tokens);
         self.team.run_rows(n_tokens, &|_, tokens| {
-            for token in tokens {
-                let seq = &batch.seqs[batch.seqs.partition_point(|seq| seq.token_start as usize <= token) - 1];
-                let position = batch.positions[token] as usize;
-                let place = (batch.block_table(seq)[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
-                // SAFETY: each token is in one range.
-                let row = unsafe { qkv.part(token * width, width) };
-                apply(isa, extra, (n_heads, n_kv_heads, hd), row);
-                let (qk, v) = row.split_at_mut((n_heads + n_kv_heads) * hd);
-                for head in qk.chunks_exact_mut(hd) {
-                    cache::rotate(isa, head, table.at(position), spec.rope_style);
-                }
-                let keys = qk[n_heads * hd..].chunks_exact(hd);
-                for (kv_head, (k, v)) in keys.zip(v.chunks_exact(hd)).enumerate() {
-                    // SAFETY: a slot belongs to one token of the step.
-                    unsafe { writer.store(isa, place, kv_head, k, v) };
-                }
-            }
+            // SAFETY: each token is in one range.
+            finish.tokens(tokens.clone(), (unsafe { qkv.part(tokens.start * width, tokens.len() * width) }, width));
         });
         for copy in &batch.copies {
             cache.copy(copy);
         }
+    }
+
+    fn before_attention(
+        &self,
+        layer: &BeforeAttention<'_, Weight, Vector>,
+        spec: &AttentionSpec,
+        batch: &Batch,
+        x: &Hidden,
+        normed: &mut Act,
+        qkv: &mut Hidden,
+        cache: &mut Cache,
+    ) {
+        let n_rows = batch.tokens.len();
+        let Some(pieces) = Pieces::new(self.n_threads(), n_rows) else {
+            self.norm(x, layer.norm, layer.eps, layer.qkv, batch, normed);
+            self.linear(normed, layer.qkv, batch, qkv);
+            return self.finish_qkv(qkv, layer.extra, spec, batch, cache);
+        };
+        let memory = &mut *self.memory.borrow_mut();
+        let finish = FinishQkv::new((self.isa, &mut memory.rope), layer.extra, spec, batch, cache.writer());
+        let (units, width, out_width, qkv) = ((self.isa, self.numerics), x.width, qkv.width, qkv.shared(n_rows));
+        let values = x.rows(n_rows);
+        self.team.run(pieces.n(), &|scratch, piece| {
+            let rows = pieces.rows(piece);
+            // SAFETY: each row is in one piece.
+            let out = unsafe { qkv.part(rows.start * out_width, rows.len() * out_width) };
+            let x = &values[rows.start * width..rows.end * width];
+            rows::before_attention(units, layer, (x, width), (out, out_width), scratch);
+            finish.tokens(rows, (out, out_width));
+        });
+        for copy in &batch.copies {
+            cache.copy(copy);
+        }
+    }
+
+    fn after_attention(
+        &self,
+        layer: &AfterAttention<'_, Weight, Vector>,
+        attended: &Act,
+        batch: &Batch,
+        x: &mut Hidden,
+        normed: &mut Act,
+        scratch: &mut Hidden,
+        gated: &mut Act,
+    ) {
+        let (n_rows, width) = (batch.tokens.len(), x.width);
+        let Some(pieces) = Pieces::new(self.n_threads(), n_rows) else {
+            self.linear_add(attended, layer.attn_output, batch, x);
+            self.norm(x, layer.norm, layer.eps, layer.gate_up, batch, normed);
+            self.gate_up(normed, layer.gate_up, layer.activation, layer.down, batch, scratch, gated);
+            return self.linear_add(gated, layer.down, batch, x);
+        };
+        let (units, x) = ((self.isa, self.numerics), x.shared(n_rows));
+        self.team.run(pieces.n(), &|scratch, piece| {
+            let rows = pieces.rows(piece);
+            // SAFETY: each row is in one piece.
+            let x = unsafe { x.part(rows.start * width, rows.len() * width) };
+            rows::after_attention(units, layer, (attended, rows), (x, width), scratch);
+        });
     }
 
     fn attention(&self, qkv: &Hidden, spec: &AttentionSpec, cache: &Cache, next: &Weight, batch: &Batch, act: &mut Act) {
@@ -394,28 +439,4 @@ impl Device for CpuDevice {
         let memory = memory.get_or_insert_with(|| HeadMemory::new(self.numerics, x.width, sizes));
         head::run(&head::Head { isa: self.isa, team: &self.team, x, norm, weight, spec, batch }, memory, &mut out.rows);
     }
-}
-
-/// Adds the bias to a token's q, k and v and norms the heads of q and k.
-fn apply(isa: Isa, extra: &QkvExtra<Vector>, (n_heads, n_kv_heads, head_dim): (usize, usize, usize), row: &mut [f32]) {
-    if let Some(Vector(bias)) = &extra.bias {
-        assert_eq!(bias.len(), (n_heads + 2 * n_kv_heads) * head_dim);
-        row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
-    }
-    if let Some(norms) = &extra.norms {
-        let (q, rest) = row.split_at_mut(n_heads * head_dim);
-        q.chunks_exact_mut(head_dim).for_each(|head| norm::rms_norm_in_place(isa, head, &norms.q.0, norms.eps));
-        let k = rest[..n_kv_heads * head_dim].chunks_exact_mut(head_dim);
-        k.for_each(|head| norm::rms_norm_in_place(isa, head, &norms.k.0, norms.eps));
-    }
-}
-
-/// The table of a layer's frequencies, reaching positions `0..n_positions`.
-fn rope_table<'a>(tables: &'a mut Vec<RopeTable>, spec: &AttentionSpec, n_positions: usize) -> &'a RopeTable {
-    let i = tables.iter().position(|table| table.is_of(spec)).unwrap_or_else(|| {
-        tables.push(RopeTable::new(spec));
-        tables.len() - 1
-    });
-    tables[i].reach(n_positions);
-    &tables[i]
 }
