@@ -3,12 +3,13 @@
 
 use super::Scratch;
 use super::buffer::{LINE, Shared, prefetch_far};
-use super::gemm::{Epilogue, PAIR, Tile, columns_of, finish_row, seal};
+use super::gemm::{Epilogue, Out, PAIR, Tile, columns_of, finish_row, gate, put, seal};
 use super::numerics::Layout;
-use super::simd::Simd;
+use super::simd::{LANES, Simd};
 use super::tile::{self, Meanwhile, TILE, TILE_CELLS, TILE_K, Target, Tiles};
 use super::unpack::{PIECES, Packed, Unpacked, Unpacking};
 use super::weights::{PANEL, Part};
+use crate::device::Activation;
 use std::ops::Range;
 use std::slice::Chunks;
 
@@ -124,7 +125,8 @@ fn one_block<S: Simd>(s: S, tile: &Tile<'_>, (order, block): (&Order, Block), sc
     let sums = Shared::new(&mut scratch.sums[..n_kept * n_sums * PANEL]);
     let first = (block.panel - order.panels.0) % n_sums * n_kept * PANEL;
     let at_once = PAIR.div_ceil(n_k);
-    let mut finish = Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], ahead, at_once };
+    let mut finish =
+        Finish { s, tile, columns: &columns, rows: 0..0, sums: &[], n_done: 0, place: Place::Anywhere, ahead, at_once };
     for row in tile.rows.clone().step_by(PAIR) {
         let rows = row..tile.rows.end.min(row + PAIR);
         // Whole tiles whose products need nothing more go where they belong.
@@ -148,8 +150,8 @@ fn one_block<S: Simd>(s: S, tile: &Tile<'_>, (order, block): (&Order, Block), sc
         finish.all();
         if is_last && !direct {
             // SAFETY: they are written again only after the next pair's are made, and these are in memory by then.
-            finish.sums = unsafe { sums.part(place, rows.len() * PANEL) }.as_chunks().0;
-            finish.rows = rows;
+            let sums = unsafe { sums.part(place, rows.len() * PANEL) };
+            finish.take(rows, sums.as_chunks().0);
         }
     }
     finish.all();
@@ -229,28 +231,79 @@ struct Finish<'t, 'a, S> {
     s: S,
     tile: &'t Tile<'t>,
     columns: &'t Range<usize>,
-    /// The rows still to be brought.
+    /// Two tiles' rows.
     rows: Range<usize>,
     /// Theirs.
     sums: &'a [[f32; PANEL]],
+    /// Those that were brought.
+    n_done: usize,
+    place: Place,
     ahead: Ahead<'t>,
     /// Rows for each k-tile.
     at_once: usize,
 }
 
-impl<S: Simd> Finish<'_, '_, S> {
+/// Where two tiles' products go. What most of them need is found out once for all their rows.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Whole rows of a panel, so many elements apart, are stored, or added to what is there.
+    Values { start: *mut f32, stride: usize, add: bool },
+    /// Whole gated vectors, rounded, into tiles of rows that are so many elements apart.
+    Gated { start: *mut u16, stride: usize, f: Activation },
+    /// See [`finish_row`].
+    Anywhere,
+}
+
+impl<'a, S: Simd> Finish<'_, 'a, S> {
+    /// Takes two tiles' rows; those before are brought.
+    #[inline(always)]
+    fn take(&mut self, rows: Range<usize>, sums: &'a [[f32; PANEL]]) {
+        assert_eq!(rows.len(), sums.len());
+        let (product, columns) = (self.tile.product, self.columns);
+        self.place = match (&product.out, product.epilogue) {
+            (Out::Act(act), Epilogue::Gate(f)) if act.is_tiles() && columns.len() == LANES => {
+                let (start, stride) = act.vectors(&rows, columns.start);
+                Place::Gated { start, stride, f }
+            }
+            (out, Epilogue::Store | Epilogue::Add) if columns.len() == PANEL => {
+                let (start, stride) = out.block(&rows, columns);
+                Place::Values { start, stride, add: product.epilogue == Epilogue::Add }
+            }
+            _ => Place::Anywhere,
+        };
+        (self.rows, self.sums, self.n_done) = (rows, sums, 0);
+    }
+
     #[inline(always)]
     fn rows(&mut self, n: usize) {
-        for _ in 0..n.min(self.rows.len()) {
-            finish_row(self.s, self.tile.product, self.columns, self.rows.start, &self.sums[0]);
-            self.rows.start += 1;
-            self.sums = &self.sums[1..];
+        let (s, first) = (self.s, self.n_done);
+        self.n_done = self.sums.len().min(first + n);
+        for (i, sums) in self.sums.iter().enumerate().take(self.n_done).skip(first) {
+            match self.place {
+                // SAFETY: the rows are there, asserted when they were taken; each (row, panel) belongs to one tile, and panels
+                // share no columns.
+                Place::Values { start, stride, add } => unsafe {
+                    put(
+                        s,
+                        [s.load(sums.as_ptr()), s.load(sums.as_ptr().add(LANES))],
+                        add,
+                        std::slice::from_raw_parts_mut(start.add(i * stride), PANEL),
+                    );
+                },
+                // SAFETY: as above.
+                Place::Gated { start, stride, f } => unsafe {
+                    let mut gated = [0.0; LANES];
+                    s.store(gated.as_mut_ptr(), gate(s, f, s.load(sums.as_ptr()), s.load(sums.as_ptr().add(LANES))));
+                    s.round_bf16(gated.as_ptr(), start.add(i / TILE * stride + i % TILE * TILE_K));
+                },
+                Place::Anywhere => finish_row(s, self.tile.product, self.columns, self.rows.start + i, sums),
+            }
         }
     }
 
     #[inline(always)]
     fn all(&mut self) {
-        self.rows(self.rows.len());
+        self.rows(self.sums.len());
     }
 }
 

@@ -182,6 +182,15 @@ impl ActWriter<'_> {
         }
     }
 
+    /// Where the vector of elements from `start` on stands in the tiles of some tokens, of which the first begins a tile: the first
+    /// token's, and the elements from a tile's tokens to the next one's. Whoever writes there must be alone with them.
+    pub(super) fn vectors(&self, tokens: &Range<usize>, start: usize) -> (*mut u16, usize) {
+        assert!(start.is_multiple_of(LANES) && start + LANES <= self.k && tokens.start.is_multiple_of(TILE));
+        let at = |token: usize| self.tile_row(token).first + start / TILE_K * TILE_CELLS + start % TILE_K;
+        let (first, last) = (at(tokens.start), at(tokens.end - 1));
+        (self.tiles.at(first, last + LANES - first), self.k.div_ceil(TILE_K) * TILE_CELLS)
+    }
+
     /// Where the values in `columns` of some tokens begin, and the elements from token to token. Whoever writes there must be
     /// alone with them, and call [`ActWriter::seal`] then.
     pub(super) fn block(&self, tokens: &Range<usize>, columns: &Range<usize>) -> (*mut f32, usize) {
