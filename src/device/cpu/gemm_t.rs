@@ -16,6 +16,10 @@ use std::slice::Chunks;
 /// Most k-tiles of a block: a panel's take 2 KiB each, and should stay in the L1 cache (48 KiB) while rows pass by it.
 const BLOCK_K: usize = 18;
 
+/// With so few rows the time goes into unpacking the next block, which should stay there, too.
+const FEW_ROWS: usize = 192;
+const BLOCK_K_OF_FEW_ROWS: usize = 9;
+
 /// Elements of activations that stay in the L2 cache (of 2 MB).
 const CACHED_ELEMENTS: usize = 512 << 10;
 
@@ -56,10 +60,11 @@ impl Order {
         assert!(n_rows <= MAX_ROWS && !panels.is_empty() && panels.end <= to_come);
         let n_k = k.div_ceil(TILE_K);
         let all_cached = n_rows * k <= CACHED_ELEMENTS;
+        let most_k = if n_rows <= FEW_ROWS { BLOCK_K_OF_FEW_ROWS } else { BLOCK_K };
         let n_groups = panels.len().div_ceil(MAX_SUMS / PANEL / n_rows);
         Self {
             n_k,
-            length: n_k.div_ceil(n_k.div_ceil(BLOCK_K)),
+            length: n_k.div_ceil(n_k.div_ceil(most_k)),
             group: if all_cached { 1 } else { panels.len().div_ceil(n_groups) },
             panels: (panels.start, panels.end),
             to_come,
