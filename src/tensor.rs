@@ -46,10 +46,14 @@ pub enum DType {
     /// Blocks of 32: f32 scale d, a byte with the 4-bit zero z, 16 bytes of 4-bit q as in `Q4_0`; value d·(q − z). No type of a file:
     /// what the linear layers of GPTQ and AWQ folders become whose zeros are not all 8.
     Q4Z,
+    /// Blocks of 32: f32 scale d, 32 bytes of floats of 8 bits (e4m3: sign, 4 bits of exponent with a bias of 7, 3 of mantissa, no
+    /// infinities); value d·x, rounded to f32. All blocks of a row have the same scale. No type of a file: what linear layers of fp8
+    /// folders become.
+    E4m3,
 }
 
 /// All element types.
-pub const DTYPES: [DType; 16] = [
+pub const DTYPES: [DType; 17] = [
     DType::F32,
     DType::F16,
     DType::Bf16,
@@ -66,6 +70,7 @@ pub const DTYPES: [DType; 16] = [
     DType::Iq4Nl,
     DType::Iq4Xs,
     DType::Q4Z,
+    DType::E4m3,
 ];
 
 /// Elements that [`DType::group`] gives at once.
@@ -91,7 +96,7 @@ impl DType {
     pub fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Q4Z => 32,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Q4Z | Self::E4m3 => 32,
             Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => 256,
         }
     }
@@ -113,12 +118,13 @@ impl DType {
             Self::Q6K => 210,
             Self::Iq4Xs => 136,
             Self::Q4Z => 21,
+            Self::E4m3 => 36,
         }
     }
 
     /// Whether elements are integers with scales.
     pub fn is_quantised(self) -> bool {
-        self.block_elements() > 1
+        self.block_elements() > 1 && self != Self::E4m3
     }
 
     /// Whether something is added to d·q.
@@ -134,12 +140,12 @@ impl DType {
     /// Elements `32 · part ..` of a block of a quantised type.
     ///
     /// # Panics
-    /// A plain float, a `block` shorter than [`DType::block_bytes`], or a `part` past its end.
+    /// A type of floats, a `block` shorter than [`DType::block_bytes`], or a `part` past its end.
     pub fn group(self, block: &[u8], part: usize) -> Group {
         assert!(part * GROUP < self.block_elements(), "group {part} of a block of {self}");
         let half = |i: usize| f16::from_le_bytes([block[i], block[i + 1]]).to_f32();
         let (d, m) = match self {
-            Self::F32 | Self::F16 | Self::Bf16 => unreachable!("{self} has no blocks"),
+            Self::F32 | Self::F16 | Self::Bf16 | Self::E4m3 => unreachable!("{self} has no integers"),
             Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl => ([half(0); 2], [0.0; 2]),
             Self::Q4_1 | Self::Q5_1 => ([half(0); 2], [half(2); 2]),
             Self::Q2K => {
@@ -187,7 +193,7 @@ impl DType {
         let pair = |start: usize, i: usize| block[start + part / 4 * 32 + i] >> (2 * (part % 4)) & 3;
         let fifth = |start: usize, i: usize| (block[start + i / 8] >> (i % 8) & 1) << 4;
         std::array::from_fn(|i| match self {
-            Self::F32 | Self::F16 | Self::Bf16 => unreachable!("{self} has no blocks"),
+            Self::F32 | Self::F16 | Self::Bf16 | Self::E4m3 => unreachable!("{self} has no integers"),
             Self::Q4_0 => nibble(2, i) as i8 - 8,
             Self::Q4_1 => nibble(4, i) as i8,
             Self::Q5_0 => (nibble(6, i) | fifth(2, i)) as i8 - 16,
@@ -224,6 +230,10 @@ impl DType {
                 Self::F32 => out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]),
                 Self::F16 => out[0] = f16::from_le_bytes([block[0], block[1]]).to_f32(),
                 Self::Bf16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
+                Self::E4m3 => {
+                    let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+                    out.iter_mut().zip(&block[4..]).for_each(|(out, &byte)| *out = scale * e4m3(byte));
+                }
                 _ => {
                     for (part, out) in out.chunks_exact_mut(GROUP).enumerate() {
                         let group = self.group(block, part);
@@ -238,6 +248,15 @@ impl DType {
             }
         }
     }
+}
+
+/// The value of a float of 8 bits (e4m3). Its exponent and mantissa are the highest of f16's, whose bias is larger by 8.
+pub fn e4m3(byte: u8) -> f32 {
+    if byte & 0x7f == 0x7f {
+        return f32::NAN;
+    }
+    let bits = u16::from(byte & 0x80) << 8 | u16::from(byte & 0x7f) << 7;
+    256.0 * f16::from_bits(bits).to_f32()
 }
 
 /// Scale `i` of 16 of `Q3K`: the low 4 bits stand in 8 bytes, the high 2 in the next 4.
@@ -276,6 +295,7 @@ impl fmt::Display for DType {
             Self::Iq4Nl => "IQ4_NL",
             Self::Iq4Xs => "IQ4_XS",
             Self::Q4Z => "Q4_Z",
+            Self::E4m3 => "E4M3",
         })
     }
 }

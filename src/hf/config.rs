@@ -2,7 +2,7 @@
 //!
 //! Invariant: a field that changes the arithmetic in a way the forward pass does not know is refused by name.
 
-use super::packed::Scheme;
+use super::layers::Scheme;
 use crate::device::{Activation, ExpertSizes, RopeStyle};
 use crate::model::family::Family;
 use crate::model::rope::{self, RopeScaling};
@@ -91,7 +91,7 @@ impl Config {
         self.tie_word_embeddings.unwrap_or(family.gemma)
     }
 
-    /// How linear layers are packed, if they are.
+    /// How linear layers are quantised, if they are.
     pub(super) fn scheme(&self) -> Result<Option<Scheme>> {
         self.quantization_config.as_ref().map(|config| Scheme::new(config).context("quantization_config")).transpose()
     }

@@ -4,6 +4,8 @@
 //! Invariant: every tensor of the folder has a place under GGUF's names or is refused by its own.
 
 mod config;
+mod fp8;
+mod layers;
 mod names;
 mod packed;
 
@@ -13,8 +15,8 @@ use crate::model::{ModelFile, ModelSpec};
 use crate::tensor::{Bytes, DType, Tensor};
 use anyhow::{Context, Result, bail, ensure};
 use config::Config;
+use layers::{Layer, Parts, Raw, Scheme, Span};
 use memmap2::Mmap;
-use packed::{Packed, Parts, Raw, Scheme, Span};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -29,11 +31,11 @@ pub struct HfFolder {
     family: &'static Family,
     /// Files with tensors, in the order of their names.
     files: Vec<Mmap>,
-    /// How linear layers are packed, if they are.
+    /// How linear layers are quantised, if they are.
     scheme: Option<Scheme>,
     /// By GGUF's names.
     tensors: HashMap<String, Entry>,
-    /// Packed layers whose files are being read, by GGUF's names.
+    /// Quantised layers whose files are being read, by GGUF's names.
     parts: BTreeMap<String, Parts>,
     /// Tensors of the folder that say nothing.
     idle: HashSet<String>,
@@ -50,7 +52,7 @@ enum Place {
     /// In a file.
     File(Span),
     /// In several tensors; made when it is read.
-    Packed(Packed),
+    Made(Layer),
     /// Here, since its values are not those of the file.
     Own(Vec<u8>),
 }
@@ -105,7 +107,7 @@ impl HfFolder {
             if folder.idle.contains(name) {
                 continue;
             }
-            let name_there = folder.part(name).map(|(layer, _)| format!("{layer}.weight"));
+            let name_there = folder.part(name, None).map(|(layer, _)| format!("{layer}.weight"));
             let Some(neutral) = names::neutral(name_there.as_deref().unwrap_or(name), family)? else { continue };
             let found = folder.tensors.contains_key(&neutral) || folder.is_unused(&neutral);
             ensure!(found, "tensor {name} is not in {file}, where model.safetensors.index.json has it");
@@ -121,14 +123,14 @@ impl HfFolder {
             let (shape, bytes) = (view.shape().to_vec(), view.data());
             let start = bytes.as_ptr() as usize - map.as_ptr() as usize;
             let span = Span { file: self.files.len(), start, n_bytes: bytes.len() };
-            if let Some((layer, part)) = self.part(&tensor) {
+            if let Some((layer, part)) = self.part(&tensor, Some(view.dtype())) {
                 let neutral = names::neutral(&format!("{layer}.weight"), self.family).with_context(|| name.to_owned())?;
                 let Some(neutral) = neutral.filter(|neutral| !self.is_unused(neutral)) else { continue };
                 let raw = Raw { dtype: view.dtype(), shape, span };
                 self.parts.entry(neutral).or_default().put(layer, part, raw).with_context(|| name.to_owned())?;
                 continue;
             }
-            if self.is_idle_bias(&tensor, bytes) {
+            if self.is_idle_bias(&tensor, bytes) || self.scheme.is_some_and(|scheme| scheme.is_idle(&tensor)) {
                 self.idle.insert(tensor);
                 continue;
             }
@@ -153,17 +155,17 @@ impl HfFolder {
         Ok(())
     }
 
-    /// The packed layer that a tensor is a part of, and which part, where layers are packed.
-    fn part<'n>(&self, name: &'n str) -> Option<(&'n str, usize)> {
-        packed::part(name).filter(|_| self.scheme.is_some())
+    /// The quantised layer that a tensor is a part of, and which part, where layers are.
+    fn part<'n>(&self, name: &'n str, dtype: Option<Dtype>) -> Option<(&'n str, &'static str)> {
+        self.scheme?.part(name, dtype)
     }
 
-    /// Makes tensors of the packed layers, whose parts may stand in several files.
+    /// Makes tensors of the quantised layers, whose parts may stand in several files.
     fn join_parts(&mut self) -> Result<()> {
         let Some(scheme) = self.scheme else { return Ok(()) };
         for (neutral, parts) in std::mem::take(&mut self.parts) {
-            let packed = Packed::new(scheme, &parts, &self.files)?;
-            let entry = Entry { dtype: packed.dtype(), shape: packed.shape(), place: Place::Packed(packed) };
+            let layer = scheme.join(&parts, &self.files)?;
+            let entry = Entry { dtype: layer.dtype(), shape: layer.shape().to_vec(), place: Place::Made(layer) };
             let is_new = self.tensors.insert(neutral, entry).is_none();
             ensure!(is_new, "tensor {}.weight is there, and packed, too", parts.layer());
         }
@@ -204,7 +206,7 @@ impl ModelFile for HfFolder {
         let (name, entry) = self.tensors.get_key_value(name)?;
         let bytes = match &entry.place {
             Place::File(span) => span.of(&self.files).into(),
-            Place::Packed(packed) => Bytes::made(packed.n_bytes(), || packed.bytes(&self.files)),
+            Place::Made(layer) => Bytes::made(layer.n_bytes(), || layer.bytes(&self.files)),
             Place::Own(bytes) => bytes.into(),
         };
         Some(Tensor { name, dtype: entry.dtype, shape: entry.shape.clone(), bytes })

@@ -13,6 +13,7 @@
 //! Invariant: the element type has the same values, bit for bit. Where no blocks have (groups that are no multiple of 32, inputs
 //! whose groups are not in order (`desc_act`), 8 bits without `sym`), it is F32.
 
+use super::layers::{Parts, Raw, SCALES, Span, scale_type};
 use crate::tensor::{DType, GROUP};
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
@@ -57,13 +58,11 @@ struct Config {
 }
 
 impl Scheme {
-    /// What `quantization_config` says.
+    /// What `quantization_config` says, of the methods gptq and awq.
     ///
     /// # Errors
-    /// A method, a format or a number of bits that is not supported; a group of no size.
-    pub(super) fn new(config: &Value) -> Result<Self> {
-        let method = config["quant_method"].as_str().unwrap_or_default();
-        ensure!(matches!(method, "gptq" | "awq"), "quant_method {method:?} is not supported (gptq and awq are)");
+    /// A format or a number of bits that is not supported; a group of no size.
+    pub(super) fn new(method: &str, config: &Value) -> Result<Self> {
         let config = Config::deserialize(config)?;
         let format = config.checkpoint_format.as_deref();
         let (form, supported_bits) = match (method, format) {
@@ -100,71 +99,8 @@ impl Scheme {
     }
 }
 
-/// Where a tensor's bytes are; checked against the file's length.
-#[derive(Clone, Copy)]
-pub(super) struct Span {
-    pub(super) file: usize,
-    pub(super) start: usize,
-    pub(super) n_bytes: usize,
-}
-
-impl Span {
-    pub(super) fn of(self, files: &[Mmap]) -> &[u8] {
-        &files[self.file][self.start..self.start + self.n_bytes]
-    }
-}
-
-/// A tensor of a packed layer, as the file has it.
-pub(super) struct Raw {
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    pub(super) span: Span,
-}
-
-/// The tensors of a packed layer.
-#[derive(Default)]
-pub(super) struct Parts {
-    /// The file's name of the layer.
-    layer: String,
-    /// In the order of [`SUFFIXES`].
-    tensors: [Option<Raw>; 4],
-}
-
-/// What tensors of packed layers are called.
-const SUFFIXES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
-
-/// The layer that a tensor is a part of, and which part: an index for [`Parts::put`].
-pub(super) fn part(name: &str) -> Option<(&str, usize)> {
-    let (layer, suffix) = name.rsplit_once('.')?;
-    Some((layer, SUFFIXES.iter().position(|part| *part == suffix)?))
-}
-
-impl Parts {
-    /// The file's name of the layer.
-    pub(super) fn layer(&self) -> &str {
-        &self.layer
-    }
-
-    /// Takes a tensor in.
-    ///
-    /// # Errors
-    /// There is one already.
-    pub(super) fn put(&mut self, layer: &str, part: usize, raw: Raw) -> Result<()> {
-        layer.clone_into(&mut self.layer);
-        ensure!(self.tensors[part].replace(raw).is_none(), "tensor {layer}.{} is there twice", SUFFIXES[part]);
-        Ok(())
-    }
-
-    /// A tensor that must be there, of two dimensions and one of these types.
-    fn matrix(&self, part: usize, dtypes: &[Dtype]) -> Result<(&Raw, [usize; 2])> {
-        let name = format!("{}.{}", self.layer, SUFFIXES[part]);
-        let raw = self.tensors[part].as_ref().with_context(|| format!("tensor {name} is missing"))?;
-        ensure!(dtypes.contains(&raw.dtype), "tensor {name} has type {:?}, expected one of {dtypes:?}", raw.dtype);
-        let shape = <[usize; 2]>::try_from(raw.shape.as_slice());
-        let shape = shape.map_err(|_| anyhow::anyhow!("tensor {name} has shape {:?}, expected two dimensions", raw.shape))?;
-        Ok((raw, shape))
-    }
-}
+/// What the tensors of a packed layer are called.
+pub(super) const PARTS: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
 /// A packed layer that was checked.
 pub(super) struct Packed {
@@ -191,32 +127,28 @@ impl Packed {
     /// # Errors
     /// A tensor that is missing, or of the wrong type or shape; groups that are not there; zeros that contradict `sym`.
     pub(super) fn new(scheme: Scheme, parts: &Parts, files: &[Mmap]) -> Result<Self> {
-        let (qweight, [rows, columns]) = parts.matrix(0, &[Dtype::I32, Dtype::U32])?;
-        let (qzeros, zeros_shape) = parts.matrix(1, &[Dtype::I32, Dtype::U32])?;
-        let (scales, scales_shape) = parts.matrix(2, &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
-        ensure!(rows > 0 && columns > 0, "tensor {}.qweight has shape {:?}", parts.layer, qweight.shape);
+        let (qweight, [rows, columns]) = parts.matrix("qweight", &[Dtype::I32, Dtype::U32])?;
+        let (qzeros, zeros_shape) = parts.matrix("qzeros", &[Dtype::I32, Dtype::U32])?;
+        let (scales, scales_shape) = parts.matrix("scales", &SCALES)?;
+        ensure!(rows > 0 && columns > 0, "tensor {}.qweight has shape {:?}", parts.layer(), qweight.shape);
         let per_word = 32 / scheme.bits;
         let (n, k) = if scheme.form == Form::Awq { (columns * per_word, rows) } else { (columns, rows * per_word) };
-        let layer = &parts.layer;
+        let layer = parts.layer();
         ensure!(n.is_multiple_of(per_word), "tensor {layer}.qweight: {n} outputs are no multiple of {per_word}");
         let group = scheme.group.unwrap_or(k).min(k);
         let n_groups = k.div_ceil(group);
-        for (part, found, expected) in [(1, zeros_shape, [n_groups, n / per_word]), (2, scales_shape, [n_groups, n])] {
-            let name = SUFFIXES[part];
+        for (name, found, expected) in
+            [("qzeros", zeros_shape, [n_groups, n / per_word]), ("scales", scales_shape, [n_groups, n])]
+        {
             ensure!(
                 found == expected,
                 "tensor {layer}.{name}: expected shape {expected:?}, found {found:?} ({n} outputs, {k} inputs in groups of {group})"
             );
         }
-        let has_place = parts.tensors[3].is_none() || scheme.form != Form::Awq;
+        let has_place = parts.get("g_idx").is_none() || scheme.form != Form::Awq;
         ensure!(has_place, "tensor {layer}.g_idx has no place in an awq model");
-        let groups = parts.tensors[3].as_ref().map(|raw| groups(layer, raw, (k, n_groups), files)).transpose()?;
+        let groups = parts.get("g_idx").map(|raw| groups(layer, raw, (k, n_groups), files)).transpose()?;
         let in_order = |groups: &Vec<u32>| groups.iter().enumerate().all(|(i, &g)| g as usize == i / group);
-        let scale_type = match scales.dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::Bf16,
-            _ => DType::F32,
-        };
         let mut packed = Self {
             scheme,
             n,
@@ -225,7 +157,7 @@ impl Packed {
             qweight: qweight.span,
             qzeros: qzeros.span,
             scales: scales.span,
-            scale_type,
+            scale_type: scale_type(scales.dtype),
             groups: groups.filter(|groups| !in_order(groups)),
             dtype: DType::F32,
         };
@@ -238,13 +170,8 @@ impl Packed {
     }
 
     /// `[n, k]`
-    pub(super) fn shape(&self) -> Vec<usize> {
-        vec![self.n, self.k]
-    }
-
-    /// Bytes of the element type.
-    pub(super) fn n_bytes(&self) -> usize {
-        self.n * self.row_bytes()
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.n, self.k]
     }
 
     fn row_bytes(&self) -> usize {
@@ -259,7 +186,7 @@ impl Packed {
     /// The values, as the element type has them.
     pub(super) fn bytes(&self, files: &[Mmap]) -> Vec<u8> {
         let (view, row_bytes) = (self.view(files), self.row_bytes());
-        let mut out = vec![0; self.n_bytes()];
+        let mut out = vec![0; self.n * row_bytes];
         out.par_chunks_mut(ROWS * row_bytes).enumerate().for_each(|(i, out)| {
             let first = i * ROWS;
             let n_rows = out.len() / row_bytes;

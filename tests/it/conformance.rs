@@ -40,6 +40,13 @@ pub(crate) struct Matrix {
 /// Plain floats among all types.
 const FLOATS: std::ops::Range<usize> = 0..3;
 
+/// A float of 8 bits, by its definition.
+fn e4m3(byte: u8) -> f32 {
+    let (sign, exponent, mantissa) = (byte >> 7, i32::from(byte >> 3 & 15), f32::from(byte & 7));
+    let size = if exponent == 0 { mantissa / 8.0 * 2f32.powi(-6) } else { (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7) };
+    if sign == 1 { -size } else { size }
+}
+
 /// Where the f16 scales of a block stand.
 fn halves(dtype: DType) -> &'static [usize] {
     match dtype {
@@ -65,6 +72,11 @@ impl Matrix {
                 DType::F32 => bytes.extend(x.to_le_bytes()),
                 DType::F16 => bytes.extend(f16::from_f32(x).to_le_bytes()),
                 DType::Bf16 => bytes.extend(bf16::from_f32(x).to_le_bytes()),
+                DType::E4m3 => {
+                    bytes.extend((x * 0.1).to_le_bytes());
+                    // All but NaN.
+                    bytes.extend((0..GROUP).map(|_| (rng.below(2) << 7 | rng.below(0x7f)) as u8));
+                }
                 _ => {
                     // Extremes of the integers now and then: what saturating instructions would get wrong.
                     let extreme = [None, None, Some(0x00), Some(0xff), Some(0x80), Some(0x7f)][rng.below(6)];
@@ -88,7 +100,7 @@ impl Matrix {
         Tensor { name: "random", dtype: self.dtype, shape: vec![self.n, self.k], bytes: (&self.bytes).into() }
     }
 
-    /// (d, integer, m) of a quantised element, (1, value, 0) of a float: the value is d · integer + m.
+    /// (d, integer, m) of a quantised element, (1, value, 0) or (d, value, 0) of a float: the value is d · integer + m.
     fn element(&self, row: usize, i: usize) -> (f32, f32, f32) {
         let index = row * self.k + i;
         let b = &self.bytes[index / self.dtype.block_elements() * self.dtype.block_bytes()..][..self.dtype.block_bytes()];
@@ -98,6 +110,7 @@ impl Matrix {
             DType::F32 => (1.0, f32::from_le_bytes([b[0], b[1], b[2], b[3]]), 0.0),
             DType::F16 => (1.0, half(0), 0.0),
             DType::Bf16 => (1.0, bf16::from_le_bytes([b[0], b[1]]).to_f32(), 0.0),
+            DType::E4m3 => (f32::from_le_bytes([b[0], b[1], b[2], b[3]]), e4m3(b[4 + i]), 0.0),
             dtype => {
                 let group = dtype.group(b, i / GROUP);
                 (group.d[i % GROUP / 16], f32::from(group.q[i % GROUP]), group.m[i % GROUP / 16])
@@ -113,7 +126,7 @@ impl Matrix {
     /// Σ weight · activation in f64 (weights and activations rounded as the device promises), and Σ |terms|.
     fn product(&self, numerics: Numerics, row: usize, act: &[f32]) -> (f64, f64) {
         let round = |x: f32| if numerics == Numerics::Bf16 { bf16::from_f32(x).to_f32() } else { x };
-        let act: Vec<f64> = if !numerics.has_int8_products() || self.dtype.block_elements() == 1 {
+        let act: Vec<f64> = if !numerics.has_int8_products() || !self.dtype.is_quantised() {
             act.iter().map(|&x| round(x).into()).collect()
         } else {
             act.chunks(32).flat_map(quantised).collect()

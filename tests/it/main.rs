@@ -45,6 +45,7 @@ mod families;
 mod families_gguf;
 mod faults;
 mod formats;
+mod fp8_folders;
 mod from_stores;
 mod grammar;
 mod handle;

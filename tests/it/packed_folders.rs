@@ -36,7 +36,7 @@ const GPTQ8: Packing = Packing { bits: 8, group: 32, sym: true, ..GPTQ };
 const AWQ: Packing = Packing { method: "awq", format: "gemm", group: 128, ..GPTQ };
 
 /// A tensor of a file: its name, type, shape and bytes.
-type Part = (String, &'static str, Vec<usize>, Vec<u8>);
+pub(crate) type Part = (String, &'static str, Vec<usize>, Vec<u8>);
 
 /// Integers, zeros and scales of a layer `[n, k]`.
 struct Layer {
@@ -148,7 +148,7 @@ impl Layer {
     }
 }
 
-fn write_tensors(path: &Path, parts: &[Part]) {
+pub(crate) fn write_tensors(path: &Path, parts: &[Part]) {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for (name, kind, shape, bytes) in parts {
         let start = data.len();
@@ -159,11 +159,11 @@ fn write_tensors(path: &Path, parts: &[Part]) {
     fs::write(path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()).unwrap();
 }
 
-fn f32_bytes(values: &[f32]) -> Vec<u8> {
+pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-fn configure(folder: &Path, config: &Value) {
+pub(crate) fn configure(folder: &Path, config: &Value) {
     let path = folder.join("config.json");
     let mut all: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     all["quantization_config"] = config.clone();
@@ -171,7 +171,7 @@ fn configure(folder: &Path, config: &Value) {
 }
 
 /// A folder of some tensors of a tiny llama, which is not a whole model.
-fn folder_of(config: &Value, parts: &[Part]) -> tempfile::TempDir {
+pub(crate) fn folder_of(config: &Value, parts: &[Part]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::copy(golden("models/llama3-rope").join("config.json"), folder.path().join("config.json")).unwrap();
     configure(folder.path(), config);
@@ -179,7 +179,7 @@ fn folder_of(config: &Value, parts: &[Part]) -> tempfile::TempDir {
     folder
 }
 
-const NAME: &str = "model.layers.0.self_attn.q_proj";
+pub(crate) const NAME: &str = "model.layers.0.self_attn.q_proj";
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
@@ -248,7 +248,7 @@ fn write_models(packed: &Path, plain: &Path, packing: Packing) {
 }
 
 /// Likely next tokens and their log-probabilities at each position of a fixed text.
-fn answer<D: Device>(dev: D, folder: &Path) -> Vec<Vec<(u32, f32)>> {
+pub(crate) fn answer<D: Device>(dev: D, folder: &Path) -> Vec<Vec<(u32, f32)>> {
     let mut runner = ModelRunner::load(dev, &HfFolder::open(folder).unwrap(), 8, 64).unwrap();
     let tokens: Vec<u32> = (0..60).map(|i| i * i % 61).collect();
     let rows = run_side_by_side(&mut runner, &[&tokens]);
@@ -299,7 +299,7 @@ fn packed_models_on_cuda_are_what_the_reference_device_says() {
     }
 }
 
-fn error(config: &Value, parts: &[Part]) -> String {
+pub(crate) fn error(config: &Value, parts: &[Part]) -> String {
     match HfFolder::open(folder_of(config, parts).path()) {
         Ok(_) => panic!("accepted: {config}"),
         Err(error) => format!("{error:#}"),
@@ -309,7 +309,7 @@ fn error(config: &Value, parts: &[Part]) -> String {
 #[test]
 fn configurations_that_cannot_be_used_say_why() {
     for (field, value, fragments) in [
-        ("quant_method", json!("bitsandbytes"), &["quant_method \"bitsandbytes\"", "gptq and awq"][..]),
+        ("quant_method", json!("bitsandbytes"), &["quant_method \"bitsandbytes\"", "gptq, awq, fp8"][..]),
         ("quant_method", Value::Null, &["quant_method \"\""]),
         ("bits", json!(3), &["bits: 3 of gptq", "[4, 8]"]),
         ("bits", Value::Null, &["bits is missing"]),

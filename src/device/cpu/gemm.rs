@@ -176,7 +176,7 @@ fn run_tile(isa: Isa, tile: &Tile<'_>, scratch: &mut Scratch) {
             DType::Q5_1 | DType::Q4K | DType::Q5K => spread_min(isa, tile, scratch),
             DType::Q3K | DType::Q6K => spread_halves(isa, tile, scratch),
             DType::Q2K => spread_min_halves(isa, tile, scratch),
-            DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{dtype} has no blocks"),
+            DType::F32 | DType::F16 | DType::Bf16 | DType::E4m3 => unreachable!("{dtype} has no integers"),
         },
         Layout::Floats(dtype) => floats(isa, dtype, tile, scratch),
         Layout::Tiles | Layout::PackedTiles(_) => bf16(isa, tile, scratch),

@@ -85,6 +85,8 @@ impl Numerics {
             Self::Bf16 if dtype.is_quantised() => Layout::PackedTiles(dtype),
             Self::Bf16 => Layout::Tiles,
             Self::F32 if dtype.is_quantised() => Layout::Floats(DType::F32),
+            // Their values, which no float of 16 bits has in general.
+            _ if dtype == DType::E4m3 => Layout::Floats(DType::F32),
             Self::Int8 | Self::Int8Bf16 if dtype.is_quantised() => Layout::Blocks(dtype),
             _ => Layout::Floats(dtype),
         }

@@ -114,7 +114,7 @@ impl<'a> Unpacking<'a> {
             DType::Q5_1 | DType::Q4K | DType::Q5K => s.unpack::<Spread<true, false>>(packed, pieces, tiles),
             DType::Q3K | DType::Q6K => s.unpack::<Spread<false, true>>(packed, pieces, tiles),
             DType::Q2K => s.unpack::<Spread<true, true>>(packed, pieces, tiles),
-            DType::F32 | DType::F16 | DType::Bf16 => unreachable!("{} has no blocks", self.packed.dtype),
+            DType::F32 | DType::F16 | DType::Bf16 | DType::E4m3 => unreachable!("{} has no integers", self.packed.dtype),
         }
         self.pieces.start = end;
         if end == self.pieces.end {

@@ -233,7 +233,7 @@ pub(super) fn vectors(parts: &[Tensor<'_>]) -> Result<Vec<f32>> {
 
 /// All values of a tensor.
 fn vector(tensor: &Tensor<'_>) -> Result<Vec<f32>> {
-    ensure!(!tensor.dtype.is_quantised(), "{}: a vector of type {} is not supported", tensor.name, tensor.dtype);
+    ensure!(tensor.dtype.block_elements() == 1, "{}: a vector of type {} is not supported", tensor.name, tensor.dtype);
     let values: Vec<_> = tensor.bytes.chunks_exact(tensor.dtype.block_bytes()).map(|b| float(tensor.dtype, b)).collect();
     ensure!(
         values.len() == tensor.shape.iter().product::<usize>(),

@@ -109,7 +109,7 @@ fn rounded(values: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Vec<u8>> {
         DType::Q6K => GgmlDType::Q6K,
         DType::Iq4Nl => return Ok(iq4::nl(&values)),
         DType::Iq4Xs => return Ok(iq4::xs(&values)),
-        DType::Q4Z => anyhow::bail!("weights can't be rounded to {dtype}"),
+        DType::Q4Z | DType::E4m3 => anyhow::bail!("weights can't be rounded to {dtype}"),
     };
     let values = CandleTensor::from_vec(values, shape, &Device::Cpu)?;
     Ok(QTensor::quantize(&values, quantiser)?.data()?.into_owned())
