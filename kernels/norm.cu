@@ -3,10 +3,10 @@
 // x [T][H] f32: the residual stream. y [T][H] bfloat16: what a projection gave. weight [H] f32.
 //   add_norm_*:  x[t] += y[t] (if y is not null), out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight
 //   norm_add_*:  x[t] += y[t] / sqrt(mean(y[t]²) + eps) · weight
-//   quant_rows_int8: out[t] = y[t] as integers with a scale
+//   quant_rows_*: out[t] = y[t] as integers, or floats of 8 bits, with a scale
 // out: `_bf16` [T][H]; `_int8` [T][H] signed bytes and scale [T], value = scale · q, scale = max|value| / 127; `_e4m3` as
 // `_int8` with scale = max|value| / 448 (from sm_89 on).
-// Grid: T blocks of 256 threads. H is a multiple of 4, at most 256 · 4 · ROUNDS; the name ends in ROUNDS, which the caller
+// What a scale multiplies is value · most / max, so the largest is exact. Grid: T blocks of 256 threads. H is a multiple of 4, at most 256 · 4 · ROUNDS; the name ends in ROUNDS, which the caller
 // chooses by H alone (more rounds than needed give the same bits). A row stays in registers: each value is read once.
 // Bytes per element: 4 (x) + 2 (y) read, 4 (x, if y) + 2 or 1 (out) written; a scale is a sector per row. From the caches: 4 per element
 // (weights). Operations: 4 to 8 per element, and 17 for each thread (a sum over the block). No bank conflicts.
@@ -130,11 +130,11 @@ template <int ROUNDS> DEVICE void norm_add(const u16* y, const float* weight, fl
     }
 }
 
-template <int ROUNDS> DEVICE void quant_rows(const u16* y, void* out, float* scales, u32 width) {
+template <Form FORM, int ROUNDS> DEVICE void quant_rows(const u16* y, void* out, float* scales, u32 width) {
     __shared__ float scratch[32];
     float v[ROUNDS][4];
     load_bf16(v, y + (u64)blockIdx.x * width, width);
-    store_row<INT8>(v, out, scales, width, scratch);
+    store_row<FORM>(v, out, scales, width, scratch);
 }
 
 #define ADD_NORM(NAME, FORM, ROUNDS)                                                                                       \
@@ -156,16 +156,19 @@ ROUNDED(8)
 ROUNDED(16)
 
 // Rows as long as those between a model's projections.
-extern "C" __global__ void __launch_bounds__(THREADS) quant_rows_int8_16(const u16* y, void* out, float* scales, u32 width) {
-    quant_rows<16>(y, out, scales, width);
-}
-extern "C" __global__ void __launch_bounds__(THREADS) quant_rows_int8_32(const u16* y, void* out, float* scales, u32 width) {
-    quant_rows<32>(y, out, scales, width);
-}
+#define QUANT_ROWS(NAME, FORM, ROUNDS)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const u16* y, void* out, float* scales, u32 width) {        \
+        quant_rows<FORM, ROUNDS>(y, out, scales, width);                                                                   \
+    }
+
+QUANT_ROWS(quant_rows_int8_16, INT8, 16)
+QUANT_ROWS(quant_rows_int8_32, INT8, 32)
 
 #if __CUDA_ARCH__ >= 890
 ADD_NORM(add_norm_e4m3_1, E4M3, 1)
 ADD_NORM(add_norm_e4m3_4, E4M3, 4)
 ADD_NORM(add_norm_e4m3_8, E4M3, 8)
 ADD_NORM(add_norm_e4m3_16, E4M3, 16)
+QUANT_ROWS(quant_rows_e4m3_16, E4M3, 16)
+QUANT_ROWS(quant_rows_e4m3_32, E4M3, 32)
 #endif

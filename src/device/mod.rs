@@ -249,6 +249,10 @@ pub trait Device: Send {
     fn stack_bytes(&self, parts: &[Tensor<'_>]) -> usize {
         parts.iter().map(|part| self.tensor_bytes(part)).sum()
     }
+    /// Bytes that tensors take that are loaded as one weight of an expert.
+    fn expert_bytes(&self, parts: &[Tensor<'_>]) -> usize {
+        self.stack_bytes(parts)
+    }
     /// Bytes that a table of embeddings takes.
     fn table_bytes(&self, table: &Tensor<'_>) -> usize {
         self.tensor_bytes(table)
@@ -261,6 +265,10 @@ pub trait Device: Send {
     fn cache_block_bytes(&self, spec: &AttentionSpec) -> usize;
     /// Makes one layer's cache.
     fn new_cache(&self, spec: &AttentionSpec, n_blocks: usize) -> Self::Cache;
+    /// Rows that buffers for so many tokens have.
+    fn rows(&self, max_tokens: usize) -> usize {
+        max_tokens
+    }
     /// Makes an f32 buffer.
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Self::Hidden;
     /// Makes an activation buffer that any weight with `k = width` can consume.

@@ -70,7 +70,7 @@ pub fn sizing<D: Device>(dev: &D, spec: &ModelSpec, file: &dyn ModelFile, max_st
     let row_elements = 2 * spec.width + spec.qkv_width() + spec.q_width() + ffn_elements + branch_elements;
     Sizing {
         kv_block_bytes: spec.attention.iter().map(|attention| dev.cache_block_bytes(attention)).sum(),
-        workspace_bytes: max_step_tokens * row_elements * size_of::<f32>(),
+        workspace_bytes: dev.rows(max_step_tokens) * row_elements * size_of::<f32>(),
         weights_bytes: weights_bytes(dev, file),
         reserve_bytes: dev.reserve_bytes(&spec.step_sizes(max_step_tokens)),
     }
@@ -109,6 +109,10 @@ fn weights_bytes<D: Device>(dev: &D, file: &dyn ModelFile) -> usize {
         if tensor.shape.len() == 3 {
             n_weights = tensor.shape[0];
             parts = parts.iter().map(|part| part.entry(0)).collect();
+        }
+        // `ffn_up.3.weight`: where experts are not stacked.
+        if tensor.shape.len() == 3 || part.matches('.').count() == 2 {
+            return n_weights * dev.expert_bytes(&parts);
         }
         n_weights * if parts.len() == 1 { dev.tensor_bytes(&parts[0]) } else { dev.stack_bytes(&parts) }
     };

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For whoever has an NVIDIA GPU: runs valar's CUDA device on it and writes a report to attach to an issue. What it asks:
-#   1. are results what the reference device says, and the same bits however a job runs (tests/it/cuda_device.rs and cuda_gguf.rs, without the stand-in)
+#   1. are results what the reference device says, and the same bits however a job runs (tests/it/cuda_device.rs, cuda_gguf.rs and fp8_folders.rs, without the stand-in)
 #      On compute capability 9.0 that is attention by products of warpgroups (kernels/prefill_sm90.cu), elsewhere by mma.sync;
 #      in both cases it has never run on a GPU before.
 #   2. does compute-sanitizer find anything (if it is installed)
@@ -53,7 +53,7 @@ all() {
   part "program" git describe --always --dirty
   part "build" cargo build --release
   local valar=target/release/valar
-  part "conformance" env VALAR_TEST_GPU=1 cargo test --release --test it -- cuda_device cuda_gguf
+  part "conformance" env VALAR_TEST_GPU=1 cargo test --release --test it -- cuda_device cuda_gguf fp8_folders
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
       part "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$valar" bench "$workload" \

@@ -15,7 +15,7 @@ pub(crate) const SPARED: f64 = 0.05;
 const MARGIN: f64 = 0.5;
 
 /// Token log-probabilities of a row's only choice.
-fn logprobs(choices: &Value) -> Vec<f64> {
+pub(crate) fn logprobs(choices: &Value) -> Vec<f64> {
     let all = choices[0]["logprobs"]["token_logprobs"].as_array().unwrap();
     all.iter().filter_map(Value::as_f64).collect()
 }
@@ -180,16 +180,15 @@ fn rows() -> Vec<String> {
 
 #[test]
 fn a_row_has_the_same_bits_on_a_gpu_however_the_job_runs() {
-    same_bits(Family::Llama);
+    same_bits(Stage::new(Family::Llama));
 }
 
 #[test]
 fn a_row_of_a_model_with_experts_has_the_same_bits_on_a_gpu_however_the_job_runs() {
-    same_bits(Family::Qwen3Moe);
+    same_bits(Stage::new(Family::Qwen3Moe));
 }
 
-fn same_bits(family: Family) {
-    let mut stage = Stage::new(family);
+pub(crate) fn same_bits(mut stage: Stage) {
     let lines = rows();
     let expected = stage.job("cuda", &[], &lines);
     assert_eq!(expected.len(), lines.len());

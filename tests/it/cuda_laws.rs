@@ -3,11 +3,11 @@
 
 use crate::common::Sandbox;
 use crate::cuda_attention::{Item, KV_HEADS, Layer, Loaded, RESUMES, SEGMENT, Seq, TO_PARTS, WIDE_DIMS, seq};
-use crate::cuda_machine::{Launch, Machine, Noise, bytes, module};
+use crate::cuda_machine::{Launch, Machine, Noise, bytes, module_for};
 use ptx::{Arg, Counters};
 use serde_json::Value;
 use valar::device::Activation;
-use valar::device::cuda::costs::{self, Asked, Cost, Heads, Piece};
+use valar::device::cuda::costs::{self, Asked, Cost, Heads, Piece, Rows};
 
 /// Orders that each launch is tried in.
 const SCHEDULES: u64 = 20;
@@ -61,7 +61,8 @@ pub(crate) struct Case {
 }
 
 pub(crate) fn hold_case(program: &str, kernel: &str, what: &str, cost: &Cost, case: impl Fn(&mut Machine) -> Case) {
-    let program = module(program);
+    // There are floats of 8 bits from compute capability 8.9 on.
+    let program = module_for(program, if kernel.contains("e4m3") { "compute_89" } else { "compute_80" });
     hold(&format!("{kernel}, {what}"), cost, |seed| {
         let mut m = Machine::seeded(seed);
         let Case { launch, args, outs } = case(&mut m);
@@ -126,9 +127,9 @@ fn norms_read_rows_once() {
             Case { launch: ((rows as u32, 1), 256, 0), args, outs: vec![(x, 4 * n), (out, out_bytes * n), (scales, 4 * rows)] }
         };
         for summed in [false, true] {
-            for (form, out_bytes) in [("bf16", 2), ("int8", 1)] {
+            for (form, out_bytes, rows_as) in [("bf16", 2, Rows::Bf16), ("int8", 1, Rows::Int8), ("e4m3", 1, Rows::E4m3)] {
                 let kernel = format!("add_norm_{form}_{rounds}");
-                let cost = costs::add_norm(rows as u64, width as u64, summed, out_bytes as u64);
+                let cost = costs::add_norm(rows as u64, width as u64, summed, rows_as);
                 hold_case("norm", &kernel, &format!("{what}, summed: {summed}"), &cost, |m| add_norm(m, summed, out_bytes));
             }
         }
@@ -138,11 +139,32 @@ fn norms_read_rows_once() {
             let args = [y, weight, x].map(Arg::U64).into_iter().chain([Arg::U32(width as u32), Arg::F32(1e-5)]).collect();
             Case { launch: ((rows as u32, 1), 256, 0), args, outs: vec![(x, 4 * n)] }
         });
-        hold_case("norm", "quant_rows_int8_16", &what, &costs::quant_rows(rows as u64, width as u64), |m| {
-            let (y, out, scales) = (m.bf16s(&Noise(6).bf16s(n)), m.room(n), m.room(4 * rows));
-            let args = [y, out, scales].map(Arg::U64).into_iter().chain([Arg::U32(width as u32)]).collect();
-            Case { launch: ((rows as u32, 1), 256, 0), args, outs: vec![(out, n), (scales, 4 * rows)] }
-        });
+        for (form, rows_as) in [("int8", Rows::Int8), ("e4m3", Rows::E4m3)] {
+            let kernel = format!("quant_rows_{form}_16");
+            hold_case("norm", &kernel, &what, &costs::quant_rows(rows as u64, width as u64, rows_as), |m| {
+                let (y, out, scales) = (m.bf16s(&Noise(6).bf16s(n)), m.room(n), m.room(4 * rows));
+                let args = [y, out, scales].map(Arg::U64).into_iter().chain([Arg::U32(width as u32)]).collect();
+                Case { launch: ((rows as u32, 1), 256, 0), args, outs: vec![(out, n), (scales, 4 * rows)] }
+            });
+        }
+    }
+}
+
+#[test]
+fn scales_are_multiplied_in_one_pass() {
+    for (rows, width) in [(3usize, 576usize), (2, 2048)] {
+        for (kernel, bytes, adds) in [("scale_bf16", 2, false), ("scale_f32", 4, false), ("scale_add", 4, true)] {
+            let cost = costs::scale(rows as u64, width as u64, bytes as u64, adds);
+            hold_case("scale", kernel, &format!("{rows} rows of {width}"), &cost, |m| {
+                let (mut noise, n) = (Noise(31), rows * width);
+                let x = if bytes == 2 { m.bf16s(&noise.bf16s(n)) } else { m.f32s(&noise.f32s(n)) };
+                let (of_rows, of_columns, out) = (m.f32s(&noise.f32s(rows)), m.f32s(&noise.f32s(width)), m.f32s(&noise.f32s(n)));
+                let pointers = [of_rows, of_columns].map(Arg::U64).into_iter().chain([Arg::U32(width as u32)]);
+                let args = adds.then_some(Arg::U64(out)).into_iter().chain([Arg::U64(x)]).chain(pointers).collect();
+                let grid = (rows as u32, width.div_ceil(1024) as u32);
+                Case { launch: (grid, 256, 0), args, outs: vec![(if adds { out } else { x }, bytes * n)] }
+            });
+        }
     }
 }
 

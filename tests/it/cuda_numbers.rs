@@ -104,6 +104,64 @@ fn norms_as_floats_of_eight_bits() {
     }
 }
 
+/// Rows as floats of 8 bits with a scale for each; a row of zeros, and one with a value that is no number.
+#[test]
+fn rows_as_floats_of_eight_bits() {
+    let (program, mut noise) = (module_for("norm", "compute_89"), Noise(32));
+    for (width, rounds) in [(96usize, 16), (2048, 16), (16400, 32)] {
+        let mut m = Machine::new();
+        let mut rows = noise.bf16s(4 * width);
+        rows[2 * width..3 * width].fill(bf16::ZERO);
+        rows[3 * width + 5] = bf16::NAN;
+        let (y, out, scales) = (m.bf16s(&rows), m.room(4 * width), m.room(16));
+        let args = [y, out, scales].map(Arg::U64).into_iter().chain([Arg::U32(width as u32)]);
+        m.run(&program, &format!("quant_rows_e4m3_{rounds}"), ((4, 1), 256, 0), &args.collect::<Vec<_>>());
+        let (scales, floats) = (m.read_f32s(scales, 4), m.read(out, 4 * width));
+        for ((row, floats), &scale) in rows.chunks(width).zip(floats.chunks(width)).zip(&scales).take(3) {
+            let scale = f64::from(scale);
+            let want: Vec<f64> = row.iter().map(|x| x.to_f64()).collect();
+            assert_near(floats.iter().map(|q| e4m3(*q) * scale), &want, 1.01 / 16.0, scale / 1024.0, "floats");
+            let largest = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+            assert!((scale * 448.0 - largest).abs() <= 1e-6 * largest, "{scale} for {largest}");
+        }
+        assert!(scales[3].is_nan(), "a row with a NaN has scale {}", scales[3]);
+    }
+}
+
+/// Sums of products times the scales of their rows and columns; nothing past the rows and columns is touched.
+#[test]
+fn products_get_their_scales() {
+    let (program, mut noise) = (module("scale"), Noise(33));
+    for n in [16usize, 1024, 1040] {
+        let (rows, columns) = (noise.f32s(3), noise.f32s(n));
+        let scale = |i: usize| f64::from(rows[i / n] * columns[i % n]);
+        let mut m = Machine::new();
+        let (halves, floats, before) = (noise.bf16s(4 * n), noise.f32s(4 * n), noise.f32s(4 * n));
+        let (rows_at, columns_at) = (m.f32s(&rows), m.f32s(&columns));
+        let (halves_at, floats_at, waiting, sums_at) = (m.bf16s(&halves), m.f32s(&floats), m.f32s(&floats), m.f32s(&before));
+        let grid = ((3, (n as u32).div_ceil(1024)), 256, 0);
+        let mut run = |kernel: &str, pointers: &[u64]| {
+            let args = pointers.iter().copied().map(Arg::U64).chain([rows_at, columns_at].map(Arg::U64));
+            m.run(&program, kernel, grid, &args.chain([Arg::U32(n as u32)]).collect::<Vec<_>>());
+        };
+        run("scale_bf16", &[halves_at]);
+        run("scale_f32", &[floats_at]);
+        run("scale_add", &[sums_at, waiting]);
+        let (halves_now, floats_now, sums) =
+            (m.read_bf16s(halves_at, 4 * n), m.read_f32s(floats_at, 4 * n), m.read_f32s(sums_at, 4 * n));
+        let want: Vec<f64> = (0..3 * n).map(|i| halves[i].to_f64() * scale(i)).collect();
+        assert_near(halves_now[..3 * n].iter().map(|x| x.to_f64()), &want, BF16, 1e-9, "bfloat16");
+        let want: Vec<f64> = (0..3 * n).map(|i| f64::from(floats[i]) * scale(i)).collect();
+        assert_near(floats_now[..3 * n].iter().map(|&x| f64::from(x)), &want, 1e-6, 1e-12, "f32");
+        let want: Vec<f64> = want.iter().zip(&before).map(|(product, before)| product + f64::from(*before)).collect();
+        assert_near(sums[..3 * n].iter().map(|&x| f64::from(x)), &want, 1e-6, 1e-7, "sums");
+        assert_eq!(
+            (&halves_now[3 * n..], &floats_now[3 * n..], &sums[3 * n..]),
+            (&halves[3 * n..], &floats[3 * n..], &before[3 * n..])
+        );
+    }
+}
+
 fn rms_norm(row: &[f64], weight: &[f32]) -> Vec<f64> {
     let inverse = 1.0 / (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + 1e-5).sqrt();
     row.iter().zip(weight).map(|(x, w)| x * inverse * f64::from(*w)).collect()

@@ -1,7 +1,7 @@
 //! Folders of linear layers in floats of 8 bits, against the values that these tests wrote: bit for bit as weights; on the devices as the
 //! same model of plain values; and folders that can't be used.
 
-use crate::cuda_device::{compare_scores, scored};
+use crate::cuda_device::{compare_scores, logprobs, same_bits, scored};
 use crate::cuda_machine::Noise;
 use crate::cuda_stage::{Family, Stage, tensors, write_model};
 use crate::packed_folders::{NAME, Part, answer, configure, error, f32_bytes, folder_of, write_tensors};
@@ -241,6 +241,52 @@ fn models_in_fp8_on_cuda_are_what_the_reference_device_says() {
         let count = if form.strategy == Strategy::Channel { 14 } else { 10 };
         assert_eq!(types["tensors"]["E4M3"]["count"], count, "{types}");
     }
+}
+
+/// Nats that a token's log-probability may differ from the reference device's, at most and on average, where activations are floats of 8
+/// bits, whose last place is 16 times that of bfloat16.
+const TOLERANCE: f64 = 1.5;
+const MEAN_TOLERANCE: f64 = 0.2;
+
+/// On a GPU that has products of fp8 weights stay so, and activations become so, token by token.
+#[test]
+fn models_in_fp8_are_multiplied_in_fp8() {
+    let is_standin = std::env::var_os("VALAR_TEST_GPU").is_none();
+    for form in [CHANNELS, TENSORS] {
+        let mut stage = Stage::with_folder(|folder| write_models(folder, &folder.with_file_name("plain"), form));
+        stage.set("STANDIN_CC", "8.9");
+        let counters = stage.sandbox.path("counters.json");
+        stage.set("STANDIN_COUNTERS", counters.to_str().unwrap());
+        let lines = scored();
+        let on_gpu = stage.job("cuda", &[], &lines);
+        if is_standin {
+            let counters = stage.sandbox.read("counters.json");
+            for kernel in ["cublasLt e4m3", "add_norm_e4m3", "quant_rows_e4m3", "scale_bf16", "scale_add"] {
+                assert!(counters.contains(kernel), "no {kernel}: {counters}");
+            }
+            // The head's weights are not fp8.
+            assert!(!counters.contains("scale_f32"), "{counters}");
+        }
+        let on_reference = stage.job("reference", &[], &lines);
+        let (mut all, mut n) = (0.0, 0.0);
+        for (id, choices) in &on_reference {
+            for (i, (got, want)) in logprobs(&on_gpu[id]).iter().zip(logprobs(choices)).enumerate() {
+                let difference = (got - want).abs();
+                assert!(difference <= TOLERANCE, "{form:?}, {id}: token {i} has {got}, not {want}");
+                (all, n) = (all + difference, n + 1.0);
+            }
+        }
+        assert!(n > 1000.0 && all / n <= MEAN_TOLERANCE, "{form:?}: {} nats on average", all / n);
+        // Chunks of other numbers of rows, of which none is a multiple of 16.
+        assert_eq!(stage.job("cuda", &["engine.budget_tokens=23"], &lines), on_gpu, "{form:?}");
+    }
+}
+
+#[test]
+fn a_row_of_a_model_in_fp8_has_the_same_bits_however_the_job_runs() {
+    let mut stage = Stage::with_folder(|folder| write_models(folder, &folder.with_file_name("plain"), CHANNELS));
+    stage.set("STANDIN_CC", "8.9");
+    same_bits(stage);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Products of matrices in bfloat16 or f16 by NVIDIA's cuBLASLt. Knows nothing of what the matrices mean.
+//! Products of matrices in bfloat16, f16 or floats of 8 bits by NVIDIA's cuBLASLt. Knows nothing of what the matrices mean.
 //!
 //! Invariant (exactness.md R1): the algorithm of a weight is chosen once, by its shape and result alone, and used for any number
 //! of rows; algorithms that split k, and so add partial sums in another order, are never among those to choose from.
@@ -23,6 +23,8 @@ const TRANSPOSED: i32 = 1;
 pub(super) enum Factors {
     Bf16,
     F16,
+    /// Floats of 8 bits; what is added up is in f32, and scaled by nobody here. All sizes are multiples of 16.
+    E4m3,
 }
 
 /// The type of a result, and whether it is added to what is there.
@@ -90,12 +92,13 @@ struct Layouts {
 
 impl Layouts {
     fn new((m, n, k): (usize, usize, usize), factors: Factors, output: Output) -> Result<Self> {
-        let half = match factors {
-            Factors::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-            Factors::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        let (factor, stored) = match factors {
+            Factors::Bf16 => (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_16BF),
+            Factors::F16 => (sys::cudaDataType_t::CUDA_R_16F, sys::cudaDataType_t::CUDA_R_16F),
+            Factors::E4m3 => (sys::cudaDataType_t::CUDA_R_8F_E4M3, sys::cudaDataType_t::CUDA_R_16BF),
         };
-        let kind = if output == Output::Bf16 { half } else { sys::cudaDataType_t::CUDA_R_32F };
-        Ok(Self { weight: Layout::new(half, k, n)?, x: Layout::new(half, k, m)?, out: Layout::new(kind, n, m)? })
+        let kind = if output == Output::Bf16 { stored } else { sys::cudaDataType_t::CUDA_R_32F };
+        Ok(Self { weight: Layout::new(factor, k, n)?, x: Layout::new(factor, k, m)?, out: Layout::new(kind, n, m)? })
     }
 }
 
@@ -152,7 +155,7 @@ impl Blas {
         let chosen = self.choose(&layouts, preference);
         // SAFETY: it was created just now.
         let _destroyed = unsafe { result::destroy_matmul_pref(preference) };
-        let algorithm = chosen.map_err(|error| error.context(format!("a weight of {n} rows of {k} elements of 16 bits")))?;
+        let algorithm = chosen.map_err(|error| error.context(format!("a weight of {n} rows of {k} elements, {factors:?}")))?;
         self.algorithms.borrow_mut().insert((n, k, factors, output), algorithm);
         Ok(())
     }

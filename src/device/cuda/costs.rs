@@ -83,6 +83,34 @@ const F32: u64 = 4;
 const TILE: u64 = 64;
 const BLOCK: u64 = 16;
 
+/// What kernels write rows as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// bfloat16.
+    Bf16,
+    /// Integers of 8 bits, with a scale.
+    Int8,
+    /// Floats of 8 bits, with a scale.
+    E4m3,
+}
+
+impl Rows {
+    /// Bytes of rows and their scales.
+    fn bytes(self, rows: u64, width: u64) -> u64 {
+        if self == Self::Bf16 { BF16 * rows * width } else { rows * width + SECTOR * rows }
+    }
+
+    /// Operations that make a row of so many elements: those that there are, and those that a block goes through.
+    fn operations(self, lanes: u64, elements: u64) -> u64 {
+        match self {
+            Self::Bf16 => lanes / 2,
+            // Two floats are converted at once.
+            Self::Int8 => 2 * lanes + elements + BLOCK_MAX,
+            Self::E4m3 => 3 * lanes / 2 + elements + BLOCK_MAX,
+        }
+    }
+}
+
 /// Threads of a norm's block, and elements of a round of them.
 const NORM_THREADS: u64 = 256;
 const NORM_ROUND: u64 = 1024;
@@ -110,14 +138,14 @@ pub fn gather(rows: u64, width: u64) -> Cost {
     Cost { read: F32 * n, written: F32 * n, cached: 4 * SECTOR * rows, ..Cost::default() }
 }
 
-/// `add_norm`: with a sum before or not; `out_bytes` of an element of the result: 2 for bfloat16, 1 for integers with a scale.
-pub fn add_norm(rows: u64, width: u64, summed: bool, out_bytes: u64) -> Cost {
+/// `add_norm`: with a sum before or not, and what rows become.
+pub fn add_norm(rows: u64, width: u64, summed: bool, out: Rows) -> Cost {
     let (n, elements, lanes) = (rows * width, norm_elements(width), width.next_multiple_of(128));
     let sum = if summed { n } else { 0 };
-    let result = if out_bytes == 1 { 4 * lanes + elements + BLOCK_MAX } else { 5 * lanes / 2 };
+    let result = 2 * lanes + out.operations(lanes, elements);
     Cost {
         read: F32 * n + BF16 * sum,
-        written: F32 * sum + out_bytes * n + if out_bytes == 1 { SECTOR * rows } else { 0 },
+        written: F32 * sum + out.bytes(rows, width),
         cached: F32 * n,
         scalar: rows * (elements * (1 + u64::from(summed)) + BLOCK_SUM + result),
         ..Cost::default()
@@ -136,13 +164,13 @@ pub fn norm_add(rows: u64, width: u64) -> Cost {
     }
 }
 
-/// `quant_rows_int8`, whose kernels have 16 or 32 rounds.
-pub fn quant_rows(rows: u64, width: u64) -> Cost {
+/// `quant_rows`, whose kernels have 16 or 32 rounds.
+pub fn quant_rows(rows: u64, width: u64, out: Rows) -> Cost {
     let (n, elements) = (rows * width, NORM_ROUND * if width <= 16 * NORM_ROUND { 16 } else { 32 });
     Cost {
         read: BF16 * n,
-        written: n + SECTOR * rows,
-        scalar: rows * (elements + 2 * width.next_multiple_of(128) + BLOCK_MAX),
+        written: out.bytes(rows, width),
+        scalar: rows * out.operations(width.next_multiple_of(128), elements),
         ..Cost::default()
     }
 }
@@ -159,6 +187,19 @@ pub fn gate(f: Activation, rows: u64, width: u64) -> Cost {
 pub fn cast(n: u64, to_f16: bool) -> Cost {
     let scalar = n.next_multiple_of(256) * if to_f16 { 1 } else { 3 } / 2;
     Cost { read: BF16 * n, written: BF16 * n, scalar, ..Cost::default() }
+}
+
+/// `scale_bf16`, `scale_f32`, or `scale_add`: bytes of an element of the product, and whether it is added to what is there.
+pub fn scale(rows: u64, width: u64, bytes: u64, adds: bool) -> Cost {
+    let (n, lanes) = (rows * width, rows * width.next_multiple_of(128));
+    let sum = if adds { F32 * n } else { 0 };
+    Cost {
+        read: bytes * n + sum,
+        written: if adds { sum } else { bytes * n },
+        cached: F32 * n + SECTOR * lanes / 128,
+        scalar: if bytes == BF16 { 5 * lanes / 2 } else { 2 * lanes },
+        ..Cost::default()
+    }
 }
 
 /// The heads of a layer.

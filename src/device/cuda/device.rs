@@ -7,6 +7,7 @@
 use super::blas::{Blas, Factors, Output};
 use super::driver::{Facts, Function, Gpu, TensorMap};
 use super::experts;
+use super::fp8::{Fp8Weight, ROWS};
 use super::graphs::Turn;
 use super::images::{Images, KernelPlace};
 use super::kernels::{BOX_COLUMNS, HEAD_DIMS, Kernels, check_width};
@@ -60,6 +61,8 @@ pub(super) enum Place {
     Bf16(u64),
     /// `[n][k]` f16. No expert's.
     F16(u64),
+    /// As floats of 8 bits. No expert's.
+    Fp8(Fp8Weight),
     /// As `linear_q.cu` says.
     Packed { bits: usize, q: u64, scales: u64 },
 }
@@ -86,8 +89,11 @@ impl Hidden {
 /// Activations, `[max_tokens][k]` bfloat16.
 pub struct Act {
     pub(super) at: u64,
-    /// Where there is room for them as f16, for a weight that is.
-    pub(super) f16: u64,
+    /// Where there is room for them as f16 or as fp8, for a weight that is; and for the scales of fp8.
+    pub(super) narrow: u64,
+    pub(super) scales: u64,
+    /// Whether they are there as fp8 alone.
+    pub(super) is_fp8: bool,
 }
 
 /// One layer's keys and values, `[n_blocks][n_kv_heads][16][head_dim]` bfloat16 each.
@@ -182,6 +188,20 @@ impl CudaDevice {
                 let (q, scales) = weights::pack(parts, bits)?;
                 Place::Packed { bits, q: self.put(&q)?, scales: self.put(&scales)? }
             }
+            Form::Fp8 => {
+                let at = self.arena.take(n * k)?;
+                let (mut to, mut scales) = (at, Vec::new());
+                for part in parts {
+                    let (floats, of_part) = weights::fp8_bytes(part);
+                    self.gpu.upload(to, &floats)?;
+                    to += floats.len() as u64;
+                    scales.extend(of_part);
+                }
+                for output in [Output::Bf16, Output::F32] {
+                    self.blas.prepare((n, k), Factors::E4m3, output)?;
+                }
+                Place::Fp8(Fp8Weight { n, k, at, scales: self.put(&scales)? })
+            }
             Form::F16 if !parts.iter().all(weights::fits_bf16) => Place::F16(self.put_dense(parts, (n, k), Factors::F16)?),
             Form::Bf16 | Form::F16 => Place::Bf16(self.put_dense(parts, (n, k), Factors::Bf16)?),
         };
@@ -261,7 +281,7 @@ impl Device for CudaDevice {
     }
 
     fn load_weight(&self, parts: &[Tensor<'_>]) -> Result<Weight> {
-        self.load(parts, weights::form(parts))
+        self.load(parts, weights::form(parts, self.kernels.fp8.is_some()))
     }
 
     fn load_table(&self, table: &Tensor<'_>) -> Result<Weight> {
@@ -273,10 +293,10 @@ impl Device for CudaDevice {
         self.load_weight(&[gate.clone(), up.clone()])
     }
 
-    /// The kernels of experts have no form for f16.
+    /// The kernels of experts have no form for f16, nor for fp8.
     fn load_expert(&self, gate: &Tensor<'_>, up: &Tensor<'_>, down: &Tensor<'_>) -> Result<Expert<Weight>> {
         check_gate(gate)?;
-        let load = |parts: &[Tensor<'_>]| match weights::form(parts) {
+        let load = |parts: &[Tensor<'_>]| match weights::form(parts, false) {
             Form::F16 => self.load(parts, Form::Bf16),
             form => self.load(parts, form),
         };
@@ -299,7 +319,11 @@ impl Device for CudaDevice {
     }
 
     fn stack_bytes(&self, parts: &[Tensor<'_>]) -> usize {
-        weights::stack_bytes(parts)
+        weights::stack_bytes(parts, self.kernels.fp8.is_some())
+    }
+
+    fn expert_bytes(&self, parts: &[Tensor<'_>]) -> usize {
+        weights::stack_bytes(parts, false)
     }
 
     fn table_bytes(&self, table: &Tensor<'_>) -> usize {
@@ -327,11 +351,17 @@ impl Device for CudaDevice {
         Cache { keys, values, wide }
     }
 
+    fn rows(&self, max_tokens: usize) -> usize {
+        max_tokens.next_multiple_of(ROWS)
+    }
+
     fn new_hidden(&self, max_tokens: usize, width: usize) -> Hidden {
+        let max_tokens = self.rows(max_tokens);
         Hidden { at: self.room(max_tokens * width * size_of::<f32>()), max_tokens, width }
     }
 
     fn new_act(&self, max_tokens: usize, width: usize) -> Act {
+        let max_tokens = self.rows(max_tokens);
         let n_bytes = aligned(2 * max_tokens * width);
         let at = self.room(2 * n_bytes);
         // Rows that only fill up a step are read as they are.
@@ -340,7 +370,8 @@ impl Device for CudaDevice {
             self.gpu.clear_later(at, n_bytes)?;
             self.gpu.wait()
         });
-        Act { at, f16: at + n_bytes as u64 }
+        let narrow = at + n_bytes as u64;
+        Act { at, narrow, scales: narrow + aligned(max_tokens * width) as u64, is_fp8: false }
     }
 
     fn reserve(&mut self, sizes: &StepSizes<'_>) {
@@ -389,8 +420,9 @@ impl Device for CudaDevice {
         });
     }
 
-    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, _next: &Weight, _batch: &Batch, act: &mut Act) {
-        self.attempt_step(|step| self.norm_rows((x.at, x.width), weight, eps, step.staged.n_rows, act.at));
+    fn norm(&self, x: &Hidden, weight: &Vector, eps: f32, next: &Weight, _batch: &Batch, act: &mut Act) {
+        act.is_fp8 = matches!(next.place, Place::Fp8(_));
+        self.attempt_step(|step| self.norm_rows((x.at, x.width), (weight, eps), step.staged.n_rows, act));
     }
 
     fn norm_add(&self, y: &Hidden, weight: &Vector, eps: f32, _batch: &Batch, x: &mut Hidden) {
@@ -398,11 +430,11 @@ impl Device for CudaDevice {
     }
 
     fn linear(&self, act: &Act, weight: &Weight, _batch: &Batch, out: &mut Hidden) {
-        self.attempt_step(|step| self.multiply(act, weight, step.staged.n_rows, Output::Bf16, out.at));
+        self.attempt_step(|step| self.multiply(step, act, weight, step.staged.n_rows, Output::Bf16, out.at));
     }
 
     fn linear_add(&self, act: &Act, weight: &Weight, _batch: &Batch, x: &mut Hidden) {
-        self.attempt_step(|step| self.multiply(act, weight, step.staged.n_rows, Output::Sum, x.at));
+        self.attempt_step(|step| self.multiply(step, act, weight, step.staged.n_rows, Output::Sum, x.at));
     }
 
     fn finish_qkv(&self, qkv: &mut Hidden, extra: &QkvExtra<Vector>, spec: &AttentionSpec, batch: &Batch, cache: &mut Cache) {
@@ -410,6 +442,7 @@ impl Device for CudaDevice {
     }
 
     fn attention(&self, qkv: &Hidden, spec: &AttentionSpec, cache: &Cache, _next: &Weight, _batch: &Batch, act: &mut Act) {
+        act.is_fp8 = false;
         self.attempt_step(|step| self.attend(step, qkv, spec, cache, act));
     }
 
@@ -423,8 +456,9 @@ impl Device for CudaDevice {
         scratch: &mut Hidden,
         out: &mut Act,
     ) {
+        out.is_fp8 = false;
         self.attempt_step(|step| {
-            self.multiply(act, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
+            self.multiply(step, act, weight, step.staged.n_rows, Output::Bf16, scratch.at)?;
             self.gate(scratch.at, weight.n / 2, f, step.staged.n_rows, out.at)
         });
     }

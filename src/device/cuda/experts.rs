@@ -131,6 +131,7 @@ fn addresses(weight: &Weight) -> (u64, u64) {
     match weight.place {
         Place::Bf16(at) | Place::F16(at) => (at, at),
         Place::Packed { q, scales, .. } => (q, scales),
+        Place::Fp8(weight) => (weight.at, weight.scales),
     }
 }
 
@@ -139,6 +140,7 @@ fn bits(weight: &Weight) -> usize {
     match weight.place {
         Place::Bf16(_) | Place::F16(_) => 16,
         Place::Packed { bits, .. } => bits,
+        Place::Fp8(_) => unreachable!("experts are not loaded as fp8"),
     }
 }
 
@@ -167,7 +169,7 @@ impl CudaDevice {
         let (n_rows, n_experts, n_used) = (step.staged.n_rows, experts.experts.len(), experts.n_used);
         let n_uses = n_rows * n_used;
         let (gate_up, down) = (Row::of(&experts.experts, |e| &e.gate_up)?, Row::of(&experts.experts, |e| &e.down)?);
-        self.multiply(act, &experts.router, n_rows, Output::F32, room.scores)?;
+        self.multiply(step, act, &experts.router, n_rows, Output::F32, room.scores)?;
 
         let [rows, all, used, uses, stride] = [n_rows, n_experts, n_used, n_uses, room.list_stride].map(|n| n as u32);
         let renormalise = u32::from(experts.renormalise);

@@ -1,6 +1,7 @@
 //! The kernels of the programs in `kernels/`, by what they are for. Their shapes are in the sources' head comments.
 
 use super::driver::{Function, Gpu};
+use super::fp8::{self, Fp8Kernels};
 use super::images::Images;
 use super::sources::PROGRAMS;
 use crate::device::Activation;
@@ -35,6 +36,8 @@ pub(super) struct Kernels {
     pub(super) copy_blocks: Function,
     pub(super) to_f16: Function,
     pub(super) from_f16: Function,
+    /// If the GPU has products of fp8.
+    pub(super) fp8: Option<Fp8Kernels>,
     pub(super) merge: Function,
     pub(super) sample: Function,
     gate_silu: Function,
@@ -88,6 +91,7 @@ impl Kernels {
             of("prefill_sm90", &format!("prefill_sm90_{dim}"), n_bytes)
         };
         let has_wide = gpu.facts().capability == WIDE_CAPABILITY;
+        let has_fp8 = gpu.facts().capability >= fp8::CAPABILITY;
         let linear_q =
             |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
         let of_experts = |form: &str| each(TILES, |tiles| of("linear_experts", &format!("linear_experts_{form}_{tiles}"), 0));
@@ -99,6 +103,7 @@ impl Kernels {
             copy_blocks: of("copy", "copy_blocks", 0)?,
             to_f16: of("cast", "bf16_to_f16", 0)?,
             from_f16: of("cast", "f16_to_bf16", 0)?,
+            fp8: has_fp8.then(|| Fp8Kernels::find(|program, kernel| of(program, kernel, 0))).transpose()?,
             merge: of("merge", "merge_parts", 0)?,
             sample: of("sample", "sample", 0)?,
             gate_silu: of("gate", "gate_silu", 0)?,

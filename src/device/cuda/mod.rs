@@ -9,6 +9,7 @@ pub mod costs;
 mod device;
 mod driver;
 mod experts;
+mod fp8;
 mod graphs;
 mod images;
 mod kernels;

@@ -4,7 +4,7 @@
 //!
 //! Invariant: no figure of a measurement is among these.
 
-use super::costs::{self, Asked, Cost, Heads, Piece};
+use super::costs::{self, Asked, Cost, Heads, Piece, Rows};
 use super::kernels::{SEGMENT, tiles};
 use super::work::{Attended, Item, RESUMES, TO_PARTS, UNMAPPED, Work};
 use crate::device::batch::{Batch, BatchSeq};
@@ -210,7 +210,7 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
         |kernel: String, times: u64, of: (bool, bool), cost: Cost| all.push(Launch { kernel, times, of, on: On::Every, cost });
     let both = (true, true);
     add("embed_bf16".to_owned(), 1, both, costs::embed(rows, width));
-    add("add_norm_bf16".to_owned(), 2 * layers, both, costs::add_norm(rows, width, false, 2));
+    add("add_norm_bf16".to_owned(), 2 * layers, both, costs::add_norm(rows, width, false, Rows::Bf16));
     for (what, n, k, adds) in [
         ("qkv", q_width + 2 * of.kv_heads * of.dim, width, false),
         ("attention output", width, q_width, true),
@@ -227,7 +227,7 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
     add("finish_qkv".to_owned(), layers, both, costs::finish_qkv(rows, of, of.dim / 2, false, false));
     add("gate_silu".to_owned(), layers, both, costs::gate(Activation::Silu, rows, ffn_width));
     add("gather_rows".to_owned(), 1, both, costs::gather(drawn, width));
-    add("add_norm_bf16".to_owned(), 1, both, costs::add_norm(drawn, width, false, 2));
+    add("add_norm_bf16".to_owned(), 1, both, costs::add_norm(drawn, width, false, Rows::Bf16));
     add("cuBLASLt, head".to_owned(), 1, both, costs::product((drawn, vocab, width), 4));
     add("sample".to_owned(), 1, both, costs::sample(drawn, vocab, Asked { drawn: true, ..Asked::default() }));
     let [prefill, decode, wide_prefill, wide_decode, merge] = attention(of, step);

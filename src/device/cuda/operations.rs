@@ -116,11 +116,15 @@ impl CudaDevice {
         self.run(self.kernels.embed, (step.staged.n_rows as u32, 1), 128, &args)
     }
 
-    /// `out[r] = x[r] / rms(x[r]) · weight`, f32 to bfloat16.
-    pub(super) fn norm_rows(&self, (x, width): (u64, usize), weight: &Vector, eps: f32, n_rows: usize, out: u64) -> Result<()> {
+    /// `out[r] = x[r] / rms(x[r]) · weight`, f32 to bfloat16, or to what `out` says.
+    pub(super) fn norm_rows(&self, (x, width): (u64, usize), norm: (&Vector, f32), n_rows: usize, out: &Act) -> Result<()> {
+        if out.is_fp8 {
+            return self.norm_rows_fp8((x, width), norm, n_rows, out);
+        }
+        let (weight, eps) = norm;
         let (add_norm, _) = self.kernels.norms(width);
         let (nothing, width) = (0u64, width as u32);
-        let args = [arg(&x), arg(&nothing), arg(&weight.at), arg(&out), arg(&nothing), arg(&width), arg(&eps)];
+        let args = [arg(&x), arg(&nothing), arg(&weight.at), arg(&out.at), arg(&nothing), arg(&width), arg(&eps)];
         self.run(add_norm, (n_rows as u32, 1), 256, &args)
     }
 
@@ -131,7 +135,7 @@ impl CudaDevice {
     }
 
     /// `out = weight · act`, in the form asked for.
-    pub(super) fn multiply(&self, act: &Act, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
+    pub(super) fn multiply(&self, step: &Step, act: &Act, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
         let Weight { n, k, .. } = *weight;
         let dense = |factors: Factors, x: u64, weight: u64| {
             let product = Product { sizes: (m, n, k), factors, x, weight, out, output };
@@ -141,13 +145,14 @@ impl CudaDevice {
         match weight.place {
             Place::Bf16(at) => dense(Factors::Bf16, act.at, at),
             Place::F16(at) => {
-                self.cast(self.kernels.to_f16, act.at, act.f16, m * k)?;
-                dense(Factors::F16, act.f16, at)?;
+                self.cast(self.kernels.to_f16, act.at, act.narrow, m * k)?;
+                dense(Factors::F16, act.narrow, at)?;
                 if output == Output::Bf16 {
                     self.cast(self.kernels.from_f16, out, out, m * n)?;
                 }
                 Ok(())
             }
+            Place::Fp8(weight) => self.multiply_fp8(step, act, &weight, m, output, out),
             Place::Packed { bits, q, scales } => {
                 if output == Output::F32 {
                     self.gpu.clear_later(out, 4 * m * n)?;
@@ -333,9 +338,11 @@ impl CudaDevice {
         let (indexes, width) = (step.at(step.staged.head_rows + first), x.width as u32);
         let args = [arg(&indexes), arg(&x.at), arg(&step.rows), arg(&width)];
         self.run(self.kernels.gather, (n_rows as u32, 1), 128, &args)?;
-        self.norm_rows((step.rows, x.width), norm, spec.eps, n_rows, step.normed)?;
-        let normed = Act { at: step.normed, f16: step.normed + (2 * HEAD_ROWS * x.width) as u64 };
-        self.multiply(&normed, weight, n_rows, Output::F32, step.logits)?;
+        let narrow = step.normed + (2 * HEAD_ROWS * x.width) as u64;
+        let scales = narrow + (HEAD_ROWS * x.width) as u64;
+        let normed = Act { at: step.normed, narrow, scales, is_fp8: matches!(weight.place, Place::Fp8(_)) };
+        self.norm_rows((step.rows, x.width), (norm, spec.eps), n_rows, &normed)?;
+        self.multiply(step, &normed, weight, n_rows, Output::F32, step.logits)?;
         let (n_vocab, cap) = (weight.n as u32, spec.soft_cap.unwrap_or(0.0));
         let wants = step.at(step.staged.wants + first * staging::WANT_WORDS);
         let masks = step.shaping;

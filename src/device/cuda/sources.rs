@@ -26,6 +26,7 @@ pub const PROGRAMS: &[Program] = &[
     program!("gate"),
     program!("copy"),
     program!("cast"),
+    program!("scale"),
     program!("decode"),
     program!("prefill"),
     program!("prefill_sm90"),

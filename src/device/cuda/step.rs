@@ -2,6 +2,7 @@
 
 use super::driver::{Gpu, Graph, Mark};
 use super::experts::ExpertRoom;
+use super::fp8::sum_rows;
 use super::graphs::{Form, Graphs};
 use super::kernels::prefill_rows;
 use super::memory::{Arena, Pinned, aligned};
@@ -48,6 +49,8 @@ pub(super) struct Step {
     pub(super) rows: u64,
     pub(super) normed: u64,
     pub(super) logits: u64,
+    /// Sums of products of fp8 that wait for their scales: `[sum_rows][width]` f32.
+    pub(super) sums: u64,
     /// Parts of attention: outputs and states.
     pub(super) parts: (u64, u64),
     /// What blocks of the prefill kernel merge: the same.
@@ -96,6 +99,7 @@ struct Sizes {
     rows: usize,
     normed: usize,
     logits: usize,
+    sums: usize,
     parts: (usize, usize),
     totals: (usize, usize),
     n_blocks: usize,
@@ -135,9 +139,10 @@ impl Sizes {
             drawn_words: sizes.max_seqs * DRAWN_WORDS,
             kept: 4 * staging::kept_words(sizes.n_vocab),
             rows: 4 * HEAD_ROWS * sizes.width,
-            // As bfloat16, and perhaps as f16.
+            // As bfloat16, and perhaps as f16 or fp8.
             normed: 2 * 2 * HEAD_ROWS * sizes.width,
             logits: 4 * HEAD_ROWS * sizes.n_vocab,
+            sums: 4 * sum_rows(sizes.max_tokens) * sizes.width,
             parts: (4 * max_parts * attention.n_heads * attention.head_dim, 8 * max_parts * attention.n_heads),
             totals: (4 * n_blocks * prefill_rows * attention.head_dim, 8 * n_blocks * STATES),
             n_blocks,
@@ -166,6 +171,7 @@ pub(super) fn bytes(sizes: &StepSizes<'_>, n_multiprocessors: u32) -> usize {
         of.rows,
         of.normed,
         of.logits,
+        of.sums,
         of.parts.0,
         of.parts.1,
         of.totals.0,
@@ -212,6 +218,7 @@ impl Step {
             rows: arena.take(of.rows)?,
             normed: arena.take(of.normed)?,
             logits: arena.take(of.logits)?,
+            sums: arena.take(of.sums)?,
             parts: two(of.parts)?,
             totals: two(of.totals)?,
             n_blocks: of.n_blocks as u32,

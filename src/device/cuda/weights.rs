@@ -1,9 +1,10 @@
-//! Weights as the kernels take them: integers with scales, packed as `kernels/linear_q.cu` says, bfloat16, or f16. Made on the host;
+//! Weights as the kernels take them: integers with scales, packed as `kernels/linear_q.cu` says, bfloat16, f16, or fp8. Made on the host;
 //! knows nothing of the GPU.
 //!
 //! Invariant: a packed weight's value is the file's, `scale · q + minimum`, rounded to bfloat16 by the kernel; what has no exact
 //! place in that form (scales per 16 elements) is expanded and rounded here.
 
+use super::fp8::{MAX_WIDTH, ROWS};
 use super::memory::aligned;
 use crate::tensor::{DType, GROUP, Group, Tensor};
 use anyhow::{Result, ensure};
@@ -24,12 +25,14 @@ pub(super) enum Form {
     Bf16,
     /// The same; bfloat16 where that has the same values.
     F16,
+    /// Floats of 8 bits (e4m3) `[n][k]`, an f32 scale for each of n.
+    Fp8,
     /// Integers of 4 or 8 bits, a scale and a minimum per 32 elements.
     Packed(usize),
 }
 
-/// The form of tensors that become one weight.
-pub(super) fn form(parts: &[Tensor<'_>]) -> Form {
+/// The form of tensors that become one weight, on a GPU that has products of fp8 or not.
+pub(super) fn form(parts: &[Tensor<'_>], has_fp8: bool) -> Form {
     let bits = |part: &Tensor<'_>| match part.dtype {
         DType::Q4_0 | DType::Q4_1 | DType::Q4K | DType::Q4Z => Some(4),
         dtype if dtype.is_quantised() && !dtype.has_half_scales() => Some(8),
@@ -37,6 +40,11 @@ pub(super) fn form(parts: &[Tensor<'_>]) -> Form {
     };
     if parts.iter().all(|part| part.dtype == DType::F16) {
         return Form::F16;
+    }
+    let is_narrow = |part: &Tensor<'_>| part.dtype == DType::E4m3 && part.shape.get(1).is_some_and(|&k| k <= MAX_WIDTH);
+    let n_rows = parts.iter().map(|part| part.shape[0]).sum::<usize>();
+    if has_fp8 && parts.iter().all(is_narrow) && n_rows.is_multiple_of(ROWS) {
+        return Form::Fp8;
     }
     let most = parts.iter().map(bits).try_fold(4, |most, bits| bits.map(|bits| most.max(bits)));
     most.map_or(Form::Bf16, Form::Packed)
@@ -60,9 +68,13 @@ pub(super) fn packed_bytes(bits: usize, n: usize, k: usize) -> (usize, usize) {
 }
 
 /// Bytes of the arena that a weight made of these tensors takes.
-pub(super) fn stack_bytes(parts: &[Tensor<'_>]) -> usize {
+pub(super) fn stack_bytes(parts: &[Tensor<'_>], has_fp8: bool) -> usize {
     let elements = |part: &Tensor<'_>| part.shape.iter().product::<usize>();
-    match form(parts) {
+    match form(parts, has_fp8) {
+        Form::Fp8 => {
+            let n: usize = parts.iter().map(|part| part.shape[0]).sum();
+            aligned(parts.iter().map(elements).sum()) + aligned(n * size_of::<f32>())
+        }
         Form::Bf16 | Form::F16 => aligned(2 * parts.iter().map(elements).sum::<usize>()),
         Form::Packed(bits) => {
             let k = parts[0].shape.last().copied().unwrap_or(0);
@@ -91,6 +103,17 @@ pub(super) fn bf16_bytes(part: &Tensor<'_>) -> Vec<u8> {
         }
     });
     out
+}
+
+/// The floats of a tensor of fp8, and the scales of its rows.
+pub(super) fn fp8_bytes(part: &Tensor<'_>) -> (Vec<u8>, Vec<u8>) {
+    let (n, k) = (part.shape[0], part.shape[1]);
+    let (mut floats, mut scales) = (Vec::with_capacity(n * k), Vec::with_capacity(n * size_of::<f32>()));
+    for row in part.bytes.chunks_exact(k / part.dtype.block_elements() * part.dtype.block_bytes()) {
+        scales.extend_from_slice(&row[..size_of::<f32>()]);
+        row.chunks_exact(part.dtype.block_bytes()).for_each(|block| floats.extend_from_slice(&block[size_of::<f32>()..]));
+    }
+    (floats, scales)
 }
 
 /// Whether all values of f16 are ones of bfloat16, too: as those are that were made of it. Products in bfloat16 then lose nothing, and
@@ -183,8 +206,8 @@ mod tests {
     #[test]
     fn forms() {
         let of = |dtypes: &[DType]| {
-            let tensor = |&dtype| Tensor { name: "", dtype, shape: vec![1, 256], bytes: Bytes::from(&[][..]) };
-            form(&dtypes.iter().map(tensor).collect::<Vec<_>>())
+            let tensor = |&dtype| Tensor { name: "", dtype, shape: vec![8, 256], bytes: Bytes::from(&[][..]) };
+            form(&dtypes.iter().map(tensor).collect::<Vec<_>>(), true)
         };
         assert_eq!(of(&[DType::Q4K, DType::Q4_0]), Form::Packed(4));
         assert_eq!(of(&[DType::Q4K, DType::Q5K]), Form::Packed(8));
@@ -194,6 +217,23 @@ mod tests {
         assert_eq!(of(&[DType::Q8_0, DType::F16]), Form::Bf16);
         assert_eq!(of(&[DType::F16, DType::F16]), Form::F16);
         assert_eq!(of(&[DType::F16, DType::Bf16]), Form::Bf16);
+        assert_eq!(of(&[DType::E4m3, DType::E4m3]), Form::Fp8);
+        assert_eq!(of(&[DType::E4m3, DType::Bf16]), Form::Bf16);
+        // Of no multiple of 16 outputs, or longer than kernels round rows.
+        assert_eq!(of(&[DType::E4m3]), Form::Bf16);
+        let long = |k| Tensor { name: "", dtype: DType::E4m3, shape: vec![16, k], bytes: Bytes::from(&[][..]) };
+        assert_eq!((form(&[long(32768)], true), form(&[long(32800)], true)), (Form::Fp8, Form::Bf16));
+        assert_eq!(form(&[long(64)], false), Form::Bf16);
+    }
+
+    #[test]
+    fn fp8_is_as_in_the_file() {
+        let block = |scale: f32, first: u8| [&scale.to_le_bytes()[..], &(first..first + 32).collect::<Vec<_>>()].concat();
+        let bytes = [block(0.5, 0), block(0.5, 32), block(3.0, 64), block(3.0, 90)].concat();
+        let tensor = Tensor { name: "", dtype: DType::E4m3, shape: vec![2, 64], bytes: (&bytes).into() };
+        let (floats, scales) = fp8_bytes(&tensor);
+        assert_eq!(floats, (0..96).chain(90..122).collect::<Vec<u8>>());
+        assert_eq!(scales, [0.5f32, 3.0].map(f32::to_le_bytes).concat());
     }
 
     #[test]
@@ -251,7 +291,7 @@ mod tests {
                 shape: vec![n, k],
                 bytes: bytes[first * row_bytes..(first + n) * row_bytes][..].into(),
             });
-            let Form::Packed(bits) = form(&parts) else { panic!("{dtype}") };
+            let Form::Packed(bits) = form(&parts, true) else { panic!("{dtype}") };
             let packed = pack(&parts, bits).unwrap();
             let mut values = vec![0.0; 20 * k];
             dtype.dequantise(&bytes, &mut values);

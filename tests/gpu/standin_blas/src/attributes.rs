@@ -43,6 +43,8 @@ pub(crate) enum ScaleMode {
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product {
+    /// `cublasComputeType_t`.
+    pub(crate) compute: u32,
     /// A and B are transposed.
     pub(crate) transposed: [bool; 2],
     pub(crate) epilogue: u32,
@@ -129,8 +131,9 @@ impl Layout {
 }
 
 impl Product {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(compute: u32) -> Self {
         Self {
+            compute,
             transposed: [false; 2],
             epilogue: 1,
             bias: 0,

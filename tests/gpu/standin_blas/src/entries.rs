@@ -118,7 +118,7 @@ extern "C" fn cublasLtMatmulDescCreate(product: Pointer<Handle>, compute: u32, s
             return Err(NOT_SUPPORTED);
         }
         let handle = all.new_handle();
-        all.products.insert(handle, Product::new());
+        all.products.insert(handle, Product::new(compute));
         product.set(0, handle)
     }))
 }
@@ -219,6 +219,7 @@ extern "C" fn cublasLtMatmul(
     let job = with(|all| {
         let mut job = job(all, handle, product, [a_layout, b_layout, c_layout, d_layout])?;
         job.addresses = [a, b, c, d];
+        job.check_addresses()?;
         (job.alpha, job.beta) = (alpha.get(1)?[0], beta.get(1)?[0]);
         job.algorithm = if algorithm.0.is_null() {
             let any = Preference { workspace: workspace_bytes, reductions: u32::MAX };

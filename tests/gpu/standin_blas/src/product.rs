@@ -9,6 +9,9 @@ use crate::matrix::Kind;
 pub(crate) const ALGORITHMS: [u64; 3] = [1, 2, 3];
 const HALVES: u64 = 3;
 
+/// Sums in f32, of `cublasComputeType_t`.
+const COMPUTE_32F: u32 = 68;
+
 /// A product as it is queued: all that describes it.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
@@ -47,10 +50,19 @@ impl Job {
                 | (Kind::Bf16 | Kind::E4m3, Kind::Bf16)
                 | (Kind::F16 | Kind::E4m3, Kind::F16)
         );
-        // Eight bits: only where there are tensor cores for them, only rows times columns, only multiples of 16.
-        let eight =
-            a.kind != Kind::E4m3 || capability >= 89 && turn_a && !turn_b && [m, n, k].iter().all(|size| size.is_multiple_of(16));
+        // Eight bits: only where there are tensor cores for them, only rows times columns, only multiples of 16, only sums in f32.
+        let fits = [m, n, k].iter().all(|size| size.is_multiple_of(16));
+        let eight = a.kind != Kind::E4m3 || capability >= 89 && turn_a && !turn_b && fits && self.product.compute == COMPUTE_32F;
         if !kinds || a.kind != b.kind || c.kind != d.kind || !eight {
+            return Err(NOT_SUPPORTED);
+        }
+        Ok(())
+    }
+
+    /// Matrices of eight bits, and what comes of them, begin at multiples of 16 bytes.
+    pub(crate) fn check_addresses(&self) -> Done {
+        let is_eight = self.layouts[0].kind == Kind::E4m3;
+        if is_eight && !self.addresses.iter().all(|address| address.is_multiple_of(16)) {
             return Err(NOT_SUPPORTED);
         }
         Ok(())

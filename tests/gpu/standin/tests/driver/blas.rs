@@ -16,6 +16,7 @@ struct Case {
     beta: f32,
     bias: u64,
     scales: [u64; 2],
+    compute: sys::cublasComputeType_t,
 }
 
 const PLAIN: Case = Case {
@@ -26,6 +27,7 @@ const PLAIN: Case = Case {
     beta: 0.0,
     bias: 0,
     scales: [0; 2],
+    compute: sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
 };
 
 type Found = Result<Vec<sys::cublasLtMatmulHeuristicResult_t>, u32>;
@@ -36,8 +38,7 @@ struct Described(sys::cublasLtHandle_t, sys::cublasLtMatmulDesc_t, [sys::cublasL
 impl Case {
     fn describe(&self) -> Described {
         let (m, n, k) = self.sizes;
-        let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
-        let product = product.unwrap();
+        let product = result::create_matmul_desc(self.compute, sys::cudaDataType_t::CUDA_R_32F).unwrap();
         let set = |attribute, value: &[u8]| {
             // SAFETY: the description exists; the value has the length that is told.
             unsafe { result::set_matmul_desc_attribute(product, attribute, value.as_ptr().cast(), value.len()) }.unwrap();
@@ -204,6 +205,12 @@ fn products_of_all_types() {
         // No product of eight bits is of other sizes, or before compute capability 8.9; no sums in f64.
         let odd = Case { sizes: (16, 8, 64), input: CUDA_R_8F_E4M3, ..PLAIN };
         assert_eq!(odd.algorithms(0, 0).err(), Some(15));
+        // Nor where a matrix begins at no multiple of 16 bytes, or sums may be less exact.
+        let eight = Case { sizes: (16, 16, 64), input: CUDA_R_8F_E4M3, ..PLAIN };
+        let (algorithm, at) = (eight.algorithms(0, 0).unwrap()[0].algo, alloc(4096).unwrap());
+        assert_eq!([0, 8].map(|off| eight.run(&gpu, &algorithm, [at, at + 1024 + off, at + 2048])), [0, 15]);
+        let fast = Case { compute: sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF, ..eight };
+        assert_eq!(fast.algorithms(0, 0).err(), Some(15));
         assert!(result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_64F, CUDA_R_32F).is_err());
     });
     alone(&[("STANDIN_CC", "8.0")], || {
