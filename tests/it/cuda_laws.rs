@@ -393,8 +393,9 @@ fn what_is_modelled_is_marked_as_such() {
     let json = sandbox.run(&[&command[..], &["--json"]].concat());
     let all: Value = serde_json::from_slice(&json.stdout).unwrap();
     let kernels = all["kernels"].as_array().unwrap();
-    for model in ["1B", "8B", "70B"] {
+    for model in ["1B", "8B", "70B", "8x7B", "30B-A3B"] {
         let of = kernels.iter().filter(|kernel| kernel["model"].as_str().unwrap().starts_with(model));
+        let has_experts = model.contains('x') || model.contains('A');
         let names: Vec<&str> = of.map(|kernel| kernel["kernel"].as_str().unwrap()).collect();
         for family in [
             "embed",
@@ -411,6 +412,9 @@ fn what_is_modelled_is_marked_as_such() {
             "cuBLASLt",
         ] {
             assert!(names.iter().any(|name| name.starts_with(family)), "{model} has no {family}: {names:?}");
+        }
+        for kernel in ["choose_experts", "list_uses", "linear_experts_bf16", "linear_experts_q4", "add_experts"] {
+            assert_eq!(names.iter().any(|name| name.starts_with(kernel)), has_experts, "{model}: {kernel}");
         }
     }
     for kernel in kernels {

@@ -158,7 +158,7 @@ pub(super) fn check_alike(experts: &[Expert<Weight>]) -> Result<()> {
 }
 
 /// Items of so many rows at most, of lists that have so many entries together.
-fn n_items(n_uses: usize, n_experts: usize, rows: usize) -> usize {
+pub(super) fn n_items(n_uses: usize, n_experts: usize, rows: usize) -> usize {
     n_uses.min((n_uses + n_experts * (rows - 1)) / rows)
 }
 

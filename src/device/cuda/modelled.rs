@@ -5,6 +5,7 @@
 //! Invariant: no figure of a measurement is among these.
 
 use super::costs::{self, Asked, Cost, Heads, Piece, Rows};
+use super::experts::n_items;
 use super::kernels::{SEGMENT, tiles};
 use super::work::{Attended, Item, RESUMES, TO_PARTS, UNMAPPED, Work};
 use crate::device::batch::{Batch, BatchSeq};
@@ -93,17 +94,39 @@ pub struct Shape {
     heads: Heads,
     vocab: u64,
     layers: u64,
+    /// Whether heads of queries and keys are normed.
+    normed: bool,
+    experts: Option<ExpertShape>,
+}
+
+/// A model's experts. `ffn_width` is one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ExpertShape {
+    all: u64,
+    used: u64,
 }
 
 const fn shape(name: &'static str, width: u64, ffn_width: u64, (heads, kv_heads, dim): (u64, u64, u64), layers: u64) -> Shape {
-    Shape { name, width, ffn_width, heads: Heads { heads, kv_heads, dim }, vocab: 128_256, layers }
+    let heads = Heads { heads, kv_heads, dim };
+    Shape { name, width, ffn_width, heads, vocab: 128_256, layers, normed: false, experts: None }
 }
 
 /// Models that are reckoned with.
-pub const SHAPES: [Shape; 3] = [
+pub const SHAPES: [Shape; 5] = [
     shape("1B (Llama 3.2)", 2048, 8192, (32, 8, 64), 16),
     shape("8B (Llama 3.1)", 4096, 14336, (32, 8, 128), 32),
     shape("70B (Llama 3.1)", 8192, 28672, (64, 8, 128), 80),
+    Shape {
+        vocab: 32_000,
+        experts: Some(ExpertShape { all: 8, used: 2 }),
+        ..shape("8x7B (Mixtral)", 4096, 14336, (32, 8, 128), 32)
+    },
+    Shape {
+        vocab: 151_936,
+        normed: true,
+        experts: Some(ExpertShape { all: 128, used: 8 }),
+        ..shape("30B-A3B (Qwen3)", 2048, 768, (32, 4, 128), 48)
+    },
 ];
 
 /// A step: sequences of one length, whose last tokens are in it.
@@ -200,6 +223,35 @@ fn piece(item: &Item) -> Piece {
     }
 }
 
+/// What a layer of experts launches for so many rows, besides the norm before it, with the kind of weights that it is of. Tokens use
+/// all experts alike.
+fn expert_launches(shape: &Shape, of: ExpertShape, rows: u64) -> Vec<(String, (bool, bool), Cost)> {
+    let (Shape { width, ffn_width, .. }, ExpertShape { all, used }) = (*shape, of);
+    let uses = rows * used;
+    let of_each: Vec<u64> = (0..all).map(|expert| uses / all + u64::from(expert < uses % all)).collect();
+    let both = (true, true);
+    // As many experts as there can be among 32 uses.
+    let pairs = uses.div_ceil(32) * all.min(32);
+    let mut found = vec![
+        ("cuBLASLt, router".to_owned(), both, costs::product((rows, all, width), 4)),
+        ("choose_experts".to_owned(), both, costs::choose_experts(rows, all, used, true)),
+        ("list_uses".to_owned(), both, costs::list_uses(uses, all, pairs)),
+        ("gate_silu".to_owned(), both, costs::gate(Activation::Silu, uses, ffn_width)),
+        ("add_experts".to_owned(), both, costs::add_experts(rows, width, used)),
+    ];
+    let tiles = tiles(uses.div_ceil(all) as usize) as u64;
+    let items = n_items(uses as usize, all as usize, 16 * tiles as usize) as u64;
+    for (what, n, k, distinct) in [("gate, up", 2 * ffn_width, width, rows), ("down", width, ffn_width, uses)] {
+        for (bits, name, is_of) in [(16, "bf16", (true, false)), (4, "q4", (false, true))] {
+            let cost = costs::linear_experts(bits, (n, k), &of_each, tiles, items);
+            // Several experts read a token's row.
+            let weights = cost.read - 2 * uses * k;
+            found.push((format!("linear_experts_{name}, {what}"), is_of, cost.of_distinct(weights + 2 * distinct * k)));
+        }
+    }
+    found
+}
+
 /// All launches of a step of a model. Products are given for weights in bfloat16 and for 4-bit ones.
 pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
     let Shape { width, ffn_width, heads: of, vocab, layers, .. } = *shape;
@@ -211,12 +263,14 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
     let both = (true, true);
     add("embed_bf16".to_owned(), 1, both, costs::embed(rows, width));
     add("add_norm_bf16".to_owned(), 2 * layers, both, costs::add_norm(rows, width, false, Rows::Bf16));
-    for (what, n, k, adds) in [
+    let products = [
         ("qkv", q_width + 2 * of.kv_heads * of.dim, width, false),
         ("attention output", width, q_width, true),
         ("gate, up", 2 * ffn_width, width, false),
         ("down", width, ffn_width, true),
-    ] {
+    ];
+    let n_products = if shape.experts.is_some() { 2 } else { products.len() };
+    for (what, n, k, adds) in products.into_iter().take(n_products) {
         let sizes = (rows, n, k);
         // What is added to is read, too.
         let sum = Cost { read: if adds { 4 * rows * n } else { 0 }, ..Cost::default() };
@@ -224,8 +278,15 @@ pub fn launches(shape: &Shape, step: &StepShape) -> Vec<Launch> {
         let packed = costs::linear_q(4, sizes, tiles(rows as usize) as u64, adds);
         add(format!("linear_q4, {what}"), layers, (false, true), packed);
     }
-    add("finish_qkv".to_owned(), layers, both, costs::finish_qkv(rows, of, of.dim / 2, false, false));
-    add("gate_silu".to_owned(), layers, both, costs::gate(Activation::Silu, rows, ffn_width));
+    add("finish_qkv".to_owned(), layers, both, costs::finish_qkv(rows, of, of.dim / 2, false, shape.normed));
+    match shape.experts {
+        None => add("gate_silu".to_owned(), layers, both, costs::gate(Activation::Silu, rows, ffn_width)),
+        Some(experts) => {
+            for (kernel, is_of, cost) in expert_launches(shape, experts, rows) {
+                add(kernel, layers, is_of, cost);
+            }
+        }
+    }
     add("gather_rows".to_owned(), 1, both, costs::gather(drawn, width));
     add("add_norm_bf16".to_owned(), 1, both, costs::add_norm(drawn, width, false, Rows::Bf16));
     add("cuBLASLt, head".to_owned(), 1, both, costs::product((drawn, vocab, width), 4));
@@ -277,5 +338,27 @@ mod tests {
         let (products, scores) = (2 * (parameters - 128_256 * 4096) * 2048, 4 * 4096 * 32 * 2 * 1024 * 1024 / 2);
         let share = prefill.tensor as f64 / (products + scores) as f64;
         assert!((1.0..1.05).contains(&share), "{share}");
+    }
+
+    /// Of a step of 64 tokens that use experts alike, all experts are read once where there are 8, and where there are 128; each token
+    /// is multiplied with those that it uses.
+    #[test]
+    fn experts_are_read_once() {
+        for (shape, parameters, used) in
+            [(&SHAPES[3], 46_702_792_704u64, 12_879_925_248u64), (&SHAPES[4], 30_532_122_624, 3_353_032_704)]
+        {
+            let of = |step: &StepShape| -> Cost {
+                let all = launches(shape, step).into_iter().filter(|l| l.on != On::Wide && l.of.0);
+                all.map(|l| l.cost.times(l.times)).sum()
+            };
+            let Shape { vocab, width, layers, heads, .. } = *shape;
+            let kv = 64 * 2048 * layers * 2 * heads.kv_heads * heads.dim * 2;
+            let share = of(&STEPS[0]).read as f64 / (2 * (parameters - vocab * width) + kv) as f64;
+            assert!((1.0..1.05).contains(&share), "{}: {share}", shape.name);
+            let (products, scores) =
+                (2 * (used - 2 * vocab * width) * 2048, 4 * heads.heads * heads.dim * layers * 2 * 1024 * 1024 / 2);
+            let share = of(&STEPS[1]).tensor as f64 / (products + scores) as f64;
+            assert!((1.0..1.05).contains(&share), "{}: {share}", shape.name);
+        }
     }
 }
