@@ -1,7 +1,7 @@
 // Linear layers of experts: each row is multiplied with the weights of the expert that it is of. out[use][n] = Σ_k x[row of use][k] ·
 // w[expert][n][k], for the uses that the lists of `list_uses` (experts.cu) name.
 //
-// Names: linear_experts_FORM_TILES. FORM says how weights are kept: `bf16` is [N][K] bfloat16; `q4` and `q8` are packed as linear_q.cu says.
+// Names: linear_experts_FORM_TILES. FORM says how weights are kept: `bf16` is [N][K] bfloat16; `q4`, `q8` and `q6` are packed as linear_q.cu says.
 // An expert's weights, and its scales, begin `stride` bytes after those of the one before. x [..][K] bfloat16, K a multiple of 8; the row
 // of a use is use / uses_per_row. out [uses][N] bfloat16. lists [n_experts][list_stride], counts [n_experts] u32.
 // Grid: (N / 64 rounded up, items) blocks of 128 threads, a warp per 16 columns; an item is 16 · TILES entries of one expert's list, or
@@ -160,3 +160,5 @@ LINEAR(4, q4, 1)
 LINEAR(4, q4, 4)
 LINEAR(8, q8, 1)
 LINEAR(8, q8, 4)
+LINEAR(6, q6, 1)
+LINEAR(6, q6, 4)

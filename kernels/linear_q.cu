@@ -1,7 +1,7 @@
-// Linear layers whose weights are 4- or 8-bit integers with a scale and a minimum per 32 elements of k, for activations in
-// bfloat16: out[m][n] = Σ_k x[m][k] · w[n][k], w = bfloat16(scale · q + minimum).
+// Linear layers whose weights are 4- or 8-bit integers with a scale and a minimum per 32 elements of k, or a scale per 16, for activations in
+// bfloat16: out[m][n] = Σ_k x[m][k] · w[n][k], w = bfloat16(scale · q + minimum), or bfloat16(scale · q).
 //
-// Names: linear_qB_OUT_TILES: B bits; OUT is `bf16` (out [M][N] bfloat16 is written) or `add` (out [M][N] f32 is added to); a block
+// Names: linear_qB_OUT_TILES: B bits (6: up to 8, kept as 8, with a scale per 16); OUT is `bf16` (out [M][N] bfloat16 is written) or `add` (out [M][N] f32 is added to); a block
 // has 16 · TILES rows. x [M][K] bfloat16, K a multiple of 8. Grid: (N / 64 rounded up, M / (16 · TILES) rounded up) blocks of 128
 // threads, a warp per 16 columns. An output is one chain of products in steps of 16 elements of k: its bits depend on
 // its row and column alone, so TILES is the caller's choice.
@@ -10,8 +10,8 @@
 //   q [N / 16][K / 64][B / 4 pieces][32 lanes][16 bytes], a lane's pieces one after the other: value 8 s + 4 c + j of lane 4 g + t is q of
 //     column 8 c + g, element 16 s + 2 t + {0, 1, 8, 9}[j] of k; 4-bit values (0 to 15) are 2 in a byte, the low one first; 8-bit ones
 //     are signed.
-//   scales [N / 16][K / 32][16 columns]{scale, minimum} f32.
-// GGUF: Q4_0 is scale d, minimum −8 d; Q4_1 and Q4_K as they are; others as 8-bit integers. GPTQ and AWQ: scale s, minimum −s ·
+//   scales [N / 16][K / 32][16 columns]{scale, minimum} f32; of 6 bits {scale of the first 16 elements, of the last}.
+// GGUF: Q4_0 is scale d, minimum −8 d; Q4_1 and Q4_K as they are; Q3_K and Q6_K as 6-bit integers, others as 8-bit ones. GPTQ and AWQ: scale s, minimum −s ·
 // zero, repeated over their groups. Elements of k in an order of their own (GPTQ's act-order) are x's to gather.
 // Reads (B / 8 + 1/4) bytes per weight for each 16 · TILES rows, 2 per element of x for each 64 columns (from the caches, but for the
 // first); writes 2 or 4 per result (4 read, if added to). Operations, for whole blocks of rows: 2 M N K of tensor cores; 2.5 per weight
@@ -82,3 +82,7 @@ LINEAR(8, bf16, false, 1)
 LINEAR(8, bf16, false, 4)
 LINEAR(8, add, true, 1)
 LINEAR(8, add, true, 4)
+LINEAR(6, bf16, false, 1)
+LINEAR(6, bf16, false, 4)
+LINEAR(6, add, true, 1)
+LINEAR(6, add, true, 4)

@@ -9,6 +9,7 @@
 // Bytes from row to row of activations in shared memory: rows start in different banks.
 #define X_STRIDE (2 * K_STEP + 16)
 
+// BITS is 4, 8, or 6: integers of up to 8 bits with two scales, where there are else a scale and a minimum.
 template <int BITS> struct Packed {
     static const int WORDS = BITS == 4 ? 1 : 2;
     uint4 words[WORDS];
@@ -53,7 +54,10 @@ DEVICE void multiply_step(float (&acc)[TILES][2][4], const Step<BITS>& step, u32
             float2 by = step.scales[s / 2][c];
             float v[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) v[j] = fmaf(integer<BITS>(step.q, 8 * s + 4 * c + j), by.x, by.y);
+            for (int j = 0; j < 4; j++) {
+                float q = integer<BITS>(step.q, 8 * s + 4 * c + j);
+                v[j] = BITS == 6 ? q * (s % 2 ? by.y : by.x) : fmaf(q, by.x, by.y);
+            }
             w[c][0] = to_bf16x2(v[0], v[1]);
             w[c][1] = to_bf16x2(v[2], v[3]);
         }

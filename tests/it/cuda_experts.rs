@@ -3,14 +3,14 @@
 
 use crate::cuda_laws::{Case, hold_case};
 use crate::cuda_machine::{Machine, Noise, assert_near, bytes, module};
-use crate::cuda_numbers::{BF16, packed};
+use crate::cuda_numbers::{BF16, packed, weight_of};
 use half::bf16;
 use ptx::Arg;
 use valar::device::cuda::costs;
 use valar::device::math;
 
 /// Forms of weights: what kernels are called by, and bits.
-const FORMS: [(&str, usize); 3] = [("q4", 4), ("q8", 8), ("bf16", 16)];
+const FORMS: [(&str, usize); 4] = [("q4", 4), ("q8", 8), ("q6", 6), ("bf16", 16)];
 
 /// The experts of a row of scores and their weights, by number: by definition, but with the one exponential, whose results can be equal
 /// where scores are not.
@@ -142,10 +142,7 @@ impl Weights {
                 let q: Vec<i32> = (0..n * k).map(|_| ((noise.next() + shift) * most) as i32).collect();
                 let groups = k.div_ceil(32);
                 let scales: Vec<(f32, f32)> = (0..n * groups).map(|_| (0.1 * noise.next(), 0.3 * noise.next())).collect();
-                let value = |i: usize| {
-                    let (scale, minimum) = scales[i / k * groups + i % k / 32];
-                    bf16::from_f32((q[i] as f32).mul_add(scale, minimum)).to_f64()
-                };
+                let value = |i: usize| weight_of(bits, q[i], scales[i / k * groups + i % k / 32], i % k);
                 own.values.extend((0..n * k).map(value));
                 let (q, scales) = packed(bits, shape, &q, &scales);
                 own.scales_at = q.len().next_multiple_of(ALIGNED);
@@ -278,7 +275,13 @@ fn experts_weights_are_read_once_for_each_of_their_items() {
             let chosen: Vec<u32> = (0..).zip(rows).flat_map(|(e, n)| std::iter::repeat_n(e, n)).collect();
             let n_items = chosen.len().div_ceil(16 * tiles) + n_experts;
             let counts = rows.map(|n| n as u64);
-            let cost = costs::linear_experts(bits as u64, (n as u64, k as u64), &counts, tiles as u64, n_items as u64);
+            let cost = costs::linear_experts(
+                if bits == 6 { 8 } else { bits as u64 },
+                (n as u64, k as u64),
+                &counts,
+                tiles as u64,
+                n_items as u64,
+            );
             let kernel = format!("linear_experts_{form}_{tiles}");
             hold_case("linear_experts", &kernel, &format!("{rows:?} rows"), &cost, |m| {
                 let x = Noise(29).bf16s(chosen.len() * k);

@@ -210,14 +210,14 @@ fn blocks_are_copied_once() {
 
 #[test]
 fn packed_weights_are_read_once_for_each_block_of_rows() {
-    for bits in [4u64, 8] {
+    for (bits, stored) in [(4u64, 4u64), (8, 8), (6, 8)] {
         for (rows, n, k, tiles) in [(1usize, 64usize, 256usize, 1usize), (16, 128, 512, 1), (70, 128, 128, 4)] {
             for (out_form, adds) in [("bf16", false), ("add", true)] {
                 let kernel = format!("linear_q{bits}_{out_form}_{tiles}");
-                let cost = costs::linear_q(bits, (rows as u64, n as u64, k as u64), tiles as u64, adds);
+                let cost = costs::linear_q(stored, (rows as u64, n as u64, k as u64), tiles as u64, adds);
                 hold_case("linear_q", &kernel, &format!("{rows} rows, {n} of {k}"), &cost, |m| {
                     let mut noise = Noise(9);
-                    let words: Vec<u32> = (0..n * k * bits as usize / 32).map(|_| noise.next().to_bits()).collect();
+                    let words: Vec<u32> = (0..n * k * stored as usize / 32).map(|_| noise.next().to_bits()).collect();
                     let (x, q, scales) = (m.bf16s(&noise.bf16s(rows * k)), m.u32s(&words), m.f32s(&noise.f32s(n * k / 16)));
                     let out_bytes = rows * n * if adds { 4 } else { 2 };
                     let out = m.put(&vec![0; out_bytes]);

@@ -414,10 +414,11 @@ fn draws_are_those_of_the_host() {
     }
 }
 
-/// Packs weights as `linear_q.cu` says: integers q `[n][k]`, scales and minimums `[n][k / 32]`.
+/// Packs weights as `linear_q.cu` says: integers q `[n][k]`, scales and minimums, or two scales, `[n][k / 32]`.
 pub(crate) fn packed(bits: usize, (n, k): (usize, usize), q: &[i32], scales: &[(f32, f32)]) -> (Vec<u8>, Vec<f32>) {
     let (n_padded, k_padded) = (n.next_multiple_of(64), k.next_multiple_of(64));
-    let mut out = vec![0u8; n_padded * k_padded * bits / 8];
+    let stored = if bits == 4 { 4 } else { 8 };
+    let mut out = vec![0u8; n_padded * k_padded * stored / 8];
     let mut out_scales = vec![0.0; n_padded * k_padded / 32 * 2];
     for (row, column) in (0..n).flat_map(|row| (0..k).map(move |column| (row, column))) {
         let within = column % 16;
@@ -437,11 +438,22 @@ pub(crate) fn packed(bits: usize, (n, k): (usize, usize), q: &[i32], scales: &[(
     (out, out_scales)
 }
 
+/// The value of an integer in some column, with a scale and a minimum, or two scales.
+pub(crate) fn weight_of(bits: usize, q: i32, (first, second): (f32, f32), column: usize) -> f64 {
+    let q = q as f32;
+    let value = match (bits, column % 32 / 16) {
+        (6, 0) => q * first,
+        (6, _) => q * second,
+        _ => q.mul_add(first, second),
+    };
+    bf16::from_f32(value).to_f64()
+}
+
 /// Near the reference, and the same bits whatever rows a block has.
 #[test]
 fn quantised_linear_layers() {
     let (program, mut noise) = (module("linear_q"), Noise(5));
-    for bits in [4usize, 8] {
+    for bits in [4usize, 8, 6] {
         for (m_rows, n, k) in [(1usize, 64usize, 64usize), (16, 72, 96), (17, 136, 200), (65, 33, 320)] {
             let most = if bits == 4 { 7.99 } else { 127.0 };
             let shift = if bits == 4 { 1.0 } else { 0.0 };
@@ -462,7 +474,7 @@ fn quantised_linear_layers() {
             }
             let weight = |row: usize, column: usize| {
                 let (scale, minimum) = scales[row * k.div_ceil(32) + column / 32];
-                bf16::from_f32((q[row * k + column] as f32).mul_add(scale, minimum)).to_f64()
+                weight_of(bits, q[row * k + column], (scale, minimum), column)
             };
             let product = |i: usize| (0..k).map(|c| x[i / n * k + c].to_f64() * weight(i % n, c)).sum::<f64>();
             let want: Vec<f64> = (0..m_rows * n).map(product).collect();

@@ -21,7 +21,9 @@ pub(super) const ROUNDS: [usize; 4] = [1, 4, 8, 16];
 const TILES: [usize; 2] = [1, 4];
 
 /// Bits of experts' weights, and what their kernels are called by.
-const EXPERT_FORMS: [(usize, &str); 3] = [(4, "q4"), (8, "q8"), (16, "bf16")];
+const EXPERT_FORMS: [(usize, &str); 4] = [(4, "q4"), (8, "q8"), (6, "q6"), (16, "bf16")];
+/// Bits of packed weights (`weights::Form`).
+const PACKED: [usize; 3] = [4, 8, 6];
 
 /// Keys of a tile of attention.
 pub(super) const TILE: u32 = 64;
@@ -48,12 +50,12 @@ pub(super) struct Kernels {
     decode: [Function; HEAD_DIMS.len()],
     /// If the GPU has products of warpgroups.
     wide: Option<[Function; WIDE_DIMS.len()]>,
-    /// By bits (4, 8), whether results are added to f32 or stored as bfloat16, tiles.
-    linear_q: [[[Function; TILES.len()]; 2]; 2],
+    /// By bits (`PACKED`), whether results are added to f32 or stored as bfloat16, tiles.
+    linear_q: [[[Function; TILES.len()]; 2]; PACKED.len()],
     pub(super) choose_experts: Function,
     pub(super) list_uses: Function,
     pub(super) add_experts: Function,
-    /// By bits (4, 8, 16), tiles.
+    /// By bits (`EXPERT_FORMS`), tiles.
     linear_experts: [[Function; TILES.len()]; EXPERT_FORMS.len()],
 }
 
@@ -94,8 +96,9 @@ impl Kernels {
         let has_fp8 = gpu.facts().capability >= fp8::CAPABILITY;
         let linear_q =
             |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
+        let of_bits = |bits: usize| Ok::<_, anyhow::Error>([linear_q(bits, "bf16")?, linear_q(bits, "add")?]);
         let of_experts = |form: &str| each(TILES, |tiles| of("linear_experts", &format!("linear_experts_{form}_{tiles}"), 0));
-        let [q4, q8, bf16] = EXPERT_FORMS.map(|(_, form)| of_experts(form));
+        let [q4, q8, q6, bf16] = EXPERT_FORMS.map(|(_, form)| of_experts(form));
         Ok(Self {
             embed: of("embed", "embed_bf16", 0)?,
             gather: of("embed", "gather_rows", 0)?,
@@ -113,11 +116,11 @@ impl Kernels {
             prefill: each(HEAD_DIMS, prefill)?,
             decode: each(HEAD_DIMS, decode)?,
             wide: has_wide.then(|| each(WIDE_DIMS, wide)).transpose()?,
-            linear_q: [[linear_q(4, "bf16")?, linear_q(4, "add")?], [linear_q(8, "bf16")?, linear_q(8, "add")?]],
+            linear_q: [of_bits(PACKED[0])?, of_bits(PACKED[1])?, of_bits(PACKED[2])?],
             choose_experts: of("experts", "choose_experts", 0)?,
             list_uses: of("experts", "list_uses", 0)?,
             add_experts: of("experts", "add_experts", 0)?,
-            linear_experts: [q4?, q8?, bf16?],
+            linear_experts: [q4?, q8?, q6?, bf16?],
         })
     }
 
@@ -153,7 +156,8 @@ impl Kernels {
     pub(super) fn linear_q(&self, bits: usize, adds: bool, n_rows: usize) -> (Function, usize) {
         let tiles = tiles(n_rows);
         let wide = usize::from(tiles != TILES[0]);
-        (self.linear_q[usize::from(bits == 8)][usize::from(adds)][wide], 16 * tiles)
+        let form = PACKED.iter().position(|&of| of == bits).expect("weights have no other forms");
+        (self.linear_q[form][usize::from(adds)][wide], 16 * tiles)
     }
 
     /// A linear layer of experts whose weights have so many bits, where an expert has so many rows or so on average, and how many rows a

@@ -2,7 +2,7 @@
 //! knows nothing of the GPU.
 //!
 //! Invariant: a packed weight's value is the file's, `scale · q + minimum`, rounded to bfloat16 by the kernel; what has no exact
-//! place in that form (scales per 16 elements) is expanded and rounded here.
+//! place in that form (minimums per 16 elements) is expanded and rounded here.
 
 use super::fp8::{MAX_WIDTH, ROWS};
 use super::memory::aligned;
@@ -27,7 +27,7 @@ pub(super) enum Form {
     F16,
     /// Floats of 8 bits (e4m3) `[n][k]`, an f32 scale for each of n.
     Fp8,
-    /// Integers of 4 or 8 bits, a scale and a minimum per 32 elements.
+    /// Integers of 4 or 8 bits, a scale and a minimum per 32 elements; or, if 6, of up to 8 bits, a scale per 16 elements.
     Packed(usize),
 }
 
@@ -35,8 +35,8 @@ pub(super) enum Form {
 pub(super) fn form(parts: &[Tensor<'_>], has_fp8: bool) -> Form {
     let bits = |part: &Tensor<'_>| match part.dtype {
         DType::Q4_0 | DType::Q4_1 | DType::Q4K | DType::Q4Z => Some(4),
-        dtype if dtype.is_quantised() && !dtype.has_half_scales() => Some(8),
-        _ => None,
+        dtype if dtype.has_half_scales() => (!dtype.has_minimum()).then_some(6),
+        dtype => dtype.is_quantised().then_some(8),
     };
     if parts.iter().all(|part| part.dtype == DType::F16) {
         return Form::F16;
@@ -46,8 +46,13 @@ pub(super) fn form(parts: &[Tensor<'_>], has_fp8: bool) -> Form {
     if has_fp8 && parts.iter().all(is_narrow) && n_rows.is_multiple_of(ROWS) {
         return Form::Fp8;
     }
-    let most = parts.iter().map(bits).try_fold(4, |most, bits| bits.map(|bits| most.max(bits)));
-    most.map_or(Form::Bf16, Form::Packed)
+    match parts.iter().map(bits).collect::<Option<Vec<usize>>>() {
+        None => Form::Bf16,
+        Some(all) if !all.contains(&6) => Form::Packed(all.into_iter().max().unwrap_or(4)),
+        // Where a scale per 16 is, there is no place for a minimum.
+        Some(_) if parts.iter().any(|part| part.dtype.has_minimum()) => Form::Bf16,
+        Some(_) => Form::Packed(6),
+    }
 }
 
 /// Rows and elements of a row of tensors that become one weight.
@@ -61,10 +66,15 @@ pub(super) fn shape(parts: &[Tensor<'_>]) -> Result<(usize, usize)> {
     Ok((parts.iter().map(|part| part.shape[0]).sum(), k))
 }
 
+/// Bits that an integer takes.
+fn stored(bits: usize) -> usize {
+    if bits == 4 { 4 } else { 8 }
+}
+
 /// Bytes of the integers, and of the scales, of a packed weight.
 pub(super) fn packed_bytes(bits: usize, n: usize, k: usize) -> (usize, usize) {
     let elements = n.next_multiple_of(PAD) * k.next_multiple_of(PAD);
-    (elements * bits / 8, elements / GROUP * 2 * size_of::<f32>())
+    (elements * stored(bits) / 8, elements / GROUP * 2 * size_of::<f32>())
 }
 
 /// Bytes of the arena that a weight made of these tensors takes.
@@ -149,10 +159,11 @@ pub(super) fn pack(parts: &[Tensor<'_>], bits: usize) -> Result<(Vec<u8>, Vec<u8
             let (part, row_of_part) = part_of(parts, row);
             for group in 0..k / GROUP {
                 let values = group_of(part, row_of_part, group, bits);
-                put_group(q, bits, row % PANEL, group, &values);
+                put_group(q, stored(bits), row % PANEL, group, &values);
                 let at = (group * PANEL + row % PANEL) * 8;
                 scales[at..at + 4].copy_from_slice(&values.d[0].to_le_bytes());
-                scales[at + 4..at + 8].copy_from_slice(&values.m[0].to_le_bytes());
+                let second = if bits == 6 { values.d[1] } else { values.m[0] };
+                scales[at + 4..at + 8].copy_from_slice(&second.to_le_bytes());
             }
         }
     });
@@ -212,8 +223,11 @@ mod tests {
         assert_eq!(of(&[DType::Q4K, DType::Q4_0]), Form::Packed(4));
         assert_eq!(of(&[DType::Q4K, DType::Q5K]), Form::Packed(8));
         assert_eq!(of(&[DType::Iq4Nl]), Form::Packed(8), "its integers are no line");
-        // A scale per 16 elements has no place.
+        assert_eq!(of(&[DType::Q6K, DType::Q3K]), Form::Packed(6));
+        assert_eq!(of(&[DType::Q6K, DType::Q8_0, DType::Q4_0]), Form::Packed(6));
+        // A minimum has no place beside a scale per 16 elements.
         assert_eq!(of(&[DType::Q4K, DType::Q6K]), Form::Bf16);
+        assert_eq!(of(&[DType::Q2K]), Form::Bf16);
         assert_eq!(of(&[DType::Q8_0, DType::F16]), Form::Bf16);
         assert_eq!(of(&[DType::F16, DType::F16]), Form::F16);
         assert_eq!(of(&[DType::F16, DType::Bf16]), Form::Bf16);
@@ -263,12 +277,15 @@ mod tests {
         };
         let at = ((panel * (k_padded / 32) + k / 32) * 16 + column) * 8;
         let float = |at: usize| f32::from_le_bytes(*scales[at..].first_chunk().unwrap());
+        if bits == 6 {
+            return integer * float(at + k % 32 / 16 * 4);
+        }
         integer * float(at) + float(at + 4)
     }
 
     #[test]
     fn packed_weights_have_the_files_values() {
-        let packed = crate::tensor::DTYPES.into_iter().filter(|dtype| dtype.is_quantised() && !dtype.has_half_scales());
+        let packed = crate::tensor::DTYPES.into_iter().filter(|dtype| dtype.is_quantised() && *dtype != DType::Q2K);
         for dtype in packed {
             // Where blocks allow it, with padding.
             let k = if dtype.block_elements() == 32 { 96 } else { 256 };
