@@ -35,7 +35,7 @@ impl Scheme {
 
     /// The layer that a tensor is a part of, and which part. `dtype`: the tensor's type, where it is known; some parts are called as
     /// tensors are that are no parts.
-    pub(super) fn part<'n>(self, name: &'n str, dtype: Option<Dtype>) -> Option<(&'n str, &'static str)> {
+    pub(super) fn part(self, name: &str, dtype: Option<Dtype>) -> Option<(&str, &'static str)> {
         let (layer, suffix) = name.rsplit_once('.')?;
         let parts = match self {
             Self::Packed(_) => &packed::PARTS[..],

@@ -135,6 +135,7 @@ impl CudaDevice {
     }
 
     /// `out = weight · act`, in the form asked for.
+    #[expect(clippy::too_many_arguments, reason = "one operation; its operands are distinct")]
     pub(super) fn multiply(&self, step: &Step, act: &Act, weight: &Weight, m: usize, output: Output, out: u64) -> Result<()> {
         let Weight { n, k, .. } = *weight;
         let dense = |factors: Factors, x: u64, weight: u64| {
