@@ -294,7 +294,7 @@ impl HostedJob {
         seat: &Seat,
         inbox: Inbox,
         ending: &dyn Fn() -> Option<Ending>,
-        progress: impl FnMut(Totals) + Send + 'static,
+        mut progress: impl FnMut(Totals) + Send + 'static,
     ) -> Result<Option<Ended>> {
         let storage = Storage::new()?;
         let files = self.files()?;
@@ -307,6 +307,8 @@ impl HostedJob {
             Begin::Done(_) => anyhow::bail!("{} holds another job's report", self.folder.display()),
         };
         journal.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+        // Before anything runs: what was done may be all that it may cost.
+        progress(journal.totals());
         let mut is_whole = true;
         let is_done = journal.done_rows().len() == found.n_rows;
         let mut journal = if is_done || ending().is_some() {

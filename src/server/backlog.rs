@@ -224,7 +224,7 @@ impl State {
         self.n_batches += 1;
         let key = (expires_at, self.n_batches);
         self.batches.insert(key, n_tokens as f64);
-        BatchTicket { backlog: Arc::clone(backlog), key }
+        BatchTicket { backlog: Arc::clone(backlog), key, aside: Mutex::default() }
     }
 }
 
@@ -260,6 +260,8 @@ impl Drop for Ticket {
 pub struct BatchTicket {
     backlog: Arc<Backlog>,
     key: (u64, u64),
+    /// Tokens that nobody waits for, as the batch waits for something else than the engine.
+    aside: Mutex<f64>,
 }
 
 impl BatchTicket {
@@ -268,6 +270,19 @@ impl BatchTicket {
         self.backlog.with(|state| {
             if let Some(open) = state.batches.get_mut(&self.key) {
                 *open = (*open - n_tokens as f64).max(0.0);
+            }
+        });
+    }
+}
+
+impl BatchTicket {
+    /// It waits for something else than the engine, and nobody waits for it; or it does no more.
+    pub fn put_aside(&self, is_aside: bool) {
+        let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+        self.backlog.with(|state| {
+            if let Some(open) = state.batches.get_mut(&self.key) {
+                let (from, to) = if is_aside { (open, &mut *aside) } else { (&mut *aside, open) };
+                *to += std::mem::take(from);
             }
         });
     }
@@ -373,6 +388,12 @@ mod tests {
         first.spend(600);
         drop(second);
         assert!(enter(1150, 1100).is_ok() && enter(1151, 1100).is_err(), "what is done is not open");
+        // One that waits for something else is in nobody's way until it goes on.
+        first.put_aside(true);
+        assert!(enter(1250, 1100).is_ok() && enter(1251, 1100).is_err());
+        first.put_aside(true);
+        first.put_aside(false);
+        assert!(enter(1150, 1100).is_ok() && enter(1151, 1100).is_err(), "the same as before");
         // One that is late anyway keeps nobody out.
         let late = backlog.enter_accepted(90_000, 1300);
         assert!(enter(100, 1200).is_ok());

@@ -4,7 +4,7 @@ use super::App;
 use super::batch_accept::Tariff;
 use super::batch_open::{OVER_COST, Open};
 use super::batch_runs::{Settings, folder};
-use super::budgets::{Spending, USED_UP};
+use super::budgets::Spending;
 use super::files::BATCH_OUTPUT;
 use super::log::say;
 use super::models::now;
@@ -80,7 +80,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         let (state, at) = match (stored.status.as_str(), ending) {
             ("cancelling", _) => ("cancelled", "cancelled_at"),
             (_, Some(Ending::Rest("batch_expired", _))) => ("expired", "expired_at"),
-            (_, Some(Ending::Rest(OVER_COST | USED_UP, _))) => ("cancelled", "cancelled_at"),
+            (_, Some(Ending::Rest(OVER_COST, _))) => ("cancelled", "cancelled_at"),
             _ => ("failed", "failed_at"),
         };
         body["errors"] = json!({"object": "list", "data": faults});
@@ -176,9 +176,8 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             let (state, at) = match (stored.status.as_str(), &ending) {
                 ("cancelling", _) => ("cancelled", "cancelled_at"),
                 (_, Some(Ending::Rest("batch_expired", _))) if !is_whole => ("expired", "expired_at"),
-                (_, Some(Ending::Rest(code @ (OVER_COST | USED_UP), message))) if !is_whole => {
-                    let param = (*code == OVER_COST).then_some("max_cost");
-                    let fault = json!({"code": code, "message": message, "param": param, "line": null});
+                (_, Some(Ending::Rest(OVER_COST, message))) if !is_whole => {
+                    let fault = json!({"code": OVER_COST, "message": message, "param": "max_cost", "line": null});
                     body["errors"] = json!({"object": "list", "data": [fault]});
                     ("cancelled", "cancelled_at")
                 }

@@ -2,7 +2,7 @@
 //! `batch_runs`. Invariant: the first reason to end is the one that it ends for.
 
 use super::backlog::BatchTicket;
-use super::budgets::{Spending, USED_UP};
+use super::budgets::Spending;
 use super::places::Places;
 use super::prices::Price;
 use crate::pipeline::hosted::{Ending, Link, Totals};
@@ -60,12 +60,16 @@ struct Control {
     link: Option<Link>,
     /// To its wait for a place and an engine.
     wake: Option<oneshot::Sender<()>>,
-    /// Whether another should have its place.
+    /// Whether it should give its place back, and wait.
     must_leave: bool,
+    /// What is said of its key's budget, as long as it waits for that.
+    waits_for_budget: Option<String>,
 }
 
 /// What a batch is called that costs what it may.
 pub(super) const OVER_COST: &str = "max_cost_reached";
+/// What one is called that waits until its key's budget has some again.
+const PAUSED: &str = "paused_budget";
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -77,7 +81,7 @@ impl Progress {
     }
 
     /// Of `n_rows`, by the speed of those that were done since its job runs.
-    fn shown(&self, n_rows: u64, price: Option<Price>, now: Instant) -> Value {
+    fn shown(&self, n_rows: u64, (price, paused): (Option<Price>, Option<String>), now: Instant) -> Value {
         let eta_s = self.since.and_then(|(since, n_before)| {
             let n_here = self.n_done().checked_sub(n_before).filter(|&n| n > 0)?;
             let a_row = now.saturating_duration_since(since).as_secs_f64() / n_here as f64;
@@ -85,7 +89,8 @@ impl Progress {
         });
         let tokens_done = self.totals.map(|totals| totals.prompt_tokens + totals.completion_tokens);
         let cost = self.totals.zip(price).map(|(totals, price)| Spending::cost(price, totals).to_string());
-        json!({"tokens_done": tokens_done, "eta_s": eta_s, "cost": cost})
+        let paused = paused.map(|message| json!({"code": PAUSED, "message": message}));
+        json!({"tokens_done": tokens_done, "eta_s": eta_s, "cost": cost, "paused": paused})
     }
 }
 
@@ -129,7 +134,7 @@ impl Open {
         lock(&self.progress).counts = counts;
     }
 
-    /// Its job has come to this; one that costs what it may ends, and so does one whose key may not be charged more.
+    /// Its job has come to this; one that costs what it may ends, and one whose key may not be charged more makes room.
     pub(super) fn note(&self, totals: Totals, spending: Option<&Spending>) {
         {
             let mut progress = lock(&self.progress);
@@ -140,15 +145,15 @@ impl Open {
             let message = "the batch had cost what it may, its max_cost, before this request ran";
             self.end(Ending::Rest(OVER_COST, message.into()));
         }
-        self.end_if_used_up(spending.used_up());
+        if spending.used_up().is_some() {
+            self.leave();
+        }
     }
 
-    /// Ends it if that is said of its key's budget.
-    pub(super) fn end_if_used_up(&self, said: Option<String>) {
-        if let Some(said) = said.filter(|_| self.ending().is_none()) {
-            let message = format!("{said}; this request did not run, and can be retried with the others of its batch");
-            self.end(Ending::Rest(USED_UP, message));
-        }
+    /// It waits for its key's budget, of which that is said, or does no more.
+    pub(super) fn wait_for_budget(&self, said: Option<String>) {
+        self.ticket().iter().for_each(|ticket| ticket.put_aside(said.is_some()));
+        lock(&self.control).waits_for_budget = said;
     }
 
     /// It ends early; the first reason stays.
@@ -184,7 +189,7 @@ impl Open {
         }
     }
 
-    /// Leaves its place to another, and waits for one again.
+    /// Leaves its place, and waits for one again.
     pub(super) fn leave(&self) {
         let mut control = lock(&self.control);
         control.must_leave = true;
@@ -235,9 +240,13 @@ impl Batches {
         self.open(id).map(|open| open.counts())
     }
 
-    /// How far an open batch of so many rows is: `{tokens_done, eta_s, cost}`, each null where it is not known.
+    /// How far an open batch of so many rows is: `{tokens_done, eta_s, cost, paused}`, each null where it is not known, the last
+    /// where it is not so.
     pub(super) fn progress(&self, id: &str, n_rows: u64, price: Option<Price>) -> Option<Value> {
-        self.open(id).map(|open| lock(&open.progress).shown(n_rows, price, Instant::now()))
+        self.open(id).map(|open| {
+            let paused = lock(&open.control).waits_for_budget.clone();
+            lock(&open.progress).shown(n_rows, (price, paused), Instant::now())
+        })
     }
 
     /// What the open ones have taken of the machine's time, that is in no book yet.
@@ -307,13 +316,18 @@ mod tests {
     fn progress_tells_what_is_known() {
         let (price, now) = (Price { input: 1_000_000, cached: 1_000_000, output: 1_000_000 }, Instant::now());
         let mut progress = Progress { counts: (4, 1), ..Progress::default() };
-        assert_eq!(progress.shown(20, Some(price), now), json!({"tokens_done": null, "eta_s": null, "cost": null}));
+        let shown = |progress: &Progress, price, paused, at| progress.shown(20, (price, paused), at);
+        let nothing = json!({"tokens_done": null, "eta_s": null, "cost": null, "paused": null});
+        assert_eq!(shown(&progress, Some(price), None, now), nothing);
         progress.since = Some((now, 5));
         progress.totals = Some(Totals { n_ok: 4, prompt_tokens: 7, completion_tokens: 3, ..Totals::default() });
         let later = now + Duration::from_secs(8);
-        assert_eq!(progress.shown(20, Some(price), later), json!({"tokens_done": 10, "eta_s": null, "cost": "0.00001"}));
+        let expected = json!({"tokens_done": 10, "eta_s": null, "cost": "0.00001", "paused": null});
+        assert_eq!(shown(&progress, Some(price), None, later), expected);
         // Five more in eight seconds, and ten to go.
         progress.counts = (8, 2);
-        assert_eq!(progress.shown(20, None, later), json!({"tokens_done": 10, "eta_s": 16, "cost": null}));
+        let expected =
+            json!({"tokens_done": 10, "eta_s": 16, "cost": null, "paused": {"code": "paused_budget", "message": "why"}});
+        assert_eq!(shown(&progress, None, Some("why".into()), later), expected);
     }
 }

@@ -31,7 +31,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::task::{JoinSet, spawn_blocking};
 
 /// Faults of lines that are told.
 const MAX_FAULTS: usize = 1000;
@@ -281,21 +281,22 @@ async fn wait_and_run(
     (model, spending): (&Arc<Offered>, &Option<Arc<Spending>>),
 ) -> Result<Option<Ended>> {
     loop {
+        wait_for_budget(app, open, spending.as_deref()).await?;
+        // It ends with this turn.
+        let _watching = watch(app, open, spending.clone());
         let (place, lease) = wait(app, stored, open, model).await;
         let ending = open.ending();
         if ending == Some(Ending::Pause) {
             return Ok(None);
         }
         if lease.is_none() && ending.is_none() {
-            // Another has its place.
+            // Another has its place, or nothing is left of its key's budget.
             open.take_leave();
             continue;
         }
         let (job, model, own, spending) = (job.clone(), Arc::clone(model), Arc::clone(open), spending.clone());
         let (expires_at, share) = (stored.expires_at, app.keys.share(&stored.owner));
-        let watch = watch(app, open, spending.clone()).await?;
         let ran = spawn_blocking(move || run(&job, (&model, spending), lease, &own, (expires_at, share))).await;
-        watch.abort();
         let ran = ran.context("the batch panicked")?;
         drop(place);
         let must_leave = open.take_leave();
@@ -331,21 +332,35 @@ async fn wait<'a>(
     }
 }
 
-/// Ends it if nothing is left of its key's budget, now or, as long as this is not aborted, later.
-async fn watch(app: &Arc<App>, open: &Arc<Open>, spending: Option<Arc<Spending>>) -> Result<AbortHandle> {
-    if let Some(spending) = &spending {
-        open.end_if_used_up(spending.look(app).await?);
+/// Waits until something is left of its key's budget, or until it is to end.
+async fn wait_for_budget(app: &App, open: &Open, spending: Option<&Spending>) -> Result<()> {
+    let Some(spending) = spending else { return Ok(()) };
+    let mut said = spending.look(app).await?;
+    while said.is_some() && open.ending().is_none() {
+        open.wait_for_budget(said.clone());
+        open.pause(LOOK_EVERY).await;
+        // What can't be read now is read a second later.
+        said = spending.look(app).await.unwrap_or(said);
     }
-    let (app, open) = (Arc::clone(app), Arc::clone(open));
-    let watching = tokio::spawn(async move {
-        let Some(spending) = spending else { return };
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            // What can't be read now is read a second later.
-            open.end_if_used_up(spending.look(&app).await.ok().flatten());
-        }
-    });
-    Ok(watching.abort_handle())
+    open.wait_for_budget(None);
+    Ok(())
+}
+
+/// Has it leave its place when nothing is left of its key's budget, until this is dropped.
+fn watch(app: &Arc<App>, open: &Arc<Open>, spending: Option<Arc<Spending>>) -> JoinSet<()> {
+    let mut watching = JoinSet::new();
+    if let Some(spending) = spending {
+        let (app, open) = (Arc::clone(app), Arc::clone(open));
+        watching.spawn(async move {
+            loop {
+                tokio::time::sleep(LOOK_EVERY).await;
+                if matches!(spending.look(&app).await, Ok(Some(_))) {
+                    open.leave();
+                }
+            }
+        });
+    }
+    watching
 }
 
 /// Without a lease it is only ended.

@@ -86,14 +86,26 @@ struct State {
     charged: i128,
     /// What calls that run may come to.
     calls: i128,
-    /// What batches that run have cost so far.
+    /// What open batches have cost since the period began, or the server.
     batches: i128,
+    /// Periods that have begun since the server started.
+    n_periods: u64,
 }
 
 impl State {
     /// What is not charged yet.
     fn held(&self) -> i128 {
         self.calls + self.batches
+    }
+
+    /// The ledger was read up to `until` for the period that began at `begin`, and says `charged`. What batches cost in the one
+    /// before counts no more.
+    fn note_read(&mut self, (until, begin): (u64, u64), charged: i128) {
+        if self.read.is_some_and(|(_, since)| since < begin) {
+            self.batches = 0;
+            self.n_periods += 1;
+        }
+        (self.read, self.charged) = (Some((until, begin)), charged);
     }
 }
 
@@ -122,10 +134,11 @@ impl Purse {
         // Of several that read at the same time, one is counted: the others have read no more than the next will.
         if read.is_none() {
             if state.read.is_none_or(|(seq, since)| (since, seq) < (begin, until)) {
-                (state.read, state.charged) = (Some((until, begin)), charged);
+                state.note_read((until, begin), charged);
             }
         } else if state.read == read {
-            (state.read, state.charged) = (Some((until, begin)), state.charged + charged);
+            let charged = state.charged + charged;
+            state.note_read((until, begin), charged);
         }
         Ok(())
     }
@@ -173,7 +186,7 @@ impl Purse {
             let mut state = self.lock();
             if !self.is_used_up_by(state.charged + state.held()) {
                 state.calls += cost;
-                return Ok(HeldCost { purse: Arc::clone(self), is_batch: false, cost: Mutex::new(cost) });
+                return Ok(HeldCost::new(self, false, cost));
             }
         }
         Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, Some(USED_UP), self.said()))
@@ -185,16 +198,34 @@ impl Purse {
 pub(super) struct HeldCost {
     purse: Arc<Purse>,
     is_batch: bool,
-    cost: Mutex<i128>,
+    cost: Mutex<Cost>,
+}
+
+/// What something has cost, or may come to.
+#[derive(Debug, Default)]
+struct Cost {
+    all: i128,
+    /// Of a batch: what of it counted in periods that are over.
+    before: i128,
+    n_periods: u64,
 }
 
 impl HeldCost {
+    fn new(purse: &Arc<Purse>, is_batch: bool, cost: i128) -> Self {
+        Self { purse: Arc::clone(purse), is_batch, cost: Mutex::new(Cost { all: cost, ..Cost::default() }) }
+    }
+
     fn set(&self, cost: i128) {
         let mut own = self.cost.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.purse.lock();
+        if self.is_batch && own.n_periods != state.n_periods {
+            (own.before, own.n_periods) = (own.all, state.n_periods);
+        }
+        let counted = |all: i128| (all - own.before).max(0);
+        let more = counted(cost) - counted(own.all);
         let held = if self.is_batch { &mut state.batches } else { &mut state.calls };
-        *held += cost - *own;
-        *own = cost;
+        *held += more;
+        own.all = cost;
     }
 }
 
@@ -218,7 +249,7 @@ pub(super) struct Spending {
 impl Spending {
     /// Of a batch of a key that may have a budget.
     pub(super) fn new(price: Price, most: Option<Amount>, purse: Option<&Arc<Purse>>) -> Self {
-        let held = purse.map(|purse| HeldCost { purse: Arc::clone(purse), is_batch: true, cost: Mutex::new(0) });
+        let held = purse.map(|purse| HeldCost::new(purse, true, 0));
         Self { price, most, held }
     }
 
@@ -240,7 +271,7 @@ impl Spending {
     }
 
     /// What is said of its key's budget, if by what is known nothing is left of that. What calls may come to but have not is not
-    /// counted: a batch does not end for it.
+    /// counted: a batch does not wait for it.
     pub(super) fn used_up(&self) -> Option<String> {
         let purse = &self.held.as_ref()?.purse;
         let cost = {
@@ -297,15 +328,42 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_does_not_end_for_what_calls_may_come_to() {
+    fn a_batch_does_not_wait_for_what_calls_may_come_to() {
         let purse = Arc::new(Purse::new("a".into(), Budget { most: 3, period: Period::Total }, "USD".into()));
         let spending = Spending::new(Price { input: 0, cached: 0, output: 1_000_000 }, None, Some(&purse));
-        let call = HeldCost { purse: Arc::clone(&purse), is_batch: false, cost: Mutex::new(0) };
+        let call = HeldCost::new(&purse, false, 0);
         call.set(Amount::of_micro(3).0);
         assert!(!spending.note(Totals { completion_tokens: 2, ..Totals::default() }));
         assert!(spending.used_up().is_none());
         assert!(purse.said().contains("0.000005 may come"), "{}", purse.said());
         assert!(!spending.note(Totals { completion_tokens: 3, ..Totals::default() }));
         assert!(spending.used_up().is_some());
+    }
+
+    #[test]
+    fn a_batch_that_is_open_over_a_periods_end_counts_in_each_with_its_part() {
+        let purse = Arc::new(Purse::new("a".into(), Budget { most: 3, period: Period::Day }, "USD".into()));
+        let spending = Spending::new(Price { input: 0, cached: 0, output: 1_000_000 }, None, Some(&purse));
+        let drawn = |completion_tokens| Totals { completion_tokens, ..Totals::default() };
+        purse.lock().note_read((1, 0), 0);
+        spending.note(drawn(3));
+        assert!(spending.used_up().is_some());
+        purse.lock().note_read((5, 0), 0);
+        assert!(spending.used_up().is_some(), "the same day");
+        purse.lock().note_read((5, 86_400), 0);
+        assert!(spending.used_up().is_none());
+        spending.note(drawn(5));
+        assert!(spending.used_up().is_none(), "two of three");
+        spending.note(drawn(6));
+        assert!(spending.used_up().is_some());
+        // Two days later, of which nothing was told.
+        purse.lock().note_read((5, 2 * 86_400), 0);
+        purse.lock().note_read((5, 3 * 86_400), 0);
+        spending.note(drawn(8));
+        assert_eq!(purse.lock().batches, Amount::of_micro(2).0);
+        spending.charged();
+        assert_eq!(purse.lock().batches, 0);
+        drop(spending);
+        assert_eq!(purse.lock().batches, 0);
     }
 }

@@ -6,7 +6,6 @@ use super::auth::Owner;
 use super::batch_bodies::{BatchBody, Head};
 use super::batch_runs::folder;
 use super::batches::{self, Id, Input, Wanted, begin_cancelling};
-use super::budgets::USED_UP;
 use super::errors::{ApiError, json_response};
 use super::log::say;
 use super::models::rfc3339;
@@ -331,9 +330,6 @@ fn result(line: &Value) -> Value {
     match (&line["error"]["code"], &response["body"]["error"]) {
         (code, _) if code == "batch_cancelled" => json!({"type": "canceled"}),
         (code, _) if code == "batch_expired" => json!({"type": "expired"}),
-        (code, _) if code == USED_UP => {
-            errored("billing_error", line["error"]["message"].as_str().unwrap_or_default(), &Value::Null)
-        }
         (Value::String(_), _) => errored("api_error", line["error"]["message"].as_str().unwrap_or_default(), &Value::Null),
         (_, Value::Null) => json!({"type": "succeeded", "message": response["body"]}),
         (_, error) => {

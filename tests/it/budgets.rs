@@ -1,5 +1,5 @@
-//! What a key may be charged, from outside: nothing runs for a key whose budget is used up, whatever is restarted; what its batches
-//! had not run is named, and can be run again.
+//! What a key may be charged, from outside: nothing runs for a key whose budget is used up, whatever is restarted; its batches wait
+//! until there is some again, and lose nothing.
 
 use crate::serving::{Answer, KEY, MODEL, Server, read_until};
 use serde_json::{Value, json};
@@ -58,6 +58,16 @@ impl Server {
                 !["completed", "cancelled", "failed"].contains(&batch["status"].as_str().unwrap()),
                 "never {states:?}: {batch}"
             );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn until_paused(&self, batch: &Value) -> Value {
+        loop {
+            let batch = self.until(batch, &["in_progress"]);
+            if batch["progress"]["paused"].is_object() {
+                return batch;
+            }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -135,35 +145,52 @@ fn what_runs_counts_as_what_it_may_come_to() {
 }
 
 #[test]
-fn a_batch_ends_with_its_keys_budget_and_loses_no_row() {
+fn a_batch_waits_for_its_keys_budget_and_loses_no_row() {
     const N: usize = 60;
     let mut server = Server::with(&config("max_cost = 0.0005"), &[]);
     let made = server.post_batch("/v1/batches", N).json();
-    let ended = server.until(&made, &ENDS);
-    let fault = &ended["errors"]["data"][0];
-    assert_eq!(json!([ended["status"], fault["code"]]), json!(["cancelled", "insufficient_quota"]), "{ended}");
-    let (done, rest) = (server.rows(&ended["output_file_id"]), server.rows(&ended["error_file_id"]));
-    let ids: BTreeSet<&str> = done.iter().chain(&rest).map(|line| line["custom_id"].as_str().unwrap()).collect();
-    assert_eq!((ids.len(), done.len() + rest.len()), (N, N), "each request ended once");
+    let paused = server.until_paused(&made);
+    let why = &paused["progress"]["paused"];
+    assert_eq!(json!([paused["status"], paused["errors"], why["code"]]), json!(["in_progress", null, "paused_budget"]));
+    assert!(why["message"].as_str().unwrap().starts_with("the key's budget of 0.0005 USD is used up: 0 USD"), "{why}");
+    let done = server.rows(&paused["output_file_id"]);
+    assert_eq!(paused["request_counts"], json!({"total": N, "completed": done.len(), "failed": 0}));
     assert!(!done.is_empty() && done.len() < N / 2, "{} of {N} were run", done.len());
-    for line in &rest {
-        assert_eq!(json!([line["response"], line["error"]["code"]]), json!([null, "insufficient_quota"]));
-        assert!(line["error"]["message"].as_str().unwrap().contains("the key's budget of 0.0005 USD"), "{line}");
-    }
-    let charged = server.charged_micro();
-    assert!((500.0..700.0).contains(&charged), "{charged}");
-    // The rest can be run when there is budget again: not before.
-    let retry = format!("/v1/batches/{}/retry", ended["id"].as_str().unwrap());
-    assert_eq!(server.poor("POST", &retry, &Value::Null).json()["error"]["code"], "insufficient_quota");
+    let report = server.poor("GET", "/v1/usage?group_by=", &Value::Null).json();
+    assert_eq!(json!([report["budget"]["charged"], report["budget"]["running"]]), json!(["0", paused["progress"]["cost"]]));
+    let cost = paused["progress"]["cost"].as_str().unwrap().parse::<f64>().unwrap();
+    assert!((0.0005..0.0007).contains(&cost), "{cost}");
+    // It is in nobody's way meanwhile.
+    assert_eq!(server.post("/v1/chat/completions", chat(50)).status, 200);
+    assert_eq!(code(&server.post_batch("/v1/batches", 2))[1], "insufficient_quota");
+    assert_eq!(server.until_paused(&made)["request_counts"], paused["request_counts"], "nothing of it was run");
+    // What it has cost is known after a kill, before anything more is run.
+    server.restart();
+    let again = server.until_paused(&made);
+    assert_eq!(
+        json!([again["request_counts"], again["progress"]["cost"]]),
+        json!([paused["request_counts"], paused["progress"]["cost"]])
+    );
     server.sandbox.write("valar.toml", config("max_cost = 5"));
     server.restart();
-    let again = server.until(&server.poor("POST", &retry, &Value::Null).json(), &ENDS);
-    assert_eq!(json!([again["status"], again["request_counts"]["completed"]]), json!(["completed", rest.len()]), "{again}");
+    let ended = server.until(&made, &ENDS);
+    assert_eq!(
+        json!([ended["status"], ended["request_counts"]["completed"], ended["error_file_id"]]),
+        json!(["completed", N, null])
+    );
+    let rows = server.rows(&ended["output_file_id"]);
+    let ids: BTreeSet<&str> = rows.iter().map(|line| line["custom_id"].as_str().unwrap()).collect();
+    assert_eq!((ids.len(), rows.len()), (N, N), "each request ended once");
+    for line in &done {
+        assert!(rows.contains(line), "{line} is another now");
+    }
+    let cost = ended["usage"]["cost"].as_str().unwrap().parse::<f64>().unwrap();
+    assert!((server.charged_micro() - cost * 1e6).abs() < 1e-6, "charged once");
 }
 
 #[test]
-fn a_batch_ends_when_other_work_has_used_up_its_keys_budget() {
-    let server = Server::with(&config("max_cost = 0.5\ncost_period = \"day\""), &[]);
+fn a_batch_waits_when_other_work_has_used_up_its_keys_budget() {
+    let mut server = Server::with(&config("max_cost = 0.5\ncost_period = \"day\""), &[]);
     // Nothing of the batches begins while this has the place.
     let mut long = chat(7000);
     long["stream"] = true.into();
@@ -179,10 +206,28 @@ fn a_batch_ends_when_other_work_has_used_up_its_keys_budget() {
         "INSERT INTO ledger SELECT NULL, unixepoch(), NULL, owner, 'poor', 'm', 'asap', '', 1, 0, 0, 0, 0, 0, 0, ?1, 0, 0, 0
                FROM batch LIMIT 1";
     database.execute(sql, [500_000_000_000_i64]).unwrap();
-    let ended = server.until(&batch, &ENDS);
-    let counts = &ended["request_counts"];
-    assert_eq!(json!([ended["status"], counts["completed"], counts["failed"]]), json!(["cancelled", 0, 3]), "{ended}");
-    assert!(server.rows(&ended["error_file_id"]).iter().all(|line| line["error"]["code"] == "insufficient_quota"));
+    let why = server.until_paused(&batch)["progress"]["paused"]["message"].clone();
+    assert!(why.as_str().unwrap().contains("whole again at"), "{why}");
+    drop(running);
+    // Another key's batch has the places.
+    let requests = json!([{"custom_id": "other", "params": chat(5)}]);
+    let other = server.post("/v1/batches", json!({"endpoint": "/v1/chat/completions", "requests": requests})).json();
+    let path = format!("/v1/batches/{}", other["id"].as_str().unwrap());
+    while server.get(&path).json()["status"] != "completed" {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let counts = server.until_paused(&batch)["request_counts"].clone();
+    assert_eq!(counts, json!({"total": 3, "completed": 0, "failed": 0}));
+    // It is cancelled as any other.
+    server.poor("POST", &format!("/v1/batches/{}/cancel", batch["id"].as_str().unwrap()), &Value::Null);
+    let ended = server.until(&batch, &["cancelled"]);
+    let lines = server.rows(&ended["error_file_id"]);
+    assert_eq!(lines.iter().filter(|line| line["error"]["code"] == "batch_cancelled").count(), 3, "{lines:?}");
+    // And it has its time and no more.
+    let sql = "UPDATE batch SET expires_at = unixepoch() WHERE id = ?1";
+    assert_eq!(database.execute(sql, [messages["id"].as_str().unwrap()]).unwrap(), 1);
+    drop(database);
+    server.restart();
     let path = format!("/v1/messages/batches/{}", messages["id"].as_str().unwrap());
     while server.poor("GET", &path, &Value::Null).json()["processing_status"] != "ended" {
         std::thread::sleep(Duration::from_millis(20));
@@ -190,11 +235,9 @@ fn a_batch_ends_when_other_work_has_used_up_its_keys_budget() {
     let results = server.poor("GET", &format!("{path}/results"), &Value::Null).text;
     for line in results.lines() {
         let line: Value = serde_json::from_str(line).unwrap();
-        let error = &line["result"]["error"]["error"];
-        assert_eq!(json!([line["result"]["type"], error["type"]]), json!(["errored", "billing_error"]), "{line}");
+        assert_eq!(line["result"]["type"], "expired", "{line}");
     }
     assert_eq!(results.lines().count(), 3);
-    drop(running);
 }
 
 #[test]
