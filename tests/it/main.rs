@@ -94,6 +94,7 @@ mod serving;
 mod shards;
 mod simulation;
 mod sizes;
+mod templates;
 mod text;
 mod thinking;
 mod tls;
