@@ -44,6 +44,7 @@ mod fake;
 mod families;
 mod families_gguf;
 mod faults;
+mod fields;
 mod formats;
 mod fp8_folders;
 mod from_stores;
