@@ -247,8 +247,10 @@ fn thousands_read_slowly() {
     slow_readers(2000);
 }
 
-/// So many background responses are accepted while none can run; then each runs to its end.
-fn wait_in_the_background(n: usize) {
+/// Background responses are accepted while none can run; then each runs to its end. For more of them, see `sizes`.
+#[test]
+fn hundreds_wait_in_the_background() {
+    const N: usize = 300;
     let config = format!("[engine]\nmax_running = 1\n{PATIENT}[windows.standard]\nceiling_s = 2592000\n");
     let server = Server::with(&config, &["--api-key", KEY]);
     let rest = Rest::of(&server);
@@ -262,10 +264,10 @@ fn wait_in_the_background(n: usize) {
         answer.json()["id"].as_str().unwrap().to_owned()
     };
     let ids: Vec<String> = thread::scope(|scope| {
-        let posters: Vec<_> = (0..8).map(|i| scope.spawn(move || (0..n).skip(i).step_by(8).map(post).collect())).collect();
+        let posters: Vec<_> = (0..8).map(|i| scope.spawn(move || (0..N).skip(i).step_by(8).map(post).collect())).collect();
         posters.into_iter().flat_map(|poster| -> Vec<String> { poster.join().unwrap() }).collect()
     });
-    assert_eq!(server.metric("valar_background_responses"), n as u64, "all of them wait");
+    assert_eq!(server.metric("valar_background_responses"), N as u64, "all of them wait");
     drop(running);
     let (mut pending, mut ended) = (json!(ids), std::collections::BTreeSet::new());
     while pending != json!([]) {
@@ -276,19 +278,8 @@ fn wait_in_the_background(n: usize) {
         }
         pending = waited["pending"].clone();
     }
-    assert_eq!(ended.len(), n);
+    assert_eq!(ended.len(), N);
     rest.comes_back(&server);
-}
-
-#[test]
-fn hundreds_wait_in_the_background() {
-    wait_in_the_background(300);
-}
-
-#[test]
-#[ignore = "takes minutes"]
-fn ten_thousand_wait_in_the_background() {
-    wait_in_the_background(10_000);
 }
 
 #[test]
