@@ -170,6 +170,8 @@ pub struct StepSizes<'a> {
     pub attention: &'a [AttentionSpec],
     /// Of layers that have them.
     pub experts: Option<ExpertSizes>,
+    /// Elements between the projections of [`Device::after_attention`], where layers have that.
+    pub ffn_width: Option<usize>,
 }
 
 /// The device can do nothing any more: whatever was to be computed, no row is at fault. (What an error of [`Device::finish`] is of.)

@@ -171,6 +171,7 @@ impl ModelSpec {
             width: self.width,
             attention: &self.attention,
             experts: self.experts.map(|experts| experts.sizes),
+            ffn_width: (self.experts.is_none() && !self.post_norms).then_some(self.ffn_width),
         }
     }
 

@@ -22,6 +22,7 @@ mod conformance;
 mod conformance_attention;
 mod conformance_families;
 mod conformance_model;
+mod conformance_rows;
 mod corpus;
 mod cuda;
 mod cuda_ahead;

@@ -76,27 +76,30 @@ fn submissions(logprobs: bool) -> Vec<Submission> {
     (0..40).map(submission).collect()
 }
 
-fn engine(file: &dyn ModelFile, n_blocks: usize, cold_output_tokens: u32) -> Engine {
+fn engine(file: &dyn ModelFile, (n_blocks, max_step_tokens): (usize, usize), cold_output_tokens: u32) -> Engine {
     let runner =
-        ModelRunner::load(CpuDevice::new(Isa::detect(), Numerics::fastest(Isa::detect()), 1), file, n_blocks, 64).unwrap();
+        ModelRunner::load(CpuDevice::new(Isa::detect(), Numerics::fastest(Isa::detect()), 1), file, n_blocks, max_step_tokens)
+            .unwrap();
     let config = EngineConfig { max_running: 16, cold_output_tokens, ..EngineConfig::for_runner(&runner.limits()) };
     Engine::new(config, Box::new(runner), Arc::new(FakeTokens)).unwrap()
 }
 
 #[test]
 fn a_step_allocates_nothing() {
-    steps_allocate_nothing("tiny", &TinyModel::new(GgmlDType::Q4_0).write());
+    for sizes in [(200, 64), (200, 256)] {
+        steps_allocate_nothing("tiny", &TinyModel::new(GgmlDType::Q4_0).write(), sizes);
+    }
 }
 
 #[test]
 fn a_step_of_any_family_allocates_nothing() {
     for name in families::MODELS {
-        steps_allocate_nothing(name, &families::open(name));
+        steps_allocate_nothing(name, &families::open(name), (200, 256));
     }
 }
 
-fn steps_allocate_nothing(name: &str, file: &dyn ModelFile) {
-    let mut engine = engine(file, 200, 64);
+fn steps_allocate_nothing(name: &str, file: &dyn ModelFile, sizes: (usize, usize)) {
+    let mut engine = engine(file, sizes, 64);
     for submission in submissions(false) {
         engine.submit(submission).unwrap();
     }
@@ -117,7 +120,7 @@ fn steps_allocate_nothing(name: &str, file: &dyn ModelFile) {
 fn rows_that_were_preempted_have_the_same_bits() {
     let run = |n_blocks: usize| {
         // Rows are thought to be short, so that too many are let in.
-        let mut engine = engine(&TinyModel::new(GgmlDType::Q4_0).write(), n_blocks, 1);
+        let mut engine = engine(&TinyModel::new(GgmlDType::Q4_0).write(), (n_blocks, 64), 1);
         for mut submission in submissions(true) {
             submission.params.ignore_eos = false;
             submission.params.max_tokens = 40 + submission.id as u32;

@@ -141,7 +141,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>) {
+    fn reserve(&mut self, numerics: Numerics, sizes: &StepSizes<'_>, n_threads: usize) {
+        OwnActs::reserve(self, numerics, sizes, n_threads);
         gemm::reserve(self, numerics, sizes.max_tokens);
         self.row.reserve(sizes.width);
         self.logits.get_or_insert_default().reserve(head::PIECE_LOGITS);
@@ -275,8 +276,8 @@ impl Device for CpuDevice {
         }
         memory.head.get_or_insert_with(|| HeadMemory::new(self.numerics, sizes.width, (sizes.n_vocab, sizes.max_seqs)));
         memory.experts = sizes.experts.map(|experts| ExpertMemory::new(self.numerics, experts, sizes.width, sizes.max_tokens));
-        let numerics = self.numerics;
-        self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes));
+        let (numerics, n_threads) = (self.numerics, self.n_threads());
+        self.team.each_scratch(|scratch| scratch.reserve(numerics, sizes, n_threads));
     }
 
     fn embed(&self, table: &Weight, scale: f32, batch: &Batch, x: &mut Hidden) {

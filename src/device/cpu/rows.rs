@@ -4,14 +4,15 @@
 //! Invariant: a row's operations are those of [`super::CpuDevice`]'s, in their order; which rows are together changes nothing.
 
 use super::buffer::{Shared, prefetch};
-use super::gemm::{self, Epilogue, Out, PAIR, Product};
+use super::gemm::{self, Epilogue, Out, Product};
 use super::gemm_t::MAX_ROWS;
 use super::isa::Isa;
 use super::numerics::Numerics;
 use super::quant::{Act, ActWriter};
+use super::tile::TILE;
 use super::weights::Weight;
 use super::{Scratch, Vector, norm};
-use crate::device::{AfterAttention, BeforeAttention};
+use crate::device::{AfterAttention, BeforeAttention, StepSizes};
 use std::ops::Range;
 
 /// Fewer rows would share too little of the unpacking of weights.
@@ -23,7 +24,7 @@ const LEAST_ROWS_OF_THREADS: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Pieces {
     n_rows: usize,
-    /// Rows of a piece, less in the last; whole pairs of tiles.
+    /// Rows of a piece, less in the last; whole tiles.
     length: usize,
 }
 
@@ -32,7 +33,7 @@ impl Pieces {
     pub(super) fn new(n_threads: usize, n_rows: usize) -> Option<Self> {
         (n_rows / n_threads >= LEAST_ROWS.max(LEAST_ROWS_OF_THREADS * n_threads)).then(|| {
             let n = n_threads * n_rows.div_ceil(n_threads).div_ceil(MAX_ROWS);
-            Self { n_rows, length: n_rows.div_ceil(n).next_multiple_of(PAIR) }
+            Self { n_rows, length: n_rows.div_ceil(n).next_multiple_of(TILE) }
         })
     }
 
@@ -47,25 +48,33 @@ impl Pieces {
 
 /// A thread's activations between operations on some rows.
 pub(super) struct OwnActs {
-    numerics: Numerics,
+    max_rows: usize,
     normed: Act,
     gated: Option<Act>,
 }
 
 impl OwnActs {
-    fn new(numerics: Numerics, width: usize, ffn_width: Option<usize>) -> Self {
-        let act = |width| Act::new(numerics, MAX_ROWS, width);
-        Self { numerics, normed: act(width), gated: ffn_width.map(act) }
+    fn new(numerics: Numerics, max_rows: usize, width: usize, ffn_width: Option<usize>) -> Self {
+        let act = |width| Act::new(numerics, max_rows, width);
+        Self { max_rows, normed: act(width), gated: ffn_width.map(act) }
     }
 
-    /// A worker's, taken from it; made if they are not there.
-    fn take(scratch: &mut Scratch, numerics: Numerics, width: usize, ffn_width: Option<usize>) -> Self {
+    /// Makes a worker's, for steps of up to `max_tokens` tokens, if these are ever cut.
+    pub(super) fn reserve(scratch: &mut Scratch, numerics: Numerics, sizes: &StepSizes<'_>, n_threads: usize) {
+        if Pieces::new(n_threads, sizes.max_tokens).is_some() {
+            let max_rows = MAX_ROWS.min(sizes.max_tokens.div_ceil(n_threads).next_multiple_of(TILE));
+            scratch.own_acts = Some(Self::new(numerics, max_rows, sizes.width, sizes.ffn_width));
+        }
+    }
+
+    /// A worker's, taken from it; made if it has none for that.
+    fn take(scratch: &mut Scratch, numerics: Numerics, n_rows: usize, width: usize, ffn_width: Option<usize>) -> Self {
         let fits = |own: &Self| {
-            own.numerics == numerics
-                && own.normed.k == width
-                && ffn_width.is_none_or(|width| own.gated.as_ref().is_some_and(|gated| gated.k == width))
+            let gated = own.gated.as_ref().map(|gated| gated.k);
+            own.max_rows >= n_rows && own.normed.k == width && (ffn_width.is_none() || gated == ffn_width)
         };
-        scratch.own_acts.take().filter(fits).unwrap_or_else(|| Self::new(numerics, width, ffn_width))
+        let own = scratch.own_acts.take().filter(fits);
+        own.unwrap_or_else(|| Self::new(numerics, MAX_ROWS, width, ffn_width))
     }
 }
 
@@ -96,7 +105,7 @@ pub(super) fn before_attention(
     scratch: &mut Scratch,
 ) {
     let n_rows = x.len() / width;
-    let mut own = OwnActs::take(scratch, numerics, width, None);
+    let mut own = OwnActs::take(scratch, numerics, n_rows, width, None);
     normed(isa, (x, width), 0..n_rows, (layer.norm, layer.eps), (&own.normed.writer(isa, layer.qkv), 0), scratch);
     let out = Out::Values(Shared::new(out), out_width);
     let product = Product { isa, act: &own.normed, weight: layer.qkv, n_rows, epilogue: Epilogue::Store, out };
@@ -114,7 +123,7 @@ pub(super) fn after_attention(
     scratch: &mut Scratch,
 ) {
     let n_rows = rows.len();
-    let mut own = OwnActs::take(scratch, numerics, width, Some(layer.down.k));
+    let mut own = OwnActs::take(scratch, numerics, n_rows, width, Some(layer.down.k));
     let gated = own.gated.as_mut().expect("asked for just now");
     let out = Out::Window { values: Shared::new(x), width, first: (rows.start, 0) };
     let weight = layer.attn_output;
@@ -146,7 +155,7 @@ mod tests {
                 let mut end = 0;
                 for piece in 0..pieces.n() {
                     let rows = pieces.rows(piece);
-                    assert!(rows.start == end && rows.start.is_multiple_of(PAIR) && !rows.is_empty() && rows.len() <= MAX_ROWS);
+                    assert!(rows.start == end && rows.start.is_multiple_of(TILE) && !rows.is_empty() && rows.len() <= MAX_ROWS);
                     end = rows.end;
                 }
                 assert_eq!(end, n_rows);
