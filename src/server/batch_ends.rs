@@ -100,7 +100,7 @@ pub(super) async fn break_off(app: &Arc<App>, id: &str, open: &Open, faults: Vec
         let is_changed = batches::update(connection, &key, (&stored.status, state), &body.to_string())?;
         Ok(is_changed.then_some((stored, body)))
     };
-    tell(app, app.store.write(write).await?);
+    tell(app, app.store.write(write).await.inspect_err(|_| hold_again(open, totals))?);
     // What is left is removed at the next start.
     let removed = spawn_blocking(move || drop(std::fs::remove_dir_all(at.join("output.job"))));
     removed.await.context("removing a journal panicked")
@@ -116,6 +116,11 @@ impl Costs {
     fn of(open: &Open) -> Self {
         Self { machine_ns: Arc::clone(&open.machine_ns), spending: open.spending() }
     }
+}
+
+/// What was charged in a transaction that failed was not.
+fn hold_again(open: &Open, totals: Totals) {
+    open.spending().iter().for_each(|spending| _ = spending.note(totals));
 }
 
 /// Charges what was done of a batch, and says so in its object.
@@ -196,7 +201,8 @@ pub(super) async fn conclude(app: &Arc<App>, id: &str, open: &Open, settings: &S
             let is_changed = batches::update(connection, &id, (&stored.status, state), &body.to_string())?;
             Ok(is_changed.then_some((stored, body)))
         })
-        .await?;
+        .await
+        .inspect_err(|_| hold_again(open, totals))?;
     tell(app, ended);
     Ok(())
 }

@@ -174,7 +174,7 @@ impl PriceSpec {
 /// It is none, or finer than that.
 pub fn micro(price: f64) -> Result<u64> {
     ensure!((0.0..=MAX_PRICE).contains(&price), "{price} is no price of 0 to {MAX_PRICE}");
-    millionths(price)
+    millionths(price, 0.01)
 }
 
 /// A sum of money in millionths.
@@ -183,12 +183,13 @@ pub fn micro(price: f64) -> Result<u64> {
 /// It is none, or finer than that.
 pub fn micro_sum(sum: f64) -> Result<u64> {
     ensure!((0.0..=MAX_SUM).contains(&sum), "{sum} is no sum of 0 to {MAX_SUM}");
-    millionths(sum)
+    millionths(sum, 0.05)
 }
 
-fn millionths(value: f64) -> Result<u64> {
+/// With so much of one for what an f64 can't say.
+fn millionths(value: f64, tolerance: f64) -> Result<u64> {
     let millionths = value * MILLION as f64;
-    ensure!((millionths - millionths.round()).abs() < 0.05, "{value} has more than six decimals");
+    ensure!((millionths - millionths.round()).abs() < tolerance, "{value} has more than six decimals");
     Ok(millionths.round() as u64)
 }
 
