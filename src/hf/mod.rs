@@ -176,7 +176,10 @@ impl HfFolder {
     fn is_idle_bias(&self, name: &str, bytes: &[u8]) -> bool {
         let has_bias =
             self.family.qkv_bias && [".q_proj.bias", ".k_proj.bias", ".v_proj.bias"].iter().any(|part| name.ends_with(part));
-        self.scheme.is_some() && name.ends_with(".bias") && !has_bias && bytes.iter().all(|&byte| byte == 0)
+        self.scheme.is_some()
+            && name.rsplit_once('.').is_some_and(|(_, last)| last == "bias")
+            && !has_bias
+            && bytes.iter().all(|&byte| byte == 0)
     }
 
     /// A head that the configuration says is the embedding table, whatever the file holds.

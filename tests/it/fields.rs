@@ -78,7 +78,9 @@ fn sampling(more: &[(&str, Value)]) -> Value {
         "repetition_penalty": 1.1, "seed": 7, "stop": ["x"], "metadata": {"trajectory_id": "t", "completion_window": "asap"},
         "stream": false,
     });
-    more.iter().for_each(|(name, value)| body[*name] = value.clone());
+    for (name, value) in more {
+        body[*name] = value.clone();
+    }
     body
 }
 

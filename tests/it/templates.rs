@@ -7,6 +7,7 @@ use std::fs::{self, File};
 
 /// Runs a row through a model with that template: the exit code, what was said of the row or of the program, and the most memory that
 /// was resident at a time, MiB.
+#[expect(clippy::zombie_processes, reason = "`wait4` waits for it, and tells what it took")]
 fn run(template: &str) -> (i32, String, i64) {
     let sandbox = Sandbox::new();
     let (folder, _) = tiny_llama(&sandbox);

@@ -151,7 +151,9 @@ pub(super) fn pack(parts: &[Tensor<'_>], bits: usize) -> Result<(Vec<u8>, Vec<u8
     let (n, k) = shape(parts)?;
     let (n_q, n_scales) = packed_bytes(bits, n, k);
     let (mut q, mut scales) = (vec![0u8; n_q], vec![0u8; n_scales]);
-    parts.iter().for_each(|part| part.bytes.make());
+    for part in parts {
+        part.bytes.make();
+    }
     let n_panels = n.next_multiple_of(PAD) / PANEL;
     let panels = q.par_chunks_mut(n_q / n_panels).zip(scales.par_chunks_mut(n_scales / n_panels));
     panels.enumerate().for_each(|(panel, (q, scales))| {
