@@ -241,9 +241,9 @@ impl Scheduler {
         Beginning { n_tokens: of_trunk, ..Beginning::default() }
     }
 
-    /// How many of so many blocks, besides those that a row begins with, nobody can have without somebody losing any.
-    pub(super) fn n_missing(&self, n_blocks: usize, beginning: Beginning) -> usize {
-        n_blocks.saturating_sub(self.blocks.n_total() - self.blocks.n_used() - beginning.n_idle)
+    /// Whether so many blocks can be had without anybody losing any, besides those that a row begins with.
+    pub(super) fn has_blocks(&self, n_blocks: usize, beginning: Beginning) -> bool {
+        n_blocks <= self.blocks.n_total() - self.blocks.n_used() - beginning.n_idle
     }
 
     /// A block for a row, a free one or one that is kept and not used.

@@ -24,15 +24,14 @@ impl Scheduler {
         loop {
             let beginning = self.beginning(Class::Asap);
             let n_new = self.waiting[Class::Asap as usize][0].n_blocks() - beginning.n_blocks();
-            let n_missing = self.n_missing(n_new, beginning);
-            if n_missing == 0 {
+            if self.has_blocks(n_new, beginning) {
                 return true;
             }
             if self.drop_idle_trunks() || self.preempt_below_asap() {
                 continue;
             }
             // What a step gives back by itself is waited for before rows lose the beginnings that they share.
-            if self.blocks_come(n_missing) || !self.drop_trunks() {
+            if self.blocks_come() || !self.drop_trunks() {
                 return false;
             }
         }
@@ -102,15 +101,10 @@ impl Scheduler {
         rows.max_by_key(key).map(|(idx, _)| idx)
     }
 
-    /// Whether rows that end with the step under way give back so many blocks, besides those that others wait for: nobody has to lose
-    /// any for the next step. If so, whoever asks waits for them.
-    pub(super) fn blocks_come(&mut self, n_blocks: usize) -> bool {
-        let is_own = |block: &&u32| self.blocks.n_tables(**block) == 1;
-        let ending = self.running.iter().filter(|row| self.is_ending(row));
-        let n_coming: usize = ending.map(|row| row.buffers.table.iter().filter(is_own).count()).sum();
-        let is_enough = self.n_awaited + n_blocks <= n_coming;
-        self.n_awaited += if is_enough { n_blocks } else { 0 };
-        is_enough
+    /// Whether a row ends with the step under way, and then gives back a block at least: nobody has to lose any for the next one.
+    pub(super) fn blocks_come(&self) -> bool {
+        let is_own = |block: &u32| self.blocks.n_tables(*block) == 1;
+        self.running.iter().any(|row| self.is_ending(row) && row.buffers.table.iter().any(is_own))
     }
 
     /// Whether a row ends with the step under way: nothing of it is left to be computed, nor in the step that is being filled.

@@ -63,8 +63,6 @@ pub(super) struct Scheduler {
     pub(super) step_limits: Arc<StepLimits>,
     /// Tokens that this step can still take.
     room_tokens: usize,
-    /// Blocks that come with the step under way and that rows wait for, which would be in this one.
-    pub(super) n_awaited: usize,
     /// Blocks ran out in this step, or a row had to wait for them: nobody below asap is admitted.
     pub(super) is_tight: bool,
     /// This step, or the one before, had no room for a row that decodes.
@@ -94,7 +92,6 @@ impl Scheduler {
             reserve: Reserve::new(config.asap_reserve, limits.n_blocks, config.max_running),
             step_limits: Arc::default(),
             room_tokens: 0,
-            n_awaited: 0,
             is_tight: false,
             is_short: false,
             was_short: false,
@@ -148,7 +145,6 @@ impl Scheduler {
         self.scheduled.clear();
         self.copies.clear();
         self.room_tokens = self.config.budget_tokens;
-        self.n_awaited = 0;
         self.is_tight = false;
         self.was_short = std::mem::take(&mut self.is_short);
         self.lapse_kept();
@@ -415,7 +411,7 @@ impl Scheduler {
             if self.drop_idle_trunks() {
                 continue;
             }
-            if self.blocks_come(1) {
+            if self.blocks_come() {
                 self.is_tight = true;
                 return false;
             }

@@ -290,30 +290,6 @@ fn a_row_that_ends_with_the_step_under_way_is_not_preempted() {
     }
 }
 
-/// One block comes with the step under way, and three rows need one: one of them waits for it, another goes on with the third's.
-#[test]
-fn only_so_many_rows_wait_as_blocks_come() {
-    let limits = RunnerLimits { n_blocks: 4, max_context: 64, ..LIMITS };
-    let config = EngineConfig { cold_output_tokens: 1, ..EngineConfig::for_runner(&limits) };
-    // A block each when the 15th token of the one is drawn, its last; the others are thought to end any time, and go on.
-    let goes_on = |seed| SeqParams { max_tokens: 25, seed, ..SeqParams::default() };
-    let is_long =
-        |&seed: &u64| (0..4).all(|id| expected(id, &row(id, goes_on(seed)).prompt, &goes_on(seed), 64).tokens.len() == 25);
-    let seed = (0..100_000).find(is_long).expect("some go on");
-    for ends in 0..4 {
-        let (mut engine, seen) = engine(limits, config);
-        let rows: Vec<Submission> = (0..4).map(|id| row(id, if id == ends { endless(15) } else { goes_on(seed) })).collect();
-        let done = run(&mut engine, &rows);
-        for row in &rows {
-            assert_eq!(done[&row.id], expected(row.id, &row.prompt, &row.params, limits.max_context));
-        }
-        assert_eq!(engine.stats().preemptions, 1);
-        // No step but the first waits for the one before.
-        let n_waited = seen.lock().unwrap().iter().filter(|(is_ahead, _)| !is_ahead).count();
-        assert_eq!(n_waited, 1, "of {} steps", engine.stats().steps);
-    }
-}
-
 #[test]
 fn a_failure_that_passes_costs_nobody_his_row() {
     for step in 1..40 {
