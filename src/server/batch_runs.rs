@@ -278,12 +278,16 @@ async fn wait_and_run(
     stored: &StoredBatch,
     open: &Arc<Open>,
     job: HostedJob,
-    (model, spending): (&Arc<Offered>, &Option<Arc<Spending>>),
+    (model, limit): (&Arc<Offered>, &Option<Arc<Spending>>),
 ) -> Result<Option<Ended>> {
+    let n_rows = serde_json::from_str::<Value>(&stored.body)?["request_counts"]["total"].as_u64();
     loop {
+        // One whose rows are all done costs no more, and is to be charged.
+        let (n_ok, n_failed) = open.counts();
+        let spending = limit.as_ref().filter(|_| n_rows.is_none_or(|n_rows| n_ok + n_failed < n_rows)).cloned();
         wait_for_budget(app, open, spending.as_deref()).await?;
         // It ends with this turn.
-        let _watching = watch(app, open, spending.clone());
+        let _watching = watch(app, open, spending);
         let (place, lease) = wait(app, stored, open, model).await;
         let ending = open.ending();
         if ending == Some(Ending::Pause) {
@@ -294,7 +298,7 @@ async fn wait_and_run(
             open.take_leave();
             continue;
         }
-        let (job, model, own, spending) = (job.clone(), Arc::clone(model), Arc::clone(open), spending.clone());
+        let (job, model, own, spending) = (job.clone(), Arc::clone(model), Arc::clone(open), limit.clone());
         let (expires_at, share) = (stored.expires_at, app.keys.share(&stored.owner));
         let ran = spawn_blocking(move || run(&job, (&model, spending), lease, &own, (expires_at, share))).await;
         let ran = ran.context("the batch panicked")?;
