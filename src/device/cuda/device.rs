@@ -367,7 +367,7 @@ impl Device for CudaDevice {
         // Rows that only fill up a step are read as they are.
         self.attempt(|| {
             self.gpu.enter()?;
-            self.gpu.clear_later(at, n_bytes)?;
+            self.gpu.clear_later(at, 2 * n_bytes)?;
             self.gpu.wait()
         });
         let narrow = at + n_bytes as u64;

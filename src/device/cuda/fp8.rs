@@ -13,14 +13,20 @@ use anyhow::{Context, Result};
 
 /// All dimensions of a product of fp8 must be multiples of this (cuBLAS, cublasLtMatmul: 16-byte alignment of matrix dimensions).
 pub(super) const ROWS: usize = 16;
-/// The compute capability from which on there are such products.
-pub(super) const CAPABILITY: (i32, i32) = (8, 9);
+/// The compute capability from which on there are such products, and the version of cuBLAS from which on it has them there: 12.1
+/// update 1. Newer ones have them in any version of CUDA 12.
+const LEAST: ((i32, i32), usize) = ((8, 9), 120_103);
 /// Rows whose sums wait to be added to the residual stream, at most.
 const SUM_ROWS: usize = 512;
 /// What kernels that round rows are called by: rounds of 1024 elements.
 const QUANT_ROUNDS: [usize; 2] = [16, 32];
 /// The longest row that they take.
 pub(super) const MAX_WIDTH: usize = 1024 * QUANT_ROUNDS[1];
+
+/// Whether a GPU of that compute capability has such products with that version of cuBLAS.
+pub(super) fn is_there(capability: (i32, i32), version: usize) -> bool {
+    capability > LEAST.0 || (capability == LEAST.0 && version >= LEAST.1)
+}
 
 /// The kernels, on GPUs that have the instructions.
 pub(super) struct Fp8Kernels {

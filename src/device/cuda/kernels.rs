@@ -1,5 +1,6 @@
 //! The kernels of the programs in `kernels/`, by what they are for. Their shapes are in the sources' head comments.
 
+use super::blas::Blas;
 use super::driver::{Function, Gpu};
 use super::fp8::{self, Fp8Kernels};
 use super::images::Images;
@@ -93,7 +94,7 @@ impl Kernels {
             of("prefill_sm90", &format!("prefill_sm90_{dim}"), n_bytes)
         };
         let has_wide = gpu.facts().capability == WIDE_CAPABILITY;
-        let has_fp8 = gpu.facts().capability >= fp8::CAPABILITY;
+        let has_fp8 = fp8::is_there(gpu.facts().capability, Blas::version());
         let linear_q =
             |bits: usize, result: &str| each(TILES, |tiles| of("linear_q", &format!("linear_q{bits}_{result}_{tiles}"), 0));
         let of_bits = |bits: usize| Ok::<_, anyhow::Error>([linear_q(bits, "bf16")?, linear_q(bits, "add")?]);
