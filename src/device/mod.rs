@@ -357,9 +357,7 @@ pub trait Device: Send {
         qkv: &mut Self::Hidden,
         cache: &mut Self::Cache,
     ) {
-        self.norm(x, layer.norm, layer.eps, layer.qkv, batch, normed);
-        self.linear(normed, layer.qkv, batch, qkv);
-        self.finish_qkv(qkv, layer.extra, spec, batch, cache);
+        before_attention_in_turn(self, layer, spec, batch, x, normed, qkv, cache);
     }
     /// [`Device::linear_add`] of what attention gave, [`Device::norm`], [`Device::gate_up`] and `linear_add`; `normed`, `scratch`
     /// (`[T, 2 · ffn_width]`) and `gated` may be left as they were.
@@ -374,10 +372,7 @@ pub trait Device: Send {
         scratch: &mut Self::Hidden,
         gated: &mut Self::Act,
     ) {
-        self.linear_add(attended, layer.attn_output, batch, x);
-        self.norm(x, layer.norm, layer.eps, layer.gate_up, batch, normed);
-        self.gate_up(normed, layer.gate_up, layer.activation, layer.down, batch, scratch, gated);
-        self.linear_add(gated, layer.down, batch, x);
+        after_attention_in_turn(self, layer, attended, batch, x, normed, scratch, gated);
     }
     /// For each of `batch.heads`: final norm, vocabulary logits, then the draw or the score it asks for
     /// (`sample::draw`), written to `out.rows` in the same order, at the latest by `collect`. The head weight is `[vocab, width]`.
@@ -391,4 +386,39 @@ pub trait Device: Send {
         batch: &Batch,
         out: &mut StepOutput,
     );
+}
+
+/// [`Device::before_attention`], one operation after the other.
+#[expect(clippy::too_many_arguments, reason = "the operation's own")]
+fn before_attention_in_turn<D: Device + ?Sized>(
+    dev: &D,
+    layer: &BeforeAttention<'_, D::Weight, D::Vector>,
+    spec: &AttentionSpec,
+    batch: &Batch,
+    x: &D::Hidden,
+    normed: &mut D::Act,
+    qkv: &mut D::Hidden,
+    cache: &mut D::Cache,
+) {
+    dev.norm(x, layer.norm, layer.eps, layer.qkv, batch, normed);
+    dev.linear(normed, layer.qkv, batch, qkv);
+    dev.finish_qkv(qkv, layer.extra, spec, batch, cache);
+}
+
+/// [`Device::after_attention`], one operation after the other.
+#[expect(clippy::too_many_arguments, reason = "the operation's own")]
+fn after_attention_in_turn<D: Device + ?Sized>(
+    dev: &D,
+    layer: &AfterAttention<'_, D::Weight, D::Vector>,
+    attended: &D::Act,
+    batch: &Batch,
+    x: &mut D::Hidden,
+    normed: &mut D::Act,
+    scratch: &mut D::Hidden,
+    gated: &mut D::Act,
+) {
+    dev.linear_add(attended, layer.attn_output, batch, x);
+    dev.norm(x, layer.norm, layer.eps, layer.gate_up, batch, normed);
+    dev.gate_up(normed, layer.gate_up, layer.activation, layer.down, batch, scratch, gated);
+    dev.linear_add(gated, layer.down, batch, x);
 }

@@ -4,7 +4,7 @@
 use crate::cuda_device::{compare_scores, logprobs, same_bits, scored};
 use crate::cuda_machine::Noise;
 use crate::cuda_stage::{Family, Stage, tensors, write_model};
-use crate::packed_folders::{NAME, Part, answer, configure, error, f32_bytes, folder_of, write_tensors};
+use crate::packed_folders::{NAME, Part, answer, configure, error, f32_bytes, folder_of, rounded_as, write_tensors};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -112,17 +112,8 @@ impl Form {
         let floats = floats.map(|byte| if byte & 0x7f == 0x7f { byte - 1 } else { byte }).collect();
         let (rows, columns) = self.block((n, k));
         let n_scales = n.div_ceil(rows) * k.div_ceil(columns);
-        let scales = (0..n_scales).map(|_| self.rounded(size / 448.0 * (0.7 + 0.3 * noise.next()))).collect();
+        let scales = (0..n_scales).map(|_| rounded_as(self.scales, size / 448.0 * (0.7 + 0.3 * noise.next()))).collect();
         Layer { form: self, n, k, floats, scales }
-    }
-
-    /// As the type of the scales has it.
-    fn rounded(self, x: f32) -> f32 {
-        match self.scales {
-            "F16" => f16::from_f32(x).to_f32(),
-            "BF16" => bf16::from_f32(x).to_f32(),
-            _ => x,
-        }
     }
 }
 

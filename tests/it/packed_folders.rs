@@ -79,17 +79,18 @@ impl Packing {
                 groups.swap(i, below(i as u32 + 1) as usize);
             }
         }
-        let scales = (0..n_groups * n).map(|_| self.rounded(size / middle as f32 * (0.7 + 0.3 * noise.next()))).collect();
+        let scales =
+            (0..n_groups * n).map(|_| rounded_as(self.scales, size / middle as f32 * (0.7 + 0.3 * noise.next()))).collect();
         Layer { packing: self, n, k, q, groups, n_groups, zeros, scales }
     }
+}
 
-    /// As the type of the scales has it.
-    fn rounded(self, x: f32) -> f32 {
-        match self.scales {
-            "F16" => f16::from_f32(x).to_f32(),
-            "BF16" => bf16::from_f32(x).to_f32(),
-            _ => x,
-        }
+/// As a type of floats has it.
+pub(crate) fn rounded_as(dtype: &str, x: f32) -> f32 {
+    match dtype {
+        "F16" => f16::from_f32(x).to_f32(),
+        "BF16" => bf16::from_f32(x).to_f32(),
+        _ => x,
     }
 }
 

@@ -87,7 +87,7 @@ pub use weights::Weight;
 use super::batch::{Batch, StepOutput};
 use super::{
     Activation, AfterAttention, AttentionSpec, BeforeAttention, Device, ExpertSizes, Experts, HeadSpec, QkvExtra, StepSizes,
-    sample,
+    after_attention_in_turn, before_attention_in_turn, sample,
 };
 use crate::tensor::Tensor;
 use attention::{Attention, AttentionScratch, Item};
@@ -351,9 +351,7 @@ impl Device for CpuDevice {
     ) {
         let n_rows = batch.tokens.len();
         let Some(pieces) = Pieces::new(self.n_threads(), n_rows) else {
-            self.norm(x, layer.norm, layer.eps, layer.qkv, batch, normed);
-            self.linear(normed, layer.qkv, batch, qkv);
-            return self.finish_qkv(qkv, layer.extra, spec, batch, cache);
+            return before_attention_in_turn(self, layer, spec, batch, x, normed, qkv, cache);
         };
         let memory = &mut *self.memory.borrow_mut();
         let finish = FinishQkv::new((self.isa, &mut memory.rope), layer.extra, spec, batch, cache.writer());
@@ -384,10 +382,7 @@ impl Device for CpuDevice {
     ) {
         let (n_rows, width) = (batch.tokens.len(), x.width);
         let Some(pieces) = Pieces::new(self.n_threads(), n_rows) else {
-            self.linear_add(attended, layer.attn_output, batch, x);
-            self.norm(x, layer.norm, layer.eps, layer.gate_up, batch, normed);
-            self.gate_up(normed, layer.gate_up, layer.activation, layer.down, batch, scratch, gated);
-            return self.linear_add(gated, layer.down, batch, x);
+            return after_attention_in_turn(self, layer, attended, batch, x, normed, scratch, gated);
         };
         let (units, x) = ((self.isa, self.numerics), x.shared(n_rows));
         self.team.run(pieces.n(), &|scratch, piece| {
